@@ -1,0 +1,76 @@
+// blasst: attention made sparse by softmax thresholding. The C++ interface.
+//
+//   blasst::PrefillParams p{.heads = 8, .kv_heads = 2, .head_dim = 128, .value_dim = 128, ...};
+//   blasst::prefill(p);
+//
+// The structs, with shape and unit on every member, are in blasst.h.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "blasst/blasst.h"
+
+namespace blasst {
+
+using Backend = blasst_backend;
+using DType = blasst_dtype;
+using Order = blasst_order;
+using TestKind = blasst_test;
+using View = blasst_view;
+using KeysValues = blasst_keys_values;
+using Mask = blasst_mask;
+using TileTest = blasst_tile_test;
+using Report = blasst_report;
+using PrefillParams = blasst_prefill_params;
+using DecodeParams = blasst_decode_params;
+using TileShape = blasst_tile_shape;
+
+// Thrown by every function below. what() says what was passed and what is accepted.
+class Error : public std::runtime_error {
+ public:
+  Error(blasst_status status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  blasst_status status() const { return status_; }
+
+ private:
+  blasst_status status_;
+};
+
+// Attention of many query rows. Writes out and what the report asks for. Throws Error before anything is
+// written.
+BLASST_API void prefill(const PrefillParams& params);
+
+// Attention of the last 1 to 16 positions of each request over its KV cache.
+BLASST_API void decode(const DecodeParams& params);
+
+// Bytes that the call needs beyond its inputs and outputs.
+BLASST_API std::size_t workspace_bytes(const PrefillParams& params);
+BLASST_API std::size_t workspace_bytes(const DecodeParams& params);
+
+// The tiles on which the backend decides.
+BLASST_API TileShape tile_shape(const PrefillParams& params);
+BLASST_API TileShape tile_shape(const DecodeParams& params);
+
+BLASST_API std::string version();
+
+// A backend of this build, and whether this machine can run it.
+struct BackendInfo {
+  Backend backend;
+  std::string name;
+  bool usable;
+  std::string detail;  // cpu: the instruction set in use
+};
+BLASST_API std::vector<BackendInfo> backends();
+
+// The CPU's instruction sets that kernels exist for and this machine has, best first. The first is used,
+// unless the environment variable BLASST_CPU_ISA or set_cpu_isa names another.
+BLASST_API std::vector<std::string> cpu_isas();
+BLASST_API std::string cpu_isa();
+BLASST_API void set_cpu_isa(const std::string& name);  // Error if it is not in cpu_isas()
+
+// Threads that a call with threads = 0 uses.
+BLASST_API int default_threads();
+
+}  // namespace blasst

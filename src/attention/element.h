@@ -1,0 +1,37 @@
+// One stored element to and from double, for code where speed does not matter.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "blasst/blasst.hpp"
+
+namespace blasst::attention {
+
+inline int64_t element_bytes(DType dtype) { return dtype == BLASST_FLOAT32 ? 4 : 2; }
+
+inline double load_half(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31;
+  const int mantissa = bits & 1023;
+  const double sign = bits >> 15 ? -1.0 : 1.0;
+  if (exponent == 31) return mantissa ? std::nan("") : sign * INFINITY;
+  if (exponent == 0) return sign * std::ldexp(mantissa, -24);
+  return sign * std::ldexp(mantissa + 1024, exponent - 25);
+}
+
+inline double load_element(DType dtype, const std::byte* address) {
+  if (dtype == BLASST_FLOAT32) {
+    float value;
+    std::memcpy(&value, address, sizeof value);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, address, sizeof bits);
+  if (dtype == BLASST_FLOAT16) return load_half(bits);
+  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
+
+}  // namespace blasst::attention

@@ -1,0 +1,80 @@
+// A validated attention problem: what prefill and decode have in common once their parameters are checked.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "attention/tiles.h"
+#include "blasst/blasst.hpp"
+
+namespace blasst::attention {
+
+struct Request {
+  int64_t first_row = 0;  // in the rows of all requests
+  int64_t rows = 0;       // query positions
+  int64_t first_key = 0;  // ragged keys: token of key 0
+  int64_t keys = 0;
+};
+
+// The rows that decide together: `positions` query positions of `heads` query heads that share a KV head.
+// Row r is position r / heads, head r % heads.
+struct QueryTile {
+  int64_t request;
+  int64_t head;
+  int64_t heads;           // prefill: 1
+  int64_t first_position;  // within the request
+  int64_t positions;
+  int64_t index;  // among the query tiles of all requests; decode: the request
+
+  int64_t rows() const { return positions * heads; }
+  int64_t position_of(int64_t row) const { return first_position + row / heads; }
+  int64_t head_of(int64_t row) const { return head + row % heads; }
+};
+
+struct Problem {
+  DType dtype;
+  bool pack_heads;  // decode: the query heads of a KV head form one query tile
+  int64_t batch, heads, kv_heads, head_dim, value_dim;
+  int64_t rows = 0;      // query positions of all requests
+  int64_t max_keys = 0;  // of any request
+  std::vector<Request> requests;
+  View q, out;
+  bool ragged_queries;
+  KeysValues kv;
+  float scale, softcap;
+  const float* sinks;
+  Mask mask;
+  Order order;
+  TileTest test;
+  Report report;
+
+  int64_t group() const { return heads / kv_heads; }
+  const std::byte* query(int64_t request, int64_t position, int64_t head) const;
+  std::byte* output(int64_t request, int64_t position, int64_t head) const;
+  const std::byte* key(int64_t request, int64_t token, int64_t kv_head) const;
+  const std::byte* value(int64_t request, int64_t token, int64_t kv_head) const;
+
+  // All query tiles, `query_rows` positions each (decode: one a request and KV head).
+  std::vector<QueryTile> query_tiles(int64_t query_rows) const;
+  int64_t query_tile_count(int64_t query_rows) const;  // of one head, over all requests
+
+  // The keys that row `row` of the tile sees.
+  Range row_keys(const QueryTile& tile, int64_t row) const;
+
+  // Whether the block mask lets the query tile visit the key tile.
+  bool block_visible(const QueryTile& tile, int64_t key_tile) const;
+
+  // What a row's tested value must stay below for a skip, in natural log: ln(threshold), tau, or -inf
+  // where nothing may be skipped.
+  double skip_below(int64_t request, int64_t head) const;
+};
+
+// The block mask's strides cover the tiles of this shape. Throws Error.
+void check_block_mask(const Problem& p, TileShape shape);
+
+// Check everything that can be checked without reading tensors. Throws Error.
+Problem make_problem(const PrefillParams& params);
+Problem make_problem(const DecodeParams& params);
+
+}  // namespace blasst::attention

@@ -1,0 +1,122 @@
+#include "cpu/backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <utility>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/plan.h"
+#include "cpu/thread_pool.h"
+#include "cpu/totals.h"
+
+namespace blasst::cpu {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// The caller's workspace if it is given and large enough, else memory of the call's own.
+class Scratch {
+ public:
+  Scratch(Workspace workspace, std::size_t bytes) {
+    if (workspace.data && workspace.bytes < bytes)
+      throw Error(BLASST_INVALID_ARGUMENT,
+                  fmt::format("workspace_bytes is {}; this call needs {}", workspace.bytes, bytes));
+    if (workspace.data) {
+      data_ = static_cast<std::byte*>(workspace.data);
+      data_ += aligned(reinterpret_cast<uintptr_t>(data_)) - reinterpret_cast<uintptr_t>(data_);
+    } else {
+      owned_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+      data_ = owned_.get();
+    }
+  }
+
+  float* take(std::size_t floats) {
+    return reinterpret_cast<float*>(std::exchange(data_, data_ + aligned(floats * sizeof(float))));
+  }
+
+ private:
+  struct Free {
+    void operator()(std::byte* data) const { ::operator delete(data, std::align_val_t{kAlignment}); }
+  };
+  std::unique_ptr<std::byte, Free> owned_;
+  std::byte* data_;
+};
+
+// Before anything is counted: the report's cells that units only add to start from zero.
+void clear_report(const Problem& p, int64_t query_tiles) {
+  const Report& report = p.report;
+  if (report.tiles_visitable) std::fill_n(report.tiles_visitable, p.batch * p.heads, 0);
+  if (report.tiles_skipped) std::fill_n(report.tiles_skipped, p.batch * p.heads, 0);
+  if (report.gap_histogram) std::fill_n(report.gap_histogram, p.heads * BLASST_GAP_BINS, 0);
+  if (report.tile_bits) {
+    const int64_t words = attention::ceil_div(attention::ceil_div(p.max_keys, kKeys), 32);
+    std::fill_n(report.tile_bits, (p.pack_heads ? p.kv_heads : p.heads) * query_tiles * words, 0);
+  }
+}
+
+Totals make_totals(const Problem& p, int64_t query_tiles) {
+  return Totals(p, query_tiles, attention::ceil_div(p.max_keys, kKeys));
+}
+
+}  // namespace
+
+std::size_t prefill_workspace_bytes(const Problem& p, int threads) {
+  return kAlignment + threads * aligned(prefill_scratch_floats(p) * sizeof(float));
+}
+
+std::size_t decode_workspace_bytes(const Problem& p, int threads) {
+  const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
+  return kAlignment + threads * aligned(decode_scratch_floats(p) * sizeof(float)) +
+         decode_units(p, tiles).size() * aligned(decode_partial_floats(p) * sizeof(float));
+}
+
+void prefill(const Problem& p, int threads, Workspace workspace) {
+  attention::check_block_mask(p, prefill_shape());
+  const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
+  const std::vector<PrefillUnit> units = prefill_units(p, tiles);
+  Scratch scratch(workspace, prefill_workspace_bytes(p, threads));
+  std::vector<float*> worker_scratch(threads);
+  for (float*& s : worker_scratch) s = scratch.take(prefill_scratch_floats(p));
+  const int64_t query_tiles = p.query_tile_count(kQueryRows);
+  clear_report(p, query_tiles);
+  Totals totals = make_totals(p, query_tiles);
+  const Kernels& kernel = kernels(p.dtype);
+  parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
+    kernel.prefill(p, units[i], totals, worker_scratch[worker]);
+  });
+}
+
+void decode(const Problem& p, int threads, Workspace workspace) {
+  attention::check_block_mask(p, decode_shape(p));
+  const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
+  const std::vector<DecodeUnit> units = decode_units(p, tiles);
+  Scratch scratch(workspace, decode_workspace_bytes(p, threads));
+  std::vector<float*> worker_scratch(threads);
+  for (float*& s : worker_scratch) s = scratch.take(decode_scratch_floats(p));
+  std::vector<Partial> partials;
+  for (size_t i = 0; i < units.size(); ++i)
+    partials.push_back(decode_partial(p, scratch.take(decode_partial_floats(p))));
+  clear_report(p, p.batch);
+  Totals totals = make_totals(p, p.batch);
+  const Kernels& kernel = kernels(p.dtype);
+  parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
+    kernel.decode(p, units[i], totals, worker_scratch[worker], partials[i]);
+  });
+  // Units of a query tile follow each other.
+  std::vector<int64_t> first;
+  for (int64_t i = 0; i < std::ssize(units); ++i) {
+    if (units[i].visit.begin == 0) first.push_back(i);
+  }
+  parallel_for(std::ssize(first), threads, [&](int64_t i, int) {
+    const int64_t end = i + 1 < std::ssize(first) ? first[i + 1] : std::ssize(units);
+    kernel.combine(p, *units[first[i]].tile, &partials[first[i]], end - first[i]);
+  });
+}
+
+}  // namespace blasst::cpu

@@ -1,0 +1,26 @@
+// What a set of kernels, compiled for one instruction set, provides.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "attention/problem.h"
+#include "cpu/plan.h"
+#include "cpu/totals.h"
+
+namespace blasst::cpu {
+
+struct Kernels {
+  // Visit the unit's key tiles and write its output rows. `scratch`: prefill_scratch_floats, 64-byte aligned.
+  void (*prefill)(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch);
+  // Visit one split; leaves a partial result. `scratch`: decode_scratch_floats, 64-byte aligned.
+  void (*decode)(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
+                 const Partial& partial);
+  // Join a query tile's splits, in their order, and write its output rows.
+  void (*combine)(const Problem& p, const QueryTile& tile, const Partial* splits, int64_t count);
+};
+
+// One per storage type, in the order of blasst_dtype.
+using KernelTable = std::array<Kernels, 3>;
+
+}  // namespace blasst::cpu

@@ -1,0 +1,63 @@
+// Host-side choices of the CPU backend: tile shapes, work items, scratch sizes. Plain functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "attention/problem.h"
+
+namespace blasst::cpu {
+
+using attention::Problem;
+using attention::QueryTile;
+using attention::Range;
+
+inline constexpr int kQueryRows = 64;      // rows of a prefill query tile
+inline constexpr int kKeys = 64;           // keys of a key tile
+inline constexpr int kUnitTiles = 4;       // query tiles that share one staged key tile
+inline constexpr int kSplitTiles = 64;     // decode: visited tiles a split
+inline constexpr int kMaxDim = 256;
+
+TileShape prefill_shape();
+TileShape decode_shape(const Problem& p);
+
+// Prefill work: up to kUnitTiles neighbouring query tiles of one head, which visit key tiles together.
+struct PrefillUnit {
+  std::span<const QueryTile> tiles;
+  Range key_tiles;  // union of what its query tiles may visit
+};
+
+// Longest first, so that threads end together.
+std::vector<PrefillUnit> prefill_units(const Problem& p, std::span<const QueryTile> tiles);
+
+// Decode work: one split of one query tile's visit.
+struct DecodeUnit {
+  const QueryTile* tile;
+  Range key_tiles;   // of the whole visit
+  Range visit;       // positions in the visit sequence
+};
+
+// Splits of a query tile follow each other, in the order of its visit.
+std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile> tiles);
+
+// Floats of one thread's scratch, and of one decode unit's partial result.
+size_t prefill_scratch_floats(const Problem& p);
+size_t decode_scratch_floats(const Problem& p);
+size_t decode_partial_floats(const Problem& p);
+
+// The softmax state of a decode unit: m, l, bound of each row, then its outputs [rows, padded value_dim].
+struct Partial {
+  float* m;
+  float* l;
+  float* bound;
+  float* o;
+  int64_t o_stride;
+};
+Partial decode_partial(const Problem& p, float* storage);
+
+// value_dim rounded up to whole vectors of any instruction set.
+inline int64_t padded(int64_t dim) { return attention::ceil_div(dim, 32) * 32; }
+
+}  // namespace blasst::cpu

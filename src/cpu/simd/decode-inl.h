@@ -1,0 +1,470 @@
+// Decode of one split: the query heads that share a KV head walk the key tiles together, one row each.
+//
+// Memory is the limit: K is streamed once, with the next tile's rows prefetched while this one is scored; V is
+// touched only for kept tiles, prefetched when the tile is kept and used one tile later.
+#if defined(BLASST_CPU_SIMD_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_SIMD_DECODE_INL_H_
+#undef BLASST_CPU_SIMD_DECODE_INL_H_
+#else
+#define BLASST_CPU_SIMD_DECODE_INL_H_
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "attention/problem.h"
+#include "cpu/plan.h"
+#include "cpu/simd/arithmetic-inl.h"
+#include "cpu/simd/exp-inl.h"
+#include "cpu/simd/finish-inl.h"
+#include "cpu/totals.h"
+#include "hwy/cache_control.h"
+
+BLASST_BEFORE_NAMESPACE();
+namespace blasst::cpu::BLASST_ISA {
+
+// The lanes' sum.
+template <typename D>
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumBlocks(D d, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(D()) > 4) {
+    const hn::Half<D> half;
+    return SumBlocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  } else {
+    return v;
+  }
+}
+
+// The sums of four vectors' lanes.
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumFour(const V* v) {
+  const hn::Repartition<double, F> pairs;
+  const V ab = hn::Add(hn::InterleaveLower(f, v[0], v[1]), hn::InterleaveUpper(f, v[0], v[1]));
+  const V cd = hn::Add(hn::InterleaveLower(f, v[2], v[3]), hn::InterleaveUpper(f, v[2], v[3]));
+  const auto p = hn::BitCast(pairs, ab), q = hn::BitCast(pairs, cd);
+  return SumBlocks(f, hn::Add(hn::BitCast(f, hn::InterleaveLower(pairs, p, q)),
+                              hn::BitCast(f, hn::InterleaveUpper(pairs, p, q))));
+}
+
+inline constexpr int kRowGroup = 4;   // rows that share a pass over a tile's keys or values
+inline constexpr int kKeyGroup = 4;   // keys that share a pass over the rows
+inline constexpr int kValueVectors = HWY_TARGET == HWY_AVX3 ? 4 : 2;  // output vectors of a row in registers
+
+template <typename A>
+class DecodeWalk {
+ public:
+  DecodeWalk(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch, const Partial& partial)
+      : p_(p), unit_(unit), tile_(*unit.tile), totals_(totals), partial_(partial), count_(unit.tile->rows()),
+        padded_count_(hwy::RoundUpTo(count_, kLanes)), depth_(p.head_dim / A::kPack),
+        q_stride_(hwy::RoundUpTo(depth_, kLanes)),
+        o_stride_(hwy::RoundUpTo(p.value_dim, A::kPack * kLanes)), kv_head_(unit.tile->head / p.group()),
+        keys_(p.requests[unit.tile->request].keys) {
+    const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + hwy::RoundUpTo(floats, 16)); };
+    scores_ = take(count_ * kKeys);
+    probabilities_ = take(count_ * kKeys);
+    q_ = take(count_ * q_stride_);
+    o_ = take(count_ * o_stride_);
+    for (float** row : {&m_, &t_, &l_, &bound_, &rescale_, &below_, &seen_}) *row = take(padded_count_);
+    unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
+    log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
+  }
+
+  void Run() {
+    Begin();
+    if (unit_.visit.begin > 0) SeedMaxima();
+    int64_t j = NextTile();
+    if (j >= 0) FindRows(j, k_rows_);
+    while (j >= 0) {
+      const int64_t next = NextTile();
+      if (next >= 0) FindRows(next, next_k_rows_);
+      Visit(j, next >= 0);
+      std::swap(k_rows_, next_k_rows_);
+      j = next;
+    }
+    AddPending();
+    WritePartial();
+  }
+
+ private:
+  using Rows = std::array<const std::byte*, kKeys>;
+
+  void Begin() {
+    ranges_.resize(count_);
+    std::fill_n(q_, count_ * q_stride_, 0.0f);
+    std::fill_n(o_, count_ * o_stride_, 0.0f);
+    for (int64_t r = 0; r < padded_count_; ++r) {
+      m_[r] = t_[r] = -kInf;
+      l_[r] = bound_[r] = seen_[r] = 0;
+      below_[r] = kInf;
+      if (r >= count_) continue;
+      ranges_[r] = p_.row_keys(tile_, r);
+      rows_differ_ |= ranges_[r].begin != ranges_[0].begin || ranges_[r].end != ranges_[0].end;
+      below_[r] = static_cast<float>(p_.skip_below(tile_.request, tile_.head_of(r)) / unit_scale_);
+      A::Stage(p_.query(tile_.request, tile_.position_of(r), tile_.head_of(r)), p_.head_dim,
+               q_ + r * q_stride_);
+    }
+  }
+
+  Range KeysOf(int64_t j) const { return {j * kKeys, std::min<int64_t>(keys_, (j + 1) * kKeys)}; }
+
+  bool Visited(int64_t j) const {
+    return p_.block_visible(tile_, j) && (!p_.mask.bands || attention::any_visible(ranges_, KeysOf(j)));
+  }
+
+  // The next tile of this split that is visited; -1 at its end.
+  int64_t NextTile() {
+    while (position_ < unit_.visit.size()) {
+      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, unit_.visit.begin + position_++);
+      if (Visited(j)) return j;
+    }
+    return -1;
+  }
+
+  static const std::byte* ZeroRow() {
+    static constexpr std::array<std::byte, kMaxDim * sizeof(float)> zeros{};
+    return zeros.data();
+  }
+
+  void FindRows(int64_t j, Rows& rows) const {
+    const Range keys = KeysOf(j);
+    for (int64_t i = 0; i < kKeys; ++i)
+      rows[i] = i < keys.size() ? p_.key(tile_.request, keys.begin + i, kv_head_) : ZeroRow();
+  }
+
+  // Values of the keys that some row sees (`row` < 0) or that this row sees; zeros elsewhere, so that NaN in a
+  // masked value stays out.
+  void FindValues(int64_t j, int64_t row, Rows& rows) const {
+    const Range keys = KeysOf(j);
+    const auto seen = [&](int64_t key) {
+      if (row >= 0) return key >= ranges_[row].begin && key < ranges_[row].end;
+      return !rows_differ_ ? key >= ranges_[0].begin && key < ranges_[0].end : true;
+    };
+    for (int64_t i = 0; i < kKeys; ++i) {
+      rows[i] = i < keys.size() && seen(keys.begin + i) ? p_.value(tile_.request, keys.begin + i, kv_head_)
+                                                        : ZeroRow();
+    }
+  }
+
+  bool Boundary(Range keys) const {
+    return keys.size() < kKeys || std::ranges::any_of(ranges_, [&](Range row) {
+             return row.begin > keys.begin || row.end < keys.end;
+           });
+  }
+
+  // A split starts from the maxima of the first two tiles of the whole visit.
+  void SeedMaxima() {
+    int seeds = 0;
+    for (int64_t i = 0; i < unit_.key_tiles.size() && seeds < 2; ++i) {
+      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, i);
+      if (!Visited(j)) continue;
+      ++seeds;
+      FindRows(j, k_rows_);
+      Scores(false);
+      Maxima(KeysOf(j));
+      for (int64_t r = 0; r < count_; ++r) m_[r] = std::max(m_[r], t_[r]);
+    }
+  }
+
+  void Visit(int64_t j, bool prefetch_next) {
+    const Range keys = KeysOf(j);
+    Scores(prefetch_next);
+    const bool nan = Maxima(keys);
+    const bool kept = Keep() || nan;
+    totals_.count(tile_, j, kept, totals_.wants_gaps() ? Gap(nan) : 0);
+    if (kept) {
+      FindValues(j, -1, next_v_rows_);
+      for (const std::byte* row : next_v_rows_) PrefetchRow(row, p_.value_dim);
+    }
+    AddPending();
+    if (kept) {
+      Softmax();
+      pending_ = j;
+      std::swap(v_rows_, next_v_rows_);
+    } else if (p_.report.dropped_mass_bound) {
+      AddBound();
+    }
+  }
+
+  void PrefetchRow(const std::byte* row, int64_t dim) const {
+    const int64_t bytes = dim * static_cast<int64_t>(A::kDType == BLASST_FLOAT32 ? 4 : 2);
+    for (int64_t at = 0; at < bytes; at += 64) hwy::Prefetch(row + at);
+  }
+
+  // scores[row][key] = q . k.
+  HWY_NOINLINE void Scores(bool prefetch_next) {
+    for (int64_t r = 0; r < count_; r += kRowGroup) {
+      const bool prefetch = prefetch_next && r == 0;
+      switch (std::min<int64_t>(kRowGroup, count_ - r)) {
+        case 1: ScoreRows<1>(r, prefetch); break;
+        case 2: ScoreRows<2>(r, prefetch); break;
+        case 3: ScoreRows<3>(r, prefetch); break;
+        default: ScoreRows<4>(r, prefetch);
+      }
+    }
+  }
+
+  template <int kRows>
+  HWY_INLINE void ScoreRows(int64_t first, bool prefetch) {
+    const hn::FixedTag<float, 4> four;
+    const float* q = q_ + first * q_stride_;
+    for (int64_t key = 0; key < kKeys; key += kKeyGroup) {
+      if (prefetch) {
+        for (int i = 0; i < kKeyGroup; ++i) PrefetchRow(next_k_rows_[key + i], p_.head_dim);
+      }
+      V sums[kRows][kKeyGroup];
+      for (auto& row : sums)
+        for (V& x : row) x = hn::Zero(f);
+      for (int64_t d = 0; d < depth_; d += kLanes) {
+        V k[kKeyGroup];
+        for (int i = 0; i < kKeyGroup; ++i) {
+          const std::byte* row = k_rows_[key + i];
+          k[i] = HWY_LIKELY(d + kLanes <= depth_) ? A::LoadWords(row, d) : LoadTail(row, d);
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const V row = hn::LoadU(f, q + r * q_stride_ + d);
+          for (int i = 0; i < kKeyGroup; ++i) sums[r][i] = A::MulAdd(row, k[i], sums[r][i]);
+        }
+      }
+      for (int r = 0; r < kRows; ++r)
+        hn::StoreU(SumFour(sums[r]), four, scores_ + (first + r) * kKeys + key);
+    }
+  }
+
+  // The last words of a key, with zeros behind them.
+  V LoadTail(const std::byte* row, int64_t at) const {
+    alignas(64) float words[kLanes] = {};
+    const int64_t bytes_a_word = A::kDType == BLASST_FLOAT32 ? 4 : 2 * A::kPack;
+    A::Stage(row + at * bytes_a_word, (depth_ - at) * A::kPack, words);
+    return hn::Load(f, words);
+  }
+
+  // Soft cap, mask, then each row's maximum, NaN left aside. Whether a row that counts has a NaN.
+  HWY_NOINLINE bool Maxima(Range keys) {
+    const bool boundary = Boundary(keys);
+    bool nan = false;
+    for (int64_t r = 0; r < count_; ++r) {
+      float* scores = scores_ + r * kKeys;
+      const Range seen = intersect(ranges_[r], keys);
+      V most = hn::Set(f, -kInf);
+      for (int64_t key = 0; key < kKeys; key += kLanes) {
+        V s = hn::LoadU(f, scores + key);
+        if (p_.softcap > 0) s = SoftCap(hn::Mul(s, hn::Set(f, p_.scale)), hn::Set(f, p_.softcap));
+        if (boundary) {
+          const auto index = hn::Iota(i32, static_cast<int32_t>(keys.begin + key));
+          const auto inside = hn::AndNot(hn::Lt(index, hn::Set(i32, static_cast<int32_t>(seen.begin))),
+                                         hn::Lt(index, hn::Set(i32, static_cast<int32_t>(seen.end))));
+          s = hn::IfThenElse(hn::RebindMask(f, inside), s, hn::Set(f, -kInf));
+        }
+        const M is_nan = hn::IsNaN(s);
+        if (HWY_UNLIKELY(!hn::AllFalse(f, is_nan))) {
+          nan = true;
+          s = hn::IfThenElse(is_nan, hn::Set(f, std::numeric_limits<float>::quiet_NaN()), s);
+        }
+        if (boundary || p_.softcap > 0 || nan) hn::StoreU(s, f, scores + key);
+        most = hn::IfThenElse(hn::Gt(s, most), s, most);
+      }
+      t_[r] = hn::GetLane(hn::MaxOfLanes(f, most));
+      seen_[r] = static_cast<float>(seen.size());
+    }
+    return nan;
+  }
+
+  // The tile test, as in prefill, with a threshold a row.
+  bool Keep() const {
+    const V none = hn::Set(f, -kInf);
+    bool keep = false;
+    for (int64_t r = 0; r < padded_count_; r += kLanes) {
+      const V t = hn::LoadU(f, t_ + r), m = hn::LoadU(f, m_ + r);
+      const V tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t : hn::Sub(t, m);
+      const M low = hn::And(hn::Lt(tested, hn::LoadU(f, below_ + r)), hn::Gt(m, none));
+      keep |= !hn::AllTrue(f, hn::Or(low, hn::Eq(t, none)));
+    }
+    return keep;
+  }
+
+  double Gap(bool nan) const {
+    if (nan) return std::numeric_limits<double>::quiet_NaN();
+    double gap = -kInf;
+    for (int64_t r = 0; r < count_; ++r) {
+      if (t_[r] > -kInf) gap = std::max(gap, double{t_[r]} - m_[r]);
+    }
+    return gap * unit_scale_;
+  }
+
+  void AddBound() {
+    const V scale = hn::Set(f, log2_scale_);
+    for (int64_t r = 0; r < padded_count_; r += kLanes) {
+      const V mass = Exp2(hn::MulSub(hn::LoadU(f, t_ + r), scale, hn::Mul(hn::LoadU(f, m_ + r), scale)));
+      const V seen = hn::LoadU(f, seen_ + r), bound = hn::LoadU(f, bound_ + r);
+      hn::StoreU(hn::IfThenElse(hn::Gt(seen, hn::Zero(f)), hn::MulAdd(mass, seen, bound), bound), f, bound_ + r);
+    }
+  }
+
+  HWY_NOINLINE void Softmax() {
+    const V scale = hn::Set(f, log2_scale_), none = hn::Set(f, -kInf);
+    alignas(64) float base[kLanes];
+    for (int64_t first = 0; first < count_; first += kLanes) {
+      const V old_m = hn::LoadU(f, m_ + first);
+      const V m = hn::Max(old_m, hn::LoadU(f, t_ + first));
+      const V base_v = hn::Mul(hn::IfThenZeroElse(hn::Eq(m, none), m), scale);
+      const V factor = Exp2(hn::Sub(hn::Mul(old_m, scale), base_v));
+      hn::StoreU(m, f, m_ + first);
+      hn::StoreU(factor, f, rescale_ + first);
+      hn::StoreU(hn::Mul(hn::LoadU(f, bound_ + first), factor), f, bound_ + first);
+      hn::Store(base_v, f, base);
+      for (int64_t r = first; r < std::min(count_, first + kLanes); ++r)
+        l_[r] = l_[r] * rescale_[r] + RowProbabilities(r, base[r - first]);
+    }
+  }
+
+  // Packs the probabilities of one row; their sum.
+  float RowProbabilities(int64_t row, float base) {
+    const float* scores = scores_ + row * kKeys;
+    alignas(64) float p[kKeys];
+    V sum = hn::Zero(f);
+    for (int64_t key = 0; key < kKeys; key += kLanes) {
+      const V x = Exp2(hn::MulSub(hn::LoadU(f, scores + key), hn::Set(f, log2_scale_), hn::Set(f, base)));
+      sum = hn::Add(sum, x);
+      hn::Store(x, f, p + key);
+    }
+    A::PackRow(p, kKeys, probabilities_ + row * kKeys);
+    return hn::GetLane(hn::SumOfLanes(f, sum));
+  }
+
+  // Adds the values of the tile that was kept last.
+  void AddPending() {
+    if (pending_ < 0) return;
+    const int64_t j = std::exchange(pending_, -1);
+    if (rows_differ_ && Boundary(KeysOf(j))) {
+      for (int64_t r = 0; r < count_; ++r) {
+        FindValues(j, r, v_rows_);
+        AddRows<1>(r);
+      }
+      return;
+    }
+    for (int64_t r = 0; r < count_; r += kRowGroup) {
+      switch (std::min<int64_t>(kRowGroup, count_ - r)) {
+        case 1: AddRows<1>(r); break;
+        case 2: AddRows<2>(r); break;
+        case 3: AddRows<3>(r); break;
+        default: AddRows<4>(r);
+      }
+    }
+  }
+
+  template <int kRows>
+  HWY_NOINLINE void AddRows(int64_t first) {
+    constexpr int64_t kBlock = A::kPack * kLanes;              // elements of one LoadValues
+    constexpr int kBlocks = kValueVectors / A::kPack;
+    int64_t d = 0;
+    for (; d + kBlocks * kBlock <= p_.value_dim; d += kBlocks * kBlock) AddBlocks<kRows, kBlocks, false>(first, d);
+    for (; d + kBlock <= p_.value_dim; d += kBlock) AddBlocks<kRows, 1, false>(first, d);
+    if (d < p_.value_dim) AddBlocks<kRows, 1, true>(first, d);
+  }
+
+  // o[row][d..] = rescale * o + sum over keys of p * v, for kBlocks blocks of elements; kTail: a last, short one.
+  template <int kRows, int kBlocks, bool kTail>
+  HWY_INLINE void AddBlocks(int64_t first, int64_t d) {
+    constexpr int kVectors = kBlocks * A::kPack;
+    V sums[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+      const V rescale = hn::Set(f, rescale_[first + r]);
+      for (int v = 0; v < kVectors; ++v)
+        sums[r][v] = hn::Mul(hn::LoadU(f, o_ + (first + r) * o_stride_ + d + v * kLanes), rescale);
+    }
+    for (int64_t step = 0; step < kKeys / A::kPack; ++step) {
+      const std::byte* const* rows = v_rows_.data() + step * A::kPack;
+      V words[kVectors];
+      if constexpr (kTail) {
+        LoadValuesTail(rows, d, words);
+      } else {
+        for (int b = 0; b < kBlocks; ++b)
+          A::LoadValues(rows, d + b * A::kPack * kLanes, words + b * A::kPack);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const V p = hn::Set(f, probabilities_[(first + r) * kKeys + step]);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = A::MulAdd(p, words[v], sums[r][v]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v)
+        hn::StoreU(sums[r][v], f, o_ + (first + r) * o_stride_ + d + v * kLanes);
+    }
+  }
+
+  // The elements from d on, padded with zeros to a block.
+  void LoadValuesTail(const std::byte* const* rows, int64_t d, V* words) const {
+    constexpr int64_t kBytes = A::kDType == BLASST_FLOAT32 ? 4 : 2;
+    alignas(64) std::byte padded[A::kPack][A::kPack * kLanes * kBytes] = {};
+    const std::byte* padded_rows[A::kPack];
+    for (int i = 0; i < A::kPack; ++i) {
+      std::memcpy(padded[i], rows[i] + d * kBytes, (p_.value_dim - d) * kBytes);
+      padded_rows[i] = padded[i];
+    }
+    A::LoadValues(padded_rows, 0, words);
+  }
+
+  void WritePartial() const {
+    constexpr int64_t kBlock = A::kPack * kLanes;
+    for (int64_t r = 0; r < count_; ++r) {
+      partial_.m[r] = m_[r] * log2_scale_;
+      partial_.l[r] = l_[r];
+      partial_.bound[r] = bound_[r];
+      for (int64_t d = 0; d < p_.value_dim; ++d) {
+        const int64_t at = d / kBlock * kBlock + A::Lane(static_cast<int>(d % kBlock));
+        partial_.o[r * partial_.o_stride + d] = o_[r * o_stride_ + at];
+      }
+    }
+  }
+
+  const Problem& p_;
+  const DecodeUnit& unit_;
+  const QueryTile& tile_;
+  Totals& totals_;
+  const Partial& partial_;
+  const int64_t count_, padded_count_;  // rows
+  const int64_t depth_;                 // words a key
+  const int64_t q_stride_, o_stride_;
+  const int64_t kv_head_, keys_;
+  float unit_scale_, log2_scale_;
+  float *scores_, *probabilities_, *q_, *o_;
+  float *m_, *t_, *l_, *bound_, *rescale_, *below_, *seen_;  // a row each
+  std::vector<Range> ranges_;  // keys that a row sees
+  bool rows_differ_ = false;
+  int64_t position_ = 0;
+  int64_t pending_ = -1;  // kept tile whose values are still to be added
+  Rows k_rows_, next_k_rows_, v_rows_, next_v_rows_;
+};
+
+template <typename A>
+void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch, const Partial& partial) {
+  DecodeWalk<A>(p, unit, totals, scratch, partial).Run();
+}
+
+// Joins the splits of a query tile, in their order, and writes its output rows.
+inline void Combine(const Problem& p, const QueryTile& tile, const Partial* splits, int64_t count) {
+  std::array<float, kMaxDim> out;
+  for (int64_t r = 0; r < tile.rows(); ++r) {
+    float m = -kInf, l = 0, bound = 0;
+    for (int64_t i = 0; i < count; ++i) m = std::max(m, splits[i].m[r]);
+    out.fill(0);
+    for (int64_t i = 0; i < count; ++i) {
+      const Partial& s = splits[i];
+      if (s.l[r] == 0 && s.bound[r] == 0) continue;  // this split kept and skipped nothing for the row
+      const float weight = std::exp2(s.m[r] - m);
+      l += s.l[r] * weight;
+      bound += s.bound[r] * weight;
+      for (int64_t d = 0; d < p.value_dim; ++d) out[d] += s.o[r * s.o_stride + d] * weight;
+    }
+    const RowTotal total = FinishRow(p, tile.head_of(r), m, l, bound);
+    for (int64_t d = 0; d < p.value_dim; ++d) out[d] = total.inverse == 0 ? 0 : out[d] * total.inverse;
+    WriteRow(p, tile, r, out.data(), total);
+  }
+}
+
+}  // namespace blasst::cpu::BLASST_ISA
+HWY_AFTER_NAMESPACE();
+
+#endif

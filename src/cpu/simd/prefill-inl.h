@@ -1,0 +1,416 @@
+// Prefill of one unit: a few neighbouring query tiles of one head walk the key tiles together.
+//
+// Everything is kept transposed: lanes are query rows. So K and V are read as they are stored, one broadcast
+// word at a time; row maxima, the tile test and the softmax sums are plain vector operations without a single
+// horizontal step; only Q is transposed on the way in and the output on the way out.
+#if defined(BLASST_CPU_SIMD_PREFILL_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_SIMD_PREFILL_INL_H_
+#undef BLASST_CPU_SIMD_PREFILL_INL_H_
+#else
+#define BLASST_CPU_SIMD_PREFILL_INL_H_
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "attention/problem.h"
+#include "cpu/plan.h"
+#include "cpu/simd/arithmetic-inl.h"
+#include "cpu/simd/exp-inl.h"
+#include "cpu/simd/finish-inl.h"
+#include "cpu/totals.h"
+
+BLASST_BEFORE_NAMESPACE();
+namespace blasst::cpu::BLASST_ISA {
+
+// Register tile of both products: kBroadcasts words times kPanel rows.
+inline constexpr int kBroadcasts = 8;
+inline constexpr int kPanelVectors = HWY_TARGET == HWY_AVX3 ? 2 : 1;
+inline constexpr int kPanel = kPanelVectors * kLanes;  // rows
+inline constexpr int kRowVectors = kQueryRows / kLanes;
+static_assert(kQueryRows % kPanel == 0 && kKeys % kBroadcasts == 0);
+
+using Accumulators = V[kBroadcasts][kPanelVectors];
+
+// sums[b][v] += word[b] of the broadcast side times row vector v, over `depth` steps.
+template <typename A>
+HWY_INLINE void Multiply(const float* HWY_RESTRICT words, int64_t word_stride, int64_t step_stride,
+                         const float* HWY_RESTRICT rows, int64_t row_stride, int64_t depth,
+                         Accumulators& sums) {
+  for (int64_t step = 0; step < depth; ++step) {
+    V row[kPanelVectors];
+    for (int v = 0; v < kPanelVectors; ++v) row[v] = hn::Load(f, rows + step * row_stride + v * kLanes);
+    for (int b = 0; b < kBroadcasts; ++b) {
+      const V word = hn::Set(f, words[step * step_stride + b * word_stride]);
+      for (int v = 0; v < kPanelVectors; ++v) sums[b][v] = A::MulAdd(word, row[v], sums[b][v]);
+    }
+  }
+}
+
+// Softmax state of one query tile, a lane a row, in units of score / unit.
+struct RowState {
+  alignas(64) float m[kQueryRows];      // running maximum
+  alignas(64) float l[kQueryRows];      // sum of the kept 2^(unit * log2(e) * (score - m))
+  alignas(64) float bound[kQueryRows];  // upper bound on the same sum over skipped keys
+};
+
+// What the walk needs to know of one query tile.
+struct TileState {
+  const QueryTile* tile;
+  Range key_tiles;            // that it may visit
+  Range inner;                // keys that every row sees
+  std::array<Range, kQueryRows> keys;
+  float magnitude;            // of its queries
+  float* q;                   // [panels][head_dim / kPack][kPanel] words
+  float* o;                   // [value_dim][kQueryRows]
+  RowState rows;
+};
+
+template <typename A>
+class PrefillWalk {
+ public:
+  PrefillWalk(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch)
+      : p_(p), unit_(unit), totals_(totals), depth_(p.head_dim / A::kPack) {
+    const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
+    scores_ = take(kKeys * kQueryRows);
+    probabilities_ = A::kPack == 1 ? scores_ : take(kKeys / A::kPack * kQueryRows);
+    k_ = take(kKeys * kMaxDim);
+    v_ = take(kKeys * kMaxDim);
+    row_words_ = take(kMaxDim);
+    for (size_t i = 0; i < unit.tiles.size(); ++i) {
+      tiles_[i].q = take(kQueryRows * depth_);
+      tiles_[i].o = take(kQueryRows * p.value_dim);
+    }
+    const QueryTile& first = unit.tiles.front();
+    const double below = p.skip_below(first.request, first.head);
+    // Without soft cap the running maximum is kept in raw dot products, so that skipped tiles are never
+    // scaled.
+    unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
+    log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
+    skip_below_ = static_cast<float>(below / unit_scale_);
+    kv_head_ = first.head / p.group();
+  }
+
+  void Run() {
+    for (size_t i = 0; i < unit_.tiles.size(); ++i) Begin(unit_.tiles[i], tiles_[i]);
+    for (int64_t i = 0; i < unit_.key_tiles.size(); ++i) {
+      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, i);
+      k_staged_ = v_staged_ = false;
+      for (size_t t = 0; t < unit_.tiles.size(); ++t) {
+        TileState& tile = tiles_[t];
+        if (j >= tile.key_tiles.begin && j < tile.key_tiles.end && p_.block_visible(*tile.tile, j))
+          Visit(tile, j);
+      }
+    }
+    for (size_t i = 0; i < unit_.tiles.size(); ++i) Finish(tiles_[i]);
+  }
+
+ private:
+  // Transposes the queries and resets the state.
+  void Begin(const QueryTile& tile, TileState& state) {
+    state.tile = &tile;
+    state.inner = {0, p_.max_keys};
+    for (int64_t r = 0; r < kQueryRows; ++r) {
+      state.keys[r] = r < tile.rows() ? p_.row_keys(tile, r) : Range{};
+      if (r < tile.rows()) state.inner = intersect(state.inner, state.keys[r]);
+      state.rows.m[r] = -kInf;
+      state.rows.l[r] = state.rows.bound[r] = 0;
+    }
+    state.key_tiles = attention::tile_range({state.keys.data(), static_cast<size_t>(tile.rows())}, kKeys);
+    std::fill_n(state.q, kQueryRows * depth_, 0.0f);
+    std::fill_n(state.o, kQueryRows * p_.value_dim, 0.0f);
+    if (state.key_tiles.empty()) return;
+    for (int64_t r = 0; r < tile.rows(); ++r) {
+      A::Stage(p_.query(tile.request, tile.position_of(r), tile.head), p_.head_dim, row_words_);
+      float* to = state.q + r / kPanel * kPanel * depth_ + r % kPanel;
+      for (int64_t d = 0; d < depth_; ++d) to[d * kPanel] = row_words_[d];
+    }
+    state.magnitude = LargestMagnitude<A>(state.q, kQueryRows * depth_);
+  }
+
+  int64_t Keys(int64_t j) const {
+    return std::min<int64_t>(kKeys, p_.requests[unit_.tiles.front().request].keys - j * kKeys);
+  }
+
+  // Copies the keys of tile j, zeros up to a whole number of broadcasts.
+  void StageKeys(int64_t j) {
+    const int64_t request = unit_.tiles.front().request;
+    staged_keys_ = hwy::RoundUpTo(Keys(j), kBroadcasts);
+    for (int64_t key = 0; key < Keys(j); ++key)
+      A::Stage(p_.key(request, j * kKeys + key, kv_head_), p_.head_dim, k_ + key * depth_);
+    std::fill(k_ + Keys(j) * depth_, k_ + staged_keys_ * depth_, 0.0f);
+    k_magnitude_ = LargestMagnitude<A>(k_, staged_keys_ * depth_);
+    k_staged_ = true;
+  }
+
+  // Copies the values of tile j as [value_dim / kBroadcasts][keys / kPack][kBroadcasts] words, in the order
+  // in which they are broadcast.
+  void StageValues(int64_t j) {
+    static constexpr std::array<std::byte, kMaxDim * 4> zeros{};
+    const int64_t request = unit_.tiles.front().request;
+    const int64_t steps = staged_keys_ / A::kPack;
+    for (int64_t step = 0; step < steps; ++step) {
+      const std::byte* rows[A::kPack];
+      for (int64_t i = 0; i < A::kPack; ++i) {
+        const int64_t key = step * A::kPack + i;
+        rows[i] = key < Keys(j) ? p_.value(request, j * kKeys + key, kv_head_) : zeros.data();
+      }
+      A::StageValues(rows, p_.value_dim, row_words_);
+      for (int64_t d = 0; d < p_.value_dim; d += kBroadcasts)
+        std::memcpy(v_ + (d * steps) + step * kBroadcasts, row_words_ + d, kBroadcasts * sizeof(float));
+    }
+    v_finite_ = LargestMagnitude<A>(v_, staged_keys_ / A::kPack * p_.value_dim) < kInf;
+    v_staged_ = true;
+  }
+
+  void Visit(TileState& tile, int64_t j) {
+    if (!k_staged_) StageKeys(j);
+    V t[kRowVectors];  // row maxima
+    Scores(tile, t);
+    const Range keys{j * kKeys, j * kKeys + Keys(j)};
+    const bool boundary = keys.begin < tile.inner.begin || keys.end > tile.inner.end ||
+                          staged_keys_ > keys.size();
+    // Finite queries and keys whose products cannot overflow give no NaN, so nothing looks for one.
+    const bool may_be_nan = !(tile.magnitude * k_magnitude_ * static_cast<float>(p_.head_dim) < 1e37f);
+    bool nan = false;
+    bool capped = p_.softcap == 0;
+    if (boundary || may_be_nan) {
+      if (!capped) CapScores();
+      capped = true;
+      nan = MaskScores(tile, keys, t);
+    } else if (!capped) {
+      for (V& x : t) x = SoftCap(hn::Mul(x, hn::Set(f, p_.scale)), hn::Set(f, p_.softcap));
+    }
+    const bool kept = Keep(tile.rows, t, tile.tile->rows()) || nan;
+    totals_.count(*tile.tile, j, kept, totals_.wants_gaps() ? Gap(tile, t, nan) : 0);
+    if (!kept) {
+      if (p_.report.dropped_mass_bound) AddBound(tile, t, keys);
+      return;
+    }
+    if (!capped) CapScores();
+    if (!v_staged_) StageValues(j);
+    alignas(64) float rescale[kQueryRows];
+    Softmax(tile.rows, t, rescale);
+    if (v_finite_ || !boundary)
+      AddValues(tile, rescale);
+    else
+      AddValuesWhereVisible(tile, rescale, keys);
+  }
+
+  // scores[key][row] = k . q, and the largest of each row.
+  HWY_NOINLINE void Scores(const TileState& tile, V* t) {
+    for (int panel = 0; panel < kQueryRows / kPanel; ++panel) {
+      V most[kPanelVectors];
+      for (V& x : most) x = hn::Set(f, -kInf);
+      for (int64_t key = 0; key < staged_keys_; key += kBroadcasts) {
+        Accumulators sums;
+        for (auto& row : sums)
+          for (V& x : row) x = hn::Zero(f);
+        Multiply<A>(k_ + key * depth_, depth_, 1, tile.q + panel * kPanel * depth_, kPanel, depth_, sums);
+        for (int b = 0; b < kBroadcasts; ++b) {
+          for (int v = 0; v < kPanelVectors; ++v) {
+            hn::Store(sums[b][v], f, scores_ + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
+            most[v] = hn::Max(most[v], sums[b][v]);
+          }
+        }
+      }
+      for (int v = 0; v < kPanelVectors; ++v) t[panel * kPanelVectors + v] = most[v];
+    }
+  }
+
+  HWY_NOINLINE void CapScores() {
+    for (int64_t i = 0; i < staged_keys_ * kQueryRows; i += kLanes) {
+      const V scaled = hn::Mul(hn::Load(f, scores_ + i), hn::Set(f, p_.scale));
+      hn::Store(SoftCap(scaled, hn::Set(f, p_.softcap)), f, scores_ + i);
+    }
+  }
+
+  // Sets what a row does not see to -inf and takes the row maxima anew, NaN left aside. Whether a row that
+  // counts has a NaN. NaN is made canonical, which Exp2 passes on.
+  HWY_NOINLINE bool MaskScores(const TileState& tile, Range keys, V* t) {
+    alignas(64) int32_t begin[kQueryRows], end[kQueryRows];
+    for (int r = 0; r < kQueryRows; ++r) {
+      const Range seen = intersect(tile.keys[r], keys);
+      begin[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.begin - keys.begin);
+      end[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.end - keys.begin);
+    }
+    bool nan = false;
+    for (int v = 0; v < kRowVectors; ++v) {
+      const auto first = hn::Load(i32, begin + v * kLanes), last = hn::Load(i32, end + v * kLanes);
+      V most = hn::Set(f, -kInf);
+      for (int64_t key = 0; key < staged_keys_; ++key) {
+        float* at = scores_ + key * kQueryRows + v * kLanes;
+        const auto index = hn::Set(i32, static_cast<int32_t>(key));
+        const M seen = hn::RebindMask(f, hn::AndNot(hn::Lt(index, first), hn::Lt(index, last)));
+        V s = hn::IfThenElse(seen, hn::Load(f, at), hn::Set(f, -kInf));
+        const M is_nan = hn::IsNaN(s);
+        nan |= !hn::AllFalse(f, is_nan);
+        s = hn::IfThenElse(is_nan, hn::Set(f, std::numeric_limits<float>::quiet_NaN()), s);
+        most = hn::IfThenElse(hn::Gt(s, most), s, most);
+        hn::Store(s, f, at);
+      }
+      t[v] = most;
+    }
+    return nan;
+  }
+
+  // The tile test: kept unless every row with a valid score lies below.
+  bool Keep(const RowState& rows, const V* t, int64_t count) const {
+    const V below = hn::Set(f, skip_below_), none = hn::Set(f, -kInf);
+    bool keep = false;
+    for (int v = 0; v * kLanes < count; ++v) {
+      const V m = hn::Load(f, rows.m + v * kLanes);
+      const V tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t[v] : hn::Sub(t[v], m);
+      // A row's first keys are never skipped: with m = -inf the relative test is false by itself.
+      const M low = hn::And(hn::Lt(tested, below), hn::Gt(m, none));
+      const M veto = hn::AndNot(hn::Or(low, hn::Eq(t[v], none)), hn::FirstN(f, std::max<int64_t>(0, count - v * kLanes)));
+      keep |= !hn::AllFalse(f, veto);
+    }
+    return keep;
+  }
+
+  double Gap(const TileState& tile, const V* t, bool nan) const {
+    if (nan) return std::numeric_limits<double>::quiet_NaN();
+    alignas(64) float most[kQueryRows];
+    for (int v = 0; v < kRowVectors; ++v) hn::Store(t[v], f, most + v * kLanes);
+    double gap = -kInf;
+    for (int64_t r = 0; r < tile.tile->rows(); ++r) {
+      if (most[r] > -kInf) gap = std::max(gap, double{most[r]} - tile.rows.m[r]);
+    }
+    return gap * unit_scale_;
+  }
+
+  void AddBound(TileState& tile, const V* t, Range keys) const {
+    alignas(64) float count[kQueryRows];
+    for (int r = 0; r < kQueryRows; ++r)
+      count[r] = static_cast<float>(intersect(tile.keys[r], keys).size());
+    for (int v = 0; v < kRowVectors; ++v) {
+      float* bound = tile.rows.bound + v * kLanes;
+      const V scale = hn::Set(f, log2_scale_);
+      const V m = hn::Mul(hn::Load(f, tile.rows.m + v * kLanes), scale);
+      const V mass = Exp2(hn::MulSub(t[v], scale, m));
+      const V keys_seen = hn::Load(f, count + v * kLanes);
+      const V sum = hn::MulAdd(mass, keys_seen, hn::Load(f, bound));
+      hn::Store(hn::IfThenElse(hn::Gt(keys_seen, hn::Zero(f)), sum, hn::Load(f, bound)), f, bound);
+    }
+  }
+
+  // Turns scores into probabilities relative to the new running maximum; updates m, l and bound, and gives
+  // the factor that the output so far shrinks by.
+  HWY_NOINLINE void Softmax(RowState& rows, const V* t, float* rescale) {
+    const V scale = hn::Set(f, log2_scale_), none = hn::Set(f, -kInf);
+    for (int v = 0; v < kRowVectors; ++v) {
+      const int64_t at = v * kLanes;
+      const V old_m = hn::Load(f, rows.m + at);
+      const V m = hn::Max(old_m, t[v]);
+      // A row without any key yet: 2^(-inf - 0) = 0 where 2^(-inf - -inf) would be NaN.
+      const V base = hn::Mul(hn::IfThenZeroElse(hn::Eq(m, none), m), scale);
+      const V factor = Exp2(hn::Sub(hn::Mul(old_m, scale), base));
+      V sum[2] = {hn::Zero(f), hn::Zero(f)};
+      for (int64_t key = 0; key < staged_keys_; key += 2 * A::kPack) {
+        for (int half = 0; half < 2; ++half) {
+          V p[A::kPack];
+          for (int i = 0; i < A::kPack; ++i) {
+            const V s = hn::Load(f, scores_ + (key + half * A::kPack + i) * kQueryRows + at);
+            p[i] = Exp2(hn::MulSub(s, scale, base));
+            sum[half] = hn::Add(sum[half], p[i]);
+          }
+          hn::Store(A::Pack(p), f, probabilities_ + (key / A::kPack + half) * kQueryRows + at);
+        }
+      }
+      hn::Store(m, f, rows.m + at);
+      hn::Store(hn::MulAdd(hn::Load(f, rows.l + at), factor, hn::Add(sum[0], sum[1])), f, rows.l + at);
+      hn::Store(hn::Mul(hn::Load(f, rows.bound + at), factor), f, rows.bound + at);
+      hn::Store(factor, f, rescale + at);
+    }
+  }
+
+  // o[d][row] = rescale[row] * o[d][row] + sum over keys of v[key][d] * p[key][row].
+  HWY_NOINLINE void AddValues(TileState& tile, const float* rescale) {
+    const int64_t steps = staged_keys_ / A::kPack;
+    for (int64_t d = 0; d < p_.value_dim; d += kBroadcasts) {
+      for (int panel = 0; panel < kQueryRows / kPanel; ++panel) {
+        float* o = tile.o + d * kQueryRows + panel * kPanel;
+        Accumulators sums;
+        for (int b = 0; b < kBroadcasts; ++b) {
+          for (int v = 0; v < kPanelVectors; ++v)
+            sums[b][v] = hn::Mul(hn::Load(f, o + b * kQueryRows + v * kLanes),
+                                 hn::Load(f, rescale + panel * kPanel + v * kLanes));
+        }
+        Multiply<A>(v_ + d * steps, 1, kBroadcasts, probabilities_ + panel * kPanel, kQueryRows, steps, sums);
+        for (int b = 0; b < kBroadcasts; ++b) {
+          for (int v = 0; v < kPanelVectors; ++v)
+            hn::Store(sums[b][v], f, o + b * kQueryRows + v * kLanes);
+        }
+      }
+    }
+  }
+
+  // The same where a masked key has a NaN or infinite value: 0 * inf must not reach rows that cannot see it.
+  void AddValuesWhereVisible(TileState& tile, const float* rescale, Range keys) {
+    for (int64_t r = 0; r < tile.tile->rows(); ++r) {
+      const Range seen = intersect(tile.keys[r], keys);
+      for (int64_t d = 0; d < p_.value_dim; ++d) {
+        float& o = tile.o[d * kQueryRows + r];
+        o *= rescale[r];
+        for (int64_t key = seen.begin - keys.begin; key < seen.end - keys.begin; ++key)
+          o += Probability(key, r) * Value(key, d);
+      }
+    }
+  }
+
+  // One element of the packed probabilities and of the staged values.
+  float Probability(int64_t key, int64_t row) const {
+    return Element(probabilities_[key / A::kPack * kQueryRows + row], key % A::kPack);
+  }
+  float Value(int64_t key, int64_t d) const {
+    const int64_t steps = staged_keys_ / A::kPack;
+    const float word = v_[d / kBroadcasts * kBroadcasts * steps + key / A::kPack * kBroadcasts + d % kBroadcasts];
+    return Element(word, key % A::kPack);
+  }
+  static float Element(float word, int64_t half) {
+    if constexpr (A::kPack == 1) return word;
+    uint32_t bits;
+    std::memcpy(&bits, &word, sizeof bits);
+    bits = half ? bits & 0xffff0000u : bits << 16;
+    std::memcpy(&word, &bits, sizeof word);
+    return word;
+  }
+
+  // Divides by the denominator, writes output rows, LSE and bound.
+  void Finish(const TileState& tile) {
+    const QueryTile& query = *tile.tile;
+    for (int64_t r = 0; r < query.rows(); ++r) {
+      const RowTotal total = FinishRow(p_, query.head, tile.rows.m[r] * log2_scale_, tile.rows.l[r],
+                                       tile.rows.bound[r]);
+      for (int64_t d = 0; d < p_.value_dim; ++d)
+        row_words_[d] = total.inverse == 0 ? 0 : tile.o[d * kQueryRows + r] * total.inverse;
+      WriteRow(p_, query, r, row_words_, total);
+    }
+  }
+
+  const Problem& p_;
+  const PrefillUnit& unit_;
+  Totals& totals_;
+  int64_t depth_;  // words a query or key
+  int64_t kv_head_;
+  float unit_scale_, log2_scale_, skip_below_;
+  float *scores_, *probabilities_, *k_, *v_, *row_words_;
+  int64_t staged_keys_ = 0;
+  float k_magnitude_ = 0;
+  bool k_staged_ = false, v_staged_ = false, v_finite_ = true;
+  TileState tiles_[kUnitTiles];
+};
+
+template <typename A>
+void Prefill(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch) {
+  PrefillWalk<A>(p, unit, totals, scratch).Run();
+}
+
+}  // namespace blasst::cpu::BLASST_ISA
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,47 @@
+// The statistics of a call, counted by units on any thread. Integers, so the order of adding never shows.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include "attention/problem.h"
+#include "attention/tiles.h"
+
+namespace blasst::cpu {
+
+class Totals {
+ public:
+  Totals(const attention::Problem& p, int64_t query_tiles, int64_t key_tiles)
+      : report_(p.report), heads_(p.heads), query_tiles_(query_tiles),
+        words_(attention::ceil_div(key_tiles, 32)), group_(p.group()), pack_heads_(p.pack_heads) {}
+
+  bool wants_gaps() const { return report_.gap_histogram != nullptr; }
+
+  void count(const attention::QueryTile& tile, int64_t key_tile, bool kept, double gap) {
+    for (int64_t h = tile.head; h < tile.head + tile.heads; ++h) {
+      const int64_t cell = tile.request * heads_ + h;
+      if (report_.tiles_visitable) add(report_.tiles_visitable[cell], 1);
+      if (report_.tiles_skipped && !kept) add(report_.tiles_skipped[cell], 1);
+      if (report_.gap_histogram)
+        add(report_.gap_histogram[h * BLASST_GAP_BINS + attention::gap_bin(gap)], 1);
+    }
+    if (report_.tile_bits && kept) {
+      const int64_t head = pack_heads_ ? tile.head / group_ : tile.head;
+      uint32_t& word = report_.tile_bits[(head * query_tiles_ + tile.index) * words_ + key_tile / 32];
+      std::atomic_ref(word).fetch_or(uint32_t{1} << (key_tile % 32), std::memory_order_relaxed);
+    }
+  }
+
+ private:
+  template <typename T>
+  static void add(T& cell, std::type_identity_t<T> value) {
+    std::atomic_ref(cell).fetch_add(value, std::memory_order_relaxed);
+  }
+
+  const Report& report_;
+  int64_t heads_, query_tiles_, words_, group_;
+  bool pack_heads_;
+};
+
+}  // namespace blasst::cpu

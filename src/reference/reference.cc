@@ -1,0 +1,236 @@
+#include "blasst/reference.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <span>
+
+#include "attention/element.h"
+#include "attention/problem.h"
+
+namespace blasst::reference {
+namespace {
+
+using attention::Problem;
+using attention::QueryTile;
+using attention::Range;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// Online softmax of one row.
+struct Row {
+  double m = -kInf;            // running maximum
+  double l = 0;                // kept exp(score - m)
+  double bound = 0;            // upper bound on the skipped exp(score - m)
+  double dropped = 0;          // skipped exp(score - m), exactly
+  std::vector<double> o;       // kept exp(score - m) * v
+
+  void rescale(double maximum) {
+    if (!(maximum > m)) return;
+    const double factor = std::exp(m - maximum);
+    l *= factor, bound *= factor, dropped *= factor;
+    for (double& x : o) x *= factor;
+    m = maximum;
+  }
+};
+
+// One query tile: scores, visit, decisions.
+class Attend {
+ public:
+  Attend(const Problem& p, TileShape shape, const QueryTile& tile, Result& result,
+         const std::vector<bool>* forced)
+      : p_(p), shape_(shape), tile_(tile), result_(result), forced_(forced) {
+    for (int64_t r = 0; r < tile.rows(); ++r) ranges_.push_back(p.row_keys(tile, r));
+    rows_ = fresh_rows();
+  }
+
+  void run() {
+    const Range tiles = attention::tile_range(ranges_, shape_.keys);
+    const std::vector<int64_t> seeds = first_visited(tiles, 2);
+    for (int64_t i = 0; i < tiles.size(); ++i) {
+      if (shape_.split_tiles > 0 && i > 0 && i % shape_.split_tiles == 0) start_split(seeds);
+      const int64_t j = attention::nth_tile(p_.order, tiles, i);
+      if (visited(j)) visit(j);
+    }
+    finish_split();
+    write();
+  }
+
+ private:
+  std::vector<Row> fresh_rows() const {
+    return std::vector<Row>(tile_.rows(), Row{.o = std::vector<double>(p_.value_dim)});
+  }
+
+  Range tile_keys(int64_t j) const { return {j * shape_.keys, (j + 1) * shape_.keys}; }
+
+  bool visited(int64_t j) const {
+    return attention::any_visible(ranges_, tile_keys(j)) && p_.block_visible(tile_, j);
+  }
+
+  std::vector<int64_t> first_visited(Range tiles, size_t count) const {
+    std::vector<int64_t> first;
+    for (int64_t i = 0; i < tiles.size() && first.size() < count; ++i) {
+      const int64_t j = attention::nth_tile(p_.order, tiles, i);
+      if (visited(j)) first.push_back(j);
+    }
+    return first;
+  }
+
+  double score(int64_t row, int64_t key) const {
+    const std::byte* q = p_.query(tile_.request, tile_.position_of(row), tile_.head_of(row));
+    const std::byte* k = p_.key(tile_.request, key, tile_.head / p_.group());
+    const int64_t bytes = attention::element_bytes(p_.dtype);
+    double dot = 0;
+    for (int64_t d = 0; d < p_.head_dim; ++d)
+      dot += attention::load_element(p_.dtype, q + d * bytes) * attention::load_element(p_.dtype, k + d * bytes);
+    const double scaled = dot * static_cast<double>(p_.scale);
+    return p_.softcap > 0 ? p_.softcap * std::tanh(scaled / p_.softcap) : scaled;
+  }
+
+  // Scores of a row's visible keys in a tile.
+  std::vector<double> scores(int64_t row, Range keys) const {
+    std::vector<double> s;
+    for (int64_t key = keys.begin; key < keys.end; ++key) s.push_back(score(row, key));
+    return s;
+  }
+
+  // Largest score, NaN left aside.
+  static double maximum(std::span<const double> s) {
+    double most = -kInf;
+    for (const double x : s) most = x > most ? x : most;
+    return most;
+  }
+
+  void visit(int64_t j) {
+    std::vector<std::vector<double>> s(tile_.rows());
+    TileDecision decision{tile_.request, tile_.head, tile_.first_position / shape_.query_rows, j,
+                          -kInf, -kInf, -kInf, false};
+    bool nan = false;
+    for (int64_t r = 0; r < tile_.rows(); ++r) {
+      s[r] = scores(r, intersect(ranges_[r], tile_keys(j)));
+      nan |= std::ranges::any_of(s[r], [](double x) { return std::isnan(x); });
+      const double t = maximum(s[r]);
+      if (t == -kInf) continue;  // nothing valid: neither vetoes nor allows
+      const double gap = t - rows_[r].m;
+      const double tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t : gap;
+      const double below = p_.skip_below(tile_.request, tile_.head_of(r));
+      decision.gap = std::max(decision.gap, gap);
+      decision.maximum = std::max(decision.maximum, t);
+      // A row's first keys are never skipped, and two equal infinities (inf - inf) are no reason to skip.
+      const double margin = rows_[r].m == -kInf || !(tested < below || tested >= below) ? kInf
+                            : tested == below                                           ? 0
+                                                                                        : tested - below;
+      decision.margin = std::max(decision.margin, margin);
+    }
+    if (nan) decision.gap = decision.maximum = decision.margin = std::nan("");
+    decision.kept = !(decision.margin < 0);
+    if (forced_) decision.kept = (*forced_)[result_.tiles.size()];
+    result_.tiles.push_back(decision);
+    for (int64_t r = 0; r < tile_.rows(); ++r) {
+      const Range keys = intersect(ranges_[r], tile_keys(j));
+      decision.kept ? keep(rows_[r], s[r], keys) : skip(rows_[r], s[r]);
+    }
+  }
+
+  void keep(Row& row, std::span<const double> s, Range keys) const {
+    row.rescale(maximum(s));
+    for (size_t i = 0; i < s.size(); ++i) {
+      if (s[i] == -kInf) continue;
+      const double p = std::exp(s[i] - row.m);
+      row.l += p;
+      const std::byte* v = p_.value(tile_.request, keys.begin + static_cast<int64_t>(i),
+                                    tile_.head / p_.group());
+      for (int64_t d = 0; d < p_.value_dim; ++d)
+        row.o[d] += p * attention::load_element(p_.dtype, v + d * attention::element_bytes(p_.dtype));
+    }
+  }
+
+  static void skip(Row& row, std::span<const double> s) {
+    const double t = maximum(s);
+    if (t == -kInf) return;
+    row.bound += static_cast<double>(s.size()) * std::exp(t - row.m);
+    for (const double x : s) row.dropped += std::exp(x - row.m);
+  }
+
+  // A new split starts empty, with the running maximum of the first tiles of the whole visit.
+  void start_split(const std::vector<int64_t>& seeds) {
+    finish_split();
+    rows_ = fresh_rows();
+    for (int64_t r = 0; r < tile_.rows(); ++r) {
+      for (const int64_t j : seeds)
+        rows_[r].m = std::max(rows_[r].m, maximum(scores(r, intersect(ranges_[r], tile_keys(j)))));
+    }
+  }
+
+  void finish_split() {
+    if (total_.empty()) {
+      total_ = rows_;
+      return;
+    }
+    for (int64_t r = 0; r < tile_.rows(); ++r) {
+      Row &into = total_[r], &from = rows_[r];
+      into.rescale(from.m);
+      from.rescale(into.m);
+      into.l += from.l, into.bound += from.bound, into.dropped += from.dropped;
+      for (int64_t d = 0; d < p_.value_dim; ++d) into.o[d] += from.o[d];
+    }
+  }
+
+  void write() {
+    for (int64_t r = 0; r < tile_.rows(); ++r) {
+      Row& row = total_[r];
+      const int64_t head = tile_.head_of(r);
+      const int64_t position = p_.requests[tile_.request].first_row + tile_.position_of(r);
+      const int64_t head_row = head * p_.rows + position;
+      if (row.m == -kInf && row.l == 0) {  // no valid key
+        result_.lse[head_row] = -kInf;
+        continue;
+      }
+      if (p_.sinks) {
+        row.rescale(p_.sinks[head]);
+        row.l += std::exp(p_.sinks[head] - row.m);
+      }
+      for (int64_t d = 0; d < p_.value_dim; ++d)
+        result_.out[(position * p_.heads + head) * p_.value_dim + d] = row.o[d] / row.l;
+      result_.lse[head_row] = row.m + std::log(row.l);
+      result_.dropped_mass_bound[head_row] = row.bound / (row.bound + row.l);
+      result_.dropped_mass[head_row] = row.dropped / (row.dropped + row.l);
+    }
+  }
+
+  const Problem& p_;
+  TileShape shape_;
+  QueryTile tile_;
+  Result& result_;
+  const std::vector<bool>* forced_;
+  std::vector<Range> ranges_;
+  std::vector<Row> rows_;   // of the split at hand
+  std::vector<Row> total_;  // of the splits before it
+};
+
+Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced) {
+  if (shape.query_rows < 1 || shape.keys < 1 || shape.split_tiles < 0)
+    throw Error(BLASST_INVALID_ARGUMENT, "the reference's tile shape needs query_rows and keys of at least 1");
+  attention::check_block_mask(p, shape);
+  const auto count = static_cast<size_t>(p.rows * p.heads);
+  Result result{.out = std::vector<double>(count * p.value_dim),
+                .lse = std::vector<double>(count),
+                .dropped_mass_bound = std::vector<double>(count),
+                .dropped_mass = std::vector<double>(count),
+                .tiles = {}};
+  for (const QueryTile& tile : p.query_tiles(shape.query_rows)) Attend(p, shape, tile, result, forced).run();
+  return result;
+}
+
+}  // namespace
+
+Result prefill(const PrefillParams& params, TileShape shape, const std::vector<bool>* kept) {
+  return attend(attention::make_problem(params), shape, kept);
+}
+
+Result decode(const DecodeParams& params, TileShape shape, const std::vector<bool>* kept) {
+  return attend(attention::make_problem(params), shape, kept);
+}
+
+}  // namespace blasst::reference
