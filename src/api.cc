@@ -23,7 +23,8 @@ void prefill(const PrefillParams& params) {
 }
 
 void decode(const DecodeParams& params) {
-  cpu::decode(attention::make_problem(params), threads_of(params), {params.workspace, params.workspace_bytes});
+  cpu::decode(attention::make_problem(params), threads_of(params),
+              {params.workspace, params.workspace_bytes});
 }
 
 std::size_t workspace_bytes(const PrefillParams& params) {
@@ -39,12 +40,15 @@ TileShape tile_shape(const PrefillParams& params) {
   return cpu::prefill_shape();
 }
 
-TileShape tile_shape(const DecodeParams& params) { return cpu::decode_shape(attention::make_problem(params)); }
+TileShape tile_shape(const DecodeParams& params) {
+  return cpu::decode_shape(attention::make_problem(params));
+}
 
 std::string version() { return BLASST_VERSION; }
 
 std::vector<BackendInfo> backends() {
-  return {{BLASST_BACKEND_CPU, "cpu", true, fmt::format("{}, {} threads", cpu_isa(), default_threads())}};
+  return {{BLASST_BACKEND_CPU, "cpu", true,
+           fmt::format("{}, {} threads", cpu_isa(), default_threads())}};
 }
 
 int default_threads() { return cpu::default_threads(); }

@@ -1,8 +1,8 @@
 /* blasst: attention made sparse by softmax thresholding (BLASST, arXiv 2512.12087).
  *
- * The C interface, and the parameter structs that the C++ interface (blasst.hpp) shares. Compiles as
- * C11 and as C++20. In C, start from blasst_prefill_params_init / blasst_decode_params_init; in C++
- * the members carry the same defaults.
+ * The C interface, and the parameter structs that the C++ interface (blasst.hpp) shares. Compiles
+ * as C11 and as C++20. In C, start from blasst_prefill_params_init / blasst_decode_params_init; in
+ * C++ the members carry the same defaults.
  *
  * Sizes and strides count elements, lengths count tokens. Every pointer is to host memory. Index
  * arrays are int32. Nothing is written when a call fails.
@@ -55,8 +55,8 @@ typedef BLASST_ENUM(blasst_order){
     BLASST_SINK_FIRST = 2, /* tile 0 if it is visible, then the last tile back */
 } blasst_order;
 
-/* When a visited key tile is dropped. "Row maximum" is over the valid keys of one row in the tile, of
- * the scores as softmax sees them (scaled, soft-capped). */
+/* When a visited key tile is dropped. "Row maximum" is over the valid keys of one row in the tile,
+ * of the scores as softmax sees them (scaled, soft-capped). */
 typedef BLASST_ENUM(blasst_test){
     BLASST_TEST_NONE = 0,         /* never: dense attention */
     BLASST_TEST_RELATIVE = 1,     /* row maximum - running maximum < ln(threshold) in every row */
@@ -66,8 +66,8 @@ typedef BLASST_ENUM(blasst_test){
 
 /* A [request, token, head, element] view; the last dimension is contiguous. */
 typedef struct blasst_view {
-  void* data BLASST_DEFAULT(nullptr);       /* element [0, 0, 0, 0]; inputs are only read */
-  int64_t elements BLASST_DEFAULT(0);       /* from data to the end of its buffer; the view must fit */
+  void* data BLASST_DEFAULT(nullptr); /* element [0, 0, 0, 0]; inputs are only read */
+  int64_t elements BLASST_DEFAULT(0); /* from data to the end of its buffer; the view must fit */
   int64_t stride_request BLASST_DEFAULT(0); /* dense: request to request; paged: page to page;
                                                ragged: not used */
   int64_t stride_token BLASST_DEFAULT(0);
@@ -82,27 +82,31 @@ typedef struct blasst_view {
 typedef struct blasst_keys_values {
   blasst_view k;
   blasst_view v;
-  int64_t key_length BLASST_DEFAULT(0);             /* dense: tokens a request has room for */
-  const int32_t* lengths BLASST_DEFAULT(nullptr);   /* [batch] keys in use */
-  const int32_t* cu_seqlens BLASST_DEFAULT(nullptr); /* [batch + 1] first key of each request, from 0 */
+  int64_t key_length BLASST_DEFAULT(0);           /* dense: tokens a request has room for */
+  const int32_t* lengths BLASST_DEFAULT(nullptr); /* [batch] keys in use */
+  const int32_t* cu_seqlens
+      BLASST_DEFAULT(nullptr); /* [batch + 1] first key of each request, from 0 */
   const int32_t* page_table BLASST_DEFAULT(nullptr); /* [batch, page_table_stride] page ids */
-  int64_t page_table_stride BLASST_DEFAULT(0);      /* page ids from one request to the next */
-  int64_t page_size BLASST_DEFAULT(0);              /* tokens a page, 1 to 256 */
-  int64_t pages BLASST_DEFAULT(0);                  /* pages in k and v */
+  int64_t page_table_stride BLASST_DEFAULT(0);       /* page ids from one request to the next */
+  int64_t page_size BLASST_DEFAULT(0);               /* tokens a page, 1 to 256 */
+  int64_t pages BLASST_DEFAULT(0);                   /* pages in k and v */
 } blasst_keys_values;
 
 /* Which keys a query may see. Query i of a request with Lq queries and Lk keys stands at position
- * p = i + Lk - Lq (bottom-right aligned) and sees key j if all that is set allows the distance p - j. */
+ * p = i + Lk - Lq (bottom-right aligned) and sees key j if all that is set allows the distance p -
+ * j. */
 typedef struct blasst_mask {
   int32_t causal BLASST_DEFAULT(0);        /* 1: p - j >= 0 */
   int64_t window_left BLASST_DEFAULT(-1);  /* p - j <= window_left; -1: no limit */
   int64_t window_right BLASST_DEFAULT(-1); /* j - p <= window_right; -1: no limit */
-  const int64_t* bands BLASST_DEFAULT(nullptr); /* [heads, 2] first and last distance p - j, inclusive */
+  const int64_t* bands
+      BLASST_DEFAULT(nullptr); /* [heads, 2] first and last distance p - j, inclusive */
   /* [heads, query tiles of all requests, key tiles] 1: visit, 0: leave out. Tile shape as
    * blasst_prefill_tile_shape says; decode: [kv_heads, batch, key tiles]. */
   const uint8_t* blocks BLASST_DEFAULT(nullptr);
   int64_t blocks_stride_head BLASST_DEFAULT(0);
-  int64_t blocks_stride_query_tile BLASST_DEFAULT(0); /* at least the key tiles of the longest request */
+  int64_t blocks_stride_query_tile
+      BLASST_DEFAULT(0); /* at least the key tiles of the longest request */
 } blasst_mask;
 
 /* The tile test's thresholds: values[request * stride_request + head * stride_head]; a stride of 0
@@ -114,26 +118,29 @@ typedef struct blasst_tile_test {
   int64_t stride_head BLASST_DEFAULT(0);
 } blasst_tile_test;
 
-/* Bins of a gap histogram. A tile's gap is the largest, over its rows, of row maximum - running maximum
- * (natural log). Bin 0: below -BLASST_GAP_RANGE; then equal widths up to 0; last bin: 0 and above, the
- * first tile of a row and NaN included. */
+/* Bins of a gap histogram. A tile's gap is the largest, over its rows, of row maximum - running
+ * maximum (natural log). Bin 0: below -BLASST_GAP_RANGE; then equal widths up to 0; last bin: 0 and
+ * above, the first tile of a row and NaN included. */
 #define BLASST_GAP_BINS 514
 #define BLASST_GAP_RANGE 32.0
 
-/* What a call reports beside its output; null: not wanted. "Rows" is batch * query_length, or the total of
- * cu_seqlens_q. */
+/* What a call reports beside its output; null: not wanted. "Rows" is batch * query_length, or the
+ * total of cu_seqlens_q. */
 typedef struct blasst_report {
-  float* lse BLASST_DEFAULT(nullptr); /* [heads, rows] ln of the softmax denominator (kept tiles, sink) */
-  /* [heads, rows] upper bound on the probability that dense softmax gives to the keys of skipped tiles;
-   * the error of an output row is at most 2 * bound * max |v|. Exact up to float32 rounding. */
+  float* lse
+      BLASST_DEFAULT(nullptr); /* [heads, rows] ln of the softmax denominator (kept tiles, sink) */
+  /* [heads, rows] upper bound on the probability that dense softmax gives to the keys of skipped
+   * tiles; the error of an output row is at most 2 * bound * max |v|. Exact up to float32 rounding.
+   */
   float* dropped_mass_bound BLASST_DEFAULT(nullptr);
   int64_t* tiles_visitable BLASST_DEFAULT(nullptr); /* [batch, heads] */
   int64_t* tiles_skipped BLASST_DEFAULT(nullptr);   /* [batch, heads] */
-  /* One bit a tile, 1 = kept: [heads, query tiles of all requests, words], decode [kv_heads, batch, words];
-   * bit j % 32 of word j / 32 is key tile j; words = ceil(key tiles of the longest request / 32). */
+  /* One bit a tile, 1 = kept: [heads, query tiles of all requests, words], decode [kv_heads, batch,
+   * words]; bit j % 32 of word j / 32 is key tile j; words = ceil(key tiles of the longest request
+   * / 32). */
   uint32_t* tile_bits BLASST_DEFAULT(nullptr);
-  /* [heads, BLASST_GAP_BINS] visited tiles by gap. In decode the query heads of a KV head decide together
-   * and share one gap. */
+  /* [heads, BLASST_GAP_BINS] visited tiles by gap. In decode the query heads of a KV head decide
+   * together and share one gap. */
   uint64_t* gap_histogram BLASST_DEFAULT(nullptr);
 } blasst_report;
 
@@ -143,32 +150,33 @@ typedef struct blasst_prefill_params {
   blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_CPU);
   blasst_dtype dtype BLASST_DEFAULT(BLASST_FLOAT32); /* of q, k, v and out */
   int64_t batch BLASST_DEFAULT(1);
-  int64_t heads BLASST_DEFAULT(0);     /* query heads, a multiple of kv_heads */
+  int64_t heads BLASST_DEFAULT(0); /* query heads, a multiple of kv_heads */
   int64_t kv_heads BLASST_DEFAULT(0);
-  int64_t head_dim BLASST_DEFAULT(0);  /* 16 to 256, a multiple of 8 */
-  int64_t value_dim BLASST_DEFAULT(0); /* the same range */
+  int64_t head_dim BLASST_DEFAULT(0);     /* 16 to 256, a multiple of 8 */
+  int64_t value_dim BLASST_DEFAULT(0);    /* the same range */
   int64_t query_length BLASST_DEFAULT(0); /* dense q: rows a request */
-  const int32_t* cu_seqlens_q BLASST_DEFAULT(nullptr); /* ragged q: [batch + 1] first row of each request */
+  const int32_t* cu_seqlens_q
+      BLASST_DEFAULT(nullptr); /* ragged q: [batch + 1] first row of each request */
   blasst_view q;
   blasst_view out; /* value_dim elements a head; must not share memory with the inputs */
   blasst_keys_values kv;
-  float scale BLASST_DEFAULT(0);   /* score = scale * q.k; 0: 1 / sqrt(head_dim) */
-  float softcap BLASST_DEFAULT(0); /* c > 0: score = c * tanh(scale * q.k / c); 0: off */
+  float scale BLASST_DEFAULT(0);              /* score = scale * q.k; 0: 1 / sqrt(head_dim) */
+  float softcap BLASST_DEFAULT(0);            /* c > 0: score = c * tanh(scale * q.k / c); 0: off */
   const float* sinks BLASST_DEFAULT(nullptr); /* [heads] logits that join the denominator */
   blasst_mask mask;
   blasst_order order BLASST_DEFAULT(BLASST_SINK_FIRST);
   blasst_tile_test test;
   blasst_report report;
-  int32_t threads BLASST_DEFAULT(0);             /* 0: all processors */
-  void* workspace BLASST_DEFAULT(nullptr);       /* null: the call allocates what it needs */
-  size_t workspace_bytes BLASST_DEFAULT(0);      /* at least blasst_prefill_workspace_bytes */
+  int32_t threads BLASST_DEFAULT(0);        /* 0: all processors */
+  void* workspace BLASST_DEFAULT(nullptr);  /* null: the call allocates what it needs */
+  size_t workspace_bytes BLASST_DEFAULT(0); /* at least blasst_prefill_workspace_bytes */
 } blasst_prefill_params;
 
 /* Decode: the last query_length (1 to 16) positions of each request, q [batch, query_length, heads,
- * head_dim]. The query heads of a KV head form one query tile and decide together. Long KV is cut into
- * splits of visited tiles (blasst_decode_tile_shape); a split's running maximum starts from the scores of
- * the first two tiles of the whole visit, so no split starts blind, and the result does not depend on the
- * number of threads. */
+ * head_dim]. The query heads of a KV head form one query tile and decide together. Long KV is cut
+ * into splits of visited tiles (blasst_decode_tile_shape); a split's running maximum starts from
+ * the scores of the first two tiles of the whole visit, so no split starts blind, and the result
+ * does not depend on the number of threads. */
 typedef struct blasst_decode_params {
   blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_CPU);
   blasst_dtype dtype BLASST_DEFAULT(BLASST_FLOAT32);
@@ -207,8 +215,10 @@ BLASST_API void blasst_decode_params_init(blasst_decode_params* params);
 BLASST_API blasst_status blasst_prefill(const blasst_prefill_params* params);
 BLASST_API blasst_status blasst_decode(const blasst_decode_params* params);
 
-BLASST_API blasst_status blasst_prefill_workspace_bytes(const blasst_prefill_params* params, size_t* bytes);
-BLASST_API blasst_status blasst_decode_workspace_bytes(const blasst_decode_params* params, size_t* bytes);
+BLASST_API blasst_status blasst_prefill_workspace_bytes(const blasst_prefill_params* params,
+                                                        size_t* bytes);
+BLASST_API blasst_status blasst_decode_workspace_bytes(const blasst_decode_params* params,
+                                                       size_t* bytes);
 
 BLASST_API blasst_status blasst_prefill_tile_shape(const blasst_prefill_params* params,
                                                    blasst_tile_shape* shape);

@@ -31,15 +31,16 @@ using TileShape = blasst_tile_shape;
 // Thrown by every function below. what() says what was passed and what is accepted.
 class Error : public std::runtime_error {
  public:
-  Error(blasst_status status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  Error(blasst_status status, const std::string& message)
+      : std::runtime_error(message), status_(status) {}
   blasst_status status() const { return status_; }
 
  private:
   blasst_status status_;
 };
 
-// Attention of many query rows. Writes out and what the report asks for. Throws Error before anything is
-// written.
+// Attention of many query rows. Writes out and what the report asks for. Throws Error before
+// anything is written.
 BLASST_API void prefill(const PrefillParams& params);
 
 // Attention of the last 1 to 16 positions of each request over its KV cache.
@@ -64,8 +65,8 @@ struct BackendInfo {
 };
 BLASST_API std::vector<BackendInfo> backends();
 
-// The CPU's instruction sets that kernels exist for and this machine has, best first. The first is used,
-// unless the environment variable BLASST_CPU_ISA or set_cpu_isa names another.
+// The CPU's instruction sets that kernels exist for and this machine has, best first. The first is
+// used, unless the environment variable BLASST_CPU_ISA or set_cpu_isa names another.
 BLASST_API std::vector<std::string> cpu_isas();
 BLASST_API std::string cpu_isa();
 BLASST_API void set_cpu_isa(const std::string& name);  // Error if it is not in cpu_isas()

@@ -1,5 +1,5 @@
-// The reference: attention by the definition, in double precision, tile by tile, for checking kernels
-// decision by decision. Slow; takes any tile shape.
+// The reference: attention by the definition, in double precision, tile by tile, for checking
+// kernels decision by decision. Slow; takes any tile shape.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,12 @@ struct TileDecision {
   int64_t head;        // the first head of the query tile
   int64_t query_tile;  // within the request; decode: 0
   int64_t key_tile;
-  double gap;      // largest over the rows: row maximum - running maximum; +inf: first keys of some row;
-                   // NaN: a NaN score
+  double gap;      // largest over the rows: row maximum - running maximum; +inf: first keys of some
+                   // row; NaN: a NaN score
   double maximum;  // largest valid score of the tile, what the absolute test looks at
-  double margin;   // largest over the rows: tested value - ln(threshold), or - tau; >= 0 or NaN: kept.
-                   // A decision may differ between two correct kernels only if |margin| is within rounding.
+  double margin;   // largest over the rows: tested value - ln(threshold), or - tau; >= 0 or NaN:
+                   // kept. A decision may differ between two correct kernels only if |margin| is
+                   // within rounding.
   bool kept;
 };
 
@@ -27,12 +28,12 @@ struct Result {
   std::vector<double> out;                 // [rows, heads, value_dim]
   std::vector<double> lse;                 // [heads, rows]
   std::vector<double> dropped_mass_bound;  // [heads, rows]
-  std::vector<double> dropped_mass;        // [heads, rows] exact probability of the skipped tiles' keys
-  std::vector<TileDecision> tiles;         // in the order of visit, query tile by query tile
+  std::vector<double> dropped_mass;  // [heads, rows] exact probability of the skipped tiles' keys
+  std::vector<TileDecision> tiles;   // in the order of visit, query tile by query tile
 };
 
-// Decisions forced from outside: kept[i] replaces the test for the i-th visited tile, so that a kernel's
-// output can be compared when a decision within rounding went the other way.
+// Decisions forced from outside: kept[i] replaces the test for the i-th visited tile, so that a
+// kernel's output can be compared when a decision within rounding went the other way.
 BLASST_API Result prefill(const PrefillParams& params, TileShape shape,
                           const std::vector<bool>* kept = nullptr);
 BLASST_API Result decode(const DecodeParams& params, TileShape shape,

@@ -1,4 +1,4 @@
-// One stored element to and from double, for code where speed does not matter.
+// One stored element to and from floating point, for code where speed does not matter.
 #pragma once
 
 #include <bit>
@@ -20,6 +20,18 @@ inline double load_half(uint16_t bits) {
   if (exponent == 31) return mantissa ? std::nan("") : sign * INFINITY;
   if (exponent == 0) return sign * std::ldexp(mantissa, -24);
   return sign * std::ldexp(mantissa + 1024, exponent - 25);
+}
+
+// Rounds to the nearest half, ties to even.
+inline uint16_t half_bits(float value) {
+  const auto sign = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16 & 0x8000);
+  const double size = std::abs(static_cast<double>(value));
+  if (std::isnan(value)) return sign | 0x7e00;
+  if (size >= 65520) return sign | 0x7c00;
+  if (size < 0x1p-14) return sign | static_cast<uint16_t>(std::nearbyint(size * 0x1p24));
+  const int exponent = std::ilogb(size);
+  const double mantissa = std::nearbyint(std::ldexp(size, 10 - exponent));  // 1024 to 2048
+  return sign | static_cast<uint16_t>((exponent + 14) * 1024 + mantissa);
 }
 
 inline double load_element(DType dtype, const std::byte* address) {

@@ -14,8 +14,9 @@
 namespace blasst::attention {
 namespace {
 
-constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max();  // tokens, heads, requests, pages
-constexpr int64_t kMaxElements = int64_t{1} << 47;                  // a tensor; keeps byte offsets in int64
+constexpr int64_t kMaxCount =
+    std::numeric_limits<int32_t>::max();            // tokens, heads, requests, pages
+constexpr int64_t kMaxElements = int64_t{1} << 47;  // a tensor; keeps byte offsets in int64
 
 template <typename... Args>
 [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) {
@@ -23,10 +24,13 @@ template <typename... Args>
 }
 
 template <typename T>
-concept HasRaggedQueries = requires(const T& p) { p.cu_seqlens_q; };
+concept HasRaggedQueries = requires(const T& p) {
+  p.cu_seqlens_q;
+};
 
 void check_range(std::string_view name, int64_t value, int64_t least, int64_t most) {
-  if (value < least || value > most) fail("{} is {}; it must be {} to {}", name, value, least, most);
+  if (value < least || value > most)
+    fail("{} is {}; it must be {} to {}", name, value, least, most);
 }
 
 void check_dim(std::string_view name, int64_t value) {
@@ -38,15 +42,16 @@ void check_dim(std::string_view name, int64_t value) {
 void check_view(std::string_view name, const View& view, DType dtype, int64_t outer, int64_t tokens,
                 int64_t heads, int64_t dim) {
   for (const auto& [stride_name, stride] :
-       {std::pair{"stride_request", view.stride_request}, std::pair{"stride_token", view.stride_token},
-        std::pair{"stride_head", view.stride_head}}) {
+       {std::pair{"stride_request", view.stride_request},
+        std::pair{"stride_token", view.stride_token}, std::pair{"stride_head", view.stride_head}}) {
     if (stride < 0 || stride > kMaxElements)
       fail("{}.{} is {}; it must be 0 to {} elements", name, stride_name, stride, kMaxElements);
   }
   if (view.elements < 0 || view.elements > kMaxElements)
     fail("{}.elements is {}; it must be 0 to {}", name, view.elements, kMaxElements);
   if (outer == 0 || tokens == 0) return;
-  if (!view.data) fail("{}.data is null, with {} x {} tokens to read or write", name, outer, tokens);
+  if (!view.data)
+    fail("{}.data is null, with {} x {} tokens to read or write", name, outer, tokens);
   const int64_t bytes = element_bytes(dtype);
   if (reinterpret_cast<uintptr_t>(view.data) % bytes != 0)
     fail("{}.data is not aligned to its {}-byte elements", name, bytes);
@@ -54,16 +59,18 @@ void check_view(std::string_view name, const View& view, DType dtype, int64_t ou
                     static_cast<__int128>(tokens - 1) * view.stride_token +
                     static_cast<__int128>(heads - 1) * view.stride_head + dim;
   if (last > view.elements) {
-    fail("{} reaches element {} ([{}, {}, {}, {}] with strides {}, {}, {}), but {}.elements is {}", name,
-         last > kMaxElements ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(last), outer,
-         tokens, heads, dim, view.stride_request, view.stride_token, view.stride_head, name, view.elements);
+    fail("{} reaches element {} ([{}, {}, {}, {}] with strides {}, {}, {}), but {}.elements is {}",
+         name,
+         last > kMaxElements ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(last),
+         outer, tokens, heads, dim, view.stride_request, view.stride_token, view.stride_head, name,
+         view.elements);
   }
 }
 
-// No two elements of the output share an address: sorted by stride, each dimension steps over all that lies
-// inside it.
-void check_no_overlap(std::string_view name, const View& view, int64_t outer, int64_t tokens, int64_t heads,
-                      int64_t dim) {
+// No two elements of the output share an address: sorted by stride, each dimension steps over all
+// that lies inside it.
+void check_no_overlap(std::string_view name, const View& view, int64_t outer, int64_t tokens,
+                      int64_t heads, int64_t dim) {
   struct Dimension {
     std::string_view stride_name;
     int64_t stride, size;
@@ -76,8 +83,8 @@ void check_no_overlap(std::string_view name, const View& view, int64_t outer, in
   for (const Dimension& d : dimensions) {
     if (d.size <= 1) continue;
     if (d.stride < extent)
-      fail("{}.{} is {}, which overlaps elements of {}; it must be at least {}", name, d.stride_name,
-           d.stride, name, extent);
+      fail("{}.{} is {}, which overlaps elements of {}; it must be at least {}", name,
+           d.stride_name, d.stride, name, extent);
     extent += (d.size - 1) * d.stride;
   }
 }
@@ -121,7 +128,8 @@ void check_thresholds(const TileTest& test, int64_t batch, int64_t heads) {
         reject("threshold", "a number from 0 to 1");
       if (test.kind == BLASST_TEST_SCALE_FACTOR && !(value >= 0 && std::isfinite(value)))
         reject("threshold scale factor", "finite and at least 0");
-      if (test.kind == BLASST_TEST_ABSOLUTE && std::isnan(value)) reject("absolute threshold", "a number");
+      if (test.kind == BLASST_TEST_ABSOLUTE && std::isnan(value))
+        reject("absolute threshold", "a number");
     }
   }
 }
@@ -201,7 +209,8 @@ void resolve_queries(Problem& p, const Params& params) {
 
 void check_mask(const Problem& p) {
   const Mask& mask = p.mask;
-  if (mask.causal != 0 && mask.causal != 1) fail("mask.causal is {}; it must be 0 or 1", mask.causal);
+  if (mask.causal != 0 && mask.causal != 1)
+    fail("mask.causal is {}; it must be 0 or 1", mask.causal);
   check_range("mask.window_left", mask.window_left, -1, kMaxCount);
   check_range("mask.window_right", mask.window_right, -1, kMaxCount);
   if (!mask.bands) return;
@@ -209,16 +218,16 @@ void check_mask(const Problem& p) {
     check_range("mask.bands", mask.bands[2 * h], -kMaxCount, kMaxCount);
     check_range("mask.bands", mask.bands[2 * h + 1], -kMaxCount, kMaxCount);
     if (mask.bands[2 * h] > mask.bands[2 * h + 1])
-      fail("mask.bands[{}] is {} to {}; the first distance must not exceed the last", h, mask.bands[2 * h],
-           mask.bands[2 * h + 1]);
+      fail("mask.bands[{}] is {} to {}; the first distance must not exceed the last", h,
+           mask.bands[2 * h], mask.bands[2 * h + 1]);
   }
 }
 
 template <typename Params>
 Problem resolve(const Params& params, bool decode) {
   if (params.backend != BLASST_BACKEND_CPU) {
-    throw Error(BLASST_UNSUPPORTED,
-                fmt::format("backend {} is not in this build; it has: cpu (0)", int(params.backend)));
+    throw Error(BLASST_UNSUPPORTED, fmt::format("backend {} is not in this build; it has: cpu (0)",
+                                                int(params.backend)));
   }
   if (params.dtype < BLASST_FLOAT32 || params.dtype > BLASST_BFLOAT16)
     fail("dtype is {}; it must be a blasst_dtype: float32 (0), float16 (1) or bfloat16 (2)",
@@ -243,25 +252,26 @@ Problem resolve(const Params& params, bool decode) {
   if (!params.workspace && params.workspace_bytes > 0)
     fail("workspace is null but workspace_bytes is {}", params.workspace_bytes);
 
-  Problem p{.dtype = params.dtype,
-            .pack_heads = decode,
-            .batch = params.batch,
-            .heads = params.heads,
-            .kv_heads = params.kv_heads,
-            .head_dim = params.head_dim,
-            .value_dim = params.value_dim,
-            .requests = std::vector<Request>(params.batch),
-            .q = params.q,
-            .out = params.out,
-            .ragged_queries = false,
-            .kv = params.kv,
-            .scale = params.scale > 0 ? params.scale : 1 / std::sqrt(static_cast<float>(params.head_dim)),
-            .softcap = params.softcap,
-            .sinks = params.sinks,
-            .mask = params.mask,
-            .order = params.order,
-            .test = params.test,
-            .report = params.report};
+  Problem p{
+      .dtype = params.dtype,
+      .pack_heads = decode,
+      .batch = params.batch,
+      .heads = params.heads,
+      .kv_heads = params.kv_heads,
+      .head_dim = params.head_dim,
+      .value_dim = params.value_dim,
+      .requests = std::vector<Request>(params.batch),
+      .q = params.q,
+      .out = params.out,
+      .ragged_queries = false,
+      .kv = params.kv,
+      .scale = params.scale > 0 ? params.scale : 1 / std::sqrt(static_cast<float>(params.head_dim)),
+      .softcap = params.softcap,
+      .sinks = params.sinks,
+      .mask = params.mask,
+      .order = params.order,
+      .test = params.test,
+      .report = params.report};
   resolve_queries(p, params);
   resolve_keys(p);
   check_not_shared(p.out, "q", p.q, p.dtype);
@@ -284,7 +294,8 @@ const std::byte* at(const View& view, DType dtype, int64_t outer, int64_t token,
              (outer * view.stride_request + token * view.stride_token + head * view.stride_head);
 }
 
-const std::byte* kv_row(const Problem& p, const View& view, int64_t request, int64_t token, int64_t head) {
+const std::byte* kv_row(const Problem& p, const View& view, int64_t request, int64_t token,
+                        int64_t head) {
   const KeysValues& kv = p.kv;
   if (kv.cu_seqlens) return at(view, p.dtype, 0, p.requests[request].first_key + token, head);
   if (!kv.page_table) return at(view, p.dtype, request, token, head);
@@ -298,7 +309,8 @@ void check_block_mask(const Problem& p, TileShape shape) {
   if (!p.mask.blocks) return;
   const int64_t key_tiles = ceil_div(p.max_keys, shape.keys);
   const int64_t query_tiles = p.query_tile_count(shape.query_rows);
-  check_range("mask.blocks_stride_query_tile", p.mask.blocks_stride_query_tile, key_tiles, kMaxElements);
+  check_range("mask.blocks_stride_query_tile", p.mask.blocks_stride_query_tile, key_tiles,
+              kMaxElements);
   check_range("mask.blocks_stride_head", p.mask.blocks_stride_head,
               query_tiles * p.mask.blocks_stride_query_tile, kMaxElements);
 }
@@ -338,7 +350,8 @@ std::vector<QueryTile> Problem::query_tiles(int64_t query_rows) const {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t positions = requests[b].rows;
     if (pack_heads) {
-      for (int64_t h = 0; h < heads; h += group()) tiles.push_back({b, h, group(), 0, positions, b});
+      for (int64_t h = 0; h < heads; h += group())
+        tiles.push_back({b, h, group(), 0, positions, b});
       continue;
     }
     const int64_t count = ceil_div(positions, query_rows);
@@ -356,7 +369,8 @@ std::vector<QueryTile> Problem::query_tiles(int64_t query_rows) const {
 Range Problem::row_keys(const QueryTile& tile, int64_t row) const {
   const Request& r = requests[tile.request];
   const int64_t* band = mask.bands ? mask.bands + 2 * tile.head_of(row) : nullptr;
-  return visible_keys(allowed_distances(mask, band), tile.position_of(row) + r.keys - r.rows, r.keys);
+  return visible_keys(allowed_distances(mask, band), tile.position_of(row) + r.keys - r.rows,
+                      r.keys);
 }
 
 bool Problem::block_visible(const QueryTile& tile, int64_t key_tile) const {

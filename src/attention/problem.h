@@ -1,4 +1,5 @@
-// A validated attention problem: what prefill and decode have in common once their parameters are checked.
+// A validated attention problem: what prefill and decode have in common once their parameters are
+// checked.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +18,8 @@ struct Request {
   int64_t keys = 0;
 };
 
-// The rows that decide together: `positions` query positions of `heads` query heads that share a KV head.
-// Row r is position r / heads, head r % heads.
+// The rows that decide together: `positions` query positions of `heads` query heads that share a KV
+// head. Row r is position r / heads, head r % heads.
 struct QueryTile {
   int64_t request;
   int64_t head;
@@ -65,8 +66,8 @@ struct Problem {
   // Whether the block mask lets the query tile visit the key tile.
   bool block_visible(const QueryTile& tile, int64_t key_tile) const;
 
-  // What a row's tested value must stay below for a skip, in natural log: ln(threshold), tau, or -inf
-  // where nothing may be skipped.
+  // What a row's tested value must stay below for a skip, in natural log: ln(threshold), tau, or
+  // -inf where nothing may be skipped.
   double skip_below(int64_t request, int64_t head) const;
 };
 

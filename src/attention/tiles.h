@@ -1,4 +1,5 @@
-// Which keys a row sees, which key tiles a query tile visits, and in which order. Plain integer functions.
+// Which keys a row sees, which key tiles a query tile visits, and in which order. Plain integer
+// functions.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,9 @@ struct Range {
   int64_t size() const { return empty() ? 0 : end - begin; }
 };
 
-inline Range intersect(Range a, Range b) { return {std::max(a.begin, b.begin), std::min(a.end, b.end)}; }
+inline Range intersect(Range a, Range b) {
+  return {std::max(a.begin, b.begin), std::min(a.end, b.end)};
+}
 
 // Distances position - key that a row may look across, both ends included.
 struct Distances {
@@ -73,7 +76,8 @@ inline int gap_bin(double gap) {
   constexpr int inner = BLASST_GAP_BINS - 2;
   if (!(gap < 0)) return BLASST_GAP_BINS - 1;  // NaN too
   if (gap < -BLASST_GAP_RANGE) return 0;
-  return std::min(inner, 1 + static_cast<int>((gap + BLASST_GAP_RANGE) * (inner / BLASST_GAP_RANGE)));
+  return std::min(inner,
+                  1 + static_cast<int>((gap + BLASST_GAP_RANGE) * (inner / BLASST_GAP_RANGE)));
 }
 
 }  // namespace blasst::attention

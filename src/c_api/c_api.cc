@@ -42,7 +42,8 @@ void require(const T* pointer, const char* name) {
 }
 
 template <typename Params, typename Result, typename Query>
-blasst_status query(const Params* params, Result* result, const char* name, const Query& query) noexcept {
+blasst_status query(const Params* params, Result* result, const char* name,
+                    const Query& query) noexcept {
   return guarded([&] {
     require(params, "params");
     require(result, name);
@@ -84,11 +85,13 @@ blasst_status blasst_decode_workspace_bytes(const blasst_decode_params* params, 
   return query(params, bytes, "bytes", [](const auto& p) { return blasst::workspace_bytes(p); });
 }
 
-blasst_status blasst_prefill_tile_shape(const blasst_prefill_params* params, blasst_tile_shape* shape) {
+blasst_status blasst_prefill_tile_shape(const blasst_prefill_params* params,
+                                        blasst_tile_shape* shape) {
   return query(params, shape, "shape", [](const auto& p) { return blasst::tile_shape(p); });
 }
 
-blasst_status blasst_decode_tile_shape(const blasst_decode_params* params, blasst_tile_shape* shape) {
+blasst_status blasst_decode_tile_shape(const blasst_decode_params* params,
+                                       blasst_tile_shape* shape) {
   return query(params, shape, "shape", [](const auto& p) { return blasst::tile_shape(p); });
 }
 

@@ -18,7 +18,9 @@ namespace {
 
 constexpr std::size_t kAlignment = 64;
 
-std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+std::size_t aligned(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 // The caller's workspace if it is given and large enough, else memory of the call's own.
 class Scratch {
@@ -31,7 +33,7 @@ class Scratch {
       data_ = static_cast<std::byte*>(workspace.data);
       data_ += aligned(reinterpret_cast<uintptr_t>(data_)) - reinterpret_cast<uintptr_t>(data_);
     } else {
-      owned_.reset(static_cast<std::byte*>(::operator new(bytes, std::align_val_t{kAlignment})));
+      owned_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment})));
       data_ = owned_.get();
     }
   }
@@ -42,7 +44,9 @@ class Scratch {
 
  private:
   struct Free {
-    void operator()(std::byte* data) const { ::operator delete(data, std::align_val_t{kAlignment}); }
+    void operator()(std::byte* data) const {
+      ::operator delete (data, std::align_val_t{kAlignment});
+    }
   };
   std::unique_ptr<std::byte, Free> owned_;
   std::byte* data_;

@@ -56,8 +56,8 @@ const Isa* find(const std::string& name) {
     if (isa.name == name) return &isa;
   }
   throw Error(BLASST_INVALID_ARGUMENT,
-              fmt::format("instruction set '{}' is not available; this machine and build have: {}", name,
-                          fmt::join(cpu_isas(), ", ")));
+              fmt::format("instruction set '{}' is not available; this machine and build have: {}",
+                          name, fmt::join(cpu_isas(), ", ")));
 }
 
 std::atomic<const Isa*>& chosen() {

@@ -11,7 +11,8 @@
 namespace blasst::cpu {
 
 struct Kernels {
-  // Visit the unit's key tiles and write its output rows. `scratch`: prefill_scratch_floats, 64-byte aligned.
+  // Visit the unit's key tiles and write its output rows. `scratch`: prefill_scratch_floats,
+  // 64-byte aligned.
   void (*prefill)(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch);
   // Visit one split; leaves a partial result. `scratch`: decode_scratch_floats, 64-byte aligned.
   void (*decode)(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,

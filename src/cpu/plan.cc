@@ -41,8 +41,9 @@ std::vector<PrefillUnit> prefill_units(const Problem& p, std::span<const QueryTi
     units.push_back(unit);
     first += count;
   }
-  std::ranges::stable_sort(units, std::ranges::greater{},
-                           [](const PrefillUnit& u) { return u.key_tiles.size() * std::ssize(u.tiles); });
+  std::ranges::stable_sort(units, std::ranges::greater{}, [](const PrefillUnit& u) {
+    return u.key_tiles.size() * std::ssize(u.tiles);
+  });
   return units;
 }
 

@@ -14,16 +14,17 @@ using attention::Problem;
 using attention::QueryTile;
 using attention::Range;
 
-inline constexpr int kQueryRows = 64;      // rows of a prefill query tile
-inline constexpr int kKeys = 64;           // keys of a key tile
-inline constexpr int kUnitTiles = 4;       // query tiles that share one staged key tile
-inline constexpr int kSplitTiles = 64;     // decode: visited tiles a split
+inline constexpr int kQueryRows = 64;   // rows of a prefill query tile
+inline constexpr int kKeys = 64;        // keys of a key tile
+inline constexpr int kUnitTiles = 4;    // query tiles that share one staged key tile
+inline constexpr int kSplitTiles = 64;  // decode: visited tiles a split
 inline constexpr int kMaxDim = 256;
 
 TileShape prefill_shape();
 TileShape decode_shape(const Problem& p);
 
-// Prefill work: up to kUnitTiles neighbouring query tiles of one head, which visit key tiles together.
+// Prefill work: up to kUnitTiles neighbouring query tiles of one head, which visit key tiles
+// together.
 struct PrefillUnit {
   std::span<const QueryTile> tiles;
   Range key_tiles;  // union of what its query tiles may visit
@@ -35,8 +36,8 @@ std::vector<PrefillUnit> prefill_units(const Problem& p, std::span<const QueryTi
 // Decode work: one split of one query tile's visit.
 struct DecodeUnit {
   const QueryTile* tile;
-  Range key_tiles;   // of the whole visit
-  Range visit;       // positions in the visit sequence
+  Range key_tiles;  // of the whole visit
+  Range visit;      // positions in the visit sequence
 };
 
 // Splits of a query tile follow each other, in the order of its visit.
@@ -47,7 +48,8 @@ size_t prefill_scratch_floats(const Problem& p);
 size_t decode_scratch_floats(const Problem& p);
 size_t decode_partial_floats(const Problem& p);
 
-// The softmax state of a decode unit: m, l, bound of each row, then its outputs [rows, padded value_dim].
+// The softmax state of a decode unit: m, l, bound of each row, then its outputs [rows, padded
+// value_dim].
 struct Partial {
   float* m;
   float* l;

@@ -1,4 +1,5 @@
-// The statistics of a call, counted by units on any thread. Integers, so the order of adding never shows.
+// The statistics of a call, counted by units on any thread. Integers, so the order of adding never
+// shows.
 #pragma once
 
 #include <atomic>
@@ -13,8 +14,12 @@ namespace blasst::cpu {
 class Totals {
  public:
   Totals(const attention::Problem& p, int64_t query_tiles, int64_t key_tiles)
-      : report_(p.report), heads_(p.heads), query_tiles_(query_tiles),
-        words_(attention::ceil_div(key_tiles, 32)), group_(p.group()), pack_heads_(p.pack_heads) {}
+      : report_(p.report),
+        heads_(p.heads),
+        query_tiles_(query_tiles),
+        words_(attention::ceil_div(key_tiles, 32)),
+        group_(p.group()),
+        pack_heads_(p.pack_heads) {}
 
   bool wants_gaps() const { return report_.gap_histogram != nullptr; }
 
@@ -28,7 +33,8 @@ class Totals {
     }
     if (report_.tile_bits && kept) {
       const int64_t head = pack_heads_ ? tile.head / group_ : tile.head;
-      uint32_t& word = report_.tile_bits[(head * query_tiles_ + tile.index) * words_ + key_tile / 32];
+      uint32_t& word =
+          report_.tile_bits[(head * query_tiles_ + tile.index) * words_ + key_tile / 32];
       std::atomic_ref(word).fetch_or(uint32_t{1} << (key_tile % 32), std::memory_order_relaxed);
     }
   }

@@ -20,11 +20,11 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // Online softmax of one row.
 struct Row {
-  double m = -kInf;            // running maximum
-  double l = 0;                // kept exp(score - m)
-  double bound = 0;            // upper bound on the skipped exp(score - m)
-  double dropped = 0;          // skipped exp(score - m), exactly
-  std::vector<double> o;       // kept exp(score - m) * v
+  double m = -kInf;       // running maximum
+  double l = 0;           // kept exp(score - m)
+  double bound = 0;       // upper bound on the skipped exp(score - m)
+  double dropped = 0;     // skipped exp(score - m), exactly
+  std::vector<double> o;  // kept exp(score - m) * v
 
   void rescale(double maximum) {
     if (!(maximum > m)) return;
@@ -83,7 +83,8 @@ class Attend {
     const int64_t bytes = attention::element_bytes(p_.dtype);
     double dot = 0;
     for (int64_t d = 0; d < p_.head_dim; ++d)
-      dot += attention::load_element(p_.dtype, q + d * bytes) * attention::load_element(p_.dtype, k + d * bytes);
+      dot += attention::load_element(p_.dtype, q + d * bytes) *
+             attention::load_element(p_.dtype, k + d * bytes);
     const double scaled = dot * static_cast<double>(p_.scale);
     return p_.softcap > 0 ? p_.softcap * std::tanh(scaled / p_.softcap) : scaled;
   }
@@ -104,8 +105,9 @@ class Attend {
 
   void visit(int64_t j) {
     std::vector<std::vector<double>> s(tile_.rows());
-    TileDecision decision{tile_.request, tile_.head, tile_.first_position / shape_.query_rows, j,
-                          -kInf, -kInf, -kInf, false};
+    TileDecision decision{
+        tile_.request, tile_.head, tile_.first_position / shape_.query_rows, j, -kInf, -kInf,
+        -kInf,         false};
     bool nan = false;
     for (int64_t r = 0; r < tile_.rows(); ++r) {
       s[r] = scores(r, intersect(ranges_[r], tile_keys(j)));
@@ -117,10 +119,11 @@ class Attend {
       const double below = p_.skip_below(tile_.request, tile_.head_of(r));
       decision.gap = std::max(decision.gap, gap);
       decision.maximum = std::max(decision.maximum, t);
-      // A row's first keys are never skipped, and two equal infinities (inf - inf) are no reason to skip.
+      // A row's first keys are never skipped, and two equal infinities (inf - inf) are no reason to
+      // skip.
       const double margin = rows_[r].m == -kInf || !(tested < below || tested >= below) ? kInf
                             : tested == below                                           ? 0
-                                                                                        : tested - below;
+                                              : tested - below;
       decision.margin = std::max(decision.margin, margin);
     }
     if (nan) decision.gap = decision.maximum = decision.margin = std::nan("");
@@ -139,10 +142,11 @@ class Attend {
       if (s[i] == -kInf) continue;
       const double p = std::exp(s[i] - row.m);
       row.l += p;
-      const std::byte* v = p_.value(tile_.request, keys.begin + static_cast<int64_t>(i),
-                                    tile_.head / p_.group());
+      const std::byte* v =
+          p_.value(tile_.request, keys.begin + static_cast<int64_t>(i), tile_.head / p_.group());
       for (int64_t d = 0; d < p_.value_dim; ++d)
-        row.o[d] += p * attention::load_element(p_.dtype, v + d * attention::element_bytes(p_.dtype));
+        row.o[d] +=
+            p * attention::load_element(p_.dtype, v + d * attention::element_bytes(p_.dtype));
     }
   }
 
@@ -211,7 +215,8 @@ class Attend {
 
 Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced) {
   if (shape.query_rows < 1 || shape.keys < 1 || shape.split_tiles < 0)
-    throw Error(BLASST_INVALID_ARGUMENT, "the reference's tile shape needs query_rows and keys of at least 1");
+    throw Error(BLASST_INVALID_ARGUMENT,
+                "the reference's tile shape needs query_rows and keys of at least 1");
   attention::check_block_mask(p, shape);
   const auto count = static_cast<size_t>(p.rows * p.heads);
   Result result{.out = std::vector<double>(count * p.value_dim),
@@ -219,7 +224,8 @@ Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced
                 .dropped_mass_bound = std::vector<double>(count),
                 .dropped_mass = std::vector<double>(count),
                 .tiles = {}};
-  for (const QueryTile& tile : p.query_tiles(shape.query_rows)) Attend(p, shape, tile, result, forced).run();
+  for (const QueryTile& tile : p.query_tiles(shape.query_rows))
+    Attend(p, shape, tile, result, forced).run();
   return result;
 }
 

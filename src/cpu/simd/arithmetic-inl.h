@@ -1,5 +1,6 @@
-// The two ways to multiply: float32, and bfloat16 pairs with the processor's dot product. Both see tensors as
-// arrays of 32-bit words, one float or two neighbouring bfloat16, so one kernel text serves both.
+// The two ways to multiply: float32, and bfloat16 pairs with the processor's dot product. Both see
+// tensors as arrays of 32-bit words, one float or two neighbouring bfloat16, so one kernel text
+// serves both.
 #if defined(BLASST_CPU_SIMD_ARITHMETIC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef BLASST_CPU_SIMD_ARITHMETIC_INL_H_
 #undef BLASST_CPU_SIMD_ARITHMETIC_INL_H_
@@ -7,12 +8,13 @@
 #define BLASST_CPU_SIMD_ARITHMETIC_INL_H_
 #endif
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
+#include "attention/element.h"
 #include "blasst/blasst.hpp"
 #include "hwy/highway.h"
 
@@ -29,33 +31,49 @@ inline constexpr F f{};
 inline constexpr I i32{};
 inline constexpr int kLanes = static_cast<int>(hn::MaxLanes(f));
 
+// SSE4 has no instruction for halves, and Highway's emulation loses NaN and rounding.
+inline constexpr bool kConvertsHalf = HWY_TARGET != HWY_SSE4;
+
 // Reads `count` floats (a multiple of 8) from `count` stored elements.
-HWY_INLINE void LoadFloats(DType dtype, const std::byte* from, int64_t count, float* HWY_RESTRICT to) {
+HWY_INLINE void LoadFloats(DType dtype, const std::byte* from, int64_t count,
+                           float* HWY_RESTRICT to) {
   const hn::CappedTag<float, 8> f8;
   if (dtype == BLASST_FLOAT32) {
     std::memcpy(to, from, count * sizeof(float));
+  } else if (dtype == BLASST_FLOAT16 && !kConvertsHalf) {
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = static_cast<float>(attention::load_element(dtype, from + 2 * i));
   } else if (dtype == BLASST_FLOAT16) {
     const hn::Rebind<hwy::float16_t, decltype(f8)> h8;
     for (int64_t i = 0; i < count; i += hn::Lanes(f8))
-      hn::StoreU(hn::PromoteTo(f8, hn::LoadU(h8, reinterpret_cast<const hwy::float16_t*>(from) + i)), f8,
-                 to + i);
+      hn::StoreU(
+          hn::PromoteTo(f8, hn::LoadU(h8, reinterpret_cast<const hwy::float16_t*>(from) + i)), f8,
+          to + i);
   } else {
     const hn::Rebind<hwy::bfloat16_t, decltype(f8)> b8;
     for (int64_t i = 0; i < count; i += hn::Lanes(f8))
-      hn::StoreU(hn::PromoteTo(f8, hn::LoadU(b8, reinterpret_cast<const hwy::bfloat16_t*>(from) + i)), f8,
-                 to + i);
+      hn::StoreU(
+          hn::PromoteTo(f8, hn::LoadU(b8, reinterpret_cast<const hwy::bfloat16_t*>(from) + i)), f8,
+          to + i);
   }
 }
 
 // Rounds `count` floats (a multiple of 8) to stored elements, to nearest even.
-HWY_INLINE void StoreFloats(DType dtype, const float* HWY_RESTRICT from, int64_t count, std::byte* to) {
+HWY_INLINE void StoreFloats(DType dtype, const float* HWY_RESTRICT from, int64_t count,
+                            std::byte* to) {
   const hn::CappedTag<float, 8> f8;
   if (dtype == BLASST_FLOAT32) {
     std::memcpy(to, from, count * sizeof(float));
+  } else if (dtype == BLASST_FLOAT16 && !kConvertsHalf) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t bits = attention::half_bits(from[i]);
+      std::memcpy(to + 2 * i, &bits, sizeof bits);
+    }
   } else if (dtype == BLASST_FLOAT16) {
     const hn::Rebind<hwy::float16_t, decltype(f8)> h8;
     for (int64_t i = 0; i < count; i += hn::Lanes(f8))
-      hn::StoreU(hn::DemoteTo(h8, hn::LoadU(f8, from + i)), h8, reinterpret_cast<hwy::float16_t*>(to) + i);
+      hn::StoreU(hn::DemoteTo(h8, hn::LoadU(f8, from + i)), h8,
+                 reinterpret_cast<hwy::float16_t*>(to) + i);
   } else {
     for (int64_t i = 0; i < count; ++i) {
       uint32_t bits;
@@ -81,11 +99,13 @@ struct Float32 {
   }
 
   // kPack value rows, element d of all of them in words[d].
-  static HWY_INLINE void StageValues(const std::byte* const* rows, int64_t dim, float* HWY_RESTRICT words) {
+  static HWY_INLINE void StageValues(const std::byte* const* rows, int64_t dim,
+                                     float* HWY_RESTRICT words) {
     LoadFloats(kStored, rows[0], dim, words);
   }
 
-  // The largest magnitude among the words, as the bits of a float: orders like the float, NaN above inf.
+  // The largest magnitude among the words, as the bits of a float: orders like the float, NaN above
+  // inf.
   static HWY_INLINE hn::Vec<I> Magnitude(hn::Vec<I> words) {
     return hn::And(words, hn::Set(i32, 0x7fffffff));
   }
@@ -94,7 +114,8 @@ struct Float32 {
   static HWY_INLINE V Pack(const V* p) { return p[0]; }
 
   // The same for `count` probabilities in a row.
-  static HWY_INLINE void PackRow(const float* HWY_RESTRICT p, int64_t count, float* HWY_RESTRICT words) {
+  static HWY_INLINE void PackRow(const float* HWY_RESTRICT p, int64_t count,
+                                 float* HWY_RESTRICT words) {
     std::memcpy(words, p, count * sizeof(float));
   }
 
@@ -102,6 +123,11 @@ struct Float32 {
   static HWY_INLINE V LoadWords(const std::byte* row, int64_t at) {
     if constexpr (kStored == BLASST_FLOAT32) {
       return hn::LoadU(f, reinterpret_cast<const float*>(row) + at);
+    } else if constexpr (kStored == BLASST_FLOAT16 && !kConvertsHalf) {
+      alignas(64) float words[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        words[i] = static_cast<float>(attention::load_element(kStored, row + 2 * (at + i)));
+      return hn::Load(f, words);
     } else {
       using T = std::conditional_t<kStored == BLASST_FLOAT16, hwy::float16_t, hwy::bfloat16_t>;
       const hn::Rebind<T, F> stored;
@@ -109,8 +135,8 @@ struct Float32 {
     }
   }
 
-  // Elements [at, at + kPack * kLanes) of kPack value rows as kPack vectors of words; element e of the block
-  // lies in lane Lane(e) of the vectors laid end to end.
+  // Elements [at, at + kPack * kLanes) of kPack value rows as kPack vectors of words; element e of
+  // the block lies in lane Lane(e) of the vectors laid end to end.
   static HWY_INLINE void LoadValues(const std::byte* const* rows, int64_t at, V* words) {
     words[0] = LoadWords(rows[0], at);
   }
@@ -131,14 +157,18 @@ struct BFloat16Dot {
     std::memcpy(words, row, dim * 2);
   }
 
-  static HWY_INLINE void StageValues(const std::byte* const* rows, int64_t dim, float* HWY_RESTRICT words) {
+  static HWY_INLINE void StageValues(const std::byte* const* rows, int64_t dim,
+                                     float* HWY_RESTRICT words) {
     const hn::CappedTag<uint32_t, 8> u8;
     const hn::Rebind<uint16_t, decltype(u8)> h8;
     for (int64_t d = 0; d < dim; d += 8) {
-      const auto even = hn::PromoteTo(u8, hn::LoadU(h8, reinterpret_cast<const uint16_t*>(rows[0]) + d));
-      const auto odd = hn::PromoteTo(u8, hn::LoadU(h8, reinterpret_cast<const uint16_t*>(rows[1]) + d));
-      hn::StoreU(hn::BitCast(hn::RebindToFloat<decltype(u8)>(), hn::Or(even, hn::ShiftLeft<16>(odd))),
-                 hn::RebindToFloat<decltype(u8)>(), words + d);
+      const auto even =
+          hn::PromoteTo(u8, hn::LoadU(h8, reinterpret_cast<const uint16_t*>(rows[0]) + d));
+      const auto odd =
+          hn::PromoteTo(u8, hn::LoadU(h8, reinterpret_cast<const uint16_t*>(rows[1]) + d));
+      hn::StoreU(
+          hn::BitCast(hn::RebindToFloat<decltype(u8)>(), hn::Or(even, hn::ShiftLeft<16>(odd))),
+          hn::RebindToFloat<decltype(u8)>(), words + d);
     }
   }
 
@@ -152,10 +182,12 @@ struct BFloat16Dot {
     const hn::RebindToUnsigned<F> u32;
     const auto even = hn::BitCast(u32, hn::Add(hn::BitCast(i32, p[0]), half));
     const auto odd = hn::BitCast(u32, hn::Add(hn::BitCast(i32, p[1]), half));
-    return hn::BitCast(f, hn::Or(hn::ShiftRight<16>(even), hn::And(odd, hn::Set(u32, 0xffff0000u))));
+    return hn::BitCast(f,
+                       hn::Or(hn::ShiftRight<16>(even), hn::And(odd, hn::Set(u32, 0xffff0000u))));
   }
 
-  static HWY_INLINE void PackRow(const float* HWY_RESTRICT p, int64_t count, float* HWY_RESTRICT words) {
+  static HWY_INLINE void PackRow(const float* HWY_RESTRICT p, int64_t count,
+                                 float* HWY_RESTRICT words) {
     for (int64_t i = 0; i < count; i += 2 * kLanes) {
       V pair[2];
       hn::LoadInterleaved2(f, p + i, pair[0], pair[1]);
@@ -181,8 +213,8 @@ struct BFloat16Dot {
 };
 #endif
 
-// Largest magnitude in an array of words (count: a multiple of kLanes). NaN and infinity come out as
-// infinity.
+// Largest magnitude in an array of words (count: a multiple of kLanes). NaN and infinity come out
+// as infinity.
 template <typename A>
 HWY_INLINE float LargestMagnitude(const float* words, int64_t count) {
   auto most = hn::Zero(i32);

@@ -1,7 +1,9 @@
-// Decode of one split: the query heads that share a KV head walk the key tiles together, one row each.
+// Decode of one split: the query heads that share a KV head walk the key tiles together, one row
+// each.
 //
-// Memory is the limit: K is streamed once, with the next tile's rows prefetched while this one is scored; V is
-// touched only for kept tiles, prefetched when the tile is kept and used one tile later.
+// Memory is the limit: K is streamed once, with the next tile's rows prefetched while this one is
+// scored; V is touched only for kept tiles, prefetched when the tile is kept and used one tile
+// later.
 #if defined(BLASST_CPU_SIMD_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef BLASST_CPU_SIMD_DECODE_INL_H_
 #undef BLASST_CPU_SIMD_DECODE_INL_H_
@@ -48,25 +50,37 @@ HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumFour(const V* v) {
                               hn::BitCast(f, hn::InterleaveUpper(pairs, p, q))));
 }
 
-inline constexpr int kRowGroup = 4;   // rows that share a pass over a tile's keys or values
-inline constexpr int kKeyGroup = 4;   // keys that share a pass over the rows
-inline constexpr int kValueVectors = HWY_TARGET == HWY_AVX3 ? 4 : 2;  // output vectors of a row in registers
+inline constexpr int kRowGroup = 4;  // rows that share a pass over a tile's keys or values
+inline constexpr int kKeyGroup = 4;  // keys that share a pass over the rows
+inline constexpr int kValueVectors =
+    HWY_TARGET == HWY_AVX3 ? 4 : 2;  // output vectors of a row in registers
 
 template <typename A>
 class DecodeWalk {
  public:
-  DecodeWalk(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch, const Partial& partial)
-      : p_(p), unit_(unit), tile_(*unit.tile), totals_(totals), partial_(partial), count_(unit.tile->rows()),
-        padded_count_(hwy::RoundUpTo(count_, kLanes)), depth_(p.head_dim / A::kPack),
+  DecodeWalk(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
+             const Partial& partial)
+      : p_(p),
+        unit_(unit),
+        tile_(*unit.tile),
+        totals_(totals),
+        partial_(partial),
+        count_(unit.tile->rows()),
+        padded_count_(hwy::RoundUpTo(count_, kLanes)),
+        depth_(p.head_dim / A::kPack),
         q_stride_(hwy::RoundUpTo(depth_, kLanes)),
-        o_stride_(hwy::RoundUpTo(p.value_dim, A::kPack * kLanes)), kv_head_(unit.tile->head / p.group()),
+        o_stride_(hwy::RoundUpTo(p.value_dim, A::kPack * kLanes)),
+        kv_head_(unit.tile->head / p.group()),
         keys_(p.requests[unit.tile->request].keys) {
-    const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + hwy::RoundUpTo(floats, 16)); };
+    const auto take = [&](int64_t floats) {
+      return std::exchange(scratch, scratch + hwy::RoundUpTo(floats, 16));
+    };
     scores_ = take(count_ * kKeys);
     probabilities_ = take(count_ * kKeys);
     q_ = take(count_ * q_stride_);
     o_ = take(count_ * o_stride_);
-    for (float** row : {&m_, &t_, &l_, &bound_, &rescale_, &below_, &seen_}) *row = take(padded_count_);
+    for (float** row : {&m_, &t_, &l_, &bound_, &rescale_, &below_, &seen_})
+      *row = take(padded_count_);
     unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
     log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
   }
@@ -110,13 +124,15 @@ class DecodeWalk {
   Range KeysOf(int64_t j) const { return {j * kKeys, std::min<int64_t>(keys_, (j + 1) * kKeys)}; }
 
   bool Visited(int64_t j) const {
-    return p_.block_visible(tile_, j) && (!p_.mask.bands || attention::any_visible(ranges_, KeysOf(j)));
+    return p_.block_visible(tile_, j) &&
+           (!p_.mask.bands || attention::any_visible(ranges_, KeysOf(j)));
   }
 
   // The next tile of this split that is visited; -1 at its end.
   int64_t NextTile() {
     while (position_ < unit_.visit.size()) {
-      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, unit_.visit.begin + position_++);
+      const int64_t j =
+          attention::nth_tile(p_.order, unit_.key_tiles, unit_.visit.begin + position_++);
       if (Visited(j)) return j;
     }
     return -1;
@@ -133,8 +149,8 @@ class DecodeWalk {
       rows[i] = i < keys.size() ? p_.key(tile_.request, keys.begin + i, kv_head_) : ZeroRow();
   }
 
-  // Values of the keys that some row sees (`row` < 0) or that this row sees; zeros elsewhere, so that NaN in a
-  // masked value stays out.
+  // Values of the keys that some row sees (`row` < 0) or that this row sees; zeros elsewhere, so
+  // that NaN in a masked value stays out.
   void FindValues(int64_t j, int64_t row, Rows& rows) const {
     const Range keys = KeysOf(j);
     const auto seen = [&](int64_t key) {
@@ -142,8 +158,9 @@ class DecodeWalk {
       return !rows_differ_ ? key >= ranges_[0].begin && key < ranges_[0].end : true;
     };
     for (int64_t i = 0; i < kKeys; ++i) {
-      rows[i] = i < keys.size() && seen(keys.begin + i) ? p_.value(tile_.request, keys.begin + i, kv_head_)
-                                                        : ZeroRow();
+      rows[i] = i < keys.size() && seen(keys.begin + i)
+                    ? p_.value(tile_.request, keys.begin + i, kv_head_)
+                    : ZeroRow();
     }
   }
 
@@ -197,10 +214,17 @@ class DecodeWalk {
     for (int64_t r = 0; r < count_; r += kRowGroup) {
       const bool prefetch = prefetch_next && r == 0;
       switch (std::min<int64_t>(kRowGroup, count_ - r)) {
-        case 1: ScoreRows<1>(r, prefetch); break;
-        case 2: ScoreRows<2>(r, prefetch); break;
-        case 3: ScoreRows<3>(r, prefetch); break;
-        default: ScoreRows<4>(r, prefetch);
+        case 1:
+          ScoreRows<1>(r, prefetch);
+          break;
+        case 2:
+          ScoreRows<2>(r, prefetch);
+          break;
+        case 3:
+          ScoreRows<3>(r, prefetch);
+          break;
+        default:
+          ScoreRows<4>(r, prefetch);
       }
     }
   }
@@ -253,8 +277,9 @@ class DecodeWalk {
         if (p_.softcap > 0) s = SoftCap(hn::Mul(s, hn::Set(f, p_.scale)), hn::Set(f, p_.softcap));
         if (boundary) {
           const auto index = hn::Iota(i32, static_cast<int32_t>(keys.begin + key));
-          const auto inside = hn::AndNot(hn::Lt(index, hn::Set(i32, static_cast<int32_t>(seen.begin))),
-                                         hn::Lt(index, hn::Set(i32, static_cast<int32_t>(seen.end))));
+          const auto inside =
+              hn::AndNot(hn::Lt(index, hn::Set(i32, static_cast<int32_t>(seen.begin))),
+                         hn::Lt(index, hn::Set(i32, static_cast<int32_t>(seen.end))));
           s = hn::IfThenElse(hn::RebindMask(f, inside), s, hn::Set(f, -kInf));
         }
         const M is_nan = hn::IsNaN(s);
@@ -296,9 +321,12 @@ class DecodeWalk {
   void AddBound() {
     const V scale = hn::Set(f, log2_scale_);
     for (int64_t r = 0; r < padded_count_; r += kLanes) {
-      const V mass = Exp2(hn::MulSub(hn::LoadU(f, t_ + r), scale, hn::Mul(hn::LoadU(f, m_ + r), scale)));
-      const V seen = hn::LoadU(f, seen_ + r), bound = hn::LoadU(f, bound_ + r);
-      hn::StoreU(hn::IfThenElse(hn::Gt(seen, hn::Zero(f)), hn::MulAdd(mass, seen, bound), bound), f, bound_ + r);
+      const V t = hn::LoadU(f, t_ + r), bound = hn::LoadU(f, bound_ + r);
+      const V mass = Exp2(hn::MulSub(t, scale, hn::Mul(hn::LoadU(f, m_ + r), scale)));
+      // Rows without a valid score have nothing to lose.
+      const M valid = hn::Gt(t, hn::Set(f, -kInf));
+      const V sum = hn::MulAdd(mass, hn::LoadU(f, seen_ + r), bound);
+      hn::StoreU(hn::IfThenElse(valid, sum, bound), f, bound_ + r);
     }
   }
 
@@ -325,7 +353,8 @@ class DecodeWalk {
     alignas(64) float p[kKeys];
     V sum = hn::Zero(f);
     for (int64_t key = 0; key < kKeys; key += kLanes) {
-      const V x = Exp2(hn::MulSub(hn::LoadU(f, scores + key), hn::Set(f, log2_scale_), hn::Set(f, base)));
+      const V x =
+          Exp2(hn::MulSub(hn::LoadU(f, scores + key), hn::Set(f, log2_scale_), hn::Set(f, base)));
       sum = hn::Add(sum, x);
       hn::Store(x, f, p + key);
     }
@@ -346,25 +375,34 @@ class DecodeWalk {
     }
     for (int64_t r = 0; r < count_; r += kRowGroup) {
       switch (std::min<int64_t>(kRowGroup, count_ - r)) {
-        case 1: AddRows<1>(r); break;
-        case 2: AddRows<2>(r); break;
-        case 3: AddRows<3>(r); break;
-        default: AddRows<4>(r);
+        case 1:
+          AddRows<1>(r);
+          break;
+        case 2:
+          AddRows<2>(r);
+          break;
+        case 3:
+          AddRows<3>(r);
+          break;
+        default:
+          AddRows<4>(r);
       }
     }
   }
 
   template <int kRows>
   HWY_NOINLINE void AddRows(int64_t first) {
-    constexpr int64_t kBlock = A::kPack * kLanes;              // elements of one LoadValues
+    constexpr int64_t kBlock = A::kPack * kLanes;  // elements of one LoadValues
     constexpr int kBlocks = kValueVectors / A::kPack;
     int64_t d = 0;
-    for (; d + kBlocks * kBlock <= p_.value_dim; d += kBlocks * kBlock) AddBlocks<kRows, kBlocks, false>(first, d);
+    for (; d + kBlocks * kBlock <= p_.value_dim; d += kBlocks * kBlock)
+      AddBlocks<kRows, kBlocks, false>(first, d);
     for (; d + kBlock <= p_.value_dim; d += kBlock) AddBlocks<kRows, 1, false>(first, d);
     if (d < p_.value_dim) AddBlocks<kRows, 1, true>(first, d);
   }
 
-  // o[row][d..] = rescale * o + sum over keys of p * v, for kBlocks blocks of elements; kTail: a last, short one.
+  // o[row][d..] = rescale * o + sum over keys of p * v, for kBlocks blocks of elements; kTail: a
+  // last, short one.
   template <int kRows, int kBlocks, bool kTail>
   HWY_INLINE void AddBlocks(int64_t first, int64_t d) {
     constexpr int kVectors = kBlocks * A::kPack;
@@ -431,7 +469,7 @@ class DecodeWalk {
   float unit_scale_, log2_scale_;
   float *scores_, *probabilities_, *q_, *o_;
   float *m_, *t_, *l_, *bound_, *rescale_, *below_, *seen_;  // a row each
-  std::vector<Range> ranges_;  // keys that a row sees
+  std::vector<Range> ranges_;                                // keys that a row sees
   bool rows_differ_ = false;
   int64_t position_ = 0;
   int64_t pending_ = -1;  // kept tile whose values are still to be added
@@ -439,7 +477,8 @@ class DecodeWalk {
 };
 
 template <typename A>
-void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch, const Partial& partial) {
+void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
+            const Partial& partial) {
   DecodeWalk<A>(p, unit, totals, scratch, partial).Run();
 }
 
@@ -452,14 +491,16 @@ inline void Combine(const Problem& p, const QueryTile& tile, const Partial* spli
     out.fill(0);
     for (int64_t i = 0; i < count; ++i) {
       const Partial& s = splits[i];
-      if (s.l[r] == 0 && s.bound[r] == 0) continue;  // this split kept and skipped nothing for the row
+      if (s.l[r] == 0 && s.bound[r] == 0)
+        continue;  // this split kept and skipped nothing for the row
       const float weight = std::exp2(s.m[r] - m);
       l += s.l[r] * weight;
       bound += s.bound[r] * weight;
       for (int64_t d = 0; d < p.value_dim; ++d) out[d] += s.o[r * s.o_stride + d] * weight;
     }
     const RowTotal total = FinishRow(p, tile.head_of(r), m, l, bound);
-    for (int64_t d = 0; d < p.value_dim; ++d) out[d] = total.inverse == 0 ? 0 : out[d] * total.inverse;
+    for (int64_t d = 0; d < p.value_dim; ++d)
+      out[d] = total.inverse == 0 ? 0 : out[d] * total.inverse;
     WriteRow(p, tile, r, out.data(), total);
   }
 }

@@ -13,7 +13,8 @@ namespace blasst::cpu::BLASST_ISA {
 
 // 2^x for x <= 126; 0 below -126 (and for -inf), NaN for NaN. 2^0 is exactly 1.
 HWY_INLINE V Exp2(V x) {
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, where the exponent is built from.
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, where the exponent is
+  // built from.
   const V magic = hn::Set(f, 12582912.0f);
   const V shifted = hn::Add(x, magic);
   const V fraction = hn::Sub(x, hn::Sub(shifted, magic));
@@ -33,7 +34,8 @@ HWY_INLINE V Exp2(V x) {
 HWY_INLINE V SoftCap(V x, V cap) {
   constexpr float kTwoLog2e = 2.885390082f;
   const V ratio = hn::Abs(hn::Div(x, cap));
-  // 1 - tanh(r) = 2 e / (1 + e) with e = exp(-2 r); small r by series, where the difference would cancel.
+  // 1 - tanh(r) = 2 e / (1 + e) with e = exp(-2 r); small r by series, where the difference would
+  // cancel.
   const V e = Exp2(hn::Mul(ratio, hn::Set(f, -kTwoLog2e)));
   const V large = hn::Div(hn::Sub(hn::Set(f, 1.0f), e), hn::Add(hn::Set(f, 1.0f), e));
   const V square = hn::Mul(ratio, ratio);

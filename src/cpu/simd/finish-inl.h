@@ -23,13 +23,14 @@ inline constexpr double kLn2 = 0.6931471805599453;
 struct RowTotal {
   float inverse;  // of the denominator, relative to the running maximum; 0: no valid key
   float lse;
-  float bound;    // fraction of the probability that skipped keys may hold
+  float bound;  // fraction of the probability that skipped keys may hold
 };
 
 // From a row's running maximum (log2), kept sum and bound; the head's sink joins the denominator.
 inline RowTotal FinishRow(const Problem& p, int64_t head, float log2_max, float l, float bound) {
   if (l == 0) return {0, -kInf, 0};
-  const double log2_sink = p.sinks ? p.sinks[head] * kLog2e : -std::numeric_limits<double>::infinity();
+  const double log2_sink =
+      p.sinks ? p.sinks[head] * kLog2e : -std::numeric_limits<double>::infinity();
   const double top = std::max<double>(log2_max, log2_sink);
   const double shrink = std::exp2(log2_max - top);
   const double total = l * shrink + std::exp2(log2_sink - top);

@@ -1,4 +1,5 @@
-// The float32 kernels, compiled once for each instruction set, and the choice among them at run time.
+// The float32 kernels, compiled once for each instruction set, and the choice among them at run
+// time.
 #include <cstdint>
 #include <vector>
 
@@ -52,7 +53,8 @@ KernelTable kernels_for(int64_t target) {
 std::vector<int64_t> compiled_targets() {
   std::vector<int64_t> targets;
   for (int64_t bit = 1; bit > 0 && bit <= HWY_TARGETS; bit <<= 1) {
-    if (HWY_TARGETS & ~HWY_SCALAR & bit) targets.push_back(bit);  // Highway numbers better targets lower
+    if (HWY_TARGETS & ~HWY_SCALAR & bit)
+      targets.push_back(bit);  // Highway numbers better targets lower
   }
   return targets;
 }

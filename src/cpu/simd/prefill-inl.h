@@ -1,8 +1,9 @@
 // Prefill of one unit: a few neighbouring query tiles of one head walk the key tiles together.
 //
-// Everything is kept transposed: lanes are query rows. So K and V are read as they are stored, one broadcast
-// word at a time; row maxima, the tile test and the softmax sums are plain vector operations without a single
-// horizontal step; only Q is transposed on the way in and the output on the way out.
+// Everything is kept transposed: lanes are query rows. So K and V are read as they are stored, one
+// broadcast word at a time; row maxima, the tile test and the softmax sums are plain vector
+// operations without a single horizontal step; only Q is transposed on the way in and the output on
+// the way out.
 #if defined(BLASST_CPU_SIMD_PREFILL_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef BLASST_CPU_SIMD_PREFILL_INL_H_
 #undef BLASST_CPU_SIMD_PREFILL_INL_H_
@@ -42,7 +43,8 @@ HWY_INLINE void Multiply(const float* HWY_RESTRICT words, int64_t word_stride, i
                          Accumulators& sums) {
   for (int64_t step = 0; step < depth; ++step) {
     V row[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) row[v] = hn::Load(f, rows + step * row_stride + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v)
+      row[v] = hn::Load(f, rows + step * row_stride + v * kLanes);
     for (int b = 0; b < kBroadcasts; ++b) {
       const V word = hn::Set(f, words[step * step_stride + b * word_stride]);
       for (int v = 0; v < kPanelVectors; ++v) sums[b][v] = A::MulAdd(word, row[v], sums[b][v]);
@@ -60,13 +62,35 @@ struct RowState {
 // What the walk needs to know of one query tile.
 struct TileState {
   const QueryTile* tile;
-  Range key_tiles;            // that it may visit
-  Range inner;                // keys that every row sees
+  Range key_tiles;  // that it may visit
+  Range inner;      // keys that every row sees
   std::array<Range, kQueryRows> keys;
-  float magnitude;            // of its queries
-  float* q;                   // [panels][head_dim / kPack][kPanel] words
-  float* o;                   // [value_dim][kQueryRows]
+  float magnitude;  // of its queries
+  float* q;         // [panels][head_dim / kPack][kPanel] words
+  float* o;         // [value_dim][kQueryRows]
   RowState rows;
+};
+
+// Which keys of one key tile the rows of a query tile see, a lane a row.
+class SeenKeys {
+ public:
+  SeenKeys(const TileState& tile, Range keys) {
+    for (int r = 0; r < kQueryRows; ++r) {
+      const Range seen = intersect(tile.keys[r], keys);
+      begin_[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.begin - keys.begin);
+      end_[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.end - keys.begin);
+    }
+  }
+
+  // Of key `key` of the tile, for the rows of vector v.
+  HWY_INLINE hn::Mask<I> Mask(int64_t key, int v) const {
+    const auto index = hn::Set(i32, static_cast<int32_t>(key));
+    return hn::AndNot(hn::Lt(index, hn::Load(i32, begin_ + v * kLanes)),
+                      hn::Lt(index, hn::Load(i32, end_ + v * kLanes)));
+  }
+
+ private:
+  alignas(64) int32_t begin_[kQueryRows], end_[kQueryRows];
 };
 
 template <typename A>
@@ -86,8 +110,8 @@ class PrefillWalk {
     }
     const QueryTile& first = unit.tiles.front();
     const double below = p.skip_below(first.request, first.head);
-    // Without soft cap the running maximum is kept in raw dot products, so that skipped tiles are never
-    // scaled.
+    // Without soft cap the running maximum is kept in raw dot products, so that skipped tiles are
+    // never scaled.
     unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
     log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
     skip_below_ = static_cast<float>(below / unit_scale_);
@@ -119,7 +143,8 @@ class PrefillWalk {
       state.rows.m[r] = -kInf;
       state.rows.l[r] = state.rows.bound[r] = 0;
     }
-    state.key_tiles = attention::tile_range({state.keys.data(), static_cast<size_t>(tile.rows())}, kKeys);
+    state.key_tiles =
+        attention::tile_range({state.keys.data(), static_cast<size_t>(tile.rows())}, kKeys);
     std::fill_n(state.q, kQueryRows * depth_, 0.0f);
     std::fill_n(state.o, kQueryRows * p_.value_dim, 0.0f);
     if (state.key_tiles.empty()) return;
@@ -146,8 +171,8 @@ class PrefillWalk {
     k_staged_ = true;
   }
 
-  // Copies the values of tile j as [value_dim / kBroadcasts][keys / kPack][kBroadcasts] words, in the order
-  // in which they are broadcast.
+  // Copies the values of tile j as [value_dim / kBroadcasts][keys / kPack][kBroadcasts] words, in
+  // the order in which they are broadcast.
   void StageValues(int64_t j) {
     static constexpr std::array<std::byte, kMaxDim * 4> zeros{};
     const int64_t request = unit_.tiles.front().request;
@@ -160,7 +185,8 @@ class PrefillWalk {
       }
       A::StageValues(rows, p_.value_dim, row_words_);
       for (int64_t d = 0; d < p_.value_dim; d += kBroadcasts)
-        std::memcpy(v_ + (d * steps) + step * kBroadcasts, row_words_ + d, kBroadcasts * sizeof(float));
+        std::memcpy(v_ + (d * steps) + step * kBroadcasts, row_words_ + d,
+                    kBroadcasts * sizeof(float));
     }
     v_finite_ = LargestMagnitude<A>(v_, staged_keys_ / A::kPack * p_.value_dim) < kInf;
     v_staged_ = true;
@@ -171,10 +197,11 @@ class PrefillWalk {
     V t[kRowVectors];  // row maxima
     Scores(tile, t);
     const Range keys{j * kKeys, j * kKeys + Keys(j)};
-    const bool boundary = keys.begin < tile.inner.begin || keys.end > tile.inner.end ||
-                          staged_keys_ > keys.size();
+    const bool boundary =
+        keys.begin < tile.inner.begin || keys.end > tile.inner.end || staged_keys_ > keys.size();
     // Finite queries and keys whose products cannot overflow give no NaN, so nothing looks for one.
-    const bool may_be_nan = !(tile.magnitude * k_magnitude_ * static_cast<float>(p_.head_dim) < 1e37f);
+    const bool may_be_nan =
+        !(tile.magnitude * k_magnitude_ * static_cast<float>(p_.head_dim) < 1e37f);
     bool nan = false;
     bool capped = p_.softcap == 0;
     if (boundary || may_be_nan) {
@@ -209,10 +236,12 @@ class PrefillWalk {
         Accumulators sums;
         for (auto& row : sums)
           for (V& x : row) x = hn::Zero(f);
-        Multiply<A>(k_ + key * depth_, depth_, 1, tile.q + panel * kPanel * depth_, kPanel, depth_, sums);
+        Multiply<A>(k_ + key * depth_, depth_, 1, tile.q + panel * kPanel * depth_, kPanel, depth_,
+                    sums);
         for (int b = 0; b < kBroadcasts; ++b) {
           for (int v = 0; v < kPanelVectors; ++v) {
-            hn::Store(sums[b][v], f, scores_ + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
+            hn::Store(sums[b][v], f,
+                      scores_ + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
             most[v] = hn::Max(most[v], sums[b][v]);
           }
         }
@@ -228,23 +257,16 @@ class PrefillWalk {
     }
   }
 
-  // Sets what a row does not see to -inf and takes the row maxima anew, NaN left aside. Whether a row that
-  // counts has a NaN. NaN is made canonical, which Exp2 passes on.
+  // Sets what a row does not see to -inf and takes the row maxima anew, NaN left aside. Whether a
+  // row that counts has a NaN. NaN is made canonical, which Exp2 passes on.
   HWY_NOINLINE bool MaskScores(const TileState& tile, Range keys, V* t) {
-    alignas(64) int32_t begin[kQueryRows], end[kQueryRows];
-    for (int r = 0; r < kQueryRows; ++r) {
-      const Range seen = intersect(tile.keys[r], keys);
-      begin[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.begin - keys.begin);
-      end[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.end - keys.begin);
-    }
+    const SeenKeys keys_seen(tile, keys);
     bool nan = false;
     for (int v = 0; v < kRowVectors; ++v) {
-      const auto first = hn::Load(i32, begin + v * kLanes), last = hn::Load(i32, end + v * kLanes);
       V most = hn::Set(f, -kInf);
       for (int64_t key = 0; key < staged_keys_; ++key) {
         float* at = scores_ + key * kQueryRows + v * kLanes;
-        const auto index = hn::Set(i32, static_cast<int32_t>(key));
-        const M seen = hn::RebindMask(f, hn::AndNot(hn::Lt(index, first), hn::Lt(index, last)));
+        const M seen = hn::RebindMask(f, keys_seen.Mask(key, v));
         V s = hn::IfThenElse(seen, hn::Load(f, at), hn::Set(f, -kInf));
         const M is_nan = hn::IsNaN(s);
         nan |= !hn::AllFalse(f, is_nan);
@@ -266,7 +288,8 @@ class PrefillWalk {
       const V tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t[v] : hn::Sub(t[v], m);
       // A row's first keys are never skipped: with m = -inf the relative test is false by itself.
       const M low = hn::And(hn::Lt(tested, below), hn::Gt(m, none));
-      const M veto = hn::AndNot(hn::Or(low, hn::Eq(t[v], none)), hn::FirstN(f, std::max<int64_t>(0, count - v * kLanes)));
+      const M veto = hn::AndNot(hn::Or(low, hn::Eq(t[v], none)),
+                                hn::FirstN(f, std::max<int64_t>(0, count - v * kLanes)));
       keep |= !hn::AllFalse(f, veto);
     }
     return keep;
@@ -294,12 +317,14 @@ class PrefillWalk {
       const V mass = Exp2(hn::MulSub(t[v], scale, m));
       const V keys_seen = hn::Load(f, count + v * kLanes);
       const V sum = hn::MulAdd(mass, keys_seen, hn::Load(f, bound));
-      hn::Store(hn::IfThenElse(hn::Gt(keys_seen, hn::Zero(f)), sum, hn::Load(f, bound)), f, bound);
+      // Rows without a valid score have nothing to lose.
+      const M valid = hn::Gt(t[v], hn::Set(f, -kInf));
+      hn::Store(hn::IfThenElse(valid, sum, hn::Load(f, bound)), f, bound);
     }
   }
 
-  // Turns scores into probabilities relative to the new running maximum; updates m, l and bound, and gives
-  // the factor that the output so far shrinks by.
+  // Turns scores into probabilities relative to the new running maximum; updates m, l and bound,
+  // and gives the factor that the output so far shrinks by.
   HWY_NOINLINE void Softmax(RowState& rows, const V* t, float* rescale) {
     const V scale = hn::Set(f, log2_scale_), none = hn::Set(f, -kInf);
     for (int v = 0; v < kRowVectors; ++v) {
@@ -322,7 +347,8 @@ class PrefillWalk {
         }
       }
       hn::Store(m, f, rows.m + at);
-      hn::Store(hn::MulAdd(hn::Load(f, rows.l + at), factor, hn::Add(sum[0], sum[1])), f, rows.l + at);
+      hn::Store(hn::MulAdd(hn::Load(f, rows.l + at), factor, hn::Add(sum[0], sum[1])), f,
+                rows.l + at);
       hn::Store(hn::Mul(hn::Load(f, rows.bound + at), factor), f, rows.bound + at);
       hn::Store(factor, f, rescale + at);
     }
@@ -340,7 +366,8 @@ class PrefillWalk {
             sums[b][v] = hn::Mul(hn::Load(f, o + b * kQueryRows + v * kLanes),
                                  hn::Load(f, rescale + panel * kPanel + v * kLanes));
         }
-        Multiply<A>(v_ + d * steps, 1, kBroadcasts, probabilities_ + panel * kPanel, kQueryRows, steps, sums);
+        Multiply<A>(v_ + d * steps, 1, kBroadcasts, probabilities_ + panel * kPanel, kQueryRows,
+                    steps, sums);
         for (int b = 0; b < kBroadcasts; ++b) {
           for (int v = 0; v < kPanelVectors; ++v)
             hn::Store(sums[b][v], f, o + b * kQueryRows + v * kLanes);
@@ -349,35 +376,34 @@ class PrefillWalk {
     }
   }
 
-  // The same where a masked key has a NaN or infinite value: 0 * inf must not reach rows that cannot see it.
+  // The same where a masked key has a NaN or infinite value: 0 * inf must not reach rows that
+  // cannot see it, so they multiply a zero instead.
   void AddValuesWhereVisible(TileState& tile, const float* rescale, Range keys) {
-    for (int64_t r = 0; r < tile.tile->rows(); ++r) {
-      const Range seen = intersect(tile.keys[r], keys);
-      for (int64_t d = 0; d < p_.value_dim; ++d) {
-        float& o = tile.o[d * kQueryRows + r];
-        o *= rescale[r];
-        for (int64_t key = seen.begin - keys.begin; key < seen.end - keys.begin; ++key)
-          o += Probability(key, r) * Value(key, d);
+    const int64_t steps = staged_keys_ / A::kPack;
+    const SeenKeys seen(tile, keys);
+    for (int64_t d = 0; d < p_.value_dim; ++d) {
+      const float* words = v_ + d / kBroadcasts * kBroadcasts * steps + d % kBroadcasts;
+      for (int v = 0; v < kRowVectors; ++v) {
+        float* o = tile.o + d * kQueryRows + v * kLanes;
+        V sum = hn::Mul(hn::Load(f, o), hn::Load(f, rescale + v * kLanes));
+        for (int64_t step = 0; step < steps; ++step) {
+          const V word = hn::And(hn::Set(f, words[step * kBroadcasts]), SeenWord(seen, step, v));
+          sum = A::MulAdd(word, hn::Load(f, probabilities_ + step * kQueryRows + v * kLanes), sum);
+        }
+        hn::Store(sum, f, o);
       }
     }
   }
 
-  // One element of the packed probabilities and of the staged values.
-  float Probability(int64_t key, int64_t row) const {
-    return Element(probabilities_[key / A::kPack * kQueryRows + row], key % A::kPack);
-  }
-  float Value(int64_t key, int64_t d) const {
-    const int64_t steps = staged_keys_ / A::kPack;
-    const float word = v_[d / kBroadcasts * kBroadcasts * steps + key / A::kPack * kBroadcasts + d % kBroadcasts];
-    return Element(word, key % A::kPack);
-  }
-  static float Element(float word, int64_t half) {
-    if constexpr (A::kPack == 1) return word;
-    uint32_t bits;
-    std::memcpy(&bits, &word, sizeof bits);
-    bits = half ? bits & 0xffff0000u : bits << 16;
-    std::memcpy(&word, &bits, sizeof word);
-    return word;
+  // All ones in the elements of a word whose keys the rows of vector v see.
+  static V SeenWord(const SeenKeys& seen, int64_t step, int v) {
+    const auto element = [&](int64_t key) { return hn::VecFromMask(i32, seen.Mask(key, v)); };
+    if constexpr (A::kPack == 1) {
+      return hn::BitCast(f, element(step));
+    } else {
+      return hn::BitCast(f, hn::Or(hn::And(element(2 * step), hn::Set(i32, 0xffff)),
+                                   hn::AndNot(hn::Set(i32, 0xffff), element(2 * step + 1))));
+    }
   }
 
   // Divides by the denominator, writes output rows, LSE and bound.
