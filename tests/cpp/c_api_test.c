@@ -1,0 +1,103 @@
+/* The C interface from C11: defaults, a call whose result is known, errors as status and message.
+ */
+#include <blasst/blasst.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { kKeys = 100, kHeads = 2, kDim = 16 };
+
+static int failures = 0;
+
+static void check(int holds, const char* what) {
+  if (holds) return;
+  fprintf(stderr, "FAILED: %s (last error: \"%s\")\n", what, blasst_last_error());
+  ++failures;
+}
+
+static float q[kHeads * kDim], k[kKeys * kDim], v[kKeys * kDim], out[kHeads * kDim];
+
+static blasst_view view(float* data, int64_t tokens, int64_t heads) {
+  blasst_view result = {data, tokens * heads * kDim, tokens * heads * kDim, heads * kDim, kDim};
+  return result;
+}
+
+/* Equal keys: the output is the mean of V, 0.5 * (kKeys - 1). */
+static void expect_mean(const char* what) {
+  for (int i = 0; i < kHeads * kDim; ++i) check(fabsf(out[i] - 0.5f * (kKeys - 1)) < 1e-4f, what);
+}
+
+static void test_prefill(void) {
+  blasst_prefill_params p;
+  memset(&p, 0xff, sizeof p);
+  blasst_prefill_params_init(&p);
+  check(p.batch == 1 && p.order == BLASST_SINK_FIRST && p.mask.window_left == -1 && !p.q.data,
+        "defaults");
+
+  p.heads = kHeads;
+  p.kv_heads = 1;
+  p.head_dim = p.value_dim = kDim;
+  p.query_length = 1;
+  p.q = view(q, 1, kHeads);
+  p.out = view(out, 1, kHeads);
+  p.kv.k = view(k, kKeys, 1);
+  p.kv.v = view(v, kKeys, 1);
+  p.kv.key_length = kKeys;
+  float lse[kHeads];
+  p.report.lse = lse;
+  check(blasst_prefill(&p) == BLASST_OK, "prefill");
+  check(blasst_last_error()[0] == '\0', "no message after a call that worked");
+  expect_mean("prefill of equal keys");
+  check(fabsf(lse[1] - logf(kKeys)) < 1e-5f, "lse of equal keys");
+
+  blasst_tile_shape shape;
+  size_t bytes = 0;
+  check(blasst_prefill_tile_shape(&p, &shape) == BLASST_OK && shape.keys > 0, "tile shape");
+  check(blasst_prefill_workspace_bytes(&p, &bytes) == BLASST_OK && bytes > 0, "workspace bytes");
+
+  const float threshold = 2;
+  p.test.kind = BLASST_TEST_RELATIVE;
+  p.test.values = &threshold;
+  check(blasst_prefill(&p) == BLASST_INVALID_ARGUMENT, "threshold 2");
+  check(strstr(blasst_last_error(), "is 2; it must be") != NULL, "message of threshold 2");
+  check(blasst_prefill_workspace_bytes(&p, &bytes) == BLASST_INVALID_ARGUMENT,
+        "size of a bad call");
+  check(blasst_prefill(NULL) == BLASST_INVALID_ARGUMENT, "null parameters");
+  check(blasst_prefill_tile_shape(&p, NULL) == BLASST_INVALID_ARGUMENT, "null result");
+  p.backend = BLASST_BACKEND_CUDA_SM90;
+  check(blasst_prefill(&p) != BLASST_OK, "a backend that is not there");
+}
+
+static void test_decode(void) {
+  blasst_decode_params p;
+  blasst_decode_params_init(&p);
+  check(p.query_length == 1, "decode defaults");
+  p.heads = kHeads;
+  p.kv_heads = 1;
+  p.head_dim = p.value_dim = kDim;
+  p.q = view(q, 1, kHeads);
+  p.out = view(out, 1, kHeads);
+  p.kv.k = view(k, kKeys, 1);
+  p.kv.v = view(v, kKeys, 1);
+  p.kv.key_length = kKeys;
+  memset(out, 0, sizeof out);
+  check(blasst_decode(&p) == BLASST_OK, "decode");
+  expect_mean("decode of equal keys");
+
+  blasst_tile_shape shape;
+  size_t bytes = 0;
+  check(blasst_decode_tile_shape(&p, &shape) == BLASST_OK && shape.query_rows == kHeads,
+        "tile shape");
+  check(blasst_decode_workspace_bytes(&p, &bytes) == BLASST_OK, "workspace bytes");
+  check(blasst_decode(NULL) == BLASST_INVALID_ARGUMENT, "null parameters");
+}
+
+int main(void) {
+  for (int i = 0; i < kHeads * kDim; ++i) q[i] = 1;
+  for (int i = 0; i < kKeys * kDim; ++i) v[i] = (float)(i / kDim);
+  test_prefill();
+  test_decode();
+  int major, minor, patch;
+  check(sscanf(blasst_version(), "%d.%d.%d", &major, &minor, &patch) == 3, "version");
+  return failures != 0;
+}

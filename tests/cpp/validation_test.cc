@@ -1,0 +1,423 @@
+// Bad input: an error that says what was passed and what is accepted, and nothing written.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "check/problem.h"
+
+namespace blasst::check {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
+
+// Ragged queries over paged keys; every optional array is set.
+Case everything_set() {
+  return {.requests = {{70, 100}, {3, 40}},
+          .heads = 4,
+          .kv_heads = 2,
+          .head_dim = 32,
+          .value_dim = 16,
+          .layout = Layout::kPaged,
+          .ragged_queries = true,
+          .sinks = true,
+          .bands = true,
+          .blocks = true,
+          .test = BLASST_TEST_RELATIVE,
+          .threshold = 0.5f,
+          .per_request = true,
+          .per_head = true};
+}
+
+Case dense() {
+  return {.requests = {{70, 100}, {70, 40}},
+          .heads = 4,
+          .kv_heads = 2,
+          .head_dim = 32,
+          .value_dim = 16};
+}
+
+Case ragged() {
+  Case c = everything_set();
+  c.layout = Layout::kRagged;
+  return c;
+}
+
+Case decode() {
+  Case c = dense();
+  c.decode = true;
+  c.requests = {{2, 100}, {2, 40}};
+  return c;
+}
+
+struct Bad {
+  const char* name;
+  Case start;
+  std::function<void(Problem&)> spoil;
+  std::vector<std::string>
+      message;  // parts it must contain: the name, what was passed, what is accepted
+  blasst_status status = BLASST_INVALID_ARGUMENT;
+};
+
+void PrintTo(const Bad& bad, std::ostream* os) { *os << bad.name; }
+
+std::vector<Bad> bad_inputs() {
+  const Case all = everything_set();
+  return {
+      // Null pointers.
+      {"NullQ", all, [](Problem& p) { p.params.q.data = nullptr; }, {"q", "null"}},
+      {"NullK", all, [](Problem& p) { p.params.kv.k.data = nullptr; }, {"k", "null"}},
+      {"NullV", all, [](Problem& p) { p.params.kv.v.data = nullptr; }, {"v", "null"}},
+      {"NullOut", all, [](Problem& p) { p.params.out.data = nullptr; }, {"out", "null"}},
+      {"NullThresholds",
+       all,
+       [](Problem& p) { p.params.test.values = nullptr; },
+       {"test.values", "null"}},
+      {"NullPagedLengths",
+       all,
+       [](Problem& p) { p.params.kv.lengths = nullptr; },
+       {"kv.lengths", "null"}},
+
+      // Sizes.
+      {"NegativeBatch", all, [](Problem& p) { p.params.batch = -1; }, {"batch", "-1"}},
+      {"HugeBatch",
+       all,
+       [](Problem& p) { p.params.batch = kHuge; },
+       {"batch", std::to_string(kHuge)}},
+      {"ZeroHeads", all, [](Problem& p) { p.params.heads = 0; }, {"heads is 0"}},
+      {"NegativeHeads", all, [](Problem& p) { p.params.heads = -4; }, {"heads is -4"}},
+      {"HugeHeads",
+       all,
+       [](Problem& p) { p.params.heads = kHuge; },
+       {"heads", std::to_string(kHuge)}},
+      {"ZeroKvHeads", all, [](Problem& p) { p.params.kv_heads = 0; }, {"kv_heads is 0"}},
+      {"HeadsNoMultiple",
+       all,
+       [](Problem& p) { p.params.kv_heads = 3; },
+       {"heads is 4", "kv_heads is 3", "multiple"}},
+      {"HeadDimOdd",
+       all,
+       [](Problem& p) { p.params.head_dim = 20; },
+       {"head_dim is 20", "multiple of 8", "16 to 256"}},
+      {"HeadDimSmall",
+       all,
+       [](Problem& p) { p.params.head_dim = 8; },
+       {"head_dim is 8", "16 to 256"}},
+      {"HeadDimLarge",
+       all,
+       [](Problem& p) { p.params.head_dim = 264; },
+       {"head_dim is 264", "16 to 256"}},
+      {"ValueDim",
+       all,
+       [](Problem& p) { p.params.value_dim = 0; },
+       {"value_dim is 0", "16 to 256"}},
+      {"NegativeQueryLength",
+       dense(),
+       [](Problem& p) { p.params.query_length = -5; },
+       {"query_length is -5"}},
+      {"HugeQueryLength",
+       dense(),
+       [](Problem& p) { p.params.query_length = kHuge; },
+       {"query_length", std::to_string(kHuge)}},
+      {"LongQueries",
+       dense(),
+       [](Problem& p) { p.params.query_length = 1 << 30; },
+       {"q", "elements"}},
+      {"NegativeKeyLength",
+       dense(),
+       [](Problem& p) { p.params.kv.key_length = -1; },
+       {"kv.key_length is -1"}},
+      {"HugeKeyLength",
+       dense(),
+       [](Problem& p) { p.params.kv.key_length = kHuge; },
+       {"kv.key_length", std::to_string(kHuge)}},
+      {"LongKeys",
+       dense(),
+       [](Problem& p) { p.params.kv.key_length = 1 << 30; },
+       {"k", "elements"}},
+      {"DecodeNoQuery",
+       decode(),
+       [](Problem& p) { p.params.query_length = 0; },
+       {"query_length is 0", "1 to 16"}},
+      {"DecodeManyQueries",
+       decode(),
+       [](Problem& p) { p.params.query_length = 17; },
+       {"query_length is 17", "1 to 16"}},
+
+      // Types and options.
+      {"Backend",
+       all,
+       [](Problem& p) { p.params.backend = BLASST_BACKEND_CUDA_SM90; },
+       {"1", "cpu"},
+       BLASST_UNSUPPORTED},
+      {"BackendUnknown",
+       all,
+       [](Problem& p) { p.params.backend = static_cast<Backend>(77); },
+       {"backend 77", "cpu"},
+       BLASST_UNSUPPORTED},
+      {"DType",
+       all,
+       [](Problem& p) { p.params.dtype = static_cast<DType>(9); },
+       {"dtype is 9", "float32"}},
+      {"Order",
+       all,
+       [](Problem& p) { p.params.order = static_cast<Order>(3); },
+       {"order is 3", "sink_first"}},
+      {"Test",
+       all,
+       [](Problem& p) { p.params.test.kind = static_cast<TestKind>(4); },
+       {"test.kind is 4"}},
+      {"ThresholdIgnored",
+       all,
+       [](Problem& p) { p.params.test.kind = BLASST_TEST_NONE; },
+       {"test.values", "BLASST_TEST_NONE"}},
+      {"Scale", all, [](Problem& p) { p.params.scale = -1; }, {"scale is -1"}},
+      {"ScaleNan", all, [](Problem& p) { p.params.scale = NAN; }, {"scale is nan"}},
+      {"ScaleInf", all, [](Problem& p) { p.params.scale = kInf; }, {"scale is inf"}},
+      {"Softcap", all, [](Problem& p) { p.params.softcap = -2; }, {"softcap is -2"}},
+      {"SoftcapNan", all, [](Problem& p) { p.params.softcap = NAN; }, {"softcap is nan"}},
+      {"SinkNan", all, [](Problem& p) { p.sinks[2] = NAN; }, {"sinks[2] is nan"}},
+      {"SinkInf", all, [](Problem& p) { p.sinks[2] = kInf; }, {"sinks[2] is inf"}},
+      {"Threads", all, [](Problem& p) { p.params.threads = -1; }, {"threads is -1"}},
+
+      // Strides.
+      {"NegativeStride",
+       all,
+       [](Problem& p) { p.params.q.stride_token = -32; },
+       {"q.stride_token is -32"}},
+      {"HugeStride",
+       all,
+       [](Problem& p) { p.params.kv.k.stride_head = kHuge; },
+       {"k.stride_head", std::to_string(kHuge)}},
+      {"QueryOverrun",
+       all,
+       [](Problem& p) { p.params.q.stride_token += 8; },
+       {"q reaches element", "q.elements is"}},
+      {"KeyOverrun",
+       all,
+       [](Problem& p) { p.params.kv.k.elements -= 1; },
+       {"k reaches element", "k.elements is"}},
+      {"ValueOverrun",
+       all,
+       [](Problem& p) { p.params.kv.v.stride_request *= 2; },
+       {"v reaches element", "v.elements is"}},
+      {"OutOverrun",
+       all,
+       [](Problem& p) { p.params.out.elements /= 2; },
+       {"out reaches element", "out.elements is"}},
+      {"NegativeElements", all, [](Problem& p) { p.params.q.elements = -1; }, {"q.elements is -1"}},
+      {"OutHeadsOverlap",
+       all,
+       [](Problem& p) { p.params.out.stride_head = 8; },
+       {"out.stride_head is 8", "at least 16"}},
+      {"OutTokensOverlap",
+       all,
+       [](Problem& p) { p.params.out.stride_token = 0; },
+       {"out.stride_token is 0"}},
+      {"OutRequestsOverlap",
+       dense(),
+       [](Problem& p) { p.params.out.stride_request = 64; },
+       {"out.stride_", "overlap"}},
+      {"OutIsQ", all, [](Problem& p) { p.params.out = p.params.q; }, {"out and q share memory"}},
+      {"OutIsV",
+       dense(),
+       [](Problem& p) {
+         p.params.out = p.params.kv.v;
+         p.params.out.elements = p.params.kv.v.elements;
+         p.params.query_length = 1;
+       },
+       {"out and v share memory"}},
+      {"Misaligned",
+       all,
+       [](Problem& p) {
+         p.params.kv.k.data = static_cast<char*>(p.params.kv.k.data) + 1;
+         p.params.kv.k.elements -= 1;
+       },
+       {"k", "align"}},
+
+      // Index arrays.
+      {"CuQueriesStart",
+       all,
+       [](Problem& p) { p.cu_queries[0] = 1; },
+       {"cu_seqlens_q[0] is 1", "must be 0"}},
+      {"CuQueriesFall",
+       all,
+       [](Problem& p) { p.cu_queries[1] = 80; },
+       {"cu_seqlens_q[2] is 73", "80"}},
+      {"CuQueriesLong", all, [](Problem& p) { p.cu_queries[2] = 1 << 30; }, {"q reaches"}},
+      {"CuKeysStart", ragged(), [](Problem& p) { p.cu_keys[0] = -1; }, {"kv.cu_seqlens[0] is -1"}},
+      {"CuKeysFall",
+       ragged(),
+       [](Problem& p) { p.cu_keys[1] = 141; },
+       {"kv.cu_seqlens[2] is 140", "141"}},
+      {"CuKeysLong", ragged(), [](Problem& p) { p.cu_keys[2] = 141; }, {"k reaches"}},
+      {"TwoLayouts",
+       ragged(),
+       [](Problem& p) { p.params.kv.lengths = p.lengths.data(); },
+       {"kv.cu_seqlens", "kv.lengths"}},
+      {"LengthNegative", all, [](Problem& p) { p.lengths[1] = -1; }, {"kv.lengths[1] is -1"}},
+      {"LengthBeyondThePages",
+       all,
+       [](Problem& p) { p.lengths[1] = 1000; },
+       {"kv.lengths[1] is 1000", "128"}},
+      {"LengthBeyondTheCache",
+       dense(),
+       [](Problem& p) { p.lengths[0] = 101; },
+       {"kv.lengths[0] is 101", "100"}},
+      {"PageNegative",
+       all,
+       [](Problem& p) { p.page_table[1] = -1; },
+       {"kv.page_table[0, 1] is -1", "kv.pages"}},
+      {"PageBeyond",
+       all,
+       [](Problem& p) { p.page_table[1] = static_cast<int32_t>(p.params.kv.pages); },
+       {"kv.page_table[0, 1]", "kv.pages"}},
+      {"PageSizeZero",
+       all,
+       [](Problem& p) { p.params.kv.page_size = 0; },
+       {"kv.page_size is 0", "1 to 256"}},
+      {"PageSizeLarge",
+       all,
+       [](Problem& p) { p.params.kv.page_size = 257; },
+       {"kv.page_size is 257", "1 to 256"}},
+      {"PageTableStride",
+       all,
+       [](Problem& p) { p.params.kv.page_table_stride = -3; },
+       {"kv.page_table_stride is -3"}},
+      {"PagesBeyondTheBuffer", all, [](Problem& p) { p.params.kv.pages += 1; }, {"k reaches"}},
+
+      // Masks.
+      {"Causal", all, [](Problem& p) { p.params.mask.causal = 2; }, {"mask.causal is 2"}},
+      {"WindowLeft",
+       all,
+       [](Problem& p) { p.params.mask.window_left = -2; },
+       {"mask.window_left is -2"}},
+      {"WindowRight",
+       all,
+       [](Problem& p) { p.params.mask.window_right = kHuge; },
+       {"mask.window_right", std::to_string(kHuge)}},
+      {"BandBackwards",
+       all,
+       [](Problem& p) { p.bands[2] = 5, p.bands[3] = 4; },
+       {"mask.bands", "5", "4"}},
+      {"BlocksStrideTile",
+       all,
+       [](Problem& p) { p.params.mask.blocks_stride_query_tile = 1; },
+       {"mask.blocks_stride_query_tile is 1"}},
+      {"BlocksStrideHead",
+       all,
+       [](Problem& p) { p.params.mask.blocks_stride_head = 2; },
+       {"mask.blocks_stride_head is 2"}},
+
+      // Thresholds.
+      {"ThresholdNegative",
+       all,
+       [](Problem& p) { p.thresholds[5] = -0.1f; },
+       {"threshold of request 1, head 1 is -0.1", "0 to 1"}},
+      {"ThresholdAboveOne",
+       all,
+       [](Problem& p) { p.thresholds[5] = 1.5f; },
+       {"request 1, head 1 is 1.5", "0 to 1"}},
+      {"ThresholdNan",
+       all,
+       [](Problem& p) { p.thresholds[0] = NAN; },
+       {"request 0, head 0 is nan", "0 to 1"}},
+      {"ScaleFactorNegative",
+       all,
+       [](Problem& p) {
+         p.params.test.kind = BLASST_TEST_SCALE_FACTOR;
+         p.thresholds[0] = -1;
+       },
+       {"scale factor", "is -1"}},
+      {"ScaleFactorInf",
+       all,
+       [](Problem& p) {
+         p.params.test.kind = BLASST_TEST_SCALE_FACTOR;
+         p.thresholds[0] = kInf;
+       },
+       {"scale factor", "is inf"}},
+      {"AbsoluteNan",
+       all,
+       [](Problem& p) {
+         p.params.test.kind = BLASST_TEST_ABSOLUTE;
+         p.thresholds[0] = NAN;
+       },
+       {"absolute threshold", "is nan"}},
+      {"ThresholdStride",
+       all,
+       [](Problem& p) { p.params.test.stride_head = -1; },
+       {"test.stride_head is -1"}},
+
+      // Workspace.
+      {"WorkspaceNull",
+       all,
+       [](Problem& p) { p.params.workspace_bytes = 64; },
+       {"workspace is null", "64"}},
+      {"WorkspaceSmall",
+       all,
+       [](Problem& p) {
+         static char byte;
+         p.params.workspace = &byte;
+         p.params.workspace_bytes = 1;
+       },
+       {"workspace_bytes is 1", "needs"}},
+  };
+}
+
+class Validation : public testing::TestWithParam<Bad> {};
+
+TEST_P(Validation, IsRejectedAndNothingIsWritten) {
+  const Bad& bad = GetParam();
+  Problem problem(bad.start);
+  bad.spoil(problem);
+  // run() clears the outputs first; what they hold now must still be there afterwards.
+  try {
+    problem.run();
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), bad.status) << error.what();
+    for (const std::string& part : bad.message)
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
+          << "\"" << error.what() << "\" does not say \"" << part << "\"";
+  }
+  EXPECT_FALSE(problem.wrote_anything());
+}
+
+INSTANTIATE_TEST_SUITE_P(Bad, Validation, testing::ValuesIn(bad_inputs()),
+                         [](const auto& param) { return param.param.name; });
+
+TEST(ValidInput, WhatIsNotUsedIsNotChecked) {
+  // Entries of the page table beyond a request's keys hold -1; empty tensors may be null.
+  Problem paged(everything_set());
+  EXPECT_NO_THROW(paged.run());
+  Problem empty({.requests = {{0, 0}, {0, 0}}});
+  empty.params.q.data = empty.params.out.data = empty.params.kv.k.data = empty.params.kv.v.data =
+      nullptr;
+  EXPECT_NO_THROW(empty.run());
+}
+
+TEST(ValidInput, InputsMayOverlap) {
+  // K and V in one buffer, and one head's queries for all: only out needs memory of its own.
+  Case c{.requests = {{20, 50}}, .heads = 4, .kv_heads = 2};
+  Problem problem(c);
+  problem.params.kv.v = problem.params.kv.k;
+  problem.params.q.stride_head = 0;
+  EXPECT_NO_THROW(problem.run());
+}
+
+TEST(InstructionSet, AnUnknownOneIsRejectedWithTheList) {
+  try {
+    set_cpu_isa("mmx");
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    for (const std::string& isa : cpu_isas())
+      EXPECT_NE(std::string(error.what()).find(isa), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace blasst::check

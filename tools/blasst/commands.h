@@ -1,0 +1,52 @@
+// The subcommands. Each adds its options to the application and returns what to run once they are
+// parsed; that returns the exit status.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <map>
+#include <string>
+
+#include "blasst/blasst.hpp"
+
+namespace blasst::command {
+
+using Run = std::function<int()>;
+
+Run add_info(CLI::App& app);
+Run add_verify(CLI::App& app);
+Run add_bench(CLI::App& app);
+
+inline const std::map<std::string, Backend> kBackends = {{"cpu", BLASST_BACKEND_CPU},
+                                                         {"cuda-sm90", BLASST_BACKEND_CUDA_SM90}};
+inline const std::map<std::string, DType> kDTypes = {
+    {"float32", BLASST_FLOAT32}, {"float16", BLASST_FLOAT16}, {"bfloat16", BLASST_BFLOAT16}};
+inline const std::map<std::string, Order> kOrders = {
+    {"forward", BLASST_FORWARD}, {"reverse", BLASST_REVERSE}, {"sink_first", BLASST_SINK_FIRST}};
+
+template <typename T>
+std::string name_of(const std::map<std::string, T>& names, T value) {
+  for (const auto& [name, named] : names)
+    if (named == value) return name;
+  return "?";
+}
+
+// An option that takes one of the names.
+template <typename T>
+void add_choice(CLI::App& app, const std::string& option, T& value,
+                const std::map<std::string, T>& names, const std::string& help) {
+  std::string list;
+  for (const auto& entry : names) list += (list.empty() ? "" : ", ") + entry.first;
+  app.add_option_function<std::string>(
+         option,
+         [&value, &names, option, list](const std::string& name) {
+           const auto found = names.find(name);
+           if (found == names.end())
+             throw CLI::ValidationError(option, "'" + name + "' is none of: " + list);
+           value = found->second;
+         },
+         help + ": " + list)
+      ->default_str(name_of(names, value));
+}
+
+}  // namespace blasst::command

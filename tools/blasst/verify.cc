@@ -1,0 +1,77 @@
+// blasst verify: random problems against the double-precision reference, decision by decision.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <memory>
+
+#include "check/compare.h"
+#include "commands.h"
+
+namespace blasst::command {
+namespace {
+
+struct Options {
+  Backend backend = BLASST_BACKEND_CPU;
+  uint64_t seed = 0;
+  int64_t cases = 100;
+  std::string isa;
+};
+
+// Whether all cases agree. Case i has the seed first + i.
+bool verify(const Options& options, const std::string& isa) {
+  set_cpu_isa(isa);
+  int64_t decisions = 0, skipped = 0, rounded = 0;
+  double error = 0;
+  const bool show_progress = isatty(STDERR_FILENO);
+  for (int64_t i = 0; i < options.cases; ++i) {
+    const uint64_t seed = options.seed + static_cast<uint64_t>(i);
+    const check::Case c = check::random_case(seed);
+    check::Problem problem(c);
+    problem.params.backend = options.backend;
+    problem.run();
+    const check::Comparison comparison = check::compare(problem);
+    if (!comparison.mismatch.empty()) {
+      fmt::print(stderr,
+                 "\nmismatch at seed {} on {}: {}\n  {}\nagain: blasst verify --seed {} --cases 1 "
+                 "--isa {}\n",
+                 seed, isa, comparison.mismatch, check::describe(c), seed, isa);
+      return false;
+    }
+    decisions += comparison.decisions;
+    skipped += comparison.skipped;
+    rounded += comparison.rounded;
+    if (comparison.plain_error > 0)
+      error = std::max(error, comparison.error / comparison.plain_error);
+    if (show_progress) fmt::print(stderr, "\r{}: {} of {} problems", isa, i + 1, options.cases);
+  }
+  if (show_progress) fmt::print(stderr, "\r\033[K");
+  fmt::print(
+      "{:<12} {} problems agree: {} decisions, {:.1f} % skipped, {} decided by rounding; "
+      "largest error {:.2f} of a plain implementation's\n",
+      isa, options.cases, decisions,
+      100.0 * static_cast<double>(skipped) / static_cast<double>(std::max<int64_t>(decisions, 1)),
+      rounded, error);
+  return true;
+}
+
+}  // namespace
+
+Run add_verify(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  add_choice(app, "--backend", options->backend, kBackends, "what to verify");
+  app.add_option("--cases", options->cases, "number of random problems")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--seed", options->seed, "of the first problem; the next ones follow")
+      ->capture_default_str();
+  app.add_option("--isa", options->isa,
+                 "one instruction set; default: all that `blasst info` lists");
+  return [options] {
+    bool agree = true;
+    for (const std::string& isa : options->isa.empty() ? cpu_isas() : std::vector{options->isa})
+      agree &= verify(*options, isa);
+    return agree ? 0 : 1;
+  };
+}
+
+}  // namespace blasst::command

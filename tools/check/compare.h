@@ -1,0 +1,23 @@
+// Compares what a call wrote with the reference, decision by decision.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "check/problem.h"
+
+namespace blasst::check {
+
+struct Comparison {
+  std::string mismatch;   // empty: everything agrees
+  int64_t decisions = 0;  // visited tiles
+  int64_t rounded = 0;    // of them, decided otherwise than the reference, within rounding
+  int64_t skipped = 0;
+  double error = 0;        // largest error of an output row, relative to the row's largest element
+  double plain_error = 0;  // the same of a plain implementation in the same type
+};
+
+// After problem.run().
+Comparison compare(const Problem& problem);
+
+}  // namespace blasst::check

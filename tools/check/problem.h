@@ -1,0 +1,98 @@
+// A problem in memory: tensors, index arrays, masks, thresholds and room for every output.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "blasst/blasst.hpp"
+#include "blasst/reference.hpp"
+#include "check/case.h"
+
+namespace blasst::check {
+
+// Decode is the same problem without ragged queries, so everything here holds prefill's parameters.
+DecodeParams as_decode(const PrefillParams& params);
+void call(const PrefillParams& params, bool decode);
+TileShape tile_shape(const PrefillParams& params, bool decode);
+size_t workspace_bytes(const PrefillParams& params, bool decode);
+reference::Result refer(const PrefillParams& params, bool decode, TileShape shape,
+                        const std::vector<bool>* kept = nullptr);
+
+// Where a call's numbers are and which keys a row sees: the header's rules, written a second time,
+// so that a slip in the library's own addressing shows.
+class Access {
+ public:
+  struct Request {
+    int64_t first_row, rows, first_key, keys;
+  };
+
+  explicit Access(const PrefillParams& params);
+
+  const std::vector<Request>& requests() const { return requests_; }
+  int64_t rows() const { return rows_; }          // of all requests
+  int64_t max_keys() const { return max_keys_; }  // of any request
+
+  std::byte* query(int64_t request, int64_t position, int64_t head) const;
+  std::byte* output(int64_t request, int64_t position, int64_t head) const;
+  std::byte* key(int64_t request, int64_t token, int64_t kv_head) const;
+  std::byte* value(int64_t request, int64_t token, int64_t kv_head) const;
+
+  // By everything but the block mask.
+  bool sees(int64_t request, int64_t position, int64_t head, int64_t key) const;
+
+ private:
+  std::byte* row_of(const View& view, int64_t request, int64_t token, int64_t head) const;
+  std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
+
+  PrefillParams params_;
+  std::vector<Request> requests_;
+  int64_t rows_ = 0;
+  int64_t max_keys_ = 0;
+};
+
+// Elements that belong to no row are NaN: what a kernel reads beyond its rows shows in its output.
+class Problem {
+ public:
+  explicit Problem(const Case& c);
+  Problem(Problem&&) = default;
+
+  Case description;
+  PrefillParams params;  // points into the buffers below; a test may change what it wants
+
+  // Fills the outputs with marks and calls the library.
+  void run();
+
+  // Whether the call wrote outside the rows of out, or any output at all.
+  bool wrote_elsewhere() const;
+  bool wrote_anything() const;
+
+  std::vector<float> out() const;           // [rows, heads, value_dim]
+  std::vector<std::byte> out_bits() const;  // the same as stored
+
+  std::vector<float> lse, dropped_mass_bound;
+  std::vector<int64_t> tiles_visitable, tiles_skipped;
+  std::vector<uint32_t> tile_bits;
+  std::vector<uint64_t> gap_histogram;
+
+  // Input buffers, for tests that bend them.
+  std::vector<int32_t> lengths, cu_keys, cu_queries, page_table;
+  std::vector<float> thresholds, sinks;
+  std::vector<int64_t> bands;
+  std::vector<uint8_t> blocks;
+
+ private:
+  // A tensor [outer, tokens, heads, dim] of NaN; `paddings` unused elements after every row.
+  View allocate(std::vector<std::byte>& buffer, int64_t outer, int64_t tokens, int64_t heads,
+                int64_t dim);
+  void lay_out_queries();
+  void lay_out_keys();
+  void fill();
+  void set_mask();
+  void set_thresholds();
+  void set_report();
+
+  std::vector<std::byte> q_, k_, v_, out_;
+};
+
+}  // namespace blasst::check
