@@ -1,0 +1,95 @@
+# Two commands are enough: `make test` and `make demo`. Each installs what is missing first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc)
+FUZZ_SECONDS ?= 90
+APT_INSTALL ?= scripts/apt-install
+ARGS ?=
+
+BUILD_PACKAGES := g++ cmake ninja-build python3-venv libhwy-dev nlohmann-json3-dev libcli11-dev \
+	libfmt-dev libgtest-dev libbenchmark-dev
+CHECK_PACKAGES := clang clang-format clang-tidy libclang-rt-14-dev
+
+python := $(VENV)/bin/python
+presets := asan tsan
+sources = $(shell git ls-files --cached --others --exclude-standard -- \
+	'*.h' '*.hpp' '*.c' '*.cc' '*.cpp' '*.cu' '*.cuh')
+
+##@ Everyday
+.PHONY: test
+test: build check-packages ## set up, build, run every test, check the format
+	ctest --preset release
+	$(python) -m pytest
+	$(MAKE) check-format
+
+.PHONY: demo
+demo: build ## a small model answers a long prompt, densely and sparsely
+	$(python) -m blasst demo $(ARGS)
+
+.PHONY: bench
+bench: build ## measure the kernels against torch on this machine
+	$(python) bench/run.py $(ARGS)
+
+.PHONY: build
+build: build-packages $(VENV)/.complete ## set up and build (Release) into build/release
+	cmake --preset release -DBLASST_BUILD_TORCH=ON -DPython_EXECUTABLE=$(CURDIR)/$(python)
+	cmake --build --preset release --parallel $(JOBS)
+	cmake --install build/release --component python --prefix python >/dev/null
+
+##@ Checks
+.PHONY: sanitize
+sanitize: build-packages check-packages ## C++ tests under ASan + UBSan, then under TSan
+	for preset in $(presets); do \
+	  cmake --preset $$preset; \
+	  cmake --build --preset $$preset --parallel $(JOBS); \
+	  ctest --preset $$preset; \
+	done
+
+.PHONY: fuzz
+fuzz: build-packages check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)
+	cmake --preset fuzz
+	cmake --build --preset fuzz --parallel $(JOBS)
+	build/fuzz/tests/cpp/fuzz_attention -max_total_time=$(FUZZ_SECONDS) $(ARGS)
+
+.PHONY: lint
+lint: build check-packages ## clang-tidy and ruff
+	printf '%s\n' $(filter %.cc,$(sources)) | grep -v -e '^tests/' -e '^bench/' \
+	  | xargs --max-args=1 --max-procs=$(JOBS) clang-tidy --quiet -p build/release
+	$(python) -m ruff check
+
+.PHONY: check-format
+check-format:
+	clang-format --dry-run -Werror $(sources)
+	$(python) -m ruff format --check
+
+.PHONY: format
+format: check-packages $(VENV)/.complete ## rewrite the sources in the project's format
+	clang-format -i $(sources)
+	$(python) -m ruff format
+
+##@ Housekeeping
+.PHONY: clean
+clean: ## remove what was built; the Python environment stays
+	rm -rf build python/blasst/_ops.so
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} \
+	  /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build-packages check-packages
+build-packages:
+	@$(APT_INSTALL) $(BUILD_PACKAGES)
+check-packages:
+	@$(APT_INSTALL) $(CHECK_PACKAGES)
+
+$(VENV)/.complete: requirements.txt scripts/python-env | build-packages
+	@scripts/python-env $(PYTHON) $(VENV)
+	@touch $@

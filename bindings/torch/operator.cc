@@ -1,0 +1,311 @@
+// torch.ops.blasst.prefill and torch.ops.blasst.decode: tensors in, parameter structs out.
+//
+// Built on PyTorch's stable ABI, so one binary loads in every torch >= 2.10 and every Python. What
+// Python callers use is blasst.attention, which documents the arguments; here shapes are checked
+// against each other, and blasst::prefill / blasst::decode check the rest.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <concepts>
+#include <optional>
+#include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "blasst/blasst.hpp"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void put(std::ostream& s, std::string_view text) { s << text; }
+void put(std::ostream& s, int64_t number) { s << number; }
+void put(std::ostream& s, ScalarType type) { s << torch::headeronly::toString(type); }
+void put(std::ostream& s, std::span<const int64_t> shape) {
+  s << '[';
+  for (size_t i = 0; i < shape.size(); ++i) s << (i == 0 ? "" : ", ") << shape[i];
+  s << ']';
+}
+void put(std::ostream& s, const Tensor& t) {
+  put(s, std::span(t.sizes().data(), t.sizes().size()));
+}
+
+template <typename... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream message;
+  (put(message, args), ...);
+  throw std::runtime_error(message.str());
+}
+
+template <typename... Args>
+void check(bool ok, const Args&... args) {
+  if (!ok) fail(args...);
+}
+
+void check_shape(std::string_view name, const Tensor& t, std::string_view meaning,
+                 const std::vector<int64_t>& shape) {
+  check(std::ranges::equal(t.sizes(), shape), name, " is ", t, "; it must be ", meaning, " = ",
+        std::span(shape));
+}
+
+blasst::DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return BLASST_FLOAT32;
+    case ScalarType::Half:
+      return BLASST_FLOAT16;
+    case ScalarType::BFloat16:
+      return BLASST_BFLOAT16;
+    default:
+      fail("q is ", t.scalar_type(), "; blasst takes float32, float16 and bfloat16");
+  }
+}
+
+template <typename Enum, size_t n>
+Enum choose(std::string_view name, std::string_view value,
+            const std::array<std::pair<std::string_view, Enum>, n>& choices) {
+  std::string accepted;
+  for (const auto& [choice, result] : choices) {
+    if (choice == value) return result;
+    accepted.append(accepted.empty() ? "" : ", ").append(choice);
+  }
+  fail(name, " is '", value, "'; it must be one of ", accepted);
+}
+
+blasst::Order order_of(std::string_view name) {
+  return choose("order", name,
+                std::array{std::pair{std::string_view("forward"), BLASST_FORWARD},
+                           std::pair{std::string_view("reverse"), BLASST_REVERSE},
+                           std::pair{std::string_view("sink_first"), BLASST_SINK_FIRST}});
+}
+
+blasst::TestKind test_of(std::string_view name) {
+  return choose("test", name,
+                std::array{std::pair{std::string_view("none"), BLASST_TEST_NONE},
+                           std::pair{std::string_view("relative"), BLASST_TEST_RELATIVE},
+                           std::pair{std::string_view("scale_factor"), BLASST_TEST_SCALE_FACTOR},
+                           std::pair{std::string_view("absolute"), BLASST_TEST_ABSOLUTE}});
+}
+
+// Tensors whose last dimension is not contiguous are copied; everything else is read in place.
+Tensor readable(const Tensor& t) {
+  return t.numel() == 0 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// [request, token, head, element] of a 4-d tensor, [token, head, element] of a 3-d one.
+blasst::View view_of(const Tensor& t) {
+  int64_t elements = t.numel() == 0 ? 0 : 1;
+  for (int64_t i = 0; elements > 0 && i < t.dim(); ++i) elements += (t.size(i) - 1) * t.stride(i);
+  return {.data = t.data_ptr(),
+          .elements = elements,
+          .stride_request = t.dim() == 4 ? t.stride(0) : 0,
+          .stride_token = t.stride(t.dim() - 3),
+          .stride_head = t.stride(t.dim() - 2)};
+}
+
+// A contiguous index tensor of the given shape, or null. `t` is made contiguous in place, to live
+// as long as the caller's.
+const int32_t* indices(std::string_view name, OptionalTensor& t, std::string_view meaning,
+                       const std::vector<int64_t>& sizes) {
+  if (!t) return nullptr;
+  check_shape(name, *t, meaning, sizes);
+  check(t->scalar_type() == ScalarType::Int, name, " is ", t->scalar_type(), "; it must be int32");
+  t = torch::stable::contiguous(*t);
+  return static_cast<const int32_t*>(t->const_data_ptr());
+}
+
+struct KeysValuesArguments {
+  Tensor k, v;
+  OptionalTensor lengths, cu_seqlens, page_table;
+};
+
+blasst::KeysValues keys_values(KeysValuesArguments& a, int64_t batch, int64_t head_dim) {
+  const int64_t dims = a.cu_seqlens ? 3 : 4;
+  check(a.k.dim() == dims, "k is ", a.k, "; it must be ",
+        a.cu_seqlens   ? "[total keys, kv_heads, head_dim], since cu_seqlens_k is given"
+        : a.page_table ? "[pages, page_size, kv_heads, head_dim], since page_table is given"
+                       : "[batch, keys, kv_heads, head_dim]");
+  check(a.k.size(dims - 1) == head_dim, "k is ", a.k, ", but q has head_dim ", head_dim);
+  check(a.v.dim() == dims, "v is ", a.v, ", but k is ", a.k);
+  for (int64_t i = 0; i + 1 < dims; ++i)
+    check(a.v.size(i) == a.k.size(i), "v is ", a.v, ", but k is ", a.k);
+
+  a.k = readable(a.k);
+  a.v = readable(a.v);
+  blasst::KeysValues kv;
+  kv.k = view_of(a.k);
+  kv.v = view_of(a.v);
+  kv.lengths = indices("lengths", a.lengths, "[batch]", {batch});
+  kv.cu_seqlens = indices("cu_seqlens_k", a.cu_seqlens, "[batch + 1]", {batch + 1});
+  if (kv.cu_seqlens) {
+    check(kv.cu_seqlens[batch] == a.k.size(0), "cu_seqlens_k ends at ", kv.cu_seqlens[batch],
+          ", but k is ", a.k);
+  } else if (a.page_table) {
+    check(a.page_table->dim() == 2, "page_table is ", *a.page_table,
+          "; it must be [batch, pages a request]");
+    kv.page_table_stride = a.page_table->size(1);
+    kv.page_table = indices("page_table", a.page_table, "[batch, pages a request]",
+                            {batch, kv.page_table_stride});
+    kv.page_size = a.k.size(1);
+    kv.pages = a.k.size(0);
+  } else {
+    check(a.k.size(0) == batch, "k is ", a.k, ", but q has batch ", batch);
+    kv.key_length = a.k.size(1);
+  }
+  return kv;
+}
+
+void run(const blasst::PrefillParams& p) { blasst::prefill(p); }
+void run(const blasst::DecodeParams& p) { blasst::decode(p); }
+
+template <typename Params>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
+    Tensor q, Tensor k, Tensor v, OptionalTensor lengths, OptionalTensor cu_seqlens_q,
+    OptionalTensor cu_seqlens_k, OptionalTensor page_table, double scale, double softcap,
+    OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right, std::string order,
+    std::string test, OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles,
+    bool want_gaps) {
+  const bool ragged = cu_seqlens_q.has_value();
+  check(q.dim() == (ragged ? 3 : 4), "q is ", q, "; it must be ",
+        ragged ? "[rows, heads, head_dim], since cu_seqlens_q is given"
+               : "[batch, query_length, heads, head_dim]");
+  for (const auto& [name, t] : {std::pair{"k", &k}, std::pair{"v", &v}})
+    check(t->scalar_type() == q.scalar_type(), name, " is ", t->scalar_type(), ", but q is ",
+          q.scalar_type(), "; they must be of one type");
+
+  Params p;
+  p.dtype = dtype_of(q);
+  p.heads = q.size(q.dim() - 2);
+  p.head_dim = q.size(q.dim() - 1);
+  if constexpr (std::same_as<Params, blasst::PrefillParams>) {
+    if (ragged) {
+      check(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0, "cu_seqlens_q is ",
+            *cu_seqlens_q, "; it must be [batch + 1]");
+      p.batch = cu_seqlens_q->size(0) - 1;
+      p.cu_seqlens_q = indices("cu_seqlens_q", cu_seqlens_q, "[batch + 1]", {p.batch + 1});
+      check(p.cu_seqlens_q[p.batch] == q.size(0), "cu_seqlens_q ends at ", p.cu_seqlens_q[p.batch],
+            ", but q is ", q);
+    }
+  } else {
+    check(!ragged,
+          "cu_seqlens_q is given, but decode takes q as [batch, query_length, heads, head_dim]");
+  }
+  if (!ragged) {
+    p.batch = q.size(0);
+    p.query_length = q.size(1);
+  }
+  KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, page_table};
+  p.kv = keys_values(keys, p.batch, p.head_dim);
+  p.kv_heads = keys.k.size(keys.k.dim() - 2);
+  p.value_dim = keys.v.size(keys.v.dim() - 1);
+
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  if (sinks) {
+    check_shape("sinks", *sinks, "[heads]", {p.heads});
+    check(sinks->scalar_type() == ScalarType::Float, "sinks is ", sinks->scalar_type(),
+          "; it must be float32");
+    sinks = torch::stable::contiguous(*sinks);
+    p.sinks = static_cast<const float*>(sinks->const_data_ptr());
+  }
+  p.mask.causal = causal;
+  p.mask.window_left = window_left;
+  p.mask.window_right = window_right;
+  p.order = order_of(order);
+  p.test.kind = test_of(test);
+  if (thresholds) {
+    check(thresholds->dim() == 2 && (thresholds->size(0) == 1 || thresholds->size(0) == p.batch) &&
+              (thresholds->size(1) == 1 || thresholds->size(1) == p.heads),
+          "thresholds is ", *thresholds, "; it must be [1 or batch, 1 or heads] with batch ",
+          p.batch, " and heads ", p.heads);
+    check(thresholds->scalar_type() == ScalarType::Float, "thresholds is ",
+          thresholds->scalar_type(), "; it must be float32");
+    thresholds = torch::stable::contiguous(*thresholds);
+    p.test.values = static_cast<const float*>(thresholds->const_data_ptr());
+    p.test.stride_request = thresholds->size(0) == 1 ? 0 : thresholds->size(1);
+    p.test.stride_head = thresholds->size(1) == 1 ? 0 : 1;
+  }
+  p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+
+  q = readable(q);
+  p.q = view_of(q);
+  std::vector<int64_t> out_shape(q.sizes().begin(), q.sizes().end());
+  out_shape.back() = p.value_dim;
+  Tensor out = torch::stable::new_empty(q, out_shape);
+  p.out = view_of(out);
+
+  // Outputs that are not asked for are empty.
+  const auto output = [&q](bool wanted, std::vector<int64_t> shape, ScalarType type) {
+    if (!wanted) shape = {0};
+    return torch::stable::new_empty(q, shape, type);
+  };
+  const int64_t rows = ragged ? q.size(0) : p.batch * p.query_length;
+  Tensor lse = output(want_lse, {p.heads, rows}, ScalarType::Float);
+  Tensor bound = output(want_bound, {p.heads, rows}, ScalarType::Float);
+  Tensor tiles = output(want_tiles, {2, p.batch, p.heads}, ScalarType::Long);
+  Tensor gaps = output(want_gaps, {p.heads, BLASST_GAP_BINS}, ScalarType::Long);
+  if (want_lse) p.report.lse = lse.mutable_data_ptr<float>();
+  if (want_bound) p.report.dropped_mass_bound = bound.mutable_data_ptr<float>();
+  if (want_tiles) {
+    p.report.tiles_visitable = tiles.mutable_data_ptr<int64_t>();
+    p.report.tiles_skipped = p.report.tiles_visitable + p.batch * p.heads;
+  }
+  if (want_gaps) p.report.gap_histogram = static_cast<uint64_t*>(gaps.mutable_data_ptr());
+
+  run(p);
+  return {out, lse, bound, tiles, gaps};
+}
+
+// The tile that decisions are taken on: query rows, keys, tiles a split (0: one split).
+template <typename Params>
+std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
+  Params p;
+  p.dtype = dtype_of(q);
+  p.batch = q.size(0);
+  p.query_length = q.size(1);
+  p.heads = q.size(2);
+  p.head_dim = q.size(3);
+  KeysValuesArguments keys{k, v, {}, {}, {}};
+  p.kv = keys_values(keys, p.batch, p.head_dim);
+  p.kv_heads = k.size(2);
+  p.value_dim = v.size(3);
+  p.q = view_of(q);
+  const Tensor out = torch::stable::new_empty(
+      q, std::vector<int64_t>{p.batch, p.query_length, p.heads, p.value_dim});
+  p.out = view_of(out);
+  const blasst::TileShape shape = blasst::tile_shape(p);
+  return {shape.query_rows, shape.keys, shape.split_tiles};
+}
+
+constexpr const char* kArguments =
+    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " Tensor? page_table, float scale, float softcap, Tensor? sinks, bool causal, int window_left,"
+    " int window_right, str order, str test, Tensor? thresholds, bool lse, bool dropped_mass_bound,"
+    " bool tiles, bool gaps) -> (Tensor out, Tensor lse, Tensor dropped_mass_bound, Tensor tiles,"
+    " Tensor gaps)";
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(blasst, m) {
+  m.def((std::string("prefill") + kArguments).c_str());
+  m.def((std::string("decode") + kArguments).c_str());
+  m.def("prefill_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
+  m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
+  m.impl("prefill", TORCH_BOX(attention<blasst::PrefillParams>));
+  m.impl("decode", TORCH_BOX(attention<blasst::DecodeParams>));
+  m.impl("prefill_tile_shape", TORCH_BOX(tile_shape<blasst::PrefillParams>));
+  m.impl("decode_tile_shape", TORCH_BOX(tile_shape<blasst::DecodeParams>));
+}

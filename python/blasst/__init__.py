@@ -1,0 +1,17 @@
+"""Long-context attention made sparse by softmax thresholding (BLASST).
+
+`attention` is the operator. With Transformers installed, importing this package also makes
+`attn_implementation="blasst"` available; `configure` sets a model's thresholds and `record`
+collects the sparsity that it reaches.
+"""
+
+from importlib.util import find_spec
+
+from blasst.attention import Result, TileCounts, TileShape, attention, tile_shape
+
+__all__ = ["Result", "TileCounts", "TileShape", "attention", "tile_shape"]
+
+if find_spec("transformers"):
+    from blasst.huggingface import Recording, Threshold, configure, record
+
+    __all__ += ["Recording", "Threshold", "configure", "record"]

@@ -1,0 +1,224 @@
+"""`attention`: the operator for Python callers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import blasst.operators  # noqa: F401, loads torch.ops.blasst
+
+
+class TileCounts(NamedTuple):
+    """Key tiles, summed over the query tiles of each request and head."""
+
+    visitable: Tensor
+    """[batch, heads] int64: tiles that the mask leaves."""
+    skipped: Tensor
+    """[batch, heads] int64: tiles of these that the test dropped."""
+
+    @property
+    def sparsity(self) -> float:
+        """Skipped tiles over visitable tiles, 0 if there is none."""
+        return self.skipped.sum().item() / max(1, self.visitable.sum().item())
+
+
+class Result(NamedTuple):
+    """What `attention` returns when more than the output is asked for; None: not asked for."""
+
+    out: Tensor
+    """Like q, with v's last dimension."""
+    lse: Tensor | None
+    """[batch, heads, query_length], ragged [heads, rows]: float32 natural log of the softmax
+    denominator, over the kept tiles and the sink; -inf in a row without a valid key."""
+    stats: TileCounts | None
+    dropped_mass_bound: Tensor | None
+    """Shaped like lse, float32: at least the probability that dense softmax gives to the skipped
+    tiles. A row of `out` is off by at most twice that times the largest |v|."""
+    gaps: Tensor | None
+    """[heads, 514] int64: visited tiles by gap (the largest, over a tile's rows, of row maximum -
+    running maximum). Bin 0 is below -32, bins 1 to 512 cut -32 to 0 into equal widths, bin 513 is 0
+    and above."""
+
+
+class TileShape(NamedTuple):
+    """The tiles on which decisions are taken."""
+
+    query_rows: int
+    """Rows of one head in a query tile; in decode, all the rows of a KV head's query heads."""
+    keys: int
+    """Keys in a key tile."""
+    split_tiles: int
+    """Decode: visited tiles in one split of a long KV; 0: never split."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    threshold: float | Sequence[float] | Tensor | None = None,
+    threshold_scale_factor: float | Sequence[float] | Tensor | None = None,
+    absolute_threshold: float | Sequence[float] | Tensor | None = None,
+    order: str = "sink_first",
+    phase: str | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: bool = False,
+    return_stats: bool = False,
+    return_error_bound: bool = False,
+    return_gaps: bool = False,
+) -> Tensor | Result:
+    """Softmax attention that drops the key tiles whose scores lie far below the best so far.
+
+    Queries stand at the end of their request's keys (masks are aligned bottom-right). With no
+    threshold, or threshold 0, the result is dense attention, the same bits.
+
+    Args:
+        q: [batch, query_length, heads, head_dim], or ragged [rows, heads, head_dim]. float32,
+            float16 or bfloat16, any strides. head_dim: a multiple of 8 from 16 to 256.
+        k: [batch, keys, kv_heads, head_dim]; ragged [total keys, kv_heads, head_dim]; paged
+            [pages, page_size, kv_heads, head_dim]. heads must be a multiple of kv_heads.
+        v: like k; its last dimension may differ (the same range).
+        causal: a query sees no key after its own position.
+        scale: score = scale * q.k; default 1 / sqrt(head_dim).
+        window: keys that a query sees (before, after) its own position, besides it; None: no limit.
+        softcap: c > 0: score = c * tanh(scale * q.k / c).
+        sinks: [heads] float32 logits that join the softmax denominator.
+        threshold: 0 to 1. A tile is dropped if every row's best score in it is below the row's
+            running maximum by more than -ln(threshold). A number, [heads], or [1 or batch, 1 or
+            heads].
+        threshold_scale_factor: the same, with threshold = factor / keys of the request.
+        absolute_threshold: instead, a tile is dropped if every row's best score is below it.
+        order: in which order key tiles are visited: "sink_first" (tile 0, then from the diagonal
+            back), "reverse" or "forward".
+        phase: "prefill", or "decode" (1 to 16 queries a request, dense; the query heads of a KV
+            head decide together). Default: decode if query_length is 1.
+        lengths: [batch] keys in use of each request: a cache not yet full, or pages.
+        cu_seqlens_q: [batch + 1] first row of each request, for ragged q.
+        cu_seqlens_k: [batch + 1] first key of each request, for ragged k and v.
+        page_table: [batch, pages a request] page ids, for paged k and v; needs lengths.
+        return_lse: fill Result.lse.
+        return_stats: fill Result.stats.
+        return_error_bound: fill Result.dropped_mass_bound.
+        return_gaps: fill Result.gaps.
+
+    Returns:
+        The output, [batch, query_length, heads, value_dim] or [rows, heads, value_dim]; a Result if
+        any return_* is set.
+
+    Raises:
+        ValueError: arguments that contradict each other, or a device without a backend.
+        RuntimeError: shapes, types or numbers out of range; the message says what was passed and
+            what is accepted.
+    """
+    if phase is None:
+        phase = "decode" if q.dim() == 4 and q.shape[1] == 1 else "prefill"
+    if phase not in ("prefill", "decode"):
+        raise ValueError(f"phase is {phase!r}; it must be 'prefill' or 'decode'")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be positive, or None for 1 / sqrt(head_dim)")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None for none")
+    left, right = (-1 if w is None else w for w in window or (None, None))
+    if window is not None and min(left, right) < -1:
+        raise ValueError(f"window is {window}; each side must be 0 or more, or None for no limit")
+    test, thresholds = _tile_test(threshold, threshold_scale_factor, absolute_threshold, q.device)
+    indices = [_index(t) for t in (lengths, cu_seqlens_q, cu_seqlens_k, page_table)]
+    sinks = None if sinks is None else sinks.detach().to(torch.float32)
+    _check_devices(q, k, v, sinks, thresholds, *indices)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+
+    out, lse, bound, tiles, gaps = getattr(torch.ops.blasst, phase)(
+        q,
+        k,
+        v,
+        *indices,
+        scale or 0.0,
+        softcap or 0.0,
+        sinks,
+        causal,
+        left,
+        right,
+        order,
+        test,
+        thresholds,
+        return_lse,
+        return_error_bound,
+        return_stats,
+        return_gaps,
+    )
+    if not (return_lse or return_stats or return_error_bound or return_gaps):
+        return out
+
+    def by_row(t: Tensor) -> Tensor:
+        return t if q.dim() == 3 else t.unflatten(1, q.shape[:2]).transpose(0, 1)
+
+    return Result(
+        out,
+        by_row(lse) if return_lse else None,
+        TileCounts(tiles[0], tiles[1]) if return_stats else None,
+        by_row(bound) if return_error_bound else None,
+        gaps if return_gaps else None,
+    )
+
+
+def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
+    """The tiles on which `attention` would decide for these dense inputs in this phase."""
+    return TileShape(*getattr(torch.ops.blasst, f"{phase}_tile_shape")(q, k, v))
+
+
+def _tile_test(
+    relative: float | Sequence[float] | Tensor | None,
+    scale_factor: float | Sequence[float] | Tensor | None,
+    absolute: float | Sequence[float] | Tensor | None,
+    device: torch.device,
+) -> tuple[str, Tensor | None]:
+    """The operator's name for the test that was chosen, and its values, [1 or B, 1 or H]."""
+    given = {
+        name: value
+        for name, value in (
+            ("relative", relative),
+            ("scale_factor", scale_factor),
+            ("absolute", absolute),
+        )
+        if value is not None
+    }
+    if not given:
+        return "none", None
+    if len(given) > 1:
+        raise ValueError(
+            "threshold, threshold_scale_factor and absolute_threshold exclude each other; got "
+            + " and ".join(given)
+        )
+    [(test, value)] = given.items()
+    values = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if values.dim() > 2:
+        raise ValueError(
+            f"thresholds are {list(values.shape)}; they must be a number, [heads], or [1 or batch, "
+            "1 or heads]"
+        )
+    return test, values.reshape((1,) * (2 - values.dim()) + values.shape)
+
+
+def _index(t: Tensor | None) -> Tensor | None:
+    if t is not None and (t.is_floating_point() or t.is_complex()):
+        raise ValueError(f"lengths, cu_seqlens and page tables hold integers; got {t.dtype}")
+    return None if t is None else t.to(torch.int32)
+
+
+def _check_devices(q: Tensor, *others: Tensor | None) -> None:
+    if q.device.type != "cpu":
+        raise ValueError(f"q is on {q.device}; this build of blasst runs on: cpu")
+    for t in others:
+        if t is not None and t.device != q.device:
+            raise ValueError(f"a tensor of shape {list(t.shape)} is on {t.device}, q on {q.device}")

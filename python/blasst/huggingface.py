@@ -1,0 +1,323 @@
+"""`attn_implementation="blasst"` for Transformers models: registration, thresholds, statistics.
+
+Transformers asks twice: the mask interface, once a forward pass, which keys each request may see;
+the attention interface, once a layer, for the attention itself. `key_ranges` answers the first with
+None (all keys) or a small int32 tensor of key ranges, which `attention_forward` takes as its mask.
+A mask that is no range, and everything else that the operator does not do, is an error.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+
+from blasst.attention import Result, TileCounts, attention
+
+NAME = "blasst"
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """When a layer drops a key tile, and in which order it visits them: see `blasst.attention`.
+
+    At most one of the three thresholds; each a number or one per head. None: dense.
+    """
+
+    threshold: float | tuple[float, ...] | None = None
+    threshold_scale_factor: float | tuple[float, ...] | None = None
+    absolute_threshold: float | tuple[float, ...] | None = None
+    order: str = "sink_first"
+
+    def __post_init__(self) -> None:
+        values = (self.threshold, self.threshold_scale_factor, self.absolute_threshold)
+        if sum(value is not None for value in values) > 1:
+            raise ValueError(f"{self} holds more than one threshold; they exclude each other")
+
+
+DENSE = Threshold()
+
+
+def configure(
+    model: PreTrainedModel,
+    *,
+    prefill: Threshold = DENSE,
+    decode: Threshold = DENSE,
+    layers: Iterable[int] | None = None,
+) -> None:
+    """Set the thresholds of a model that was loaded with `attn_implementation="blasst"`.
+
+    Args:
+        model: the model; its attention layers keep the setting.
+        prefill: for passes with more than one query a request.
+        decode: for passes with one query a request.
+        layers: the layers to set; default: all.
+
+    Raises:
+        ValueError: the model runs another attention, or has no such layer.
+    """
+    used = model.config._attn_implementation
+    if used != NAME:
+        raise ValueError(f"the model's attn_implementation is {used!r}; load it with {NAME!r}")
+    modules = _attention_modules(model)
+    wanted = set(modules) if layers is None else set(layers)
+    if unknown := wanted - set(modules):
+        raise ValueError(f"no attention layer {sorted(unknown)}; the model has {sorted(modules)}")
+    for layer in wanted:
+        modules[layer].blasst_thresholds = {"prefill": prefill, "decode": decode}
+
+
+def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The modules that call the attention interface, by layer."""
+    return {
+        module.layer_idx: module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+    }
+
+
+class Recording:
+    """Tiles visitable and skipped while `record` was active, by phase, layer and head."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, int], Tensor] = {}
+
+    def add(self, phase: str, layer: int, stats: TileCounts) -> None:
+        """Count one attention call."""
+        counts = torch.stack([stats.visitable.sum(0), stats.skipped.sum(0)])
+        key = (phase, layer)
+        self._counts[key] = self._counts[key] + counts if key in self._counts else counts
+
+    def layers(self, phase: str) -> list[int]:
+        """Layers that ran in this phase."""
+        return sorted(layer for p, layer in self._counts if p == phase)
+
+    def by_head(self, phase: str) -> Tensor:
+        """[layers, heads] float64: skipped tiles over visitable tiles."""
+        counts = self._stacked(phase)
+        return counts[:, 1] / counts[:, 0].clamp(min=1)
+
+    def by_layer(self, phase: str) -> Tensor:
+        """[layers] float64: skipped tiles over visitable tiles, over all heads."""
+        counts = self._stacked(phase).sum(-1)
+        return counts[:, 1] / counts[:, 0].clamp(min=1)
+
+    def sparsity(self, phase: str) -> float:
+        """Skipped tiles over visitable tiles, over all layers and heads."""
+        visitable, skipped = self._stacked(phase).sum((0, 2)).tolist()
+        return skipped / max(1, visitable)
+
+    def _stacked(self, phase: str) -> Tensor:
+        """[layers, 2, heads] float64."""
+        if phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
+        counts = [self._counts[phase, layer].double() for layer in self.layers(phase)]
+        return torch.stack(counts) if counts else torch.zeros(0, 2, 1, dtype=torch.float64)
+
+
+_active: list[Recording] = []
+
+
+@contextmanager
+def record() -> Iterator[Recording]:
+    """Count visitable and skipped tiles of every attention call of `blasst` models inside.
+
+    >>> with blasst.record() as r:
+    ...     model.generate(**inputs)
+    >>> r.sparsity("prefill"), r.by_layer("prefill"), r.by_head("decode")
+    """
+    recording = Recording()
+    _active.append(recording)
+    try:
+        yield recording
+    finally:
+        _active.remove(recording)
+
+
+def key_ranges(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """The mask interface: which keys, and which of its queries, each request uses.
+
+    Args:
+        batch_size: requests.
+        q_length: queries a request.
+        kv_length: keys a request has room for.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
+        mask_function: the pattern: causal, sliding window or all keys.
+        attention_mask: [batch, positions] bool, false at padding.
+        device: where the ranges go.
+
+    Returns:
+        None if every request uses all its keys and queries, else [batch, 1, 1, 3] int32: first key,
+        end of the keys, queries from the first. Four dimensions, for Transformers passes those on
+        untouched.
+    """
+    causal = _is_causal(mask_function)
+    first_query = int(q_offset) - kv_offset if causal else 0
+    end = first_query + q_length if causal else kv_length
+    used = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
+    used[:, :end] = True
+    if attention_mask is not None:
+        padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        used &= padding[:, kv_offset : kv_offset + kv_length]
+    keys = used.sum(-1)
+    first = used.int().argmax(-1)
+    last = first + keys
+    index = torch.arange(kv_length, device=device)
+    if (used != (index >= first[:, None]) & (index < last[:, None])).any():
+        raise ValueError(
+            "attention_mask has padding between tokens of a request; blasst needs the tokens of a "
+            "request to follow each other (pad on the left for generation)"
+        )
+    # A request that is padded on the right has as many trailing queries of padding.
+    queries = last - first_query if causal else torch.full_like(last, q_length)
+    queries = queries.clamp(0, q_length)
+    if (keys == kv_length).all() and (queries == q_length).all():
+        return None
+    return torch.stack([first, last, queries], -1).to(torch.int32)[:, None, None]
+
+
+def _is_causal(mask_function: Callable) -> bool:
+    """Whether a mask pattern is causal; an error unless it is one that the operator can do."""
+    names = set(_pattern_names(mask_function))
+    if names <= {"causal_mask_function", "sliding_window_overlay"}:
+        return True
+    if names == {"bidirectional_mask_function"}:
+        return False
+    raise ValueError(
+        f"mask pattern {' & '.join(sorted(names))} is not supported by attn_implementation="
+        f"{NAME!r}; it does causal, causal with a sliding window, and bidirectional masks with "
+        "padding at either end"
+    )
+
+
+def _pattern_names(mask_function: Callable) -> Iterator[str]:
+    """Names of the patterns that `masking_utils.and_masks` put together."""
+    name = mask_function.__qualname__.split(".")[0]
+    if name == "and_masks":
+        for part in mask_function.__closure__[0].cell_contents:
+            yield from _pattern_names(part)
+    else:
+        yield name
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention interface.
+
+    Args:
+        module: the attention layer.
+        query: [batch, heads, query_length, head_dim].
+        key: [batch, kv_heads, keys, head_dim].
+        value: [batch, kv_heads, keys, value_dim].
+        attention_mask: what `key_ranges` returned.
+        dropout: must be 0.
+        scaling: softmax scale.
+        is_causal: default: the layer's.
+        sliding_window: keys that a query sees, itself included.
+        softcap: cap of the scores.
+        s_aux: [heads] sink logits.
+        kwargs: what else the model passes on; an error if it changes the result.
+
+    Returns:
+        [batch, query_length, heads, value_dim], and no attention weights.
+    """
+    _refuse_unsupported(dropout, attention_mask, kwargs)
+    phase = "decode" if query.shape[2] == 1 else "prefill"
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if sliding_window is not None and not causal:
+        raise ValueError("a sliding window without a causal mask is not supported by blasst")
+    thresholds = getattr(module, "blasst_thresholds", {}).get(phase, DENSE)
+    options: dict[str, Any] = {
+        **asdict(thresholds),
+        "phase": phase,
+        "causal": causal,
+        "scale": scaling,
+        "window": None if sliding_window is None else (sliding_window - 1, None),
+        "softcap": softcap,
+        "sinks": s_aux,
+        "return_stats": bool(_active),
+    }
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if attention_mask is None:
+        result = attention(q, k, v, **options)
+    else:
+        result = _by_request(q, k, v, attention_mask[:, 0, 0], options)
+    if not isinstance(result, Result):
+        return result, None
+    for recording in _active:
+        recording.add(phase, module.layer_idx, result.stats)
+    return result.out, None
+
+
+def _by_request(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, options: dict[str, Any]
+) -> Tensor | Result:
+    """Attention with a range of keys and queries per request; rows without a query are 0."""
+    first, end, queries = ranges.unbind(-1)
+    if not first.any() and (queries == q.shape[1]).all():
+        return attention(q, k, v, lengths=end, **options)
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    stats = []
+    for b, (start, stop, rows) in enumerate(ranges.tolist()):
+        one = slice(b, b + 1)
+        result = attention(q[one, :rows], k[one, start:stop], v[one, start:stop], **options)
+        if isinstance(result, Result):
+            stats.append(result.stats)
+            result = result.out
+        out[one, :rows] = result
+    if not stats:
+        return out
+    counts = TileCounts(*(torch.cat(parts) for parts in zip(*stats, strict=True)))
+    return Result(out, lse=None, stats=counts, dropped_mass_bound=None, gaps=None)
+
+
+def _refuse_unsupported(
+    dropout: float, attention_mask: Tensor | None, kwargs: dict[str, Any]
+) -> None:
+    """An error for everything that would change the result and is not supported."""
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout}; blasst supports 0 only")
+    if attention_mask is not None and (
+        attention_mask.dtype != torch.int32 or attention_mask.shape[1:] != (1, 1, 3)
+    ):
+        raise ValueError(
+            f"attention_mask is a {attention_mask.dtype} tensor of shape "
+            f"{list(attention_mask.shape)}; blasst takes [batch, positions] padding masks, no "
+            "prepared 4-d ones"
+        )
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias", "head_mask", "block_table"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name} is not supported by attn_implementation={NAME!r}")
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is not supported: blasst never forms the weights")
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, key_ranges)
