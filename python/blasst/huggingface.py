@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
 from blasst.attention import Result, TileCounts, attention
+from blasst.operators import GAP_BINS
 
 NAME = "blasst"
 PHASES = ("prefill", "decode")
@@ -80,20 +81,46 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     }
 
 
+def _threshold(module: nn.Module, phase: str, key_lengths: list[int]) -> Threshold:
+    """What `configure` set for this layer, else what the model's configuration says, else dense."""
+    configured = getattr(module, "blasst_thresholds", None)
+    if configured is not None:
+        return configured[phase]
+    config = getattr(module.config, "sparse_attention_config", None)
+    if config is None:
+        return DENSE
+    from blasst.config import thresholds_for
+
+    return thresholds_for(config, type(module).__name__, module.layer_idx, phase, key_lengths)
+
+
 class Recording:
-    """Tiles visitable and skipped while `record` was active, by phase, layer and head."""
+    """What `record` collected while it was active, by phase, layer and head."""
 
-    def __init__(self) -> None:
+    def __init__(self, gaps: bool = False) -> None:
+        self.wants_gaps = gaps
         self._counts: dict[tuple[str, int], Tensor] = {}
+        self._gaps: dict[tuple[str, int], Tensor] = {}
 
-    def add(self, phase: str, layer: int, stats: TileCounts) -> None:
+    def add(self, phase: str, layer: int, result: Result) -> None:
         """Count one attention call."""
-        counts = torch.stack([stats.visitable.sum(0), stats.skipped.sum(0)])
         key = (phase, layer)
+        counts = torch.stack([result.stats.visitable.sum(0), result.stats.skipped.sum(0)])
         self._counts[key] = self._counts[key] + counts if key in self._counts else counts
+        if self.wants_gaps:
+            self._gaps[key] = self._gaps[key] + result.gaps if key in self._gaps else result.gaps
+
+    def gaps(self, phase: str) -> Tensor:
+        """[layers, heads, 514] int64: visited tiles by gap, see `Result.gaps`."""
+        if not self.wants_gaps:
+            raise ValueError("this recording has no gaps; use record(gaps=True)")
+        gaps = [self._gaps[phase, layer] for layer in self.layers(phase)]
+        return torch.stack(gaps) if gaps else torch.zeros(0, 1, GAP_BINS, dtype=torch.int64)
 
     def layers(self, phase: str) -> list[int]:
         """Layers that ran in this phase."""
+        if phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
         return sorted(layer for p, layer in self._counts if p == phase)
 
     def by_head(self, phase: str) -> Tensor:
@@ -113,8 +140,6 @@ class Recording:
 
     def _stacked(self, phase: str) -> Tensor:
         """[layers, 2, heads] float64."""
-        if phase not in PHASES:
-            raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
         counts = [self._counts[phase, layer].double() for layer in self.layers(phase)]
         return torch.stack(counts) if counts else torch.zeros(0, 2, 1, dtype=torch.float64)
 
@@ -123,14 +148,17 @@ _active: list[Recording] = []
 
 
 @contextmanager
-def record() -> Iterator[Recording]:
+def record(*, gaps: bool = False) -> Iterator[Recording]:
     """Count visitable and skipped tiles of every attention call of `blasst` models inside.
+
+    Args:
+        gaps: count the visited tiles by gap as well: what calibration reads thresholds from.
 
     >>> with blasst.record() as r:
     ...     model.generate(**inputs)
     >>> r.sparsity("prefill"), r.by_layer("prefill"), r.by_head("decode")
     """
-    recording = Recording()
+    recording = Recording(gaps)
     _active.append(recording)
     try:
         yield recording
@@ -253,7 +281,11 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if sliding_window is not None and not causal:
         raise ValueError("a sliding window without a causal mask is not supported by blasst")
-    thresholds = getattr(module, "blasst_thresholds", {}).get(phase, DENSE)
+    if attention_mask is None:
+        key_lengths = [key.shape[2]] * key.shape[0]
+    else:
+        key_lengths = [end - first for first, end, _ in attention_mask[:, 0, 0].tolist()]
+    thresholds = _threshold(module, phase, key_lengths)
     options: dict[str, Any] = {
         **asdict(thresholds),
         "phase": phase,
@@ -263,6 +295,7 @@ def attention_forward(
         "softcap": softcap,
         "sinks": s_aux,
         "return_stats": bool(_active),
+        "return_gaps": any(recording.wants_gaps for recording in _active),
     }
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     if attention_mask is None:
@@ -272,7 +305,7 @@ def attention_forward(
     if not isinstance(result, Result):
         return result, None
     for recording in _active:
-        recording.add(phase, module.layer_idx, result.stats)
+        recording.add(phase, module.layer_idx, result)
     return result.out, None
 
 
@@ -284,18 +317,21 @@ def _by_request(
     if not first.any() and (queries == q.shape[1]).all():
         return attention(q, k, v, lengths=end, **options)
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    stats = []
+    results = []
     for b, (start, stop, rows) in enumerate(ranges.tolist()):
         one = slice(b, b + 1)
         result = attention(q[one, :rows], k[one, start:stop], v[one, start:stop], **options)
         if isinstance(result, Result):
-            stats.append(result.stats)
+            results.append(result)
             result = result.out
         out[one, :rows] = result
-    if not stats:
+    if not results:
         return out
-    counts = TileCounts(*(torch.cat(parts) for parts in zip(*stats, strict=True)))
-    return Result(out, lse=None, stats=counts, dropped_mass_bound=None, gaps=None)
+    stats = TileCounts(
+        *(torch.cat(parts) for parts in zip(*(r.stats for r in results), strict=True))
+    )
+    gaps = sum(r.gaps for r in results) if options["return_gaps"] else None
+    return Result(out, lse=None, stats=stats, dropped_mass_bound=None, gaps=gaps)
 
 
 def _refuse_unsupported(
