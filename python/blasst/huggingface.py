@@ -29,7 +29,7 @@ class Threshold:
     At most one of the three thresholds; each a number or one per head. None: dense.
     """
 
-    threshold: float | tuple[float, ...] | None = None
+    threshold: float | tuple[float, ...] | Tensor | None = None
     threshold_scale_factor: float | tuple[float, ...] | None = None
     absolute_threshold: float | tuple[float, ...] | None = None
     order: str = "sink_first"
@@ -91,7 +91,8 @@ def _threshold(module: nn.Module, phase: str, key_lengths: list[int]) -> Thresho
         return DENSE
     from blasst.config import thresholds_for
 
-    return thresholds_for(config, type(module).__name__, module.layer_idx, phase, key_lengths)
+    rule = thresholds_for(config, type(module).__name__, module.layer_idx, phase, key_lengths)
+    return Threshold(threshold=rule.threshold, order=rule.order)
 
 
 class Recording:

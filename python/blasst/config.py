@@ -1,0 +1,513 @@
+"""`sparse_attention_config`: the entry of a model's config.json that holds its thresholds.
+
+The keys are the ecosystem's (Model-Optimizer writes them, serving engines read them), so that
+configurations travel both ways. What they cannot express goes under one key of our own, "blasst",
+which other readers ignore:
+
+    {"config_groups": {"group_0": {
+        "algorithm": "skip_softmax",
+        "targets": ["LlamaAttention"],                     # classes of the attention layers
+        "ignore": ["model.layers.0.self_attn"],            # layers that stay dense
+        "threshold_scale_factor": {"formula": "a * exp(b * target_sparsity)",
+                                   "prefill": {"a": .., "b": ..}, "decode": {"a": .., "b": ..}},
+        "target_sparsity": {"prefill": 0.5, "decode": 0.5}}},
+     "producer": {"name": .., "version": ..},
+     "blasst": {"version": 1,
+        "prefill": {"tile_shape": [64, 64], "policies": [{
+            "order": "sink_first",
+            "heads": "equal_mass",                         # how thresholds were shared out
+            "law": {"formula": "a * exp(b * target_sparsity) / length ** power",
+                    "a": .., "b": .., "power": ..},
+            "lengths": [1024, 2048], "target_sparsity": [0.3, 0.5],
+            "ln_threshold": [lengths][targets][layers][heads]}]},     # or [1][1]: one for all
+        "decode": ..}}
+
+Without our key a phase follows the ecosystem's law: threshold = a * exp(b * target) / length, one
+for all heads, tiles visited forward, fitted on tiles of 128 x 128. With it: the measured table,
+interpolated in target and in ln length, and beyond its lengths continued with the law's power.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PHASES = ("prefill", "decode")
+ORDERS = ("sink_first", "reverse", "forward")
+HEAD_SCHEMES = ("one_threshold", "equal_sparsity", "equal_mass", "water_filling")
+FORMULA = "a * exp(b * target_sparsity)"
+LENGTH_FORMULA = f"{FORMULA} / length ** power"
+ALGORITHM = "skip_softmax"
+VERSION = 1
+LOWEST_LN_THRESHOLD = -32.0
+"""Where the gap histograms end; a head at this threshold drops nothing that matters."""
+ECOSYSTEM_TILE_SHAPE = (128, 128)
+GENERIC_TARGETS = ("Attention",)
+"""What Model-Optimizer writes where it does not know the class: any."""
+ECOSYSTEM_TARGET = 0.5
+"""What readers of the ecosystem take where a file says no target."""
+
+_log = logging.getLogger("blasst")
+
+
+class Rule(NamedTuple):
+    """What one attention call needs to know."""
+
+    threshold: Tensor | None
+    """[requests, heads] or [requests, 1] float32, 0 to 1; None: dense."""
+    order: str
+
+
+DENSE = Rule(None, "sink_first")
+
+
+@dataclass(frozen=True)
+class Law:
+    """threshold = min(1, a * exp(b * target) / length ** power), for all heads."""
+
+    a: float
+    b: float
+    power: float = 1.0
+
+    def ln_threshold(self, target: float, length: float) -> float:
+        """Natural log of the threshold, at most 0."""
+        if self.a == 0:
+            return LOWEST_LN_THRESHOLD
+        return min(0.0, math.log(self.a) + self.b * target - self.power * math.log(length))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Measured thresholds for a range of targets: one order, one way to share among heads."""
+
+    order: str
+    heads: str
+    law: Law
+    lengths: tuple[int, ...]
+    """Ascending, in keys."""
+    targets: tuple[float, ...]
+    """Ascending, 0 to 1."""
+    ln_threshold: Tensor = field(compare=False)
+    """[lengths, targets, layers, heads] float32, or [lengths, targets, 1, 1]: one for all."""
+
+    def at(self, target: float, length: float) -> Tensor:
+        """[layers, heads] or [1, 1]: thresholds, 0 to 1, for this target sparsity and key count."""
+        by_length = _interpolate(self.ln_threshold.movedim(1, 0), self.targets, target)
+        nearest = min(max(length, self.lengths[0]), self.lengths[-1])
+        ln = _interpolate(by_length, [math.log(n) for n in self.lengths], math.log(nearest))
+        ln = ln - self.law.power * math.log(length / nearest)
+        return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()
+
+
+def _interpolate(table: Tensor, points: Sequence[float], x: float) -> Tensor:
+    """Linear between the rows of `table`, which stand at `points`; constant outside."""
+    x = min(max(x, points[0]), points[-1])
+    right = next(i for i, point in enumerate(points) if point >= x)
+    if points[right] == x:
+        return table[right]
+    share = (x - points[right - 1]) / (points[right] - points[right - 1])
+    return table[right - 1] * (1 - share) + table[right] * share
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a calibration of ours found for one phase."""
+
+    tile_shape: tuple[int, int]
+    """Query rows and keys of the tiles that it was measured on."""
+    policies: tuple[Policy, ...]
+    """By ascending target; each covers the targets from its first to its last."""
+
+    def policy(self, target: float) -> Policy:
+        """The one that covers this target, else the nearest."""
+        return min(
+            self.policies, key=lambda p: max(p.targets[0] - target, target - p.targets[-1], 0.0)
+        )
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """A parsed `sparse_attention_config`."""
+
+    targets: tuple[str, ...]
+    """Class names of the attention layers."""
+    laws: Mapping[str, Law]
+    """By phase: the ecosystem's law (power 1), for tiles visited forward."""
+    target_sparsity: Mapping[str, float]
+    """By phase; 0: dense."""
+    ignore: tuple[str, ...] = ()
+    """Module names of layers that stay dense."""
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    """By phase."""
+    producer: tuple[str, str] = ("blasst", "0.1.0")
+    """Name and version of what wrote it."""
+    _tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def with_targets(self, **target_sparsity: float) -> "SparseAttention":
+        """The same thresholds for other targets, by phase."""
+        for phase, target in target_sparsity.items():
+            _check(phase in PHASES, f"phase is {phase!r}; it must be one of {PHASES}")
+            _fraction(target, f"target_sparsity of {phase}")
+        return replace(self, target_sparsity={**self.target_sparsity, **target_sparsity})
+
+    def tile_shape(self, phase: str) -> tuple[int, int]:
+        """Query rows and keys of the tiles that the thresholds of this phase belong to."""
+        measured = self.measured.get(phase)
+        return measured.tile_shape if measured else ECOSYSTEM_TILE_SHAPE
+
+    @cached_property
+    def dense_layers(self) -> frozenset[int]:
+        """Layers under `ignore`."""
+        return frozenset(_layer_of(name) for name in self.ignore)
+
+    def rule(self, attention_class: str, layer: int, phase: str, lengths: Iterable[int]) -> Rule:
+        """The thresholds and the order of one layer: see `thresholds_for`."""
+        target = self.target_sparsity.get(phase, 0.0)
+        has_threshold = phase in self.measured or phase in self.laws
+        if target == 0 or not has_threshold or layer in self.dense_layers:
+            return DENSE
+        if attention_class not in self.targets and self.targets != GENERIC_TARGETS:
+            raise ValueError(
+                f"sparse_attention_config targets {', '.join(self.targets)}; layer {layer} is a "
+                f"{attention_class}: list it under targets, or the layer under ignore"
+            )
+        # Every layer of a pass asks for the same lengths, so the whole model's table is kept.
+        key = (target, *lengths)
+        if self._tables.get(phase, (None,))[0] != key:
+            self._tables[phase] = (key, *self._model_table(phase, target, key[1:]))
+        _, order, table = self._tables[phase]
+        if table.shape[1] == 1:
+            return Rule(table[:, 0], order)
+        if layer >= table.shape[1]:
+            raise ValueError(
+                f"sparse_attention_config holds thresholds for {table.shape[1]} layers; the model "
+                f"asks for layer {layer}"
+            )
+        return Rule(table[:, layer], order)
+
+    def _model_table(self, phase: str, target: float, lengths: Sequence[int]) -> tuple[str, Tensor]:
+        """Order, and [requests, layers, heads] or [requests, 1, 1] thresholds."""
+        if phase not in self.measured:
+            law = self.laws[phase]
+            ln = torch.tensor([law.ln_threshold(target, n) for n in lengths])
+            return "forward", ln.exp()[:, None, None]
+        policy = self.measured[phase].policy(target)
+        for length in lengths:
+            self._tell_outside(phase, policy, target, length)
+        return policy.order, torch.stack([policy.at(target, n) for n in lengths])
+
+    def _tell_outside(self, phase: str, policy: Policy, target: float, length: int) -> None:
+        """Say, once a phase, how far a request or the target is outside what was measured."""
+        low, high = self.measured[phase].policies[0], self.measured[phase].policies[-1]
+        messages = []
+        if length > policy.lengths[-1]:
+            times = length / policy.lengths[-1]
+            messages.append(
+                f"{length} keys are {times:.2f}x the longest calibrated length, "
+                f"{policy.lengths[-1]}; thresholds are extrapolated"
+            )
+        if not low.targets[0] <= target <= high.targets[-1]:
+            messages.append(
+                f"target sparsity {target} is outside the calibrated {low.targets[0]} to "
+                f"{high.targets[-1]}; the nearest is used"
+            )
+        for message in messages:
+            told = (phase, message.split()[-1])
+            if told not in self._tables:
+                self._tables[told] = True
+                _log.warning("%s: %s", phase, message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        group: dict[str, Any] = {"algorithm": ALGORITHM, "targets": list(self.targets)}
+        if self.ignore:
+            group["ignore"] = list(self.ignore)
+        group["threshold_scale_factor"] = {"formula": FORMULA} | {
+            phase: {"a": law.a, "b": law.b} for phase, law in self.laws.items()
+        }
+        group["target_sparsity"] = dict(self.target_sparsity)
+        name, version = self.producer
+        entry: dict[str, Any] = {
+            "config_groups": {"group_0": group},
+            "producer": {"name": name, "version": version},
+        }
+        if self.measured:
+            entry["blasst"] = {"version": VERSION} | {
+                phase: {
+                    "tile_shape": list(measured.tile_shape),
+                    "policies": [_policy_to_dict(p) for p in measured.policies],
+                }
+                for phase, measured in self.measured.items()
+            }
+        return entry
+
+
+def thresholds_for(
+    entry: Mapping[str, Any],
+    attention_class: str,
+    layer: int,
+    phase: str,
+    lengths: Iterable[int],
+) -> Rule:
+    """Thresholds and visit order of one attention call.
+
+    Args:
+        entry: the model's `sparse_attention_config`.
+        attention_class: class name of the attention layer.
+        layer: its index.
+        phase: "prefill" or "decode".
+        lengths: keys of each request.
+
+    Returns:
+        `Rule.threshold` [requests, heads or 1] float32 on the CPU, None for dense; `Rule.order`.
+
+    Raises:
+        ValueError: the entry cannot be honoured; the message says why.
+    """
+    return parsed(entry).rule(attention_class, layer, phase, lengths)
+
+
+_parsed: list[tuple[Mapping[str, Any], Any, SparseAttention]] = []
+
+
+def parsed(entry: Mapping[str, Any]) -> SparseAttention:
+    """`parse`, once for each entry; a changed group (a new target, say) is read anew."""
+    for known, groups, result in _parsed:
+        if known is entry and groups == entry.get("config_groups"):
+            return result
+    result = parse(entry)
+    _parsed[:] = [kept for kept in _parsed if kept[0] is not entry][-7:]
+    _parsed.append((entry, deepcopy(entry["config_groups"]), result))
+    return result
+
+
+def parse(entry: Any) -> SparseAttention:
+    """Read a `sparse_attention_config`.
+
+    Raises:
+        ValueError: an unknown key or formula, a value out of range, or an algorithm that blasst
+            does not do; the message names it and says what is accepted.
+    """
+    where = "sparse_attention_config"
+    entry = _mapping(entry, where, {"config_groups", "producer", "blasst"}, {"config_groups"})
+    groups = _mapping(entry["config_groups"], f"{where}.config_groups")
+    _check(len(groups) == 1, f"{where}.config_groups holds {len(groups)} groups; blasst reads one")
+    [(name, group)] = groups.items()
+    where = f"{where}.config_groups.{name}"
+    algorithm = _mapping(group, where, required={"algorithm"})["algorithm"]
+    _check(
+        algorithm == ALGORITHM,
+        f"{where}.algorithm is {algorithm!r}; blasst does {ALGORITHM!r} only",
+    )
+    known = {"algorithm", "targets", "ignore", "threshold_scale_factor", "target_sparsity"}
+    group = _mapping(group, where, known, {"targets", "threshold_scale_factor"})
+    ignore = _strings(group.get("ignore", []), f"{where}.ignore")
+    for module in ignore:
+        _layer_of(module)
+    name, version = _producer(entry.get("producer", {}))
+    laws = _laws(group["threshold_scale_factor"], f"{where}.threshold_scale_factor")
+    measured = _measured(entry.get("blasst"))
+    return SparseAttention(
+        targets=_strings(group["targets"], f"{where}.targets"),
+        laws=laws,
+        target_sparsity=_targets(
+            group.get("target_sparsity"), f"{where}.target_sparsity", {*laws, *measured}
+        ),
+        ignore=ignore,
+        measured=measured,
+        producer=(name, version),
+    )
+
+
+def _laws(value: Any, where: str) -> dict[str, Law]:
+    factor = _mapping(value, where, {"formula", *PHASES}, {"formula"})
+    _check(
+        factor["formula"] == FORMULA,
+        f"{where}.formula is {factor['formula']!r}; blasst knows {FORMULA!r} only",
+    )
+    return {
+        phase: _law(factor[phase], f"{where}.{phase}", {"a", "b"})
+        for phase in PHASES
+        if phase in factor
+    }
+
+
+def _law(value: Any, where: str, keys: set[str]) -> Law:
+    numbers = _mapping(value, where, keys, keys - {"formula"})
+    law = Law(**{key: _number(numbers[key], f"{where}.{key}") for key in keys - {"formula"}})
+    _check(law.a >= 0, f"{where}.a is {law.a}; it must not be negative")
+    return law
+
+
+def _targets(value: Any, where: str, phases: set[str]) -> dict[str, float]:
+    if value is None:
+        value = {}
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = dict.fromkeys(PHASES, value)
+    given = _mapping(value, where, set(PHASES))
+    return {
+        phase: _fraction(given.get(phase, ECOSYSTEM_TARGET), f"{where}.{phase}")
+        for phase in PHASES
+        if phase in phases
+    }
+
+
+def _producer(value: Any) -> tuple[str, str]:
+    producer = _mapping(value, "sparse_attention_config.producer")
+    return str(producer.get("name", "unknown")), str(producer.get("version", "unknown"))
+
+
+def _measured(value: Any) -> dict[str, Measured]:
+    if value is None:
+        return {}
+    where = "sparse_attention_config.blasst"
+    entry = _mapping(value, where, {"version", *PHASES}, {"version"})
+    _check(
+        entry["version"] == VERSION,
+        f"{where}.version is {entry['version']!r}; this blasst reads {VERSION}",
+    )
+    return {
+        phase: _measured_phase(entry[phase], f"{where}.{phase}")
+        for phase in PHASES
+        if phase in entry
+    }
+
+
+def _measured_phase(value: Any, where: str) -> Measured:
+    keys = {"tile_shape", "policies"}
+    phase = _mapping(value, where, keys, keys)
+    shape = _numbers(phase["tile_shape"], f"{where}.tile_shape")
+    _check(
+        len(shape) == 2 and all(n > 0 and n == int(n) for n in shape),
+        f"{where}.tile_shape is {phase['tile_shape']!r}; it must be [query rows, keys]",
+    )
+    policies = phase["policies"]
+    _check(
+        isinstance(policies, list) and bool(policies), f"{where}.policies must be a list, not empty"
+    )
+    return Measured(
+        (int(shape[0]), int(shape[1])),
+        tuple(_policy(policy, f"{where}.policies[{i}]") for i, policy in enumerate(policies)),
+    )
+
+
+def _policy(value: Any, where: str) -> Policy:
+    keys = {"order", "heads", "law", "lengths", "target_sparsity", "ln_threshold"}
+    policy = _mapping(value, where, keys, keys)
+    for key, choices in (("order", ORDERS), ("heads", HEAD_SCHEMES)):
+        _check(
+            policy[key] in choices,
+            f"{where}.{key} is {policy[key]!r}; it must be one of {', '.join(choices)}",
+        )
+    law_keys = {"formula", "a", "b", "power"}
+    formula = _mapping(policy["law"], f"{where}.law", law_keys, law_keys)["formula"]
+    _check(
+        formula == LENGTH_FORMULA,
+        f"{where}.law.formula is {formula!r}; blasst knows {LENGTH_FORMULA!r} only",
+    )
+    lengths = _ascending(policy["lengths"], f"{where}.lengths")
+    _check(lengths[0] >= 1, f"{where}.lengths start at {lengths[0]}; they must be positive")
+    targets = _ascending(policy["target_sparsity"], f"{where}.target_sparsity")
+    for target in targets:
+        _fraction(target, f"{where}.target_sparsity")
+    try:
+        table = torch.tensor(policy["ln_threshold"], dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}.ln_threshold is no table of numbers: {error}") from None
+    _check(
+        table.dim() == 4 and table.shape[:2] == (len(lengths), len(targets)),
+        f"{where}.ln_threshold has shape {list(table.shape)}; it must be [{len(lengths)} lengths, "
+        f"{len(targets)} targets, layers, heads]",
+    )
+    _check(
+        bool((table <= 0).all()),
+        f"{where}.ln_threshold has a value above 0 or NaN: a threshold must be 0 to 1",
+    )
+    law = _law(policy["law"], f"{where}.law", law_keys)
+    return Policy(
+        policy["order"], policy["heads"], law, tuple(int(n) for n in lengths), targets, table
+    )
+
+
+def _policy_to_dict(policy: Policy) -> dict[str, Any]:
+    law = policy.law
+    return {
+        "order": policy.order,
+        "heads": policy.heads,
+        "law": {"formula": LENGTH_FORMULA, "a": law.a, "b": law.b, "power": law.power},
+        "lengths": list(policy.lengths),
+        "target_sparsity": list(policy.targets),
+        # Three decimals: 0.1 % of a threshold, far below what sparsity can tell apart.
+        "ln_threshold": _rounded(policy.ln_threshold.tolist()),
+    }
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(v) for v in value] if isinstance(value, list) else round(value, 3)
+
+
+def _layer_of(module: str) -> int:
+    """The layer that a module name such as model.layers.3.self_attn belongs to."""
+    found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)", module)
+    if not found:
+        raise ValueError(
+            f"sparse_attention_config ignores {module!r}, which names no layer (layers.N); blasst "
+            "cannot tell which attention should stay dense"
+        )
+    return int(found[1])
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _mapping(
+    value: Any, where: str, known: set[str] | None = None, required: Iterable[str] = ()
+) -> Mapping[str, Any]:
+    _check(isinstance(value, Mapping), f"{where} is a {type(value).__name__}; it must be an object")
+    if known is not None and (unknown := set(value) - known):
+        raise ValueError(
+            f"{where} has unknown key {', '.join(map(repr, sorted(unknown)))}; known keys: "
+            f"{', '.join(sorted(known))}"
+        )
+    if missing := set(required) - set(value):
+        raise ValueError(f"{where} lacks {', '.join(map(repr, sorted(missing)))}")
+    return value
+
+
+def _number(value: Any, where: str) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _check(number and math.isfinite(value), f"{where} is {value!r}; it must be a finite number")
+    return float(value)
+
+
+def _fraction(value: Any, where: str) -> float:
+    _check(0 <= _number(value, where) <= 1, f"{where} is {value}; it must be 0 to 1")
+    return float(value)
+
+
+def _numbers(value: Any, where: str) -> tuple[float, ...]:
+    _check(isinstance(value, list) and bool(value), f"{where} must be a list of numbers, not empty")
+    return tuple(_number(v, where) for v in value)
+
+
+def _ascending(value: Any, where: str) -> tuple[float, ...]:
+    numbers = _numbers(value, where)
+    _check(list(numbers) == sorted(set(numbers)), f"{where} is {value!r}; it must ascend")
+    return numbers
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    _check(
+        isinstance(value, list) and all(isinstance(v, str) for v in value),
+        f"{where} must be a list of names",
+    )
+    return tuple(value)

@@ -1,0 +1,172 @@
+"""`sparse_attention_config`: reading, writing, thresholds by phase, layer, head and length."""
+
+import copy
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+from blasst import config
+from blasst.config import Law, Measured, Policy, SparseAttention, parse, thresholds_for
+
+# As Model-Optimizer documents its export.
+ECOSYSTEM = {
+    "config_groups": {
+        "group_0": {
+            "algorithm": "skip_softmax",
+            "targets": ["LlamaAttention"],
+            "threshold_scale_factor": {
+                "formula": "a * exp(b * target_sparsity)",
+                "prefill": {"a": 7.93, "b": 8.61},
+                "decode": {"a": 0.12, "b": 9.85},
+            },
+            "target_sparsity": {"prefill": 0.5},
+        }
+    },
+    "producer": {"name": "modelopt", "version": "0.47.0"},
+}
+
+
+def measured_config() -> SparseAttention:
+    # [2 lengths, 2 targets, 2 layers, 3 heads]
+    table = -torch.arange(1.0, 25.0).reshape(2, 2, 2, 3) / 10
+    policy = Policy("reverse", "equal_mass", Law(3.0, 2.0, 2.0), (1024, 4096), (0.4, 0.6), table)
+    return SparseAttention(
+        targets=("LlamaAttention",),
+        laws={"prefill": Law(7.93, 8.61)},
+        target_sparsity={"prefill": 0.5},
+        measured={"prefill": Measured((64, 64), (policy,))},
+    )
+
+
+def test_ecosystem_law_divides_by_each_requests_length():
+    rule = thresholds_for(ECOSYSTEM, "LlamaAttention", 3, "prefill", [8192, 65536])
+    a = 7.93 * math.exp(8.61 * 0.5)
+    assert rule.order == "forward"
+    torch.testing.assert_close(rule.threshold, torch.tensor([[a / 8192], [a / 65536]]))
+
+
+def test_threshold_never_exceeds_one():
+    rule = thresholds_for(ECOSYSTEM, "LlamaAttention", 0, "prefill", [64])
+    assert rule.threshold.tolist() == [[1.0]]
+
+
+def test_phase_without_target_takes_the_ecosystems_default():
+    assert parse(ECOSYSTEM).target_sparsity == {"prefill": 0.5, "decode": 0.5}
+
+
+def test_target_zero_and_ignored_layers_are_dense():
+    entry = copy.deepcopy(ECOSYSTEM)
+    group = entry["config_groups"]["group_0"]
+    group["ignore"] = ["model.layers.2.self_attn"]
+    group["target_sparsity"]["decode"] = 0
+    assert thresholds_for(entry, "LlamaAttention", 0, "decode", [4096]).threshold is None
+    assert thresholds_for(entry, "LlamaAttention", 2, "prefill", [4096]).threshold is None
+    assert thresholds_for(entry, "LlamaAttention", 1, "prefill", [4096]).threshold is not None
+
+
+def test_a_target_changed_in_place_is_honoured():
+    entry = copy.deepcopy(ECOSYSTEM)
+    before = thresholds_for(entry, "LlamaAttention", 0, "prefill", [8192]).threshold
+    entry["config_groups"]["group_0"]["target_sparsity"]["prefill"] = 0.3
+    after = thresholds_for(entry, "LlamaAttention", 0, "prefill", [8192]).threshold
+    assert after.item() == pytest.approx(before.item() * math.exp(-0.2 * 8.61))
+
+
+def test_class_outside_targets_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="targets LlamaAttention; layer 0 is a GemmaAttention"):
+        thresholds_for(ECOSYSTEM, "GemmaAttention", 0, "prefill", [4096])
+
+
+def test_measured_table_is_used_at_its_points_and_interpolated_between_them():
+    parsed = measured_config()
+    table = parsed.measured["prefill"].policies[0].ln_threshold
+
+    def ln(target: float, length: int) -> torch.Tensor:
+        entry = parsed.with_targets(prefill=target).to_dict()
+        rule = thresholds_for(entry, "LlamaAttention", 1, "prefill", [length])
+        assert rule.order == "reverse"
+        return rule.threshold[0].log()
+
+    torch.testing.assert_close(ln(0.6, 4096), table[1, 1, 1])
+    torch.testing.assert_close(ln(0.5, 1024), table[0, :, 1].mean(0))
+    torch.testing.assert_close(ln(0.4, 2048), table[:, 0, 1].mean(0))
+
+
+def test_beyond_the_table_the_law_gives_the_power_of_the_length(caplog):
+    entry = measured_config().with_targets(prefill=0.4).to_dict()
+    with caplog.at_level(logging.WARNING, "blasst"):
+        edge, beyond, _ = thresholds_for(
+            entry, "LlamaAttention", 0, "prefill", [4096, 8192, 16384]
+        ).threshold
+    torch.testing.assert_close(beyond, edge / 4)
+    assert "8192 keys are 2.00x the longest calibrated length" in caplog.text
+    assert len(caplog.records) == 1, "said once"
+
+
+def test_round_trip_through_json():
+    parsed = measured_config()
+    again = parse(json.loads(json.dumps(parsed.to_dict())))
+    assert again == parsed
+    torch.testing.assert_close(
+        again.measured["prefill"].policies[0].ln_threshold,
+        parsed.measured["prefill"].policies[0].ln_threshold,
+    )
+    assert again.to_dict() == parsed.to_dict()
+
+
+GROUP = ("config_groups", "group_0")
+POLICY = ("blasst", "prefill", "policies", 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("extra",), 1, "unknown key 'extra'; known keys: blasst, config_groups, producer"),
+        ((*GROUP, "speed"), 2, "group_0 has unknown key 'speed'"),
+        ((*GROUP, "algorithm"), "vsa", "algorithm is 'vsa'; blasst does 'skip_softmax' only"),
+        (("config_groups", "group_1"), {}, "holds 2 groups"),
+        ((*GROUP, "threshold_scale_factor", "formula"), "a + b", "formula is 'a [+] b'"),
+        ((*GROUP, "threshold_scale_factor", "prefill", "a"), -1, "a is -1.0; it must not"),
+        ((*GROUP, "threshold_scale_factor", "prefill", "b"), "x", "b is 'x'; it must be a finite"),
+        ((*GROUP, "threshold_scale_factor", "train"), {}, "unknown key 'train'"),
+        ((*GROUP, "target_sparsity", "prefill"), 1.5, "prefill is 1.5; it must be 0 to 1"),
+        ((*GROUP, "ignore"), ["lm_head"], "'lm_head', which names no layer"),
+        (("blasst", "version"), 9, "version is 9; this blasst reads 1"),
+        ((*POLICY, "order"), "random", "order is 'random'; it must be one of sink_first"),
+        ((*POLICY, "lengths"), [4096, 1024], "it must ascend"),
+        ((*POLICY, "ln_threshold"), [[[[0.5]]]], "shape .1, 1, 1, 1.; it must be .2 lengths"),
+        ((*POLICY, "law", "formula"), "?", "law.formula is '[?]'"),
+    ],
+)
+def test_what_cannot_be_honoured_is_an_error_that_names_it(path, value, message):
+    entry = measured_config().to_dict()
+    place = entry
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        parse(entry)
+
+
+@pytest.mark.parametrize("value", [0.5, float("nan")])
+def test_a_threshold_above_one_or_nan_is_an_error(value):
+    entry = measured_config().to_dict()
+    entry["blasst"]["prefill"]["policies"][0]["ln_threshold"][1][0][0][2] = value
+    with pytest.raises(ValueError, match="above 0 or NaN"):
+        parse(entry)
+
+
+@pytest.mark.parametrize("missing", ["targets", "threshold_scale_factor", "algorithm"])
+def test_a_missing_key_is_an_error_that_names_it(missing):
+    entry = copy.deepcopy(ECOSYSTEM)
+    del entry["config_groups"]["group_0"][missing]
+    with pytest.raises(ValueError, match=f"lacks '{missing}'"):
+        parse(entry)
+
+
+def test_no_object_is_an_error():
+    with pytest.raises(ValueError, match="is a list; it must be an object"):
+        config.parse([])
