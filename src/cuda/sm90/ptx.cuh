@@ -186,56 +186,69 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 }
 
 // One k = 16 step for the 64 rows of a warpgroup, d [64, kN] in float32:
-//   shared_shared      d (+)= a * b^T, both operands K-major in shared memory
-//   registers_shared   d += a * b, a in registers, b [16, kN] MN-major in shared memory
+//   first       d = a * b^T, both operands K-major in shared memory
+//   more        d += a * b^T
+//   registers   d += a * b, a in registers, b [16, kN] MN-major in shared memory
 template <typename T, int kN>
 struct Wgmma;
 
 #define BLASST_REGS_32                                                     \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define BLASST_REGS_64                                                                   \
-  BLASST_REGS_32                                                                         \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
-      ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define BLASST_REGS_128                                                                          \
-  BLASST_REGS_64                                                                                 \
-      ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"         \
-      ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"         \
-      ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
-      "%111"                                                                                     \
-      ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "   \
-      "%126, %127"
-#define BLASST_OUT_8(d, i)                                                                    \
+#define BLASST_REGS_64                                                               \
+  BLASST_REGS_32                                                                     \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BLASST_REGS_128                                                                      \
+  BLASST_REGS_64                                                                             \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"         \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"         \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+  "%111"                                                                                     \
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "   \
+  "%126, %127"
+#define BLASST_INOUT_8(d, i)                                                                  \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+#define BLASST_INOUT_32(d, i)                                                \
+  BLASST_INOUT_8(d, i), BLASST_INOUT_8(d, i + 8), BLASST_INOUT_8(d, i + 16), \
+      BLASST_INOUT_8(d, i + 24)
+#define BLASST_INOUT_64(d, i) BLASST_INOUT_32(d, i), BLASST_INOUT_32(d, i + 32)
+#define BLASST_INOUT_128(d, i) BLASST_INOUT_64(d, i), BLASST_INOUT_64(d, i + 64)
+#define BLASST_OUT_8(d, i)                                                                    \
+  "=f"(d[i]), "=f"(d[i + 1]), "=f"(d[i + 2]), "=f"(d[i + 3]), "=f"(d[i + 4]), "=f"(d[i + 5]), \
+      "=f"(d[i + 6]), "=f"(d[i + 7])
 #define BLASST_OUT_32(d, i) \
   BLASST_OUT_8(d, i), BLASST_OUT_8(d, i + 8), BLASST_OUT_8(d, i + 16), BLASST_OUT_8(d, i + 24)
 #define BLASST_OUT_64(d, i) BLASST_OUT_32(d, i), BLASST_OUT_32(d, i + 32)
 #define BLASST_OUT_128(d, i) BLASST_OUT_64(d, i), BLASST_OUT_64(d, i + 64)
 
 // n and its half; the operand numbers after the accumulators; PTX's and C++'s element types.
-#define BLASST_WGMMA(n, half, A0, A1, A2, A3, A4, ptx_type, type)                                \
-  template <>                                                                                    \
-  struct Wgmma<type, n> {                                                                        \
-    template <bool kAccumulate>                                                                  \
-    static __device__ __forceinline__ void shared_shared(float (&d)[half], uint64_t a,           \
-                                                         uint64_t b) {                           \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" A2                                       \
-                   ", 0;\n"                                                                      \
-                   "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type       \
-                   " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", p, 1, 1, 0, 0;\n}"              \
-                   : BLASST_OUT_##half(d, 0)                                                     \
-                   : "l"(a), "l"(b), "n"(int{kAccumulate}));                                     \
-    }                                                                                            \
-    static __device__ __forceinline__ void registers_shared(float (&d)[half], const uint32_t* a, \
-                                                            uint64_t b) {                        \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type       \
-                   " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4       \
-                                           ", 1, 1, 1, 1;"                                       \
-                   : BLASST_OUT_##half(d, 0)                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
-    }                                                                                            \
+#define BLASST_WGMMA(n, half, A0, A1, A2, A3, A4, ptx_type, type)                            \
+  template <>                                                                                \
+  struct Wgmma<type, n> {                                                                    \
+    static __device__ __forceinline__ void first(float (&d)[half], uint64_t a, uint64_t b) { \
+      asm volatile(                                                                          \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                         \
+          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type            \
+          " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", p, 1, 1, 0, 0;\n}"                   \
+          : BLASST_OUT_##half(d, 0)                                                          \
+          : "l"(a), "l"(b));                                                                 \
+    }                                                                                        \
+    static __device__ __forceinline__ void more(float (&d)[half], uint64_t a, uint64_t b) {  \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type   \
+                   " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", 1, 1, 1, 0, 0;"             \
+                   : BLASST_INOUT_##half(d, 0)                                               \
+                   : "l"(a), "l"(b));                                                        \
+    }                                                                                        \
+    static __device__ __forceinline__ void registers(float (&d)[half], const uint32_t* a,    \
+                                                     uint64_t b) {                           \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type   \
+                   " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4   \
+                                           ", 1, 1, 1, 1;"                                   \
+                   : BLASST_INOUT_##half(d, 0)                                               \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
+    }                                                                                        \
   };
 
 #define BLASST_WGMMA_SHAPES(ptx_type, type)                           \
@@ -247,6 +260,10 @@ BLASST_WGMMA_SHAPES("f16", __half)
 
 #undef BLASST_WGMMA_SHAPES
 #undef BLASST_WGMMA
+#undef BLASST_INOUT_128
+#undef BLASST_INOUT_64
+#undef BLASST_INOUT_32
+#undef BLASST_INOUT_8
 #undef BLASST_OUT_128
 #undef BLASST_OUT_64
 #undef BLASST_OUT_32
