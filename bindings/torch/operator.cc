@@ -10,6 +10,9 @@
 #include <algorithm>
 #include <array>
 #include <concepts>
+#include <cstddef>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <span>
 #include <sstream>
@@ -168,13 +171,107 @@ blasst::KeysValues keys_values(KeysValuesArguments& a, int64_t batch, int64_t he
 void run(const blasst::PrefillParams& p) { blasst::prefill(p); }
 void run(const blasst::DecodeParams& p) { blasst::decode(p); }
 
+// What a padded batch leaves out: keys before a request's first, rows from its query length on,
+// and the rows that causally see no key, so that a request has the query tiles it has without
+// padding.
+struct Padding {
+  const int32_t* starts = nullptr;         // [batch] null: 0
+  const int32_t* query_lengths = nullptr;  // [batch] null: all rows
+
+  int64_t start(int64_t request) const { return starts ? starts[request] : 0; }
+  int64_t rows(int64_t request, int64_t all) const {
+    return query_lengths ? query_lengths[request] : all;
+  }
+};
+
+template <typename Params>
+int64_t key_length(const Params& p, int64_t request) {
+  return p.kv.lengths ? p.kv.lengths[request] : p.kv.key_length;
+}
+
+template <typename Params>
+bool is_padded(const Params& p, const Padding& padding) {
+  bool padded = false;
+  for (int64_t b = 0; b < p.batch && (padding.starts || padding.query_lengths); ++b) {
+    const int64_t start = padding.start(b), end = key_length(p, b);
+    const int64_t rows = padding.rows(b, p.query_length);
+    check(start >= 0 && start <= end, "starts[", b, "] is ", start, "; it must be 0 to ", end,
+          ", the end of the request's keys");
+    check(rows >= 0 && rows <= p.query_length, "query_lengths[", b, "] is ", rows,
+          "; it must be 0 to ", p.query_length, ", the query_length of q");
+    padded = padded || start > 0 || rows < p.query_length;
+  }
+  return padded;
+}
+
+blasst::View from(const blasst::View& view, int64_t offset, blasst::DType dtype) {
+  const int64_t bytes = dtype == BLASST_FLOAT32 ? 4 : 2;
+  blasst::View rest = view;
+  rest.elements = std::max<int64_t>(0, view.elements - offset);
+  if (rest.elements > 0) rest.data = static_cast<std::byte*>(view.data) + offset * bytes;
+  return rest;
+}
+
+// Request by request. Rows left out are 0, their lse is -inf; out and the report are contiguous.
+template <typename Params>
+void run_padded(const Params& batch, const Padding& padding) {
+  blasst::tile_shape(batch);  // checks the whole batch before anything is written
+  const int64_t all_rows = batch.batch * batch.query_length;
+  const blasst::Report& report = batch.report;
+  std::memset(batch.out.data, 0, batch.out.elements * (batch.dtype == BLASST_FLOAT32 ? 4 : 2));
+  if (report.lse)
+    std::fill_n(report.lse, batch.heads * all_rows, -std::numeric_limits<float>::infinity());
+  if (report.dropped_mass_bound)
+    std::fill_n(report.dropped_mass_bound, batch.heads * all_rows, 0.0f);
+  if (report.tiles_visitable) std::fill_n(report.tiles_visitable, 2 * batch.batch * batch.heads, 0);
+  if (report.gap_histogram) std::fill_n(report.gap_histogram, batch.heads * BLASST_GAP_BINS, 0);
+
+  std::vector<float> lse, bound;
+  std::vector<uint64_t> gaps;
+  for (int64_t b = 0; b < batch.batch; ++b) {
+    const int64_t start = padding.start(b), keys = key_length(batch, b) - start;
+    const int64_t used = padding.rows(b, batch.query_length);
+    const int64_t rows = batch.mask.causal ? std::min(used, keys) : used;
+    if (rows == 0) continue;
+    const int64_t first = used - rows;
+    Params p = batch;
+    p.batch = 1;
+    p.query_length = rows;
+    for (blasst::View* view : {&p.q, &p.out})
+      *view = from(*view, b * view->stride_request + first * view->stride_token, p.dtype);
+    for (blasst::View* view : {&p.kv.k, &p.kv.v})
+      *view = from(*view, b * view->stride_request + start * view->stride_token, p.dtype);
+    p.kv.key_length = keys;
+    p.kv.lengths = nullptr;
+    if (p.test.values) p.test.values += b * p.test.stride_request;
+    if (report.tiles_visitable) {
+      p.report.tiles_visitable += b * p.heads;
+      p.report.tiles_skipped += b * p.heads;
+    }
+    lse.resize(report.lse ? p.heads * rows : 0);
+    bound.resize(report.dropped_mass_bound ? p.heads * rows : 0);
+    gaps.resize(report.gap_histogram ? p.heads * BLASST_GAP_BINS : 0);
+    if (report.lse) p.report.lse = lse.data();
+    if (report.dropped_mass_bound) p.report.dropped_mass_bound = bound.data();
+    if (report.gap_histogram) p.report.gap_histogram = gaps.data();
+    run(p);
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const int64_t to = h * all_rows + b * batch.query_length + first;
+      if (report.lse) std::copy_n(&lse[h * rows], rows, report.lse + to);
+      if (report.dropped_mass_bound)
+        std::copy_n(&bound[h * rows], rows, report.dropped_mass_bound + to);
+    }
+    for (size_t i = 0; i < gaps.size(); ++i) report.gap_histogram[i] += gaps[i];
+  }
+}
+
 template <typename Params>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
-    Tensor q, Tensor k, Tensor v, OptionalTensor lengths, OptionalTensor cu_seqlens_q,
-    OptionalTensor cu_seqlens_k, OptionalTensor page_table, double scale, double softcap,
-    OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right, std::string order,
-    std::string test, OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles,
-    bool want_gaps) {
+    Tensor q, Tensor k, Tensor v, OptionalTensor starts, OptionalTensor lengths,
+    OptionalTensor query_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor page_table, double scale, double softcap, OptionalTensor sinks, bool causal,
+    int64_t window_left, int64_t window_right, std::string order, std::string test,
+    OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps) {
   const bool ragged = cu_seqlens_q.has_value();
   check(q.dim() == (ragged ? 3 : 4), "q is ", q, "; it must be ",
         ragged ? "[rows, heads, head_dim], since cu_seqlens_q is given"
@@ -204,6 +301,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     p.batch = q.size(0);
     p.query_length = q.size(1);
   }
+  check(
+      !starts || (!cu_seqlens_k && !page_table),
+      "starts is given; it needs k as [batch, keys, kv_heads, head_dim], without cu_seqlens_k and "
+      "page_table");
+  check(!query_lengths || !ragged,
+        "query_lengths is given; it needs q as [batch, query_length, heads, head_dim], without "
+        "cu_seqlens_q");
   KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, page_table};
   p.kv = keys_values(keys, p.batch, p.head_dim);
   p.kv_heads = keys.k.size(keys.k.dim() - 2);
@@ -262,7 +366,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   }
   if (want_gaps) p.report.gap_histogram = static_cast<uint64_t*>(gaps.mutable_data_ptr());
 
-  run(p);
+  const Padding padding{
+      .starts = indices("starts", starts, "[batch]", {p.batch}),
+      .query_lengths = indices("query_lengths", query_lengths, "[batch]", {p.batch})};
+  if (is_padded(p, padding)) {
+    run_padded(p, padding);
+  } else {
+    run(p);
+  }
   return {out, lse, bound, tiles, gaps};
 }
 
@@ -288,8 +399,9 @@ std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
 }
 
 constexpr const char* kArguments =
-    "(Tensor q, Tensor k, Tensor v, Tensor? lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
-    " Tensor? page_table, float scale, float softcap, Tensor? sinks, bool causal, int window_left,"
+    "(Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
+    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, float scale, float softcap, "
+    "Tensor? sinks, bool causal, int window_left,"
     " int window_right, str order, str test, Tensor? thresholds, bool lse, bool dropped_mass_bound,"
     " bool tiles, bool gaps) -> (Tensor out, Tensor lse, Tensor dropped_mass_bound, Tensor tiles,"
     " Tensor gaps)";

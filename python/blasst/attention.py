@@ -67,7 +67,9 @@ def attention(
     absolute_threshold: float | Sequence[float] | Tensor | None = None,
     order: str = "sink_first",
     phase: str | None = None,
+    starts: Tensor | None = None,
     lengths: Tensor | None = None,
+    query_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     page_table: Tensor | None = None,
@@ -101,7 +103,12 @@ def attention(
             back), "reverse" or "forward".
         phase: "prefill", or "decode" (1 to 16 queries a request, dense; the query heads of a KV
             head decide together). Default: decode if query_length is 1.
-        lengths: [batch] keys in use of each request: a cache not yet full, or pages.
+        starts: [batch] first key in use of each request: padding on the left. For k of 4 dimensions
+            without pages.
+        lengths: [batch] end of the keys in use of each request: a cache not yet full, padding on
+            the right, or pages. A request's keys are those from starts to lengths.
+        query_lengths: [batch] rows in use of each request, from the first: padding on the right.
+            The other rows of the output are 0, of lse -inf. For q of 4 dimensions.
         cu_seqlens_q: [batch + 1] first row of each request, for ragged q.
         cu_seqlens_k: [batch + 1] first key of each request, for ragged k and v.
         page_table: [batch, pages a request] page ids, for paged k and v; needs lengths.
@@ -131,7 +138,9 @@ def attention(
     if window is not None and min(left, right) < -1:
         raise ValueError(f"window is {window}; each side must be 0 or more, or None for no limit")
     test, thresholds = _tile_test(threshold, threshold_scale_factor, absolute_threshold, q.device)
-    indices = [_index(t) for t in (lengths, cu_seqlens_q, cu_seqlens_k, page_table)]
+    indices = [
+        _index(t) for t in (starts, lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, page_table)
+    ]
     sinks = None if sinks is None else sinks.detach().to(torch.float32)
     _check_devices(q, k, v, sinks, thresholds, *indices)
     if torch.is_autocast_enabled(q.device.type):

@@ -8,14 +8,15 @@ A mask that is no range, and everything else that the operator does not do, is a
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
-from blasst.attention import Result, TileCounts, attention
+from blasst.attention import Result, attention
+from blasst.config import thresholds_for
 from blasst.operators import GAP_BINS
 
 NAME = "blasst"
@@ -26,12 +27,12 @@ PHASES = ("prefill", "decode")
 class Threshold:
     """When a layer drops a key tile, and in which order it visits them: see `blasst.attention`.
 
-    At most one of the three thresholds; each a number or one per head. None: dense.
+    At most one of the three thresholds; each a number, one per head, or a tensor. None: dense.
     """
 
     threshold: float | tuple[float, ...] | Tensor | None = None
-    threshold_scale_factor: float | tuple[float, ...] | None = None
-    absolute_threshold: float | tuple[float, ...] | None = None
+    threshold_scale_factor: float | tuple[float, ...] | Tensor | None = None
+    absolute_threshold: float | tuple[float, ...] | Tensor | None = None
     order: str = "sink_first"
 
     def __post_init__(self) -> None:
@@ -81,18 +82,20 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     }
 
 
-def _threshold(module: nn.Module, phase: str, key_lengths: list[int]) -> Threshold:
+def _threshold(module: nn.Module, phase: str, ranges: Tensor | None, key: Tensor) -> Threshold:
     """What `configure` set for this layer, else what the model's configuration says, else dense."""
     configured = getattr(module, "blasst_thresholds", None)
     if configured is not None:
         return configured[phase]
-    config = getattr(module.config, "sparse_attention_config", None)
-    if config is None:
+    entry = getattr(module.config, "sparse_attention_config", None)
+    if entry is None:
         return DENSE
-    from blasst.config import thresholds_for
-
-    rule = thresholds_for(config, type(module).__name__, module.layer_idx, phase, key_lengths)
-    return Threshold(threshold=rule.threshold, order=rule.order)
+    if ranges is None:
+        lengths = [key.shape[2]] * key.shape[0]
+    else:
+        lengths = (ranges[:, 1] - ranges[:, 0]).tolist()
+    rule = thresholds_for(entry, type(module).__name__, _layer(module), phase, lengths)
+    return Threshold(rule.threshold, order=rule.order)
 
 
 class Recording:
@@ -175,6 +178,7 @@ def key_ranges(
     kv_offset: int = 0,
     mask_function: Callable = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
@@ -188,49 +192,77 @@ def key_ranges(
         kv_offset: position of the first key.
         mask_function: the pattern: causal, sliding window or all keys.
         attention_mask: [batch, positions] bool, false at padding.
+        local_size: keys that a query sees in a sliding window, itself included.
         device: where the ranges go.
 
     Returns:
-        None if every request uses all its keys and queries, else [batch, 1, 1, 3] int32: first key,
-        end of the keys, queries from the first. Four dimensions, for Transformers passes those on
-        untouched.
+        None for a causal mask over all keys and queries, else [batch, 1, 1, 5] int32: first key,
+        end of the keys, end of the queries; sliding window (0: none), causal. The last two are
+        the same for all requests. Four dimensions, for Transformers passes those on untouched.
     """
-    causal = _is_causal(mask_function)
-    first_query = int(q_offset) - kv_offset if causal else 0
+    causal, sliding = _pattern(mask_function)
+    window = local_size if sliding and local_size < kv_length else 0
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        q_offset = int(q_offset)
+    first_query = q_offset - kv_offset if causal else 0
     end = first_query + q_length if causal else kv_length
-    used = torch.zeros(batch_size, kv_length, dtype=torch.bool, device=device)
-    used[:, :end] = True
+    if isinstance(end, int):
+        _check_mask_covers(attention_mask, kv_offset + end)
+    plain = not tracing and causal and not window and end == kv_length
+    if plain and (attention_mask is None or attention_mask[:, kv_offset : kv_offset + end].all()):
+        return None
+
+    index = torch.arange(kv_length, device=device)
+    used = (index < end).expand(batch_size, -1)
     if attention_mask is not None:
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
-        used &= padding[:, kv_offset : kv_offset + kv_length]
-    keys = used.sum(-1)
+        used = used & padding[:, kv_offset : kv_offset + kv_length]
     first = used.int().argmax(-1)
-    last = first + keys
-    index = torch.arange(kv_length, device=device)
-    if (used != (index >= first[:, None]) & (index < last[:, None])).any():
-        raise ValueError(
-            "attention_mask has padding between tokens of a request; blasst needs the tokens of a "
-            "request to follow each other (pad on the left for generation)"
-        )
+    last = first + used.sum(-1)
+    _require(
+        (used == ((index >= first[:, None]) & (index < last[:, None]))).all(),
+        "attention_mask has padding between tokens of a request; blasst needs the tokens of a "
+        "request to follow each other (pad on the left for generation)",
+    )
     # A request that is padded on the right has as many trailing queries of padding.
-    queries = last - first_query if causal else torch.full_like(last, q_length)
-    queries = queries.clamp(0, q_length)
-    if (keys == kv_length).all() and (queries == q_length).all():
-        return None
-    return torch.stack([first, last, queries], -1).to(torch.int32)[:, None, None]
+    queries = (last - first_query).clamp(0, q_length) if causal else torch.full_like(last, q_length)
+    same = torch.ones_like(last)
+    ranges = torch.stack([first, last, queries, same * window, same * causal], -1)
+    return ranges.to(torch.int32)[:, None, None]
 
 
-def _is_causal(mask_function: Callable) -> bool:
-    """Whether a mask pattern is causal; an error unless it is one that the operator can do."""
+def _check_mask_covers(attention_mask: Tensor | None, end: int) -> None:
+    if attention_mask is not None and attention_mask.shape[-1] < end:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[-1]} positions, but this pass ends at "
+            f"position {end}; it must cover the tokens in the cache as well"
+        )
+
+
+def _require(condition: Tensor, message: str) -> None:
+    """An error unless `condition` [] holds; while tracing, a check in the graph."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+def _pattern(mask_function: Callable) -> tuple[bool, bool]:
+    """Whether a mask pattern is causal, and sliding; an error if the operator cannot do it."""
     names = set(_pattern_names(mask_function))
-    if names <= {"causal_mask_function", "sliding_window_overlay"}:
-        return True
     if names == {"bidirectional_mask_function"}:
-        return False
+        return False, False
+    if "causal_mask_function" in names and names <= {
+        "causal_mask_function",
+        "sliding_window_overlay",
+    }:
+        return True, "sliding_window_overlay" in names
     raise ValueError(
         f"mask pattern {' & '.join(sorted(names))} is not supported by attn_implementation="
         f"{NAME!r}; it does causal, causal with a sliding window, and bidirectional masks with "
-        "padding at either end"
+        "padding at either end (packed sequences: pass them as a padded batch with its "
+        "attention_mask)"
     )
 
 
@@ -277,83 +309,110 @@ def attention_forward(
     Returns:
         [batch, query_length, heads, value_dim], and no attention weights.
     """
-    _refuse_unsupported(dropout, attention_mask, kwargs)
-    phase = "decode" if query.shape[2] == 1 else "prefill"
+    _refuse_unsupported(module, dropout, attention_mask, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if sliding_window is not None and not causal:
-        raise ValueError("a sliding window without a causal mask is not supported by blasst")
-    if attention_mask is None:
-        key_lengths = [key.shape[2]] * key.shape[0]
-    else:
-        key_lengths = [end - first for first, end, _ in attention_mask[:, 0, 0].tolist()]
-    thresholds = _threshold(module, phase, key_lengths)
-    options: dict[str, Any] = {
-        **asdict(thresholds),
-        "phase": phase,
-        "causal": causal,
-        "scale": scaling,
-        "window": None if sliding_window is None else (sliding_window - 1, None),
-        "softcap": softcap,
-        "sinks": s_aux,
-        "return_stats": bool(_active),
-        "return_gaps": any(recording.wants_gaps for recording in _active),
-    }
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    if attention_mask is None:
-        result = attention(q, k, v, **options)
-    else:
-        result = _by_request(q, k, v, attention_mask[:, 0, 0], options)
+    keys = key.shape[2]
+    window = sliding_window if sliding_window is not None and sliding_window < keys else 0
+    ranges = None if attention_mask is None else attention_mask[:, 0, 0]
+    _check_agreement(module, ranges, window, causal, query.shape[2])
+    phase = "decode" if query.shape[2] == 1 else "prefill"
+    thresholds = _threshold(module, phase, ranges, key)
+    starts, lengths, query_lengths = (None,) * 3 if ranges is None else ranges[:, :3].unbind(1)
+    result = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        threshold=thresholds.threshold,
+        threshold_scale_factor=thresholds.threshold_scale_factor,
+        absolute_threshold=thresholds.absolute_threshold,
+        order=thresholds.order,
+        phase=phase,
+        causal=causal,
+        scale=scaling,
+        window=(window - 1, None) if window else None,
+        softcap=softcap,
+        sinks=s_aux,
+        starts=starts,
+        lengths=lengths,
+        query_lengths=query_lengths,
+        return_stats=bool(_active),
+        return_gaps=any(recording.wants_gaps for recording in _active),
+    )
     if not isinstance(result, Result):
         return result, None
     for recording in _active:
-        recording.add(phase, module.layer_idx, result)
+        recording.add(phase, _layer(module), result)
     return result.out, None
 
 
-def _by_request(
-    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, options: dict[str, Any]
-) -> Tensor | Result:
-    """Attention with a range of keys and queries per request; rows without a query are 0."""
-    first, end, queries = ranges.unbind(-1)
-    if not first.any() and (queries == q.shape[1]).all():
-        return attention(q, k, v, lengths=end, **options)
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-    results = []
-    for b, (start, stop, rows) in enumerate(ranges.tolist()):
-        one = slice(b, b + 1)
-        result = attention(q[one, :rows], k[one, start:stop], v[one, start:stop], **options)
-        if isinstance(result, Result):
-            results.append(result)
-            result = result.out
-        out[one, :rows] = result
-    if not results:
-        return out
-    stats = TileCounts(
-        *(torch.cat(parts) for parts in zip(*(r.stats for r in results), strict=True))
+def _check_agreement(
+    module: nn.Module, ranges: Tensor | None, window: int, causal: bool, query_length: int
+) -> None:
+    """The mask and the layer must mean the same pattern, for only one of them can be followed."""
+    name = type(module).__name__
+    if window and not causal:
+        raise ValueError(f"{name}: a sliding window without a causal mask is not supported")
+    if ranges is None:
+        if window:
+            raise ValueError(
+                f"{name} has a sliding window of {window}, but the model's mask has none"
+            )
+        return
+    _require(
+        ranges[0, 3] == window,
+        f"{name} passes a sliding window of {window or None} to attention, but the model's mask "
+        "has another",
     )
-    gaps = sum(r.gaps for r in results) if options["return_gaps"] else None
-    return Result(out, lse=None, stats=stats, dropped_mass_bound=None, gaps=gaps)
+    if query_length > 1:
+        _require(
+            ranges[0, 4] == causal,
+            f"{name} asks for is_causal={causal}, but the model's mask says otherwise",
+        )
+
+
+def _layer(module: nn.Module) -> int:
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ValueError(f"{type(module).__name__} has no layer_idx; blasst needs it")
+    return layer
 
 
 def _refuse_unsupported(
-    dropout: float, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    module: nn.Module, dropout: float, attention_mask: Tensor | None, kwargs: dict[str, Any]
 ) -> None:
     """An error for everything that would change the result and is not supported."""
     if dropout:
-        raise ValueError(f"attention dropout is {dropout}; blasst supports 0 only")
+        raise ValueError(
+            f"{type(module).__name__} asks for attention dropout {dropout}; blasst supports 0 only "
+            "(model.eval(), or attention_dropout=0)"
+        )
     if attention_mask is not None and (
-        attention_mask.dtype != torch.int32 or attention_mask.shape[1:] != (1, 1, 3)
+        attention_mask.dtype != torch.int32 or attention_mask.shape[1:] != (1, 1, 5)
     ):
         raise ValueError(
             f"attention_mask is a {attention_mask.dtype} tensor of shape "
             f"{list(attention_mask.shape)}; blasst takes [batch, positions] padding masks, no "
             "prepared 4-d ones"
         )
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias", "head_mask", "block_table"):
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported by attn_implementation={NAME!r}")
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions is not supported: blasst never forms the weights")
+
+
+_UNSUPPORTED = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "seq_idx",
+    "position_bias",
+    "head_mask",
+    "block_table",
+    "block_indices",
+    "indices",
+    "sinks",
+)
+"""Arguments that change what a layer computes, under the names that Transformers gives them."""
 
 
 AttentionInterface.register(NAME, attention_forward)
