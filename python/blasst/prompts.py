@@ -1,0 +1,251 @@
+"""Texts that every installation carries, and long prompts in the manner of RULER made from them.
+
+Nothing is downloaded: the prose is Python's own language reference, licences, documentation and
+source code of Python and of the packages that blasst needs.
+"""
+
+import argparse
+import ast
+import inspect
+import random
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from itertools import pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+KINDS = ("needle", "pairs", "chain", "words")
+PLACES = ("north", "south", "east", "west", "upper", "lower", "inner", "outer")
+THINGS = ("gate", "tower", "bridge", "harbour", "garden", "cellar", "library", "mill")
+COLOURS = ("copper", "silver", "amber", "violet", "scarlet", "ivory", "cobalt", "emerald")
+OBJECTS = ("lantern", "anchor", "feather", "compass", "kettle", "ladder", "whistle", "mirror")
+NEEDLE = 'The secret passphrase of the {place} is "{phrase}".'
+QUESTION = "What is the secret passphrase of the {place}?"
+INSTRUCTION = "Read this text and answer the question.\n\n"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A long prompt with a question at its end."""
+
+    kind: str
+    tokens: torch.Tensor
+    """[1, length] int64."""
+    question: str
+    answers: tuple[str, ...]
+    """What a right answer contains, all of it."""
+
+    def is_answered_by(self, text: str) -> bool:
+        """Whether a text contains every expected answer, in any case."""
+        return all(answer.lower() in text.lower() for answer in self.answers)
+
+
+def reference_text() -> str:
+    """Prose for calibration: the language reference that Python carries."""
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def evaluation_texts() -> dict[str, str]:
+    """Texts of other kinds than `reference_text`, by name: for perplexity and agreement."""
+    return {
+        "licences": _licences(),
+        "source code": inspect.getsource(argparse),
+        "torch documentation": _docstrings(torch.nn.functional) + _docstrings(torch),
+        "numpy documentation": _docstrings(np),
+        "library documentation": _library_documentation(),
+    }
+
+
+def _licences() -> str:
+    texts = []
+    for package in ("numpy", "matplotlib", "torch"):
+        files = [f for f in distribution(package).files or [] if "LICENSE" in f.name.upper()]
+        for file in sorted(files, key=str):
+            texts.append(Path(file.locate()).read_text(encoding="utf-8", errors="replace").strip())
+    return "\n\n".join(dict.fromkeys(texts))
+
+
+def _docstrings(module: object) -> str:
+    documented = [getattr(module, name) for name in sorted(vars(module)) if name[0] != "_"]
+    documents = [
+        inspect.cleandoc(value.__doc__)
+        for value in documented
+        if callable(value) and isinstance(value.__doc__, str) and len(value.__doc__) > 400
+    ]
+    return "\n\n".join(dict.fromkeys(documents))
+
+
+def _library_documentation() -> str:
+    """Docstrings of modules of the standard library."""
+    folder = Path(inspect.getfile(argparse)).parent
+    documents = []
+    for name in (
+        "datetime",
+        "decimal",
+        "doctest",
+        "email/message",
+        "fractions",
+        "heapq",
+        "optparse",
+    ):
+        for stem in (name, f"_py{name}"):
+            path = folder / f"{stem}.py"
+            if path.exists():
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                documents += [
+                    ast.get_docstring(node)
+                    for node in ast.walk(tree)
+                    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                ]
+    return "\n\n".join(dict.fromkeys(text for text in documents if text))
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: it is empty, or no UTF-8 text.
+        OSError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def text_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, length: int, what: str, start: int = 0
+) -> torch.Tensor:
+    """[1, length] int64: `length` tokens of a text, from its token `start` on.
+
+    Raises:
+        ValueError: the text is shorter than that.
+    """
+    # A token has at most some tens of bytes; what lies beyond need not be tokenised.
+    tokens = tokenizer(text[: 16 * (start + length)], add_special_tokens=False).input_ids
+    if len(tokens) < start + length:
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+    if len(tokens) < start + length:
+        raise ValueError(f"{what} has {len(tokens)} tokens; {start + length} are needed")
+    first = tokenizer("").input_ids  # the token that every text begins with, if there is one
+    return torch.tensor([(first + tokens[start:])[:length]])
+
+
+class PromptMaker:
+    """Makes prompts of an exact length from a haystack."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> None:
+        """Tokenise the haystack `text`, which errors call `what`."""
+        self._tokenizer = tokenizer
+        self._what = what
+        self._lines = [line for line in text.splitlines(keepends=True) if line]
+        self._counts = [
+            len(ids) for ids in tokenizer(self._lines, add_special_tokens=False).input_ids
+        ]
+
+    def make(self, kind: str, length: int, seed: int) -> Prompt:
+        """A prompt of exactly `length` tokens.
+
+        Args:
+            kind: "needle": one fact in prose; "pairs": one fact among many of its kind; "chain":
+                variables to follow through prose; "words": the most frequent words of a list.
+            length: its tokens, the question included.
+            seed: another seed, another stretch of the haystack and other facts.
+        """
+        rng = random.Random(f"{kind} {length} {seed}")
+        facts, question, answers = getattr(self, f"_{kind}")(rng, length)
+        head, tail = self._frame(question)
+        room = length - len(head) - len(tail)
+        if room < 64:
+            raise ValueError(f"a prompt of {length} tokens is too short; at least 128 are needed")
+        if kind in ("needle", "chain"):
+            facts = self._in_prose(rng, facts, room)
+        body = self._encode("".join(facts))[:room]
+        if len(body) < room:
+            raise ValueError(f"{self._what} has too few tokens for a prompt of {length}")
+        return Prompt(kind, torch.tensor([[*head, *body, *tail]]), question, answers)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def _frame(self, question: str) -> tuple[list[int], list[int]]:
+        """Tokens before and after the text: as a user's message where the model chats."""
+        mark = "\u2063"
+        content = f"{INSTRUCTION}{mark}\n\nQuestion: {question}"
+        if self._tokenizer.chat_template is None:
+            bos = self._tokenizer.bos_token or ""
+            whole = f"{bos}{content}\nAnswer:"
+        else:
+            whole = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        head, tail = whole.split(mark)
+        return self._encode(head), self._encode(tail)
+
+    def _in_prose(self, rng: random.Random, facts: list[str], room: int) -> list[str]:
+        """Lines of the haystack from a random place on, with the facts spread among them."""
+        total = sum(self._counts)
+        # Pieces tokenised together can have fewer tokens than apart: take a few more.
+        wanted = room + room // 16 + 64
+        if total < wanted:
+            raise ValueError(f"{self._what} has {total} tokens; {wanted} are needed")
+        first, skipped = 0, 0
+        offset = rng.randrange(total - wanted + 1)
+        while skipped + self._counts[first] <= offset:
+            skipped += self._counts[first]
+            first += 1
+        lines, count = [], 0
+        places = sorted(rng.uniform(0.05, 0.9) * room for _ in facts)
+        for line, tokens in zip(self._lines[first:], self._counts[first:], strict=True):
+            while places and count >= places[0]:
+                lines.append(facts.pop(0))
+                places.pop(0)
+            lines.append(line)
+            count += tokens
+            if count >= wanted:
+                break
+        return lines
+
+    def _needle(self, rng: random.Random, _length: int) -> tuple[list[str], str, tuple[str, ...]]:
+        place, phrase = _place(rng), _phrase(rng)
+        fact = f"\n{NEEDLE.format(place=place, phrase=phrase)}\n\n"
+        return [fact], QUESTION.format(place=place), (phrase,)
+
+    def _pairs(self, rng: random.Random, length: int) -> tuple[list[str], str, tuple[str, ...]]:
+        codes = {}
+        while len(codes) < length // 8:
+            codes[f"{_place(rng)} {rng.randrange(10**4)}"] = str(rng.randrange(10**6, 10**7))
+        facts = [f"The number of the {place} is {number}.\n" for place, number in codes.items()]
+        # Asked for one that the cut to length cannot have taken.
+        asked = rng.choice(list(codes)[: length // 32])
+        return facts, f"What is the number of the {asked}?", (codes[asked],)
+
+    def _chain(self, rng: random.Random, _length: int) -> tuple[list[str], str, tuple[str, ...]]:
+        names = ["".join(rng.choices("BCDFGHKLMNPRSTVZ", k=5)) for _ in range(4)]
+        value = rng.randrange(10**4, 10**5)
+        facts = [f"\nVAR {names[0]} = {value}\n"]
+        facts += [f"\nVAR {right} = VAR {left}\n" for left, right in pairwise(names)]
+        return facts, f"Which variables have the value {value}?", tuple(names)
+
+    def _words(self, rng: random.Random, length: int) -> tuple[list[str], str, tuple[str, ...]]:
+        words = sorted({w for line in self._lines for w in line.split() if w.isalpha()})
+        frequent = rng.sample(words, 3)
+        rare = rng.sample(words, min(len(words), 200))
+        drawn = [rng.choice(frequent if rng.random() < 0.3 else rare) for _ in range(length)]
+        facts = [f"{i + 1}. {word} " for i, word in enumerate(drawn)]
+        return facts, "Which three words appear most often in this list?", tuple(frequent)
+
+
+def _place(rng: random.Random) -> str:
+    return f"{rng.choice(PLACES)} {rng.choice(THINGS)}"
+
+
+def _phrase(rng: random.Random) -> str:
+    return f"{rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
