@@ -42,12 +42,13 @@ class ThreadPool {
       items_ = items;
       next_ = 0;
       error_ = nullptr;
-      helpers_ = running_ = threads - 1;
+      helpers_ = threads - 1;
       ++generation_;
     }
     wake_.notify_all();
     drain(0);
     std::unique_lock lock(mutex_);
+    helpers_ = 0;  // a worker that has not woken up yet is not waited for: nothing is left for it
     done_.wait(lock, [&] { return running_ == 0; });
     work_ = nullptr;
     if (error_) std::rethrow_exception(error_);
@@ -61,6 +62,7 @@ class ThreadPool {
         wake_.wait(lock, [&] { return stopping_ || (generation_ != seen && worker <= helpers_); });
         if (stopping_) return;
         seen = generation_;
+        ++running_;
       }
       drain(worker);
       std::lock_guard lock(mutex_);
@@ -84,8 +86,8 @@ class ThreadPool {
   std::condition_variable wake_, done_;
   bool stopping_ = false;
   uint64_t generation_ = 0;
-  int helpers_ = 0;  // workers 1..helpers_ take part in this batch
-  int running_ = 0;
+  int helpers_ = 0;  // workers 1..helpers_ may join this batch
+  int running_ = 0;  // those that have
   const Work* work_ = nullptr;
   int64_t items_ = 0;
   std::atomic<int64_t> next_ = 0;
