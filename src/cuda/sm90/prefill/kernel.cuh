@@ -1,0 +1,824 @@
+// Prefill attention for compute capability 9.0. docs/kernels/sm90-prefill.md draws the schedule.
+//
+// A block owns 128 query rows of one head at a time: warpgroup 0 feeds shared memory, warpgroups 1
+// and 2 own 64 rows each and decide on their own. While a warpgroup turns the scores of one tile
+// into probabilities, the tensor cores compute its scores of the next.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "blasst/blasst.h"
+#include "cuda/sm90/prefill/layout.cuh"
+#include "cuda/sm90/prefill/params.h"
+#include "cuda/sm90/prefill/schedule.h"
+#include "cuda/sm90/ptx.cuh"
+
+namespace blasst::cuda::prefill {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+template <typename T, int kDim_, Variant kVariant_>
+struct Config {
+  using Element = T;
+  using Layout = prefill::Layout<kDim_>;
+  using Shared = typename Layout::Shared;
+  static constexpr int kDim = kDim_;
+  static constexpr int kKeys = Layout::kKeys;
+  static constexpr bool kTests = kVariant_ != Variant::kDense;
+  static constexpr bool kReports = kVariant_ == Variant::kReport;
+};
+
+// A position in a ring of stages.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+__device__ __forceinline__ uint32_t address(uint64_t& barrier) {
+  return ptx::shared_address(&barrier);
+}
+
+// --- the producer warpgroup ---------------------------------------------------------------------
+
+// Reads where an item's rows and keys are. rows is 0 if the request has none there.
+template <typename C>
+__device__ Work describe(const Params& p, const Item& item) {
+  Work w;
+  w.request = item.request;
+  w.head = item.head;
+  w.first_row = item.block * kRowsPerBlock;
+  int first_of_request, rows;
+  if (p.cu_seqlens_q) {
+    first_of_request = p.cu_seqlens_q[item.request];
+    rows = p.cu_seqlens_q[item.request + 1] - first_of_request;
+  } else {
+    first_of_request = item.request * p.query_length;
+    rows = p.query_length;
+  }
+  w.rows = max(0, rows - w.first_row);
+  w.output_row = first_of_request + w.first_row;
+  if (p.cu_seqlens_k) {
+    w.keys = p.cu_seqlens_k[item.request + 1] - p.cu_seqlens_k[item.request];
+  } else {
+    w.keys = p.lengths ? p.lengths[item.request] : p.key_length;
+  }
+  w.offset = w.keys - rows;
+  w.least = p.least_distance, w.most = p.most_distance;
+  if (p.bands) {
+    const int64_t limit = kUnlimited;
+    w.least = max(w.least, static_cast<int>(max(-limit, min(limit, p.bands[2 * item.head]))));
+    w.most = min(w.most, static_cast<int>(max(-limit, min(limit, p.bands[2 * item.head + 1]))));
+  }
+  if constexpr (C::kReports) {
+    w.query_tile = w.first_row / kRowsPerWarpgroup;
+    for (int b = 0; b < item.request; ++b) {
+      const int count = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.query_length;
+      w.query_tile += (count + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup;
+    }
+  }
+  const int first = w.first_row + w.offset;
+  const int last = first + min(w.rows, kRowsPerBlock) - 1;
+  const KeyRange keys = keys_of(first, last, w.least, w.most, w.keys);
+  const bool any = keys.begin < keys.end && w.least <= w.most;
+  w.tile_begin = any ? keys.begin / C::kKeys : 0;
+  w.tile_end = any ? (keys.end + C::kKeys - 1) / C::kKeys : 0;
+  return w;
+}
+
+// Where a request's keys lie in the tensor that the copy engine sees.
+struct KeySource {
+  int first_token, outer;
+  const int* pages;  // null: not paged
+  int page_count;    // of the request
+
+  __device__ KeySource(const Params& p, const Work& w)
+      : first_token(p.cu_seqlens_k ? p.cu_seqlens_k[w.request] : 0),
+        outer(p.cu_seqlens_k ? 0 : w.request),
+        pages(p.page_table ? p.page_table + w.request * p.page_table_stride : nullptr),
+        page_count(p.page_table ? (w.keys + p.page_size - 1) / p.page_size : 0) {}
+};
+
+// Starts the copy of one key or value tile. Rows past the last page or the tensor become zero.
+template <typename C>
+__device__ void copy_tile(const Params& p, const KeySource& source, const CUtensorMap* map,
+                          uint32_t destination, uint32_t barrier, int kv_head, int tile) {
+  constexpr int kKeys = C::kKeys;
+  ptx::mbarrier_arrive_expect(barrier, C::Layout::kTileBytes);
+  if (!source.pages) {
+#pragma unroll
+    for (int panel = 0; panel < C::Layout::kPanels; ++panel) {
+      ptx::copy_box(destination + panel * C::Layout::kKeyPanelBytes, map, barrier, panel * kPanel,
+                    source.first_token + tile * kKeys, kv_head, source.outer, ptx::L2Hint::kLast);
+    }
+    return;
+  }
+  const int box = min(p.page_size, kKeys);
+  for (int row = 0; row < kKeys; row += box) {
+    const int token = tile * kKeys + row;
+    const int page = token / p.page_size;
+    const int id = page < source.page_count ? source.pages[page] : p.pages;
+#pragma unroll
+    for (int panel = 0; panel < C::Layout::kPanels; ++panel) {
+      ptx::copy_box(destination + panel * C::Layout::kKeyPanelBytes + row * kPanelRowBytes, map,
+                    barrier, panel * kPanel, token % p.page_size, kv_head, id, ptx::L2Hint::kLast);
+    }
+  }
+}
+
+// Hands out work, loads queries and keys. One thread.
+template <typename C>
+__device__ void produce_keys(const Params& p, typename C::Shared& s, const CUtensorMap* query_map,
+                             const CUtensorMap* key_map) {
+  using L = typename C::Layout;
+  auto& b = s.barriers;
+  Ring<L::kKeyStages> keys;
+  Ring<2> works;
+  uint32_t query_phase = 0;
+  bool more = true;
+  for (int index = blockIdx.x; more;) {
+    more = index < p.items;
+    Work w{};
+    if (more) {
+      const Item item = item_at(index, p.batch, p.heads, p.row_blocks, p.section_heads);
+      w = describe<C>(p, item);
+      index = gridDim.x + atomicAdd(p.next_item, 1);
+      if (w.rows == 0) continue;
+    }
+    ptx::mbarrier_wait(address(b.work_empty[works.stage]), works.phase ^ 1);
+    s.work[works.stage] = w;
+    ptx::mbarrier_arrive(address(b.work_full[works.stage]));
+    works.next();
+    if (w.tile_begin >= w.tile_end) continue;
+
+    const KeySource source(p, w);
+    const int kv_head = w.head / (p.heads / p.kv_heads);
+    for (int i = 0; i < w.tile_end - w.tile_begin; ++i) {
+      const int tile = tile_at(p.order, w.tile_begin, w.tile_end, i);
+      ptx::mbarrier_wait(address(b.key_empty[keys.stage]), keys.phase ^ 1);
+      copy_tile<C>(p, source, key_map, ptx::shared_address(s.key[keys.stage]),
+                   address(b.key_full[keys.stage]), kv_head, tile);
+      keys.next();
+      if (i > 0) continue;
+      // The first scores need keys and queries; the previous item's queries are free about now.
+      ptx::mbarrier_wait(address(b.query_empty), query_phase ^ 1);
+      query_phase ^= 1;
+      ptx::mbarrier_arrive_expect(address(b.query_full), kWarpgroups * L::kQueryBytes);
+      const int row = p.cu_seqlens_q ? w.output_row : w.first_row;
+      const int outer = p.cu_seqlens_q ? 0 : w.request;
+      for (int wg = 0; wg < kWarpgroups; ++wg) {
+        for (int panel = 0; panel < L::kPanels; ++panel) {
+          ptx::copy_box(ptx::shared_address(s.query[wg]) + panel * L::kQueryPanelBytes, query_map,
+                        address(b.query_full), panel * kPanel, row + wg * kRowsPerWarpgroup, w.head,
+                        outer, ptx::L2Hint::kFirst);
+        }
+      }
+    }
+  }
+}
+
+// Waits until every consumer warp is done with tile `visit` of this stage.
+__device__ __forceinline__ void wait_done(const int (&done)[kConsumerWarps], int visit) {
+  const volatile int* newest = done;
+  for (int warp = 0; warp < kConsumerWarps;)
+    if (newest[warp] >= visit) ++warp;
+}
+
+// Waits until tile `visit` of this stage is wanted by a warpgroup (true) or by none (false). A
+// warpgroup that has decided on a later tile of the stage without waiting for this one skipped it.
+__device__ __forceinline__ bool wanted(const int (&decision)[kWarpgroups], int visit) {
+  const volatile int* newest = decision;
+  for (;;) {
+    int skipped = 0;
+#pragma unroll
+    for (int wg = 0; wg < kWarpgroups; ++wg) {
+      const int d = newest[wg];
+      if (d == 2 * visit + 1) return true;
+      skipped += d >= 2 * visit;
+    }
+    if (skipped == kWarpgroups) return false;
+  }
+}
+
+// Loads the values of every kValueStages-th visited tile. One thread for each stage.
+template <typename C>
+__device__ void produce_values(const Params& p, typename C::Shared& s, const CUtensorMap* value_map,
+                               int stage) {
+  using L = typename C::Layout;
+  auto& b = s.barriers;
+  Ring<2> works;
+  int before = 0;      // tiles visited before this item
+  uint32_t phase = 0;  // of this stage
+  // Where tiles are kept one after the other, the next is loaded before it is asked for.
+  int kept_in_a_row = 0;
+  for (;;) {
+    ptx::mbarrier_wait(address(b.work_full[works.stage]), works.phase);
+    const Work w = s.work[works.stage];
+    ptx::mbarrier_arrive(address(b.work_empty[works.stage]));
+    works.next();
+    if (w.rows == 0) return;
+    const KeySource source(p, w);
+    const int kv_head = w.head / (p.heads / p.kv_heads);
+    const int end = before + w.tile_end - w.tile_begin;
+    int visit = before + (stage - before % L::kValueStages + L::kValueStages) % L::kValueStages;
+    for (; visit < end; visit += L::kValueStages) {
+      const uint32_t full = address(b.value_full[visit % L::kValueBarriers]);
+      const auto load = [&] {
+        copy_tile<C>(p, source, value_map, ptx::shared_address(s.value[stage]), full, kv_head,
+                     tile_at(p.order, w.tile_begin, w.tile_end, visit - before));
+      };
+      if constexpr (!C::kTests) {
+        ptx::mbarrier_wait(address(b.value_empty[stage]), phase ^ 1);
+        phase ^= 1;
+        load();
+      } else {
+        wait_done(s.done[stage], visit - L::kValueStages);
+        const bool early = kept_in_a_row >= 2;
+        if (early) load();
+        const bool keep = wanted(s.decision[stage], visit);
+        kept_in_a_row = keep ? kept_in_a_row + 1 : 0;
+        if (!early) keep ? load() : ptx::mbarrier_arrive(full);
+        if (early && !keep) ptx::mbarrier_wait(full, visit / L::kValueBarriers & 1);
+        // No warpgroup gets more than kKeyStages tiles ahead of this one.
+        ptx::mbarrier_arrive(address(b.key_empty[visit % L::kKeyStages]));
+      }
+    }
+    before = end;
+  }
+}
+
+// --- the consumer warpgroups --------------------------------------------------------------------
+
+// The gap histogram's bin.
+__device__ __forceinline__ int gap_bin(float gap) {
+  constexpr int kInner = BLASST_GAP_BINS - 2;
+  constexpr float kRange = BLASST_GAP_RANGE;
+  if (!(gap < 0)) return BLASST_GAP_BINS - 1;
+  if (gap < -kRange) return 0;
+  return min(kInner, 1 + static_cast<int>((gap + kRange) * (kInner / kRange)));
+}
+
+// Where a thread's scores are: rows lane / 4 and that + 8 of its warp's 16, pairs of keys from
+// 2 * (lane % 4) in every 8.
+struct ThreadPlace {
+  const int warpgroup = ptx::warp_uniform(threadIdx.x / 128) - 1;
+  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
+  __device__ __forceinline__ int row(int r) const {
+    return threadIdx.x % 128 / 32 * 16 + lane() / 4 + 8 * r;
+  }
+  __device__ __forceinline__ int column() const { return 2 * (lane() % 4); }
+};
+
+template <int kCount>
+__device__ __forceinline__ void tile_maxima(const float (&s)[kCount], float (&maximum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float part[4] = {s[2 * r], s[2 * r + 1], s[2 * r + 4], s[2 * r + 5]};
+#pragma unroll
+    for (int j = 8; j < kCount; j += 8) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        part[e] = ptx::max_nan(part[e], s[j + 2 * r + (e & 1) + 2 * (e & 2)]);
+    }
+    maximum[r] = ptx::max_nan(ptx::max_nan(part[0], part[1]), ptx::max_nan(part[2], part[3]));
+  }
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// tanh to float32's precision in absolute terms.
+__device__ __forceinline__ float tanh_exact(float x) {
+  return 1 - __fdividef(2, 1 + ptx::exp2_approx(2 * kLog2e * x));
+}
+
+// One consumer warpgroup. What the loop over tiles needs is in registers, which are scarce: two
+// tiles of scores and the outputs take 192 of 240. The rest is read from `work` when needed.
+template <typename C>
+class Consumer {
+ public:
+  __device__ Consumer(const Params& p, typename C::Shared& s) : p_(p), s_(s) {}
+
+  __device__ void run() {
+    Ring<2> works;
+    for (;;) {
+      ptx::mbarrier_wait(address(s_.barriers.work_full[works.stage]), works.phase);
+      const Work& work = s_.work[works.stage];
+      if (ptx::warp_uniform(work.rows) == 0) return;
+      attend(work);
+      arrive(s_.barriers.work_empty[works.stage]);
+      works.next();
+    }
+  }
+
+ private:
+  using L = typename C::Layout;
+  using Element = typename C::Element;
+  static constexpr int kScores = C::kKeys / 2;  // a thread's share of a tile's scores
+  static constexpr int kOutputs = C::kDim / 2;
+  static constexpr int kParts = 2;  // of a tile's keys, from scores to outputs
+  static constexpr int kPart = kScores / kParts;
+
+  __device__ __forceinline__ void arrive(uint64_t& barrier) {
+    ptx::mbarrier_arrive_if(address(barrier), at_.lane() == 0);
+  }
+
+  // This warpgroup's rows of the block; may be negative.
+  __device__ __forceinline__ int rows(const Work& work) const {
+    return min(kRowsPerWarpgroup, work.rows - at_.warpgroup * kRowsPerWarpgroup);
+  }
+  // Its first row's position.
+  __device__ __forceinline__ int position(const Work& work) const {
+    return work.first_row + work.offset + at_.warpgroup * kRowsPerWarpgroup;
+  }
+
+  // Tiles that a row of this warpgroup sees.
+  __device__ __forceinline__ KeyRange visible_tiles(const Work& work) const {
+    const int first = position(work), count = rows(work);
+    const KeyRange seen = keys_of(first, first + count - 1, work.least, work.most, work.keys);
+    if (count <= 0 || seen.begin >= seen.end) return {0, 0};
+    return {seen.begin / C::kKeys, (seen.end + C::kKeys - 1) / C::kKeys};
+  }
+
+  __device__ __forceinline__ void begin(const Work& work) {
+    tile_begin_ = ptx::warp_uniform(work.tile_begin);
+    tile_end_ = ptx::warp_uniform(work.tile_end);
+    const int first = position(work), count = rows(work), last = first + max(count, 1) - 1;
+    // Keys that every row sees; rows beyond the request see none.
+    const int begin = max(0, last - work.most), end = min(work.keys, first - work.least + 1);
+    const bool all = count == kRowsPerWarpgroup && begin < end;
+    whole_begin_ = ptx::warp_uniform(all ? (begin + C::kKeys - 1) / C::kKeys : kUnlimited);
+    whole_end_ = ptx::warp_uniform(all ? end / C::kKeys : 0);
+    if constexpr (C::kTests) {
+      kept_ = 0;
+      threshold_ = -INFINITY;
+      if (p_.test != BLASST_TEST_NONE) {
+        float value = p_.thresholds[work.request * p_.threshold_stride_request +
+                                    work.head * p_.threshold_stride_head];
+        if (p_.test == BLASST_TEST_SCALE_FACTOR) value /= work.keys;
+        if (p_.test != BLASST_TEST_ABSOLUTE) value = logf(fminf(value, 1.f));
+        threshold_ = value * kLog2e / p_.score_to_log2;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) maximum_[r] = -INFINITY, sum_[r] = 0, dropped_[r] = 0;
+#pragma unroll
+    for (int j = 0; j < kOutputs; ++j) o_[j] = 0;
+  }
+
+  __device__ __forceinline__ int tile(int i) const {
+    return tile_at(p_.order, tile_begin_, tile_end_, i);
+  }
+
+  // s = Q K^T of the next key stage.
+  __device__ __forceinline__ void start_scores(float (&s)[kScores]) {
+    ptx::mbarrier_wait(address(s_.barriers.key_full[keys_.stage]), keys_.phase);
+    const uint64_t q = ptx::wgmma_descriptor(ptx::shared_address(s_.query[at_.warpgroup]));
+    const uint64_t k = ptx::wgmma_descriptor(ptx::shared_address(s_.key[keys_.stage]));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kDim / 16; ++step) {
+      const int panel = step / 4, within = step % 4 * 32;
+      const uint64_t a = q + ((panel * L::kQueryPanelBytes + within) >> 4);
+      const uint64_t b = k + ((panel * L::kKeyPanelBytes + within) >> 4);
+      if (step == 0)
+        ptx::Wgmma<Element, C::kKeys>::first(s, a, b);
+      else
+        ptx::Wgmma<Element, C::kKeys>::more(s, a, b);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // The scores are there: their keys may be overwritten.
+  __device__ __forceinline__ void release_keys() {
+    arrive(s_.barriers.key_empty[keys_.stage]);
+    keys_.next();
+  }
+
+  // This warp no longer needs the values of visit i.
+  __device__ __forceinline__ void release_values(int i) {
+    const int stage = (visit_ + i) % L::kValueStages;
+    if constexpr (C::kTests) {
+      const int warp = threadIdx.x / 32 - 4;
+      ptx::store_shared_if(ptx::shared_address(&s_.done[stage][warp]), visit_ + i, at_.lane() == 0);
+    } else {
+      arrive(s_.barriers.value_empty[stage]);
+    }
+  }
+
+  // Scores of keys that a row does not see become -inf.
+  __device__ __forceinline__ void mask(float (&s)[kScores], const Work& work, int tile) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = at_.row(r);
+      const int at = position(work) + row;
+      const KeyRange seen = keys_of(at, at, work.least, work.most, work.keys);
+      const int first = tile * C::kKeys + at_.column();
+      const int begin = seen.begin - first, end = (row < rows(work) ? seen.end : 0) - first;
+#pragma unroll
+      for (int j = 0; j < kScores / 4; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * j + 2 * r + e];
+          x = 8 * j + e >= begin && 8 * j + e < end ? x : -INFINITY;
+        }
+      }
+    }
+  }
+
+  // Masks the scores of visit i, takes their maxima, and decides. Returns whether the tile is kept.
+  __device__ __forceinline__ bool decide(float (&s)[kScores], const Work& work, int i) {
+    const int tile = this->tile(i);
+    if (p_.softcap > 0) {
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) s[j] = tanh_exact(s[j] * p_.softcap_scale);
+    }
+    if (tile < whole_begin_ || tile >= whole_end_) mask(s, work, tile);
+    tile_maxima(s, tile_maximum_);
+    if constexpr (!C::kTests) {
+      // Never stored. It keeps the assembler from moving the wait for the outputs, which follows,
+      // to before the maxima. (With a tile test, the vote does.)
+      ptx::store_shared_if(ptx::shared_address(&s_.decision[0][0]),
+                           __float_as_int(fmaxf(tile_maximum_[0], tile_maximum_[1])), p_.order < 0);
+      return true;
+    } else {
+      bool vote = true;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) vote = vote && tile_maximum_[r] < skip_below(maximum_[r]);
+      if constexpr (C::kReports) offer_gap(i);
+      const bool keep = !ptx::warp_uniform(ptx::named_barrier_all(1 + at_.warpgroup, 128, vote));
+      ptx::store_shared_if(
+          ptx::shared_address(&s_.decision[(visit_ + i) % L::kValueStages][at_.warpgroup]),
+          2 * (visit_ + i) + keep, at_.lane() == 0);
+      if constexpr (C::kReports) report_tile(work, i, keep);
+      kept_ += keep;
+      if (!keep) release_values(i);
+      return keep;
+    }
+  }
+
+  // The largest gap of each warp's rows, in natural logarithms, for report_tile after the vote.
+  __device__ __forceinline__ void offer_gap(int i) {
+    float gap = -INFINITY;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float t = tile_maximum_[r];
+      if (t == -INFINITY) continue;
+      // A row's first scores, and NaN, have no finite gap.
+      const float g =
+          maximum_[r] == -INFINITY ? INFINITY : (t - maximum_[r]) * (p_.score_to_log2 * kLn2);
+      gap = g <= gap ? gap : (g < INFINITY ? g : INFINITY);
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2)
+      gap = fmaxf(gap, __shfl_xor_sync(0xffffffffu, gap, lanes));
+    if (at_.lane() == 0) s_.gap[i % 2][at_.warpgroup][threadIdx.x % 128 / 32] = gap;
+  }
+
+  __device__ __forceinline__ void report_tile(const Work& work, int i, bool keep) {
+    const int tile = this->tile(i);
+    const KeyRange visible = visible_tiles(work);
+    if (tile < visible.begin || tile >= visible.end) return;
+    if (threadIdx.x % 128 == 0) {
+      if (p_.tile_bits && keep) {
+        const int64_t row = work.head * p_.query_tiles + work.query_tile + at_.warpgroup;
+        atomicOr(p_.tile_bits + row * p_.tile_words + tile / 32, 1u << tile % 32);
+      }
+      if (p_.gap_histogram) {
+        const float(&warps)[4] = s_.gap[i % 2][at_.warpgroup];
+        const float gap = fmaxf(fmaxf(warps[0], warps[1]), fmaxf(warps[2], warps[3]));
+        atomicAdd(p_.gap_histogram + work.head * BLASST_GAP_BINS + gap_bin(gap), 1ull);
+      }
+    }
+    if (keep) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float maximum = quad_max(tile_maximum_[r]);
+      const int at = position(work) + at_.row(r);
+      const KeyRange seen = keys_of(at, at, work.least, work.most, work.keys);
+      const int keys = min(seen.end, (tile + 1) * C::kKeys) - max(seen.begin, tile * C::kKeys);
+      if (maximum == -INFINITY || keys <= 0) continue;
+      dropped_[r] += keys * ptx::exp2_approx((maximum - maximum_[r]) * p_.score_to_log2);
+    }
+  }
+
+  // What a tile's maximum must stay under for a skip. A row without a score so far allows a skip
+  // only where it has none in the tile either: -inf < -FLT_MAX.
+  __device__ __forceinline__ float skip_below(float maximum) const {
+    const float below =
+        p_.test == BLASST_TEST_ABSOLUTE && maximum != -INFINITY ? threshold_ : maximum + threshold_;
+    return fmaxf(below, -FLT_MAX);
+  }
+
+  // Moves the running maxima and scales what was summed under the old ones.
+  __device__ __forceinline__ void move_maxima(float (&minus_maximum)[2]) {
+    float alpha[2];
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float old = maximum_[r];
+      const float maximum = fmaxf(old, quad_max(tile_maximum_[r]));
+      moved |= maximum != old;
+      const float scaled = maximum == -INFINITY ? 0.f : __fmul_rn(maximum, p_.score_to_log2);
+      alpha[r] = ptx::exp2_approx(__fmul_rn(old, p_.score_to_log2) - scaled);
+      minus_maximum[r] = -scaled;
+      maximum_[r] = maximum;
+    }
+    if (!__any_sync(0xffffffffu, moved)) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum_[r] *= alpha[r];
+      if constexpr (C::kReports) dropped_[r] *= alpha[r];
+#pragma unroll
+      for (int j = 0; j < kOutputs / 4; ++j)
+        o_[4 * j + 2 * r] *= alpha[r], o_[4 * j + 2 * r + 1] *= alpha[r];
+    }
+  }
+
+  // Probabilities of a part of the tile's keys, in the element type, from its scores.
+  __device__ __forceinline__ void exponentials(const float (&s)[kScores], int part,
+                                               const float (&minus_maximum)[2],
+                                               uint32_t (&p)[kPart / 2]) {
+    float sums[2][2] = {};
+#pragma unroll
+    for (int j = 0; j < kPart / 4; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          x[e] = ptx::exp2_approx(
+              fmaf(s[part * kPart + 4 * j + 2 * r + e], p_.score_to_log2, minus_maximum[r]));
+          sums[r][e] += x[e];
+        }
+        p[2 * j + r] = ptx::pack2<Element>(x[0], x[1]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum_[r] += sums[r][0] + sums[r][1];
+  }
+
+  // o += P V from the scores of visit i. A part's products start while the next part's
+  // exponentials are still to come.
+  __device__ __forceinline__ void start_outputs(float (&s)[kScores], const Work& work, int i) {
+    float minus_maximum[2];
+    move_maxima(minus_maximum);
+    const int visit = visit_ + i;
+    const uint32_t stage = ptx::shared_address(s_.value[visit % L::kValueStages]);
+    const uint64_t v = ptx::wgmma_descriptor(stage, L::kKeyPanelBytes);
+    uint32_t p[kParts][kPart / 2];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      exponentials(s, part, minus_maximum, p[part]);
+      if (part == 0) {
+        ptx::mbarrier_wait(address(s_.barriers.value_full[visit % L::kValueBarriers]),
+                           visit / L::kValueBarriers & 1);
+        const int tile = this->tile(i);
+        if (tile >= whole_end_) clear_values(stage, work.keys - tile * C::kKeys);
+      }
+      ptx::pin(o_);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kPart / 8; ++step) {
+        const int row = (part * kPart / 8 + step) * 16;
+        ptx::Wgmma<Element, C::kDim>::registers(o_, p[part] + 4 * step,
+                                                v + (row * kPanelRowBytes >> 4));
+      }
+      ptx::wgmma_commit();
+    }
+  }
+
+  // What lies behind the last key may be anything, NaN too, and 0 * NaN is not 0.
+  __device__ __forceinline__ void clear_values(uint32_t stage, int valid) {
+    if (valid >= C::kKeys) return;
+    const int vectors = (C::kKeys - valid) * (kPanelRowBytes / 16);
+#pragma unroll 1
+    for (int panel = 0; panel < L::kPanels; ++panel) {
+      const uint32_t first = stage + panel * L::kKeyPanelBytes + valid * kPanelRowBytes;
+#pragma unroll 1
+      for (int i = threadIdx.x % 128; i < vectors; i += 128)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(first + 16 * i), "r"(0));
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(1 + at_.warpgroup, 128);
+  }
+
+  // `current` holds the scores of visit i, whose fate is `keep`; on return `next` holds those of
+  // visit i + 1. Returns whether that one is kept.
+  __device__ __forceinline__ bool step(float (&current)[kScores], float (&next)[kScores],
+                                       const Work& work, int i, bool keep) {
+    start_scores(next);
+    if (!C::kTests || keep) {
+      start_outputs(current, work, i);
+      ptx::wgmma_wait<kParts>();
+      ptx::pin(next);
+      release_keys();
+      // Under the tensor cores' work on this tile's outputs.
+      const bool keep_next = decide(next, work, i + 1);
+      ptx::wgmma_wait<0>();
+      ptx::pin(o_);
+      release_values(i);
+      return keep_next;
+    }
+    ptx::wgmma_wait<0>();
+    ptx::pin(next);
+    release_keys();
+    return decide(next, work, i + 1);
+  }
+
+  __device__ __forceinline__ void attend(const Work& work) {
+    begin(work);
+    const int count = tile_end_ - tile_begin_;
+    if (count > 0) {
+      float even[kScores], odd[kScores];
+      ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
+      query_phase_ ^= 1;
+      start_scores(even);
+      ptx::wgmma_wait<0>();
+      ptx::pin(even);
+      release_keys();
+      bool keep = decide(even, work, 0);
+      int i = 0;
+      for (;;) {
+        if (i + 1 == count) break;
+        keep = step(even, odd, work, i++, keep);
+        if (i + 1 == count) {
+#pragma unroll
+          for (int j = 0; j < kScores; ++j) even[j] = odd[j];
+          break;
+        }
+        keep = step(odd, even, work, i++, keep);
+      }
+      arrive(s_.barriers.query_empty);
+      if (!C::kTests || keep) {
+        start_outputs(even, work, i);
+        ptx::wgmma_wait<0>();
+        ptx::pin(o_);
+        release_values(i);
+      }
+      visit_ += count;
+    }
+    finish(work);
+  }
+
+  // Normalises and writes the rows.
+  __device__ __forceinline__ void finish(const Work& work) {
+    const int count = rows(work);
+    const int output_row = work.output_row + at_.warpgroup * kRowsPerWarpgroup;
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float maximum = maximum_[r];
+      float sum = quad_sum(sum_[r]);
+      const bool empty = maximum == -INFINITY && sum == 0;
+      const float log2_maximum = maximum == -INFINITY ? 0.f : maximum * p_.score_to_log2;
+      if (p_.sinks && !empty) sum += ptx::exp2_approx(p_.sinks[work.head] * kLog2e - log2_maximum);
+      inverse[r] = empty ? 0.f : 1 / sum;
+      if (p_.lse && at_.lane() % 4 == 0 && at_.row(r) < count) {
+        p_.lse[int64_t{work.head} * p_.rows + output_row + at_.row(r)] =
+            empty ? -INFINITY : log2_maximum * kLn2 + logf(sum);
+      }
+      if constexpr (C::kReports) {
+        if (p_.dropped_mass_bound && at_.lane() % 4 == 0 && at_.row(r) < count) {
+          p_.dropped_mass_bound[int64_t{work.head} * p_.rows + output_row + at_.row(r)] =
+              empty ? 0.f : dropped_[r] / (dropped_[r] + sum);
+        }
+      }
+    }
+    if constexpr (C::kTests) {
+      if (threadIdx.x % 128 == 0 && count > 0) {
+        const KeyRange visible = visible_tiles(work);
+        const int64_t cell = int64_t{work.request} * p_.heads + work.head;
+        const int visitable = visible.end - visible.begin;
+        if (p_.visitable) atomicAdd(p_.visitable + cell, 1ull * visitable);
+        if (p_.skipped) atomicAdd(p_.skipped + cell, 1ull * (visitable - kept_));
+      }
+    }
+    auto* out = static_cast<Element*>(p_.out) + work.head * p_.out_stride_head;
+    if (p_.cu_seqlens_q) {
+      out += output_row * p_.out_stride_token;
+    } else {
+      out += work.request * p_.out_stride_request +
+             (work.first_row + at_.warpgroup * kRowsPerWarpgroup) * p_.out_stride_token;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = at_.row(r);
+      Element* to = out + row * p_.out_stride_token + 8 * (at_.lane() % 4);
+      // The four threads of a row trade pairs, so that each has eight elements side by side.
+#pragma unroll
+      for (int j = 0; j < C::kDim / 32; ++j) {
+        uint32_t x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* pair = &o_[16 * j + 4 * e + 2 * r];
+          x[e] = ptx::pack2<Element>(pair[0] * inverse[r], pair[1] * inverse[r]);
+        }
+        transpose_in_quad(x);
+        if (row < count)
+          *reinterpret_cast<uint4*>(to + 32 * j) = make_uint4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  }
+
+  // x[e] of lane l goes to x[l] of lane e, among four lanes.
+  __device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
+    const bool odd = at_.lane() & 1, high = at_.lane() & 2;
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? x[e] : x[e + 1], 1);
+      (odd ? x[e] : x[e + 1]) = got;
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? x[e] : x[e + 2], 2);
+      (high ? x[e] : x[e + 2]) = got;
+    }
+  }
+
+  const Params& p_;
+  typename C::Shared& s_;
+  const ThreadPlace at_;
+  int tile_begin_, tile_end_;    // visited by the block
+  int whole_begin_, whole_end_;  // tiles whose keys all rows of this warpgroup see
+  float threshold_;              // as a difference of raw scores
+  // Online softmax of this thread's two rows. Maxima are of raw scores; times score_to_log2 they
+  // are base-2 logarithms.
+  float maximum_[2];       // running
+  float sum_[2];           // of this thread's keys
+  float tile_maximum_[2];  // of this thread's keys in the newest tile
+  float o_[kOutputs];
+  Ring<L::kKeyStages> keys_;
+  uint32_t query_phase_ = 0;
+  int visit_ = 0;     // tiles before this item
+  int kept_;          // tiles of this item
+  float dropped_[2];  // upper bound on the skipped probabilities, scaled like sum_; reports only
+};
+
+// --- the kernel ---------------------------------------------------------------------------------
+
+template <typename C>
+__device__ void init_barriers(typename C::Shared& s) {
+  using L = typename C::Layout;
+  auto& b = s.barriers;
+  ptx::mbarrier_init(address(b.query_full), 1);
+  ptx::mbarrier_init(address(b.query_empty), kConsumerWarps);
+  for (int i = 0; i < L::kKeyStages; ++i) {
+    ptx::mbarrier_init(address(b.key_full[i]), 1);
+    ptx::mbarrier_init(address(b.key_empty[i]), kConsumerWarps + C::kTests);
+  }
+  for (int i = 0; i < L::kValueStages; ++i) {
+    ptx::mbarrier_init(address(b.value_empty[i]), kConsumerWarps);
+    for (int wg = 0; wg < kWarpgroups; ++wg) s.decision[i][wg] = -1;
+    for (int warp = 0; warp < kConsumerWarps; ++warp) s.done[i][warp] = -1;
+  }
+  for (int i = 0; i < L::kValueBarriers; ++i) ptx::mbarrier_init(address(b.value_full[i]), 1);
+  for (int i = 0; i < 2; ++i) {
+    ptx::mbarrier_init(address(b.work_full[i]), 1);
+    ptx::mbarrier_init(address(b.work_empty[i]), kConsumerWarps + L::kValueStages);
+  }
+  ptx::fence_mbarrier_init();
+}
+
+template <typename C>
+__global__ void __launch_bounds__(kThreads, 1)
+    attend(const __grid_constant__ Params p, const __grid_constant__ CUtensorMap query_map,
+           const __grid_constant__ CUtensorMap key_map,
+           const __grid_constant__ CUtensorMap value_map) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  auto& s = *reinterpret_cast<typename C::Shared*>(memory);
+  if (threadIdx.x == 0) {
+    init_barriers<C>(s);
+    ptx::prefetch_tensor_map(&query_map);
+    ptx::prefetch_tensor_map(&key_map);
+    ptx::prefetch_tensor_map(&value_map);
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    ptx::lower_registers<C::Layout::kProducerRegisters>();
+    const int warp = ptx::warp_uniform(threadIdx.x / 32);
+    if (threadIdx.x % 32 == 0) {
+      if (warp == 0)
+        produce_keys<C>(p, s, &query_map, &key_map);
+      else if (warp <= C::Layout::kValueStages)
+        produce_values<C>(p, s, &value_map, warp - 1);
+    }
+  } else {
+    ptx::raise_registers<C::Layout::kConsumerRegisters>();
+    Consumer<C>(p, s).run();
+  }
+}
+
+}  // namespace blasst::cuda::prefill

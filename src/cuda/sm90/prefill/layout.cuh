@@ -1,0 +1,70 @@
+// Shared memory of the prefill kernel, and how its threads are split.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/sm90/prefill/params.h"
+
+namespace blasst::cuda::prefill {
+
+inline constexpr int kPanel = 64;  // elements of a 128-byte row: the copy engine's swizzle
+inline constexpr int kPanelRowBytes = 128;
+inline constexpr int kThreads = 128 * (1 + kWarpgroups);
+inline constexpr int kConsumerWarps = 4 * kWarpgroups;
+
+// What a block works on: written by the producer, read by everyone.
+struct Work {
+  int request, head;
+  int first_row;  // of the block, within the request
+  int rows;       // left in the request from there on; 0: no more work
+  int offset;     // position of query 0
+  int keys;
+  int least, most;  // distances that are seen
+  int tile_begin, tile_end;
+  int output_row;  // of first_row, among the rows of all requests
+  int query_tile;  // of first_row, among the query tiles of all requests; reports only
+};
+
+// A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64].
+template <int kDim>
+struct Layout {
+  static constexpr int kKeys = tile_keys(kDim);
+  static constexpr int kPanels = kDim / kPanel;
+  static constexpr int kKeyStages = kDim == 256 ? 3 : 4;
+  static constexpr int kValueStages = 2;
+  // Twice as many as tiles that a warpgroup can be ahead of the values' producers (kKeyStages): it
+  // does not look at the barriers of tiles that it skips, and a parity tells one phase only.
+  static constexpr int kValueBarriers = 8;
+
+  static constexpr int kQueryBytes = kRowsPerWarpgroup * kDim * 2;  // of one warpgroup
+  static constexpr int kTileBytes = kKeys * kDim * 2;
+  static constexpr int kQueryPanelBytes = kRowsPerWarpgroup * kPanelRowBytes;
+  static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
+
+  // Of 65,536: 128 threads of the producer, 128 of each consumer.
+  static constexpr int kProducerRegisters = kDim == 256 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kDim == 256 ? 240 : 232;
+
+  struct Barriers {
+    uint64_t query_full, query_empty;
+    uint64_t key_full[kKeyStages], key_empty[kKeyStages];
+    uint64_t value_full[kValueBarriers];  // of visit v: v % kValueBarriers
+    uint64_t value_empty[kValueStages];   // kDense only
+    uint64_t work_full[2], work_empty[2];
+  };
+  struct Shared {
+    alignas(1024) uint8_t query[kWarpgroups][kQueryBytes];
+    alignas(1024) uint8_t key[kKeyStages][kTileBytes];
+    alignas(1024) uint8_t value[kValueStages][kTileBytes];
+    Barriers barriers;
+    Work work[2];
+    // By value stage, the newest visit that each warpgroup has decided on (2 * visit + kept), and
+    // the newest that each consumer warp is done with. A warpgroup that skips runs ahead of the
+    // other by more than a barrier's one phase, so these are counts.
+    int decision[kValueStages][kWarpgroups];
+    alignas(16) int done[kValueStages][kConsumerWarps];
+    float gap[2][kWarpgroups][4];  // of each warp's rows; tiles alternate. Reports only.
+  };
+};
+
+}  // namespace blasst::cuda::prefill

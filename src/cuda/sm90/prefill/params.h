@@ -1,0 +1,79 @@
+// What the prefill kernel is told: plain values and device pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace blasst::cuda::prefill {
+
+// One launch handles every request of a batch. Strides and sizes count elements, lengths count
+// tokens. Pointers are to device memory; null where a field says so.
+struct Params {
+  // Queries and output: dense [batch, query_length, heads, dim] or, with cu_seqlens_q,
+  // ragged [rows, heads, dim].
+  int batch, heads, kv_heads;
+  int query_length;         // dense: rows a request; ragged: the most rows of a request
+  int rows;                 // of all requests
+  const int* cu_seqlens_q;  // [batch + 1]; null: dense
+  void* out;                // 16-byte aligned, as are its rows
+  int64_t out_stride_request, out_stride_token, out_stride_head;
+
+  // Keys and values.
+  int key_length;           // dense: tokens a request has room for
+  const int* lengths;       // [batch]; null: key_length each
+  const int* cu_seqlens_k;  // [batch + 1]; null: not ragged
+  const int* page_table;    // [batch, page_table_stride]; null: not paged
+  int64_t page_table_stride;
+  int page_size;  // tokens
+  int pages;
+
+  // A score is scale * q.k, or softcap * tanh(scale * q.k / softcap).
+  float softcap;        // 0: none
+  float softcap_scale;  // scale / softcap
+  float score_to_log2;  // log2(e) times what a raw score (after tanh, if any) is multiplied with
+  const float* sinks;   // [heads] logits that join the denominator; null: none
+
+  // Position p sees key j if least <= p - j <= most; at most kUnlimited away.
+  int least_distance, most_distance;
+  const int64_t* bands;  // [heads, 2] further limits, both included; null: none
+
+  int order;  // blasst_order
+
+  // The tile test: kind is a blasst_test. Values are read at every launch. A value that is no valid
+  // threshold (NaN, negative) skips nothing; one above 1 counts as 1.
+  int test;
+  const float* thresholds;
+  int64_t threshold_stride_request, threshold_stride_head;
+
+  // Reports; null: not wanted.
+  float* lse;                     // [heads, rows]
+  float* dropped_mass_bound;      // [heads, rows]
+  unsigned long long* visitable;  // [batch, heads]
+  unsigned long long* skipped;    // [batch, heads]
+  unsigned* tile_bits;            // [heads, query tiles, tile_words]
+  int64_t query_tiles;            // of one head, over all requests
+  int tile_words;
+  unsigned long long* gap_histogram;  // [heads, BLASST_GAP_BINS]
+
+  // Work: item i is a block of query rows of one head of one request (schedule.h).
+  int items;
+  int row_blocks;     // of a request
+  int section_heads;  // request-heads that run side by side
+  int* next_item;     // zero when the kernel starts
+};
+
+// What is compiled into a kernel.
+enum class Variant {
+  kDense,   // no tile test: V comes with K
+  kSparse,  // tile test; V only for tiles that are kept
+  kReport,  // the same with tile bits, gaps and dropped mass
+};
+
+inline constexpr int kUnlimited = 1 << 29;
+inline constexpr int kRowsPerWarpgroup = 64;  // rows that decide together: a query tile
+inline constexpr int kWarpgroups = 2;
+inline constexpr int kRowsPerBlock = kWarpgroups * kRowsPerWarpgroup;
+
+// Keys a tile. 256-wide heads leave room for 64.
+constexpr int tile_keys(int dim) { return dim > 128 ? 64 : 128; }
+
+}  // namespace blasst::cuda::prefill
