@@ -116,14 +116,25 @@ blasst::View view_of(const Tensor& t) {
           .stride_head = t.stride(t.dim() - 2)};
 }
 
-// A contiguous index tensor of the given shape, or null. `t` is made contiguous in place, to live
+// An index tensor of the given shape as contiguous int32, or null. `t` is replaced by it, to live
 // as long as the caller's.
 const int32_t* indices(std::string_view name, OptionalTensor& t, std::string_view meaning,
                        const std::vector<int64_t>& sizes) {
   if (!t) return nullptr;
   check_shape(name, *t, meaning, sizes);
-  check(t->scalar_type() == ScalarType::Int, name, " is ", t->scalar_type(), "; it must be int32");
   t = torch::stable::contiguous(*t);
+  if (t->scalar_type() == ScalarType::Long) {
+    Tensor narrow = torch::stable::new_empty(*t, sizes, ScalarType::Int);
+    const auto* from = static_cast<const int64_t*>(t->const_data_ptr());
+    auto* to = static_cast<int32_t*>(narrow.mutable_data_ptr());
+    for (int64_t i = 0; i < t->numel(); ++i) {
+      check(std::in_range<int32_t>(from[i]), name, " holds ", from[i], "; it must fit in int32");
+      to[i] = static_cast<int32_t>(from[i]);
+    }
+    t = narrow;
+  }
+  check(t->scalar_type() == ScalarType::Int, name, " is ", t->scalar_type(),
+        "; it must be int32 or int64");
   return static_cast<const int32_t*>(t->const_data_ptr());
 }
 
@@ -150,12 +161,17 @@ blasst::KeysValues keys_values(KeysValuesArguments& a, int64_t batch, int64_t he
   kv.v = view_of(a.v);
   kv.lengths = indices("lengths", a.lengths, "[batch]", {batch});
   kv.cu_seqlens = indices("cu_seqlens_k", a.cu_seqlens, "[batch + 1]", {batch + 1});
+  check(!a.cu_seqlens || (!a.page_table && !a.lengths),
+        "cu_seqlens_k is given together with page_table or lengths; they exclude each other");
   if (kv.cu_seqlens) {
     check(kv.cu_seqlens[batch] == a.k.size(0), "cu_seqlens_k ends at ", kv.cu_seqlens[batch],
           ", but k is ", a.k);
   } else if (a.page_table) {
     check(a.page_table->dim() == 2, "page_table is ", *a.page_table,
           "; it must be [batch, pages a request]");
+    check(kv.lengths != nullptr,
+          "page_table is given without lengths; pages need the length of "
+          "each request");
     kv.page_table_stride = a.page_table->size(1);
     kv.page_table = indices("page_table", a.page_table, "[batch, pages a request]",
                             {batch, kv.page_table_stride});

@@ -1,5 +1,6 @@
 """`attention`: the operator for Python callers."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -81,7 +82,8 @@ def attention(
     """Softmax attention that drops the key tiles whose scores lie far below the best so far.
 
     Queries stand at the end of their request's keys (masks are aligned bottom-right). With no
-    threshold, or threshold 0, the result is dense attention, the same bits.
+    threshold, or threshold 0, the result is dense attention, the same bits. Index tensors are int32
+    or int64. Under autocast q, k and v are cast first.
 
     Args:
         q: [batch, query_length, heads, head_dim], or ragged [rows, heads, head_dim]. float32,
@@ -122,27 +124,41 @@ def attention(
         any return_* is set.
 
     Raises:
+        TypeError: an argument that is no tensor, or no number.
         ValueError: arguments that contradict each other, or a device without a backend.
         RuntimeError: shapes, types or numbers out of range; the message says what was passed and
             what is accepted.
+        NotImplementedError: in a backward pass.
     """
+    _check_tensors(
+        q,
+        k=k,
+        v=v,
+        sinks=sinks,
+        starts=starts,
+        lengths=lengths,
+        query_lengths=query_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        page_table=page_table,
+    )
     if phase is None:
         phase = "decode" if q.dim() == 4 and q.shape[1] == 1 else "prefill"
     if phase not in ("prefill", "decode"):
         raise ValueError(f"phase is {phase!r}; it must be 'prefill' or 'decode'")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale}; it must be positive, or None for 1 / sqrt(head_dim)")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None for none")
-    left, right = (-1 if w is None else w for w in window or (None, None))
-    if window is not None and min(left, right) < -1:
-        raise ValueError(f"window is {window}; each side must be 0 or more, or None for no limit")
+    if not isinstance(order, str):
+        raise TypeError(f"order is {order!r}; it must be 'forward', 'reverse' or 'sink_first'")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(
+            f"scale is {scale}; it must be positive and finite, or None for 1 / sqrt(head_dim)"
+        )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None for none")
+    left, right = _window(window)
     test, thresholds = _tile_test(threshold, threshold_scale_factor, absolute_threshold, q.device)
-    indices = [
-        _index(t) for t in (starts, lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, page_table)
-    ]
+    if sinks is not None and not sinks.is_floating_point():
+        raise ValueError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
     sinks = None if sinks is None else sinks.detach().to(torch.float32)
-    _check_devices(q, k, v, sinks, thresholds, *indices)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -151,7 +167,12 @@ def attention(
         q,
         k,
         v,
-        *indices,
+        starts,
+        lengths,
+        query_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        page_table,
         scale or 0.0,
         softcap or 0.0,
         sinks,
@@ -186,48 +207,67 @@ def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
     return TileShape(*getattr(torch.ops.blasst, f"{phase}_tile_shape")(q, k, v))
 
 
+def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """The operator's window_left and window_right; -1: no limit."""
+    if window is None:
+        return -1, -1
+    sides = tuple(window) if isinstance(window, Sequence) else ()
+    if len(sides) != 2 or not all(w is None or (isinstance(w, int) and w >= 0) for w in sides):
+        raise ValueError(
+            f"window is {window!r}; it must be (before, after), each an integer of 0 or more, or "
+            "None for no limit"
+        )
+    left, right = (-1 if w is None else w for w in sides)
+    return left, right
+
+
 def _tile_test(
-    relative: float | Sequence[float] | Tensor | None,
-    scale_factor: float | Sequence[float] | Tensor | None,
-    absolute: float | Sequence[float] | Tensor | None,
+    threshold: float | Sequence[float] | Tensor | None,
+    threshold_scale_factor: float | Sequence[float] | Tensor | None,
+    absolute_threshold: float | Sequence[float] | Tensor | None,
     device: torch.device,
 ) -> tuple[str, Tensor | None]:
     """The operator's name for the test that was chosen, and its values, [1 or B, 1 or H]."""
-    given = {
-        name: value
-        for name, value in (
-            ("relative", relative),
-            ("scale_factor", scale_factor),
-            ("absolute", absolute),
+    given = [
+        (name, test, value)
+        for name, test, value in (
+            ("threshold", "relative", threshold),
+            ("threshold_scale_factor", "scale_factor", threshold_scale_factor),
+            ("absolute_threshold", "absolute", absolute_threshold),
         )
         if value is not None
-    }
+    ]
     if not given:
         return "none", None
     if len(given) > 1:
-        raise ValueError(
-            "threshold, threshold_scale_factor and absolute_threshold exclude each other; got "
-            + " and ".join(given)
-        )
-    [(test, value)] = given.items()
-    values = torch.as_tensor(value, dtype=torch.float32, device=device)
+        raise ValueError(f"{' and '.join(name for name, *_ in given)} exclude each other; give one")
+    [(name, test, value)] = given
+    try:
+        values = torch.as_tensor(value, dtype=torch.float32, device=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} is {value!r}; it must be a number, a list of numbers, or a tensor"
+        ) from error
     if values.dim() > 2:
         raise ValueError(
-            f"thresholds are {list(values.shape)}; they must be a number, [heads], or [1 or batch, "
-            "1 or heads]"
+            f"{name} is {list(values.shape)}; it must be a number, [heads], or [1 or batch, 1 or "
+            "heads]"
         )
     return test, values.reshape((1,) * (2 - values.dim()) + values.shape)
 
 
-def _index(t: Tensor | None) -> Tensor | None:
-    if t is not None and (t.is_floating_point() or t.is_complex()):
-        raise ValueError(f"lengths, cu_seqlens and page tables hold integers; got {t.dtype}")
-    return None if t is None else t.to(torch.int32)
-
-
-def _check_devices(q: Tensor, *others: Tensor | None) -> None:
-    if q.device.type != "cpu":
+def _check_tensors(q: Tensor, **others: Tensor | None) -> None:
+    """An error unless all are strided tensors on one device that has a backend."""
+    if isinstance(q, Tensor) and q.device.type != "cpu":
         raise ValueError(f"q is on {q.device}; this build of blasst runs on: cpu")
-    for t in others:
-        if t is not None and t.device != q.device:
-            raise ValueError(f"a tensor of shape {list(t.shape)} is on {t.device}, q on {q.device}")
+    for name, t in (("q", q), *others.items()):
+        optional = name not in ("q", "k", "v")
+        if t is None and optional:
+            continue
+        if not isinstance(t, Tensor):
+            none = ", or None" if optional else ""
+            raise TypeError(f"{name} is a {type(t).__name__}; it must be a torch.Tensor{none}")
+        if t.layout != torch.strided:
+            raise ValueError(f"{name} is {t.layout}; it must be torch.strided")
+        if t.device != q.device:
+            raise ValueError(f"{name} is on {t.device}, q on {q.device}; they must share a device")

@@ -1,0 +1,574 @@
+"""blasst.attention: the numbers of the C interface, layouts, tracing, errors."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import blasst
+import c_api
+from blasst import attention
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EVERYTHING = {
+    "return_lse": True,
+    "return_stats": True,
+    "return_error_bound": True,
+    "return_gaps": True,
+}
+
+
+def inputs(batch=2, queries=150, keys=150, heads=4, kv_heads=2, dim=32, value_dim=None, dtype=None):
+    """q, k, v in which some stretches of keys matter more than others, so that tiles can go."""
+    generator = torch.Generator().manual_seed(batch + queries + 3 * keys + heads)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    q, k = normal(batch, queries, heads, dim), normal(batch, keys, kv_heads, dim)
+    size = torch.tensor([3.0, 0.1, 0.2, 4.0, 0.1, 1.0])[torch.arange(keys) // 64 % 6]
+    k = k * size[:, None, None]
+    v = normal(batch, keys, kv_heads, value_dim or dim)
+    return tuple(t.to(dtype or torch.float32) for t in (q, k, v))
+
+
+def dense(q, k, v, visible, scale=None, softcap=None, sinks=None):
+    """[batch, queries, heads, value_dim] in double precision; `visible` [queries, keys]."""
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.mT * (scale or q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return (scores.softmax(-1)[..., : k.shape[2]] @ v).transpose(1, 2)
+
+
+def distances(queries, keys):
+    """[queries, keys] how far a key lies before its query."""
+    return torch.arange(queries)[:, None] + keys - queries - torch.arange(keys)
+
+
+def assert_same(a: blasst.Result, b: blasst.Result, where: str = "") -> None:
+    """Bit for bit."""
+    for name in ("out", "lse", "dropped_mass_bound", "gaps"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), f"{name} {where}"
+    assert all(map(torch.equal, a.stats, b.stats)), f"stats {where}"
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "threshold": [0.3, 0.02, 0.5, 0.0]},
+        {"causal": True, "threshold_scale_factor": 150.0, "order": "forward", "softcap": 4.0},
+        {"window": (70, 3), "threshold": 0.1, "order": "reverse", "scale": 0.4},
+        {"absolute_threshold": torch.tensor([[0.7], [2.0]]), "causal": True, "sinks": True},
+    ],
+    ids=lambda o: "+".join(o) or "dense",
+)
+def test_numbers_of_the_c_interface(phase, dtype, options):
+    q, k, v = inputs(queries=150 if phase == "prefill" else 3, keys=400, value_dim=48, dtype=dtype)
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.tensor([0.5, -1.0, 2.0, -math.inf])
+    got = attention(q, k, v, phase=phase, **options, **EVERYTHING)
+
+    batch, rows, heads = q.shape[:3]
+    expected = {
+        "out": torch.zeros(batch, rows, heads, v.shape[-1], dtype=dtype),
+        "lse": torch.zeros(heads, batch, rows),
+        "dropped_mass_bound": torch.zeros(heads, batch, rows),
+        "tiles_visitable": torch.zeros(batch, heads, dtype=torch.int64),
+        "tiles_skipped": torch.zeros(batch, heads, dtype=torch.int64),
+        "gap_histogram": torch.zeros(heads, 514, dtype=torch.int64),
+    }
+
+    def view(t):
+        return c_api.View(t.data_ptr(), t.numel(), *t.stride()[:3])
+
+    p = c_api.new_params(phase)
+    p.dtype = DTYPES.index(dtype)
+    p.batch, p.query_length, p.heads, p.head_dim = q.shape
+    p.kv_heads, p.value_dim = v.shape[2:]
+    p.q, p.kv.k, p.kv.v, p.out = view(q), view(k), view(v), view(expected["out"])
+    p.kv.key_length = k.shape[1]
+    p.scale, p.softcap = options.get("scale", 0), options.get("softcap", 0)
+    p.mask.causal = options.get("causal", False)
+    p.mask.window_left, p.mask.window_right = options.get("window", (-1, -1))
+    p.order = ["forward", "reverse", "sink_first"].index(options.get("order", "sink_first"))
+    if "sinks" in options:
+        p.sinks = options["sinks"].data_ptr()
+    for kind, name in enumerate(["threshold", "threshold_scale_factor", "absolute_threshold"], 1):
+        if name in options:
+            values = torch.as_tensor(options[name]).expand(batch, heads).contiguous()
+            p.test.kind, p.test.values = kind, values.data_ptr()
+            p.test.stride_request, p.test.stride_head = values.stride()
+    for name, t in expected.items():
+        if name != "out":
+            setattr(p.report, name, t.data_ptr())
+    c_api.run(phase, p)
+
+    assert torch.equal(got.out, expected["out"])
+    assert torch.equal(got.lse, expected["lse"].transpose(0, 1))
+    assert torch.equal(got.dropped_mass_bound, expected["dropped_mass_bound"].transpose(0, 1))
+    assert torch.equal(got.stats.visitable, expected["tiles_visitable"])
+    assert torch.equal(got.stats.skipped, expected["tiles_skipped"])
+    assert torch.equal(got.gaps, expected["gap_histogram"])
+    if len(options) > 0:
+        assert 0 < got.stats.sparsity < 1, "the problem must put the test to use"
+
+
+@pytest.mark.parametrize("queries", [1, 3, 150])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": True, "window": (20, None)},
+        {"window": (30, 5)},
+        {"causal": True, "softcap": 2.0, "scale": 0.7},
+        {"causal": True, "sinks": torch.tensor([0.5, -1.0, 2.0, 9.0])},
+    ],
+    ids="+".join,
+)
+def test_without_threshold_it_is_attention(queries, options):
+    q, k, v = inputs(queries=queries, keys=200)
+    d = distances(queries, 200)
+    visible = torch.ones_like(d, dtype=torch.bool)
+    if options.get("causal"):
+        visible &= d >= 0
+    left, right = options.get("window", (None, None))
+    visible &= (d <= (left if left is not None else 999)) & (
+        -d <= (999 if right is None else right)
+    )
+    rest = {name: options[name] for name in ("scale", "softcap", "sinks") if name in options}
+    torch.testing.assert_close(
+        attention(q, k, v, **options).double(), dense(q, k, v, visible, **rest), rtol=0, atol=3e-6
+    )
+
+
+def test_threshold_zero_is_dense_bit_for_bit():
+    q, k, v = inputs()
+    for phase, rows in (("prefill", 150), ("decode", 16)):
+        plain = attention(q[:, :rows], k, v, causal=True, phase=phase)
+        for name in ("threshold", "threshold_scale_factor"):
+            zero = attention(q[:, :rows], k, v, causal=True, phase=phase, **{name: 0.0})
+            assert torch.equal(plain, zero)
+
+
+def test_phase_follows_the_query_length():
+    q, k, v = inputs(queries=1)
+    decode = attention(q, k, v, threshold=0.3, phase="decode")
+    assert torch.equal(attention(q, k, v, threshold=0.3), decode)
+    assert not torch.equal(attention(q, k, v, threshold=0.3, phase="prefill"), decode)
+
+
+def test_scale_factor_is_divided_by_the_keys_of_each_request():
+    q, k, v = inputs(batch=3)
+    lengths = torch.tensor([150, 90, 40])
+    factor = attention(
+        q[:, :40], k, v, causal=True, lengths=lengths, threshold_scale_factor=9.0, **EVERYTHING
+    )
+    threshold = (9.0 / lengths)[:, None]
+    relative = attention(
+        q[:, :40], k, v, causal=True, lengths=lengths, threshold=threshold, **EVERYTHING
+    )
+    assert_same(factor, relative)
+    assert factor.stats.skipped.sum() > 0
+
+
+def test_thresholds_per_request_and_head():
+    q, k, v = inputs()
+    thresholds = torch.tensor([[0.0, 0.1, 0.5, 0.9], [0.9, 0.5, 0.0, 0.1]])
+    together = attention(q, k, v, causal=True, threshold=thresholds, **EVERYTHING)
+    for b in range(2):
+        one = attention(
+            q[b : b + 1],
+            k[b : b + 1],
+            v[b : b + 1],
+            causal=True,
+            threshold=thresholds[b],
+            **EVERYTHING,
+        )
+        assert torch.equal(together.out[b : b + 1], one.out)
+        assert torch.equal(together.stats.skipped[b : b + 1], one.stats.skipped)
+    assert (together.stats.skipped[thresholds == 0] == 0).all()
+    assert (together.stats.skipped[thresholds == 0.9] > 0).all()
+
+
+def test_error_bound_holds():
+    q, k, v = inputs()
+    exact = attention(q, k, v, causal=True)
+    sparse = attention(q, k, v, causal=True, threshold=0.5, return_error_bound=True)
+    bound = sparse.dropped_mass_bound.transpose(1, 2)[..., None]
+    error = (sparse.out - exact).abs()
+    assert (error <= 2 * bound * v.abs().max() + 1e-5).all()
+    assert error.max() > 0.01
+
+
+def test_gaps_of_a_dense_pass_give_the_sparsity_of_a_threshold():
+    q, k, v = inputs(keys=400, queries=400)
+    gaps = attention(q, k, v, causal=True, return_gaps=True).gaps
+    edge = 480  # bins before it hold the gaps below -32 + 479 / 16
+    threshold = math.exp(-32 + (edge - 1) / 16)
+    sparse = attention(q, k, v, causal=True, threshold=threshold, return_stats=True)
+    assert torch.equal(gaps[:, :edge].sum(-1), sparse.stats.skipped.sum(0))
+    assert torch.equal(gaps.sum(-1), sparse.stats.visitable.sum(0))
+    assert sparse.stats.skipped.sum() > 0
+
+
+LAYOUTS = {
+    "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "slice of a larger tensor": lambda t: F.pad(t, (8, 16, 1, 2, 3, 4))[:, 3:-4, 1:-2, 8:-16],
+    "last dimension strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_change_the_result(layout):
+    q, k, v = inputs()
+    strided = [LAYOUTS[layout](t) for t in (q, k, v)]
+    assert not any(t.is_contiguous() for t in strided)
+    assert_same(
+        attention(*strided, causal=True, threshold=0.2, **EVERYTHING),
+        attention(q, k, v, causal=True, threshold=0.2, **EVERYTHING),
+    )
+
+
+def test_expanded_inputs():
+    q, k, v = inputs(batch=1)
+    wide = [t.expand(3, -1, -1, -1) for t in (q, k, v)]
+    out = attention(*wide, causal=True, threshold=0.2)
+    assert torch.equal(out, attention(q, k, v, causal=True, threshold=0.2).expand(3, -1, -1, -1))
+
+
+def requests(lengths, **options):
+    """One result a request of the first `lengths` tokens of `inputs(batch)`."""
+    q, k, v = inputs(batch=len(lengths))
+    for b, n in enumerate(lengths):
+        yield attention(*(t[b : b + 1, :n] for t in (q, k, v)), **options, **EVERYTHING)
+
+
+def test_ragged_is_request_by_request():
+    lengths = [150, 1, 0, 77]
+    q, k, v = inputs(batch=4)
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    flat = [torch.cat([t[b, :n] for b, n in enumerate(lengths)]) for t in (q, k, v)]
+    options = {"causal": True, "threshold": 0.2, "phase": "prefill"}
+    together = attention(*flat, cu_seqlens_q=cu, cu_seqlens_k=cu, **options, **EVERYTHING)
+    singles = list(requests(lengths, **options))
+    assert torch.equal(together.out, torch.cat([r.out[0] for r in singles]))
+    assert torch.equal(together.lse, torch.cat([r.lse[0] for r in singles], -1))
+    assert torch.equal(together.stats.skipped, torch.cat([r.stats.skipped for r in singles]))
+    assert torch.equal(together.gaps, sum(r.gaps for r in singles))
+
+
+def pages_of(k, lengths, page_size=16):
+    """Pages in scattered order, and the page table."""
+    per_request = -(-k.shape[1] // page_size)
+    padded = F.pad(k, (0, 0, 0, 0, 0, per_request * page_size - k.shape[1]), value=math.nan)
+    pages = padded.reshape(-1, page_size, *k.shape[2:])
+    place = torch.randperm(len(pages), generator=torch.Generator().manual_seed(0))
+    scattered = torch.empty_like(pages)
+    scattered[place] = pages
+    return scattered, place.reshape(k.shape[0], per_request)
+
+
+@pytest.mark.parametrize("index_type", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("queries", [1, 4, 150])
+def test_pages_and_lengths_do_not_change_the_result(queries, index_type):
+    lengths = torch.tensor([150, 151, 200], dtype=index_type)
+    q, k, v = inputs(batch=3, queries=queries, keys=200)
+    options = {"causal": True, "threshold": 0.2, "lengths": lengths, **EVERYTHING}
+    whole = attention(q, k, v, **options)
+    paged_k, table = pages_of(k, lengths)
+    paged_v, _ = pages_of(v, lengths)
+    paged = attention(q, paged_k, paged_v, page_table=table.to(index_type), **options)
+    assert_same(whole, paged)
+    for b, n in enumerate(lengths):
+        one = attention(
+            q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], causal=True, threshold=0.2
+        )
+        assert torch.equal(whole.out[b : b + 1], one)
+    assert whole.stats.skipped.sum() > 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_gives_the_bits_of_the_request_alone(side):
+    lengths = [150, 1, 0, 77]
+    q, k, v = inputs(batch=4)
+
+    def pad(t):
+        rows = [
+            F.pad(
+                t[b, :n],
+                (0, 0, 0, 0, *((150 - n, 0) if side == "left" else (0, 150 - n))),
+                value=math.nan,
+            )
+            for b, n in enumerate(lengths)
+        ]
+        return torch.stack(rows)
+
+    n = torch.tensor(lengths)
+    ranges = {"starts": 150 - n} if side == "left" else {"lengths": n, "query_lengths": n}
+    factors = torch.tensor([[30.0], [20.0], [10.0], [15.0]])
+    padded = attention(
+        *map(pad, (q, k, v)), causal=True, threshold_scale_factor=factors, **ranges, **EVERYTHING
+    )
+    gaps = 0
+    for b, n in enumerate(lengths):
+        one = attention(
+            *(t[b : b + 1, :n] for t in (q, k, v)),
+            causal=True,
+            threshold_scale_factor=factors[b].item(),
+            phase="prefill",
+            **EVERYTHING,
+        )
+        used = slice(150 - n, 150) if side == "left" else slice(0, n)
+        unused = torch.ones(150, dtype=torch.bool)
+        unused[used] = False
+        assert torch.equal(padded.out[b, used], one.out[0])
+        assert torch.equal(padded.lse[b][:, used], one.lse[0])
+        assert torch.equal(padded.dropped_mass_bound[b][:, used], one.dropped_mass_bound[0])
+        assert torch.equal(padded.stats.skipped[b], one.stats.skipped[0])
+        assert (padded.out[b, unused] == 0).all()
+        assert (padded.lse[b][:, unused] == -math.inf).all()
+        assert (padded.dropped_mass_bound[b][:, unused] == 0).all()
+        gaps = gaps + one.gaps
+    assert torch.equal(padded.gaps, gaps)
+    assert padded.stats.skipped.sum() > 0
+
+
+def test_padding_in_decode():
+    q, k, v = inputs(batch=3, queries=1, keys=200)
+    starts, lengths = torch.tensor([0, 60, 199]), torch.tensor([200, 150, 200])
+    out = attention(q, k, v, starts=starts, lengths=lengths, threshold=0.2, causal=True)
+    for b in range(3):
+        keys = slice(starts[b], lengths[b])
+        one = attention(q[b : b + 1], k[b : b + 1, keys], v[b : b + 1, keys], threshold=0.2)
+        assert torch.equal(out[b : b + 1], one)
+
+
+def test_unused_keys_are_never_read():
+    q, k, v = inputs(queries=1)
+    k[:, 100:], v[:, 100:] = math.nan, math.inf
+    k[:, :10], v[:, :10] = math.inf, math.nan
+    out = attention(q, k, v, starts=torch.tensor([10, 10]), lengths=torch.tensor([100, 100]))
+    assert out.isfinite().all()
+
+
+def test_empty_inputs():
+    q, k, v = inputs()
+    assert attention(q[:0], k[:0], v[:0]).shape == (0, 150, 4, 32)
+    assert attention(q[:, :0], k, v).shape == (2, 0, 4, 32)
+    assert (attention(q, k[:, :0], v[:, :0]) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    q, k, v = inputs()
+    with torch.autocast("cpu", dtype=dtype):
+        out = attention(q, k, v.to(torch.bfloat16), causal=True, threshold=0.2)
+    assert out.dtype == dtype
+    expected = attention(
+        q.to(dtype), k.to(dtype), v.to(torch.bfloat16).to(dtype), causal=True, threshold=0.2
+    )
+    assert torch.equal(out, expected)
+
+
+def test_inference_mode():
+    q, k, v = inputs()
+    expected = attention(q, k, v, causal=True, threshold=0.2)
+    with torch.inference_mode():
+        out = attention(*(t.clone() for t in (q, k, v)), causal=True, threshold=0.2)
+    assert out.is_inference()
+    assert torch.equal(out, expected)
+
+
+def test_tile_shape_is_what_statistics_count():
+    q, k, v = inputs(queries=200, keys=200)
+    rows, keys, _ = blasst.tile_shape(q, k, v, phase="prefill")
+    stats = attention(q, k, v, return_stats=True).stats
+    assert (stats.visitable == math.ceil(200 / rows) * math.ceil(200 / keys)).all()
+
+
+# Tracing
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor) -> blasst.Result:
+    return attention(q, k, v, causal=True, threshold=[0.3, 0.1, 0.0, 0.5], **EVERYTHING)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("queries", [1, 150])
+def test_compiles_without_a_graph_break(backend, queries):
+    q, k, v = inputs(queries=queries)
+    compiled = torch.compile(sparse_attention, fullgraph=True, backend=backend)
+    assert_same(compiled(q, k, v), sparse_attention(q, k, v))
+
+
+def test_compiles_with_inductor():
+    q, k, v = inputs()
+
+    def block(q, k, v, starts):
+        return attention(q * 2, k, v, causal=True, threshold=0.2, starts=starts) + 1
+
+    starts = torch.tensor([0, 30])
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    assert torch.equal(compiled(q, k, v, starts), block(q, k, v, starts))
+
+
+def test_compiles_under_autocast_and_inference_mode():
+    q, k, v = inputs()
+    compiled = torch.compile(sparse_attention, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(compiled(q, k, v), sparse_attention(q, k, v))
+
+
+def test_exports_with_dynamic_lengths():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return sparse_attention(q, k, v)
+
+    q, k, v = inputs()
+    length = torch.export.Dim("length", min=2, max=4096)
+    program = torch.export.export(
+        Module(), (q, k, v), dynamic_shapes={name: {1: length} for name in "qkv"}
+    )
+    assert "blasst.prefill" in program.graph_module.code
+    shorter = [t[:, :70] for t in (q, k, v)]
+    assert_same(program.module()(*shorter), sparse_attention(*shorter))
+
+
+def test_fake_tensors_have_the_real_shapes():
+    cu = torch.tensor([0, 100, 150])
+    thresholds = torch.tensor([[0.2, 0.1, 0.0, 0.5]])
+    q, k, v = inputs()
+    tail = (0.0, 0.0, None, True, -1, -1, "sink_first", "relative", thresholds)
+    for report in ((True,) * 4, (False,) * 4):
+        torch.library.opcheck(torch.ops.blasst.prefill, (q, k, v, *[None] * 6, *tail, *report))
+        torch.library.opcheck(
+            torch.ops.blasst.prefill,
+            (q[0], k[0], v[0], None, None, None, cu, cu, None, *tail, *report),
+        )
+        torch.library.opcheck(
+            torch.ops.blasst.decode,
+            (q[:, :1].mT.contiguous().mT, k, v, *[None] * 6, *tail, *report),
+        )
+
+
+def test_no_backward_pass():
+    q, k, v = inputs()
+    out = attention(q.requires_grad_(), k, v)
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        out.sum().backward()
+
+
+# Bad input
+
+Q, K, V = inputs(queries=20, keys=30)
+
+
+def i32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+RAGGED = {"q": Q[0], "cu_seqlens_q": i32(0, 10, 20)}
+PAGED = {
+    "k": torch.zeros(5, 16, 2, 32),
+    "v": torch.zeros(5, 16, 2, 32),
+    "page_table": torch.zeros(2, 3, dtype=torch.int32),
+    "lengths": i32(40, 40),
+}
+BAD = [
+    ({"q": Q[0]}, "q is [20, 4, 32]; it must be [batch, query_length, heads, head_dim]"),
+    ({"k": K[0]}, "k is [30, 2, 32]; it must be [batch, keys, kv_heads, head_dim]"),
+    ({"v": V[:, 1:]}, "v is [2, 29, 2, 32], but k is [2, 30, 2, 32]"),
+    ({"k": K[:1], "v": V[:1]}, "k is [1, 30, 2, 32], but q has batch 2"),
+    ({"k": K[..., :16]}, "k is [2, 30, 2, 16], but q has head_dim 32"),
+    ({"q": Q[:, :, :3]}, "heads is 3 and kv_heads is 2; heads must be a multiple of kv_heads"),
+    ({"q": Q[..., :20], "k": K[..., :20]}, "head_dim is 20; it must be a multiple of 8 from 16 to"),
+    ({"v": V[..., :12]}, "value_dim is 12; it must be a multiple of 8 from 16 to 256"),
+    ({"q": Q.double(), "k": K.double(), "v": V.double()}, "q is Double; blasst takes float32, fl"),
+    ({"k": K.half()}, "k is Half, but q is Float; they must be of one type"),
+    ({"q": [1, 2]}, "q is a list; it must be a torch.Tensor"),
+    ({"k": None}, "k is a NoneType; it must be a torch.Tensor"),
+    ({"q": Q.to_sparse()}, "q is torch.sparse_coo; it must be torch.strided"),
+    ({"q": Q.to("meta")}, "q is on meta; this build of blasst runs on: cpu"),
+    ({"k": K.to("meta")}, "k is on meta, q on cpu; they must share a device"),
+    ({"lengths": i32(3, 3).to("meta")}, "lengths is on meta, q on cpu"),
+    (
+        {"threshold": -0.1},
+        "threshold of request 0, head 0 is -0.1; it must be a number from 0 to 1",
+    ),
+    ({"threshold": [0.1, 0.1, 1.5, 0.1]}, "head 2 is 1.5; it must be a number from 0 to 1"),
+    ({"threshold": math.nan}, "head 0 is nan; it must be a number from 0 to 1"),
+    ({"threshold": "a"}, "threshold is 'a'; it must be a number, a list of numbers, or a tensor"),
+    ({"threshold": [0.1] * 3}, "thresholds is [1, 3]; it must be [1 or batch, 1 or heads] with ba"),
+    ({"threshold": torch.zeros(1, 1, 4)}, "threshold is [1, 1, 4]; it must be a number, [heads]"),
+    ({"threshold_scale_factor": -1}, "factor of request 0, head 0 is -1; it must be finite and at"),
+    ({"threshold_scale_factor": math.inf}, "is inf; it must be finite and at least 0"),
+    ({"absolute_threshold": math.nan}, "absolute threshold of request 0, head 0 is nan; it must b"),
+    (
+        {"threshold": 0.1, "threshold_scale_factor": 3.0},
+        "threshold and threshold_scale_factor exclude each other",
+    ),
+    ({"scale": 0.0}, "scale is 0.0; it must be positive and finite, or None"),
+    ({"scale": math.nan}, "scale is nan; it must be positive and finite, or None"),
+    ({"softcap": -1.0}, "softcap is -1.0; it must be positive and finite, or None"),
+    ({"window": 5}, "window is 5; it must be (before, after), each an integer of 0 or more"),
+    ({"window": (-2, 0)}, "window is (-2, 0); it must be (before, after)"),
+    ({"window": (1.5, None)}, "window is (1.5, None); it must be (before, after)"),
+    ({"sinks": torch.zeros(3)}, "sinks is [3]; it must be [heads] = [4]"),
+    ({"sinks": torch.full((4,), math.nan)}, "sinks[0] is nan; it must be finite or -inf"),
+    ({"sinks": torch.zeros(4, dtype=int)}, "sinks is torch.int64; it must be of a floating-point"),
+    ({"order": "backward"}, "order is 'backward'; it must be one of forward, reverse, sink_first"),
+    ({"order": None}, "order is None; it must be 'forward', 'reverse' or 'sink_first'"),
+    ({"phase": "train"}, "phase is 'train'; it must be 'prefill' or 'decode'"),
+    ({"phase": "decode"}, "query_length is 20; it must be 1 to 16"),
+    ({"lengths": i32(31, 3)}, "lengths[0] is 31; it must be 0 to 30"),
+    ({"lengths": i32(3)}, "lengths is [1]; it must be [batch] = [2]"),
+    ({"lengths": [3, 3]}, "lengths is a list; it must be a torch.Tensor, or None"),
+    ({"lengths": torch.zeros(2)}, "lengths is Float; it must be int32 or int64"),
+    ({"lengths": torch.tensor([2**33, 3])}, "lengths holds 8589934592; it must fit in int32"),
+    ({"starts": i32(-1, 0)}, "starts[0] is -1; it must be 0 to 30"),
+    ({"starts": i32(0, 5), "lengths": i32(4, 4)}, "starts[1] is 5; it must be 0 to 4"),
+    ({"query_lengths": i32(21, 0)}, "query_lengths[0] is 21; it must be 0 to 20"),
+    ({**PAGED, "starts": i32(0, 0)}, "starts is given; it needs k as [batch, keys, kv_heads, head"),
+    ({**RAGGED, "query_lengths": i32(3, 3)}, "query_lengths is given; it needs q as [batch, que"),
+    ({**RAGGED, "cu_seqlens_q": i32(1, 10, 20)}, "cu_seqlens_q[0] is 1; it must be 0"),
+    ({**RAGGED, "cu_seqlens_q": i32(0, 30, 20)}, "cu_seqlens_q[2] is 20, less than 30 before it"),
+    ({**RAGGED, "cu_seqlens_q": i32(0, 10, 19)}, "cu_seqlens_q ends at 19, but q is [20, 4, 32]"),
+    ({"cu_seqlens_q": i32(0, 10, 20)}, "q is [2, 20, 4, 32]; it must be [rows, heads, head_dim]"),
+    ({"cu_seqlens_k": i32(0, 15, 30)}, "k is [2, 30, 2, 32]; it must be [total keys, kv_heads, h"),
+    ({"k": K[0], "v": V[0], "cu_seqlens_k": i32(0, 10, 29)}, "cu_seqlens_k ends at 29, but k is"),
+    ({"k": K[0], "v": V[0], "cu_seqlens_k": i32(0, 30)}, "cu_seqlens_k is [2]; it must be [batch"),
+    ({**PAGED, "cu_seqlens_k": i32(0, 40, 80)}, "must be [total keys"),
+    ({**PAGED, "lengths": None}, "page_table is given without lengths"),
+    ({**PAGED, "lengths": i32(49, 40)}, "lengths[0] is 49; it must be 0 to 48"),
+    ({**PAGED, "page_table": torch.full((2, 3), 5)}, "page_table[0, 0] is 5; kv.pages is 5"),
+    ({**PAGED, "page_table": torch.full((2, 3), -1)}, "page_table[0, 0] is -1; kv.pages is 5"),
+    ({**PAGED, "page_table": i32(0, 1)}, "page_table is [2]; it must be [batch, pages a request]"),
+    ({**RAGGED, "phase": "decode"}, "cu_seqlens_q is given, but decode takes q as [batch, query"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:50] for _, message in BAD])
+def test_bad_input(change, message):
+    arguments = {"q": Q, "k": K, "v": V, **change}
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as error:
+        attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_result_fields_that_were_not_asked_for():
+    result = attention(Q, K, V, return_lse=True)
+    assert result.lse.shape == (2, 4, 20)
+    assert (result.stats, result.dropped_mass_bound, result.gaps) == (None, None, None)
