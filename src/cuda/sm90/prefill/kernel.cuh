@@ -182,26 +182,19 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
   }
 }
 
-// Waits until every consumer warp is done with tile `visit` of this stage.
-__device__ __forceinline__ void wait_done(const int (&done)[kConsumerWarps], int visit) {
-  const volatile int* newest = done;
-  for (int warp = 0; warp < kConsumerWarps;)
-    if (newest[warp] >= visit) ++warp;
-}
-
 // Waits until tile `visit` of this stage is wanted by a warpgroup (true) or by none (false). A
 // warpgroup that has decided on a later tile of the stage without waiting for this one skipped it.
+// No barrier completes at whichever of the two comes first, so this polls, gently.
 __device__ __forceinline__ bool wanted(const int (&decision)[kWarpgroups], int visit) {
-  const volatile int* newest = decision;
+  static_assert(kWarpgroups == 2);
   for (;;) {
-    int skipped = 0;
-#pragma unroll
-    for (int wg = 0; wg < kWarpgroups; ++wg) {
-      const int d = newest[wg];
-      if (d == 2 * visit + 1) return true;
-      skipped += d >= 2 * visit;
-    }
-    if (skipped == kWarpgroups) return false;
+    int a, b;
+    asm volatile("ld.volatile.shared.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(a), "=r"(b)
+                 : "r"(ptx::shared_address(decision)));
+    if (a == 2 * visit + 1 || b == 2 * visit + 1) return true;
+    if (min(a, b) >= 2 * visit) return false;
+    __nanosleep(32);
   }
 }
 
@@ -212,8 +205,7 @@ __device__ void produce_values(const Params& p, typename C::Shared& s, const CUt
   using L = typename C::Layout;
   auto& b = s.barriers;
   Ring<2> works;
-  int before = 0;      // tiles visited before this item
-  uint32_t phase = 0;  // of this stage
+  int before = 0;  // tiles visited before this item
   // Where tiles are kept one after the other, the next is loaded before it is asked for.
   int kept_in_a_row = 0;
   for (;;) {
@@ -232,12 +224,14 @@ __device__ void produce_values(const Params& p, typename C::Shared& s, const CUt
         copy_tile<C>(p, source, value_map, ptx::shared_address(s.value[stage]), full, kv_head,
                      tile_at(p.order, w.tile_begin, w.tile_end, visit - before));
       };
+      const int previous = visit - L::kValueStages;
+      if (previous >= 0) {
+        ptx::mbarrier_wait(address(b.value_done[previous % L::kValueBarriers]),
+                           previous / L::kValueBarriers & 1);
+      }
       if constexpr (!C::kTests) {
-        ptx::mbarrier_wait(address(b.value_empty[stage]), phase ^ 1);
-        phase ^= 1;
         load();
       } else {
-        wait_done(s.done[stage], visit - L::kValueStages);
         const bool early = kept_in_a_row >= 2;
         if (early) load();
         const bool keep = wanted(s.decision[stage], visit);
@@ -399,23 +393,18 @@ class Consumer {
         ptx::Wgmma<Element, C::kKeys>::more(s, a, b);
     }
     ptx::wgmma_commit();
+    keys_.next();
   }
 
-  // The scores are there: their keys may be overwritten.
+  // The oldest scores are there: their keys may be overwritten.
   __device__ __forceinline__ void release_keys() {
-    arrive(s_.barriers.key_empty[keys_.stage]);
-    keys_.next();
+    arrive(s_.barriers.key_empty[scored_.stage]);
+    scored_.next();
   }
 
   // This warp no longer needs the values of visit i.
   __device__ __forceinline__ void release_values(int i) {
-    const int stage = (visit_ + i) % L::kValueStages;
-    if constexpr (C::kTests) {
-      const int warp = threadIdx.x / 32 - 4;
-      ptx::store_shared_if(ptx::shared_address(&s_.done[stage][warp]), visit_ + i, at_.lane() == 0);
-    } else {
-      arrive(s_.barriers.value_empty[stage]);
-    }
+    arrive(s_.barriers.value_done[(visit_ + i) % L::kValueBarriers]);
   }
 
   // Scores of keys that a row does not see become -inf.
@@ -615,11 +604,12 @@ class Consumer {
     ptx::named_barrier_sync(1 + at_.warpgroup, 128);
   }
 
-  // `current` holds the scores of visit i, whose fate is `keep`; on return `next` holds those of
-  // visit i + 1. Returns whether that one is kept.
+  // `current` holds the scores of visit i, whose fate is `keep`; those of visit i + 1 are on their
+  // way to `next` and are there on return, those of i + 2 (if kMore) on their way to `current`.
+  // Returns whether visit i + 1 is kept.
+  template <bool kMore>
   __device__ __forceinline__ bool step(float (&current)[kScores], float (&next)[kScores],
                                        const Work& work, int i, bool keep) {
-    start_scores(next);
     if (!C::kTests || keep) {
       start_outputs(current, work, i);
       ptx::wgmma_wait<kParts>();
@@ -630,12 +620,33 @@ class Consumer {
       ptx::wgmma_wait<0>();
       ptx::pin(o_);
       release_values(i);
+      if constexpr (kMore) start_scores(current);
       return keep_next;
     }
-    ptx::wgmma_wait<0>();
+    // Under the tensor cores' work on the scores after the next.
+    if constexpr (kMore) start_scores(current);
+    ptx::wgmma_wait<kMore ? 1 : 0>();
     ptx::pin(next);
     release_keys();
     return decide(next, work, i + 1);
+  }
+
+  // The last visit: its scores are in `current`.
+  __device__ __forceinline__ void last(float (&current)[kScores], const Work& work, int i,
+                                       bool keep) {
+    if (C::kTests && !keep) return;
+    start_outputs(current, work, i);
+    ptx::wgmma_wait<0>();
+    ptx::pin(o_);
+    release_values(i);
+  }
+
+  // The last two visits, from where step would find nothing more to start.
+  __device__ __forceinline__ void last_two(float (&current)[kScores], float (&next)[kScores],
+                                           const Work& work, int i, bool keep) {
+    keep = step<false>(current, next, work, i, keep);
+    arrive(s_.barriers.query_empty);
+    last(next, work, i + 1, keep);
   }
 
   __device__ __forceinline__ void attend(const Work& work) {
@@ -650,23 +661,23 @@ class Consumer {
       ptx::pin(even);
       release_keys();
       bool keep = decide(even, work, 0);
-      int i = 0;
-      for (;;) {
-        if (i + 1 == count) break;
-        keep = step(even, odd, work, i++, keep);
-        if (i + 1 == count) {
-#pragma unroll
-          for (int j = 0; j < kScores; ++j) even[j] = odd[j];
-          break;
+      if (count == 1) {
+        arrive(s_.barriers.query_empty);
+        last(even, work, 0, keep);
+      } else {
+        start_scores(odd);
+        for (int i = 0;;) {
+          if (i + 2 == count) {
+            last_two(even, odd, work, i, keep);
+            break;
+          }
+          keep = step<true>(even, odd, work, i++, keep);
+          if (i + 2 == count) {
+            last_two(odd, even, work, i, keep);
+            break;
+          }
+          keep = step<true>(odd, even, work, i++, keep);
         }
-        keep = step(odd, even, work, i++, keep);
-      }
-      arrive(s_.barriers.query_empty);
-      if (!C::kTests || keep) {
-        start_outputs(even, work, i);
-        ptx::wgmma_wait<0>();
-        ptx::pin(o_);
-        release_values(i);
       }
       visit_ += count;
     }
@@ -760,7 +771,8 @@ class Consumer {
   float sum_[2];           // of this thread's keys
   float tile_maximum_[2];  // of this thread's keys in the newest tile
   float o_[kOutputs];
-  Ring<L::kKeyStages> keys_;
+  Ring<L::kKeyStages> keys_;    // the next to score
+  Ring<L::kKeyStages> scored_;  // the next to give back
   uint32_t query_phase_ = 0;
   int visit_ = 0;     // tiles before this item
   int kept_;          // tiles of this item
@@ -780,11 +792,12 @@ __device__ void init_barriers(typename C::Shared& s) {
     ptx::mbarrier_init(address(b.key_empty[i]), kConsumerWarps + C::kTests);
   }
   for (int i = 0; i < L::kValueStages; ++i) {
-    ptx::mbarrier_init(address(b.value_empty[i]), kConsumerWarps);
     for (int wg = 0; wg < kWarpgroups; ++wg) s.decision[i][wg] = -1;
-    for (int warp = 0; warp < kConsumerWarps; ++warp) s.done[i][warp] = -1;
   }
-  for (int i = 0; i < L::kValueBarriers; ++i) ptx::mbarrier_init(address(b.value_full[i]), 1);
+  for (int i = 0; i < L::kValueBarriers; ++i) {
+    ptx::mbarrier_init(address(b.value_full[i]), 1);
+    ptx::mbarrier_init(address(b.value_done[i]), kConsumerWarps);
+  }
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(address(b.work_full[i]), 1);
     ptx::mbarrier_init(address(b.work_empty[i]), kConsumerWarps + L::kValueStages);

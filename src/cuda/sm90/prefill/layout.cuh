@@ -48,8 +48,7 @@ struct Layout {
   struct Barriers {
     uint64_t query_full, query_empty;
     uint64_t key_full[kKeyStages], key_empty[kKeyStages];
-    uint64_t value_full[kValueBarriers];  // of visit v: v % kValueBarriers
-    uint64_t value_empty[kValueStages];   // kDense only
+    uint64_t value_full[kValueBarriers], value_done[kValueBarriers];  // of visit v: v % that
     uint64_t work_full[2], work_empty[2];
   };
   struct Shared {
@@ -58,11 +57,8 @@ struct Layout {
     alignas(1024) uint8_t value[kValueStages][kTileBytes];
     Barriers barriers;
     Work work[2];
-    // By value stage, the newest visit that each warpgroup has decided on (2 * visit + kept), and
-    // the newest that each consumer warp is done with. A warpgroup that skips runs ahead of the
-    // other by more than a barrier's one phase, so these are counts.
-    int decision[kValueStages][kWarpgroups];
-    alignas(16) int done[kValueStages][kConsumerWarps];
+    // By value stage, the newest visit that each warpgroup has decided on: 2 * visit + kept.
+    alignas(8) int decision[kValueStages][kWarpgroups];
     float gap[2][kWarpgroups][4];  // of each warp's rows; tiles alternate. Reports only.
   };
 };
