@@ -30,6 +30,26 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same where `condition` holds, without a branch: the assembler serialises wgmma around
+// branches that lanes take differently.
+__device__ __forceinline__ void mbarrier_arrive_if(uint32_t barrier, bool condition) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.u32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(barrier),
+      "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_shared_if(uint32_t address, int value, bool condition) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "@p st.volatile.shared.b32 [%0], %1;\n}" ::"r"(address),
+      "r"(value), "r"(static_cast<uint32_t>(condition))
+      : "memory");
+}
+
 // Arrive, and expect `bytes` of copies before the phase completes.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
