@@ -337,6 +337,20 @@ const std::byte* Problem::value(int64_t request, int64_t token, int64_t kv_head)
   return kv_row(*this, kv.v, request, token, kv_head);
 }
 
+void Problem::rows_of(const View& view, int64_t request, Range tokens, int64_t kv_head,
+                      const std::byte** rows) const {
+  const int64_t stride = view.stride_token * element_bytes(dtype);
+  for (int64_t token = tokens.begin; token < tokens.end;) {
+    const int64_t in_page =
+        kv.page_table ? kv.page_size - token % kv.page_size : tokens.end - token;
+    const std::byte* row = kv_row(*this, view, request, token, kv_head);
+    for (const int64_t end = std::min(tokens.end, token + in_page); token < end; ++token) {
+      *rows++ = row;
+      row += stride;
+    }
+  }
+}
+
 int64_t Problem::query_tile_count(int64_t query_rows) const {
   if (pack_heads) return batch;
   int64_t count = 0;

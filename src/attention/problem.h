@@ -56,6 +56,10 @@ struct Problem {
   const std::byte* key(int64_t request, int64_t token, int64_t kv_head) const;
   const std::byte* value(int64_t request, int64_t token, int64_t kv_head) const;
 
+  // Addresses of the rows of `tokens` in kv.k or kv.v.
+  void rows_of(const View& view, int64_t request, Range tokens, int64_t kv_head,
+               const std::byte** rows) const;
+
   // All query tiles, `query_rows` positions each (decode: one a request and KV head).
   std::vector<QueryTile> query_tiles(int64_t query_rows) const;
   int64_t query_tile_count(int64_t query_rows) const;  // of one head, over all requests

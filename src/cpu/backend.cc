@@ -74,10 +74,20 @@ std::size_t prefill_workspace_bytes(const Problem& p, int threads) {
   return kAlignment + threads * aligned(prefill_scratch_floats(p) * sizeof(float));
 }
 
+namespace {
+
+// Floats of one thread's scratch in decode: a slice for every query tile that a unit may have.
+size_t decode_thread_floats(const Problem& p) {
+  return std::min<int64_t>(p.kv_heads, kUnitHeads) * decode_scratch_floats(p);
+}
+
+}  // namespace
+
 std::size_t decode_workspace_bytes(const Problem& p, int threads) {
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
-  return kAlignment + threads * aligned(decode_scratch_floats(p) * sizeof(float)) +
-         decode_units(p, tiles).size() * aligned(decode_partial_floats(p) * sizeof(float));
+  const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
+  return kAlignment + threads * aligned(decode_thread_floats(p) * sizeof(float)) +
+         decode_partials(units) * aligned(decode_partial_floats(p) * sizeof(float));
 }
 
 void prefill(const Problem& p, int threads, Workspace workspace) {
@@ -99,27 +109,27 @@ void prefill(const Problem& p, int threads, Workspace workspace) {
 void decode(const Problem& p, int threads, Workspace workspace) {
   attention::check_block_mask(p, decode_shape(p));
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
-  const std::vector<DecodeUnit> units = decode_units(p, tiles);
+  const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
   Scratch scratch(workspace, decode_workspace_bytes(p, threads));
   std::vector<float*> worker_scratch(threads);
-  for (float*& s : worker_scratch) s = scratch.take(decode_scratch_floats(p));
+  for (float*& s : worker_scratch) s = scratch.take(decode_thread_floats(p));
   std::vector<Partial> partials;
-  for (size_t i = 0; i < units.size(); ++i)
+  for (int64_t i = 0; i < decode_partials(units); ++i)
     partials.push_back(decode_partial(p, scratch.take(decode_partial_floats(p))));
   clear_report(p, p.batch);
   Totals totals = make_totals(p, p.batch);
   const Kernels& kernel = kernels(p.dtype);
   parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
-    kernel.decode(p, units[i], totals, worker_scratch[worker], partials[i]);
+    kernel.decode(p, units[i], totals, worker_scratch[worker], partials.data());
   });
-  // Units of a query tile follow each other.
-  std::vector<int64_t> first;
-  for (int64_t i = 0; i < std::ssize(units); ++i) {
-    if (units[i].visit.begin == 0) first.push_back(i);
+  std::vector<const DecodeUnit*> firsts;  // of the splits that begin a visit
+  for (const DecodeUnit& unit : units) {
+    if (unit.visit.begin == 0) firsts.push_back(&unit);
   }
-  parallel_for(std::ssize(first), threads, [&](int64_t i, int) {
-    const int64_t end = i + 1 < std::ssize(first) ? first[i + 1] : std::ssize(units);
-    kernel.combine(p, *units[first[i]].tile, &partials[first[i]], end - first[i]);
+  parallel_for(std::ssize(firsts), threads, [&](int64_t i, int) {
+    const DecodeUnit& unit = *firsts[i];
+    for (int64_t t = 0; t < std::ssize(unit.tiles); ++t)
+      kernel.combine(p, unit.tiles[t], &partials[unit.partial + t * unit.splits], unit.splits);
   });
 }
 

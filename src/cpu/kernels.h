@@ -14,9 +14,10 @@ struct Kernels {
   // Visit the unit's key tiles and write its output rows. `scratch`: prefill_scratch_floats,
   // 64-byte aligned.
   void (*prefill)(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch);
-  // Visit one split; leaves a partial result. `scratch`: decode_scratch_floats, 64-byte aligned.
+  // Visit one split; leaves a partial result of each of its query tiles. `scratch`:
+  // decode_scratch_floats for each query tile, 64-byte aligned.
   void (*decode)(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
-                 const Partial& partial);
+                 const Partial* partials);
   // Join a query tile's splits, in their order, and write its output rows.
   void (*combine)(const Problem& p, const QueryTile& tile, const Partial* splits, int64_t count);
 };

@@ -1,6 +1,7 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace blasst::cpu {
 
@@ -47,18 +48,51 @@ std::vector<PrefillUnit> prefill_units(const Problem& p, std::span<const QueryTi
   return units;
 }
 
-std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile> tiles) {
-  std::vector<DecodeUnit> units;
+int64_t decode_unit_heads(int64_t kv_heads, int64_t splits, int threads) {
+  int64_t heads = std::min<int64_t>(kv_heads, kUnitHeads);
+  while (heads > 1 && splits * ceil_div(kv_heads, heads) < 4 * threads) heads = ceil_div(heads, 2);
+  return heads;
+}
+
+std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile> tiles,
+                                     int threads) {
+  // A tile without keys has one empty split, which writes its zeros.
+  const auto splits_of = [](Range key_tiles) {
+    return std::max<int64_t>(1, ceil_div(key_tiles.size(), kSplitTiles));
+  };
+  std::vector<Range> ranges;
+  int64_t all_splits = 0;
   for (const QueryTile& tile : tiles) {
-    const Range range = visit_range(p, tile);
-    int64_t begin = 0;
-    do {  // a tile without keys has one empty split, which writes its zeros
-      const int64_t end = std::min(range.size(), begin + kSplitTiles);
-      units.push_back({&tile, range, {begin, end}});
-      begin = end;
-    } while (begin < range.size());
+    ranges.push_back(visit_range(p, tile));
+    all_splits += splits_of(ranges.back());
+  }
+  const int64_t most = decode_unit_heads(p.kv_heads, all_splits / p.kv_heads, threads);
+  std::vector<DecodeUnit> units;
+  int64_t partial = 0;
+  for (size_t first = 0, count = 0; first < tiles.size(); first += count) {
+    const Range range = ranges[first];
+    for (count = 1; first + count < tiles.size() && std::cmp_less(count, most); ++count) {
+      const Range other = ranges[first + count];
+      if (tiles[first + count].request != tiles[first].request || other.begin != range.begin ||
+          other.end != range.end)
+        break;
+    }
+    const int64_t splits = splits_of(range);
+    for (int64_t i = 0; i < splits; ++i)
+      units.push_back({tiles.subspan(first, count),
+                       range,
+                       {i * kSplitTiles, std::min(range.size(), (i + 1) * kSplitTiles)},
+                       splits,
+                       partial + i});
+    partial += static_cast<int64_t>(count) * splits;
   }
   return units;
+}
+
+int64_t decode_partials(std::span<const DecodeUnit> units) {
+  if (units.empty()) return 0;
+  const DecodeUnit& last = units.back();
+  return last.partial + 1 + (std::ssize(last.tiles) - 1) * last.splits;
 }
 
 size_t prefill_scratch_floats(const Problem& p) {

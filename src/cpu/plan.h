@@ -17,6 +17,7 @@ using attention::Range;
 inline constexpr int kQueryRows = 64;   // rows of a prefill query tile
 inline constexpr int kKeys = 64;        // keys of a key tile
 inline constexpr int kUnitTiles = 4;    // query tiles that share one staged key tile
+inline constexpr int kUnitHeads = 8;    // decode: most KV heads a unit
 inline constexpr int kSplitTiles = 64;  // decode: visited tiles a split
 inline constexpr int kMaxDim = 256;
 
@@ -33,23 +34,31 @@ struct PrefillUnit {
 // Longest first, so that threads end together.
 std::vector<PrefillUnit> prefill_units(const Problem& p, std::span<const QueryTile> tiles);
 
-// Decode work: one split of one query tile's visit.
+// Decode work: one split of the visit of several query tiles, KV heads of one request that visit
+// the same key tiles.
 struct DecodeUnit {
-  const QueryTile* tile;
+  std::span<const QueryTile> tiles;
   Range key_tiles;  // of the whole visit
   Range visit;      // positions in the visit sequence
+  int64_t splits;   // of a query tile; their partial results follow each other
+  int64_t partial;  // index of the first tile's partial result of this split
 };
 
-// Splits of a query tile follow each other, in the order of its visit.
-std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile> tiles);
+// KV heads that one unit walks side by side: more read memory in longer stretches, fewer give every
+// thread work. `splits`: of one KV head, over all requests.
+int64_t decode_unit_heads(int64_t kv_heads, int64_t splits, int threads);
 
-// Floats of one thread's scratch, and of one decode unit's partial result.
+std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile> tiles,
+                                     int threads);
+int64_t decode_partials(std::span<const DecodeUnit> units);
+
+// Floats of one thread's scratch (decode: for each KV head of a unit), and of one partial result.
 size_t prefill_scratch_floats(const Problem& p);
 size_t decode_scratch_floats(const Problem& p);
 size_t decode_partial_floats(const Problem& p);
 
-// The softmax state of a decode unit: m, l, bound of each row, then its outputs [rows, padded
-// value_dim].
+// The softmax state of a query tile after one split: m, l, bound of each row, then its outputs
+// [rows, padded value_dim].
 struct Partial {
   float* m;
   float* l;

@@ -1,9 +1,9 @@
-// Decode of one split: the query heads that share a KV head walk the key tiles together, one row
-// each.
+// Decode of one split: the query heads that share a KV head are the rows of a tile, and the KV
+// heads of a request walk the key tiles side by side.
 //
-// Memory is the limit: K is streamed once, with the next tile's rows prefetched while this one is
-// scored; V is touched only for kept tiles, prefetched when the tile is kept and used one tile
-// later.
+// Memory is the limit. K is streamed once, in the order in which tokens lie in memory, whatever the
+// head; V is touched only for kept tiles, fetched while the next tile is scored and used after
+// that.
 #if defined(BLASST_CPU_SIMD_DECODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef BLASST_CPU_SIMD_DECODE_INL_H_
 #undef BLASST_CPU_SIMD_DECODE_INL_H_
@@ -24,7 +24,6 @@
 #include "cpu/simd/exp-inl.h"
 #include "cpu/simd/finish-inl.h"
 #include "cpu/totals.h"
-#include "hwy/cache_control.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -55,23 +54,23 @@ inline constexpr int kKeyGroup = 4;  // keys that share a pass over the rows
 inline constexpr int kValueVectors =
     HWY_TARGET == HWY_AVX3 ? 4 : 2;  // output vectors of a row in registers
 
+// One query tile: its queries, softmax state and outputs, and the key tile at hand.
 template <typename A>
-class DecodeWalk {
+class DecodeHead {
  public:
-  DecodeWalk(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
-             const Partial& partial)
+  DecodeHead(const Problem& p, const QueryTile& tile, Range key_tiles, Totals& totals,
+             float* scratch)
       : p_(p),
-        unit_(unit),
-        tile_(*unit.tile),
+        tile_(tile),
+        key_tiles_(key_tiles),
         totals_(totals),
-        partial_(partial),
-        count_(unit.tile->rows()),
+        count_(tile.rows()),
         padded_count_(hwy::RoundUpTo(count_, kLanes)),
         depth_(p.head_dim / A::kPack),
         q_stride_(hwy::RoundUpTo(depth_, kLanes)),
         o_stride_(hwy::RoundUpTo(p.value_dim, A::kPack * kLanes)),
-        kv_head_(unit.tile->head / p.group()),
-        keys_(p.requests[unit.tile->request].keys) {
+        kv_head_(tile.head / p.group()),
+        keys_(p.requests[tile.request].keys) {
     const auto take = [&](int64_t floats) {
       return std::exchange(scratch, scratch + hwy::RoundUpTo(floats, 16));
     };
@@ -83,26 +82,103 @@ class DecodeWalk {
       *row = take(padded_count_);
     unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
     log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
+    Begin();
   }
 
-  void Run() {
-    Begin();
-    if (unit_.visit.begin > 0) SeedMaxima();
-    int64_t j = NextTile();
-    if (j >= 0) FindRows(j, k_rows_);
-    while (j >= 0) {
-      const int64_t next = NextTile();
-      if (next >= 0) FindRows(next, next_k_rows_);
-      Visit(j, next >= 0);
-      std::swap(k_rows_, next_k_rows_);
-      j = next;
+  bool Visits(int64_t j) const {
+    return p_.block_visible(tile_, j) &&
+           (!p_.mask.bands || attention::any_visible(ranges_, KeysOf(j)));
+  }
+
+  // A split that does not begin the visit starts from the maxima of the visit's first two tiles.
+  void SeedMaxima() {
+    int seeds = 0;
+    for (int64_t i = 0; i < key_tiles_.size() && seeds < 2; ++i) {
+      const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
+      if (!Visits(j)) continue;
+      ++seeds;
+      FindRows(p_.kv.k, KeysOf(j), k_rows_);
+      Score();
+      Maxima(KeysOf(j));
+      for (int64_t r = 0; r < count_; ++r) m_[r] = std::max(m_[r], t_[r]);
     }
+  }
+
+  // Visits tile j. `next`: the tile after it, whose keys are fetched meanwhile; -1: none.
+  void Visit(int64_t j, int64_t next) {
+    if (j == next_key_tile_) {
+      std::swap(k_rows_, next_k_rows_);
+    } else {
+      FindRows(p_.kv.k, KeysOf(j), k_rows_);
+    }
+    next_key_tile_ = next;
+    if (next >= 0) FindRows(p_.kv.k, KeysOf(next), next_k_rows_);
+
+    Score();
+    const Range keys = KeysOf(j);
+    const bool nan = Maxima(keys);
+    const bool kept = Keep() || nan;
+    totals_.count(tile_, j, kept, totals_.wants_gaps() ? Gap(nan) : 0);
+    fetch_values_ = kept;
+    if (kept) FindValues(j, rows_differ_ ? keys : intersect(keys, ranges_[0]), next_v_rows_);
     AddPending();
-    WritePartial();
+    fetch_values_ = false;
+    if (kept) {
+      Softmax();
+      pending_ = j;
+      std::swap(v_rows_, next_v_rows_);
+    } else if (p_.report.dropped_mass_bound) {
+      AddBound();
+    }
+  }
+
+  // Adds the values of the tile that was kept last, while those of the next one are fetched.
+  void AddPending() {
+    if (pending_ < 0) {
+      if (fetch_values_) FetchAll(next_v_rows_, p_.value_dim);
+      return;
+    }
+    const int64_t j = std::exchange(pending_, -1);
+    if (rows_differ_ && Boundary(KeysOf(j))) {
+      for (int64_t r = 0; r < count_; ++r) {
+        FindValues(j, intersect(KeysOf(j), ranges_[r]), v_rows_);
+        AddRows<1>(r);
+      }
+      return;
+    }
+    for (int64_t r = 0; r < count_; r += kRowGroup) {
+      switch (std::min<int64_t>(kRowGroup, count_ - r)) {
+        case 1:
+          AddRows<1>(r);
+          break;
+        case 2:
+          AddRows<2>(r);
+          break;
+        case 3:
+          AddRows<3>(r);
+          break;
+        default:
+          AddRows<4>(r);
+      }
+    }
+  }
+
+  void WritePartial(const Partial& partial) const {
+    constexpr int64_t kBlock = A::kPack * kLanes;
+    for (int64_t r = 0; r < count_; ++r) {
+      partial.m[r] = m_[r] * log2_scale_;
+      partial.l[r] = l_[r];
+      partial.bound[r] = bound_[r];
+      for (int64_t d = 0; d < p_.value_dim; ++d) {
+        const int64_t at = d / kBlock * kBlock + A::Lane(static_cast<int>(d % kBlock));
+        partial.o[r * partial.o_stride + d] = o_[r * o_stride_ + at];
+      }
+    }
   }
 
  private:
   using Rows = std::array<const std::byte*, kKeys>;
+  static constexpr int64_t kBytes = A::kDType == BLASST_FLOAT32 ? 4 : 2;  // an element
 
   void Begin() {
     ranges_.resize(count_);
@@ -123,44 +199,33 @@ class DecodeWalk {
 
   Range KeysOf(int64_t j) const { return {j * kKeys, std::min<int64_t>(keys_, (j + 1) * kKeys)}; }
 
-  bool Visited(int64_t j) const {
-    return p_.block_visible(tile_, j) &&
-           (!p_.mask.bands || attention::any_visible(ranges_, KeysOf(j)));
-  }
-
-  // The next tile of this split that is visited; -1 at its end.
-  int64_t NextTile() {
-    while (position_ < unit_.visit.size()) {
-      const int64_t j =
-          attention::nth_tile(p_.order, unit_.key_tiles, unit_.visit.begin + position_++);
-      if (Visited(j)) return j;
-    }
-    return -1;
-  }
-
   static const std::byte* ZeroRow() {
     static constexpr std::array<std::byte, kMaxDim * sizeof(float)> zeros{};
     return zeros.data();
   }
 
-  void FindRows(int64_t j, Rows& rows) const {
-    const Range keys = KeysOf(j);
-    for (int64_t i = 0; i < kKeys; ++i)
-      rows[i] = i < keys.size() ? p_.key(tile_.request, keys.begin + i, kv_head_) : ZeroRow();
+  // Asks for bytes [begin, end) of a row, to be used a tile later: into the second-level cache, for
+  // the tiles of a unit's heads are more than the first holds.
+  static HWY_INLINE void Fetch(const std::byte* row, int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 
-  // Values of the keys that some row sees (`row` < 0) or that this row sees; zeros elsewhere, so
-  // that NaN in a masked value stays out.
-  void FindValues(int64_t j, int64_t row, Rows& rows) const {
+  static void FetchAll(const Rows& rows, int64_t dim) {
+    for (const std::byte* row : rows) Fetch(row, 0, dim * kBytes);
+  }
+
+  // Where the rows of a tile's keys are; zeros behind the last.
+  void FindRows(const View& view, Range keys, Rows& rows) const {
+    p_.rows_of(view, tile_.request, keys, kv_head_, rows.data());
+    std::fill(rows.begin() + keys.size(), rows.end(), ZeroRow());
+  }
+
+  // Values of tile j; zeros for keys not in `seen`, so that NaN in a masked value stays out.
+  void FindValues(int64_t j, Range seen, Rows& rows) const {
     const Range keys = KeysOf(j);
-    const auto seen = [&](int64_t key) {
-      if (row >= 0) return key >= ranges_[row].begin && key < ranges_[row].end;
-      return !rows_differ_ ? key >= ranges_[0].begin && key < ranges_[0].end : true;
-    };
-    for (int64_t i = 0; i < kKeys; ++i) {
-      rows[i] = i < keys.size() && seen(keys.begin + i)
-                    ? p_.value(tile_.request, keys.begin + i, kv_head_)
-                    : ZeroRow();
+    FindRows(p_.kv.v, keys, rows);
+    for (int64_t i = 0; i < keys.size(); ++i) {
+      if (keys.begin + i < seen.begin || keys.begin + i >= seen.end) rows[i] = ZeroRow();
     }
   }
 
@@ -170,72 +235,33 @@ class DecodeWalk {
            });
   }
 
-  // A split starts from the maxima of the first two tiles of the whole visit.
-  void SeedMaxima() {
-    int seeds = 0;
-    for (int64_t i = 0; i < unit_.key_tiles.size() && seeds < 2; ++i) {
-      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, i);
-      if (!Visited(j)) continue;
-      ++seeds;
-      FindRows(j, k_rows_);
-      Scores(false);
-      Maxima(KeysOf(j));
-      for (int64_t r = 0; r < count_; ++r) m_[r] = std::max(m_[r], t_[r]);
-    }
-  }
-
-  void Visit(int64_t j, bool prefetch_next) {
-    const Range keys = KeysOf(j);
-    Scores(prefetch_next);
-    const bool nan = Maxima(keys);
-    const bool kept = Keep() || nan;
-    totals_.count(tile_, j, kept, totals_.wants_gaps() ? Gap(nan) : 0);
-    if (kept) {
-      FindValues(j, -1, next_v_rows_);
-      for (const std::byte* row : next_v_rows_) PrefetchRow(row, p_.value_dim);
-    }
-    AddPending();
-    if (kept) {
-      Softmax();
-      pending_ = j;
-      std::swap(v_rows_, next_v_rows_);
-    } else if (p_.report.dropped_mass_bound) {
-      AddBound();
-    }
-  }
-
-  void PrefetchRow(const std::byte* row, int64_t dim) const {
-    const int64_t bytes = dim * static_cast<int64_t>(A::kDType == BLASST_FLOAT32 ? 4 : 2);
-    for (int64_t at = 0; at < bytes; at += 64) hwy::Prefetch(row + at);
-  }
-
   // scores[row][key] = q . k.
-  HWY_NOINLINE void Scores(bool prefetch_next) {
+  HWY_NOINLINE void Score() {
     for (int64_t r = 0; r < count_; r += kRowGroup) {
-      const bool prefetch = prefetch_next && r == 0;
+      const bool fetch = r == 0 && next_key_tile_ >= 0;
       switch (std::min<int64_t>(kRowGroup, count_ - r)) {
         case 1:
-          ScoreRows<1>(r, prefetch);
+          ScoreRows<1>(r, fetch);
           break;
         case 2:
-          ScoreRows<2>(r, prefetch);
+          ScoreRows<2>(r, fetch);
           break;
         case 3:
-          ScoreRows<3>(r, prefetch);
+          ScoreRows<3>(r, fetch);
           break;
         default:
-          ScoreRows<4>(r, prefetch);
+          ScoreRows<4>(r, fetch);
       }
     }
   }
 
   template <int kRows>
-  HWY_INLINE void ScoreRows(int64_t first, bool prefetch) {
+  HWY_INLINE void ScoreRows(int64_t first, bool fetch) {
     const hn::FixedTag<float, 4> four;
     const float* q = q_ + first * q_stride_;
     for (int64_t key = 0; key < kKeys; key += kKeyGroup) {
-      if (prefetch) {
-        for (int i = 0; i < kKeyGroup; ++i) PrefetchRow(next_k_rows_[key + i], p_.head_dim);
+      if (fetch) {
+        for (int i = 0; i < kKeyGroup; ++i) Fetch(next_k_rows_[key + i], 0, p_.head_dim * kBytes);
       }
       V sums[kRows][kKeyGroup];
       for (auto& row : sums)
@@ -259,8 +285,7 @@ class DecodeWalk {
   // The last words of a key, with zeros behind them.
   V LoadTail(const std::byte* row, int64_t at) const {
     alignas(64) float words[kLanes] = {};
-    const int64_t bytes_a_word = A::kDType == BLASST_FLOAT32 ? 4 : 2 * A::kPack;
-    A::Stage(row + at * bytes_a_word, (depth_ - at) * A::kPack, words);
+    A::Stage(row + at * A::kPack * kBytes, (depth_ - at) * A::kPack, words);
     return hn::Load(f, words);
   }
 
@@ -362,34 +387,6 @@ class DecodeWalk {
     return hn::GetLane(hn::SumOfLanes(f, sum));
   }
 
-  // Adds the values of the tile that was kept last.
-  void AddPending() {
-    if (pending_ < 0) return;
-    const int64_t j = std::exchange(pending_, -1);
-    if (rows_differ_ && Boundary(KeysOf(j))) {
-      for (int64_t r = 0; r < count_; ++r) {
-        FindValues(j, r, v_rows_);
-        AddRows<1>(r);
-      }
-      return;
-    }
-    for (int64_t r = 0; r < count_; r += kRowGroup) {
-      switch (std::min<int64_t>(kRowGroup, count_ - r)) {
-        case 1:
-          AddRows<1>(r);
-          break;
-        case 2:
-          AddRows<2>(r);
-          break;
-        case 3:
-          AddRows<3>(r);
-          break;
-        default:
-          AddRows<4>(r);
-      }
-    }
-  }
-
   template <int kRows>
   HWY_NOINLINE void AddRows(int64_t first) {
     constexpr int64_t kBlock = A::kPack * kLanes;  // elements of one LoadValues
@@ -412,8 +409,13 @@ class DecodeWalk {
       for (int v = 0; v < kVectors; ++v)
         sums[r][v] = hn::Mul(hn::LoadU(f, o_ + (first + r) * o_stride_ + d + v * kLanes), rescale);
     }
+    const bool fetch = first == 0 && fetch_values_;
     for (int64_t step = 0; step < kKeys / A::kPack; ++step) {
       const std::byte* const* rows = v_rows_.data() + step * A::kPack;
+      if (fetch) {
+        for (int i = 0; i < A::kPack; ++i)
+          Fetch(next_v_rows_[step * A::kPack + i], d * kBytes, (d + kVectors * kLanes) * kBytes);
+      }
       V words[kVectors];
       if constexpr (kTail) {
         LoadValuesTail(rows, d, words);
@@ -444,24 +446,10 @@ class DecodeWalk {
     A::LoadValues(padded_rows, 0, words);
   }
 
-  void WritePartial() const {
-    constexpr int64_t kBlock = A::kPack * kLanes;
-    for (int64_t r = 0; r < count_; ++r) {
-      partial_.m[r] = m_[r] * log2_scale_;
-      partial_.l[r] = l_[r];
-      partial_.bound[r] = bound_[r];
-      for (int64_t d = 0; d < p_.value_dim; ++d) {
-        const int64_t at = d / kBlock * kBlock + A::Lane(static_cast<int>(d % kBlock));
-        partial_.o[r * partial_.o_stride + d] = o_[r * o_stride_ + at];
-      }
-    }
-  }
-
   const Problem& p_;
-  const DecodeUnit& unit_;
   const QueryTile& tile_;
+  const Range key_tiles_;  // of the whole visit
   Totals& totals_;
-  const Partial& partial_;
   const int64_t count_, padded_count_;  // rows
   const int64_t depth_;                 // words a key
   const int64_t q_stride_, o_stride_;
@@ -471,15 +459,33 @@ class DecodeWalk {
   float *m_, *t_, *l_, *bound_, *rescale_, *below_, *seen_;  // a row each
   std::vector<Range> ranges_;                                // keys that a row sees
   bool rows_differ_ = false;
-  int64_t position_ = 0;
-  int64_t pending_ = -1;  // kept tile whose values are still to be added
+  int64_t next_key_tile_ = -1;
+  bool fetch_values_ = false;  // of next_v_rows_
+  int64_t pending_ = -1;       // kept tile whose values are still to be added
   Rows k_rows_, next_k_rows_, v_rows_, next_v_rows_;
 };
 
 template <typename A>
 void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
-            const Partial& partial) {
-  DecodeWalk<A>(p, unit, totals, scratch, partial).Run();
+            const Partial* partials) {
+  std::vector<DecodeHead<A>> heads;
+  heads.reserve(unit.tiles.size());
+  for (const QueryTile& tile : unit.tiles) {
+    heads.emplace_back(p, tile, unit.key_tiles, totals, scratch);
+    scratch += decode_scratch_floats(p);
+    if (unit.visit.begin > 0) heads.back().SeedMaxima();
+  }
+  for (int64_t i = unit.visit.begin; i < unit.visit.end; ++i) {
+    const int64_t j = attention::nth_tile(p.order, unit.key_tiles, i);
+    const int64_t next =
+        i + 1 < unit.visit.end ? attention::nth_tile(p.order, unit.key_tiles, i + 1) : -1;
+    for (DecodeHead<A>& head : heads)
+      if (head.Visits(j)) head.Visit(j, next);
+  }
+  for (size_t i = 0; i < heads.size(); ++i) {
+    heads[i].AddPending();
+    heads[i].WritePartial(partials[unit.partial + static_cast<int64_t>(i) * unit.splits]);
+  }
 }
 
 // Joins the splits of a query tile, in their order, and writes its output rows.

@@ -1,0 +1,65 @@
+// The CPU backend's host-side choices.
+#include "cpu/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <set>
+#include <vector>
+
+#include "check/problem.h"
+
+namespace blasst::cpu {
+namespace {
+
+TEST(Plan, DecodeUnitsTakeManyHeadsIfEveryThreadStillHasWork) {
+  EXPECT_EQ(decode_unit_heads(8, 16, 2), 8) << "16 units for 2 threads";
+  EXPECT_EQ(decode_unit_heads(8, 1, 2), 1) << "one short request: its 8 heads are the only work";
+  EXPECT_EQ(decode_unit_heads(8, 4, 2), 4);
+  EXPECT_EQ(decode_unit_heads(1, 1, 64), 1);
+  EXPECT_EQ(decode_unit_heads(64, 1000, 2), kUnitHeads);
+}
+
+TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
+  for (const int threads : {1, 2, 16}) {
+    const check::Problem problem(
+        {.decode = true,
+         .requests = {{1, 10000}, {1, 0}, {1, 4 * kKeys * kSplitTiles}, {1, 1}},
+         .heads = 6,
+         .kv_heads = 3,
+         .head_dim = 16,
+         .value_dim = 16});
+    const Problem p = attention::make_problem(check::as_decode(problem.params));
+    const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
+    const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
+    std::set<int64_t> partials;
+    std::vector<int64_t> visited(tiles.size());
+    for (const DecodeUnit& unit : units) {
+      EXPECT_LE(unit.visit.size(), kSplitTiles);
+      for (int64_t t = 0; t < std::ssize(unit.tiles); ++t) {
+        EXPECT_TRUE(partials.insert(unit.partial + t * unit.splits).second) << "one writer each";
+        visited[&unit.tiles[t] - tiles.data()] += unit.visit.size();
+      }
+    }
+    EXPECT_EQ(std::ssize(partials), decode_partials(units));
+    EXPECT_EQ(*partials.rbegin() + 1, decode_partials(units)) << "no gaps";
+    for (size_t i = 0; i < tiles.size(); ++i)
+      EXPECT_EQ(visited[i], attention::ceil_div(p.requests[tiles[i].request].keys, kKeys));
+  }
+}
+
+TEST(Plan, PrefillUnitsAreLongestFirst) {
+  const check::Problem problem({.requests = {{1000, 1000}, {1000, 3000}}, .causal = true});
+  const Problem p = attention::make_problem(problem.params);
+  const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
+  int64_t last = INT64_MAX, covered = 0;
+  for (const PrefillUnit& unit : prefill_units(p, tiles)) {
+    const int64_t work = unit.key_tiles.size() * std::ssize(unit.tiles);
+    EXPECT_LE(work, last);
+    last = work;
+    covered += std::ssize(unit.tiles);
+  }
+  EXPECT_EQ(covered, std::ssize(tiles));
+}
+
+}  // namespace
+}  // namespace blasst::cpu
