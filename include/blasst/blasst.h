@@ -4,8 +4,15 @@
  * as C11 and as C++20. In C, start from blasst_prefill_params_init / blasst_decode_params_init; in
  * C++ the members carry the same defaults.
  *
- * Sizes and strides count elements, lengths count tokens. Every pointer is to host memory. Index
- * arrays are int32. Nothing is written when a call fails.
+ * Sizes and strides count elements, lengths count tokens. Index arrays are int32. Nothing is
+ * written when a call fails.
+ *
+ * Pointers are to host memory, or, with BLASST_BACKEND_CUDA_SM90, all to memory of the current
+ * device: tensors, index arrays, thresholds, sinks, bands, reports, workspace. A call then enqueues
+ * its work on `stream`, allocates nothing and can be captured in a graph; each launch reads the
+ * arrays anew. Values in device arrays are not checked: index arrays must be valid, and a threshold
+ * that is none (NaN, below 0) skips nothing, one above 1 counts as 1. What that backend does not do
+ * is BLASST_UNSUPPORTED, with a message.
  */
 #ifndef BLASST_BLASST_H_
 #define BLASST_BLASST_H_
@@ -82,7 +89,9 @@ typedef struct blasst_view {
 typedef struct blasst_keys_values {
   blasst_view k;
   blasst_view v;
-  int64_t key_length BLASST_DEFAULT(0);           /* dense: tokens a request has room for */
+  /* Dense: tokens a request has room for. cuda, ragged or paged: no request has more keys; 0: what
+   * fits in k or in the page table. */
+  int64_t key_length BLASST_DEFAULT(0);
   const int32_t* lengths BLASST_DEFAULT(nullptr); /* [batch] keys in use */
   const int32_t* cu_seqlens
       BLASST_DEFAULT(nullptr); /* [batch + 1] first key of each request, from 0 */
@@ -137,7 +146,7 @@ typedef struct blasst_report {
   int64_t* tiles_skipped BLASST_DEFAULT(nullptr);   /* [batch, heads] */
   /* One bit a tile, 1 = kept: [heads, query tiles of all requests, words], decode [kv_heads, batch,
    * words]; bit j % 32 of word j / 32 is key tile j; words = ceil(key tiles of the longest request
-   * / 32). */
+   * / 32); cuda: of key_length keys. */
   uint32_t* tile_bits BLASST_DEFAULT(nullptr);
   /* [heads, BLASST_GAP_BINS] visited tiles by gap. In decode the query heads of a KV head decide
    * together and share one gap. */
@@ -154,7 +163,7 @@ typedef struct blasst_prefill_params {
   int64_t kv_heads BLASST_DEFAULT(0);
   int64_t head_dim BLASST_DEFAULT(0);     /* 16 to 256, a multiple of 8 */
   int64_t value_dim BLASST_DEFAULT(0);    /* the same range */
-  int64_t query_length BLASST_DEFAULT(0); /* dense q: rows a request */
+  int64_t query_length BLASST_DEFAULT(0); /* dense q: rows a request; cuda, ragged q: the most */
   const int32_t* cu_seqlens_q
       BLASST_DEFAULT(nullptr); /* ragged q: [batch + 1] first row of each request */
   blasst_view q;
@@ -167,9 +176,11 @@ typedef struct blasst_prefill_params {
   blasst_order order BLASST_DEFAULT(BLASST_SINK_FIRST);
   blasst_tile_test test;
   blasst_report report;
-  int32_t threads BLASST_DEFAULT(0);        /* 0: all processors */
-  void* workspace BLASST_DEFAULT(nullptr);  /* null: the call allocates what it needs */
+  int32_t threads BLASST_DEFAULT(0);        /* cpu: 0: all processors */
+  void* workspace BLASST_DEFAULT(nullptr);  /* cpu: null: the call allocates what it needs */
   size_t workspace_bytes BLASST_DEFAULT(0); /* at least blasst_prefill_workspace_bytes */
+  int64_t rows BLASST_DEFAULT(0);           /* cuda, ragged q: the last of cu_seqlens_q */
+  void* stream BLASST_DEFAULT(nullptr);     /* cuda: a cudaStream_t */
 } blasst_prefill_params;
 
 /* Decode: the last query_length (1 to 16) positions of each request, q [batch, query_length, heads,
@@ -199,6 +210,7 @@ typedef struct blasst_decode_params {
   int32_t threads BLASST_DEFAULT(0);
   void* workspace BLASST_DEFAULT(nullptr);
   size_t workspace_bytes BLASST_DEFAULT(0); /* at least blasst_decode_workspace_bytes */
+  void* stream BLASST_DEFAULT(nullptr);     /* cuda: a cudaStream_t */
 } blasst_decode_params;
 
 /* The tiles that decisions are taken on. */
@@ -206,6 +218,9 @@ typedef struct blasst_tile_shape {
   int64_t query_rows;  /* rows of one head a query tile; decode: heads / kv_heads * query_length */
   int64_t keys;        /* keys a key tile */
   int64_t split_tiles; /* decode: tiles of the visit sequence a split; 0: never split */
+  /* decode: a visit longer than most_splits * split_tiles has splits of ceil(tiles / most_splits)
+   * tiles; 0: no limit */
+  int64_t most_splits BLASST_DEFAULT(0);
 } blasst_tile_shape;
 
 /* Fill *params with the defaults above. */

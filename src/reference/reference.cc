@@ -48,8 +48,11 @@ class Attend {
   void run() {
     const Range tiles = attention::tile_range(ranges_, shape_.keys);
     const std::vector<int64_t> seeds = first_visited(tiles, 2);
+    int64_t split_tiles = shape_.split_tiles;
+    if (shape_.most_splits > 0)
+      split_tiles = std::max(split_tiles, attention::ceil_div(tiles.size(), shape_.most_splits));
     for (int64_t i = 0; i < tiles.size(); ++i) {
-      if (shape_.split_tiles > 0 && i > 0 && i % shape_.split_tiles == 0) start_split(seeds);
+      if (split_tiles > 0 && i > 0 && i % split_tiles == 0) start_split(seeds);
       const int64_t j = attention::nth_tile(p_.order, tiles, i);
       if (visited(j)) visit(j);
     }
@@ -214,7 +217,7 @@ class Attend {
 };
 
 Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced) {
-  if (shape.query_rows < 1 || shape.keys < 1 || shape.split_tiles < 0)
+  if (shape.query_rows < 1 || shape.keys < 1 || shape.split_tiles < 0 || shape.most_splits < 0)
     throw Error(BLASST_INVALID_ARGUMENT,
                 "the reference's tile shape needs query_rows and keys of at least 1");
   attention::check_block_mask(p, shape);

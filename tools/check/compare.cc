@@ -15,7 +15,6 @@ namespace blasst::check {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kFloatRoundoff = 0x1p-24;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -29,12 +28,13 @@ struct Allowance {
 
 class Comparer {
  public:
-  explicit Comparer(const Problem& problem)
+  Comparer(const Problem& problem, TileShape shape, double sum_roundoff)
       : problem_(problem),
         p_(problem.params),
         decode_(problem.description.decode),
         access_(p_),
-        shape_(tile_shape(p_, decode_)) {
+        shape_(shape),
+        roundoff_(sum_roundoff) {
     words_ = ceil_div(ceil_div(access_.max_keys(), shape_.keys), 32);
     first_query_tile_ = {0};
     for (const auto& r : access_.requests())
@@ -102,10 +102,9 @@ class Comparer {
     double plain_lse_error = 0;
     for (const auto& [place, tiles] : visits)
       plain_row(place.first, place.second, tiles, plain_lse_error);
-    allowed_.score = 2 * score_error_ + kFloatRoundoff * (8 + 4 * magnitude_);
-    allowed_.out =
-        2 * result_.plain_error + unit_roundoff(p_.dtype) + kFloatRoundoff * (8 + magnitude_);
-    allowed_.lse = 2 * plain_lse_error + kFloatRoundoff * (8 + magnitude_);
+    allowed_.score = 2 * score_error_ + roundoff_ * (8 + 4 * magnitude_);
+    allowed_.out = 2 * result_.plain_error + unit_roundoff(p_.dtype) + roundoff_ * (8 + magnitude_);
+    allowed_.lse = 2 * plain_lse_error + roundoff_ * (8 + magnitude_);
   }
 
   void plain_row(int64_t head, int64_t row, std::span<const Tile* const> tiles, double& lse_error) {
@@ -295,6 +294,7 @@ class Comparer {
   bool decode_;
   Access access_;
   TileShape shape_;
+  double roundoff_;
   int64_t words_ = 0;
   std::vector<int64_t> first_query_tile_;  // of each request, then the total
   reference::Result reference_;
@@ -306,6 +306,12 @@ class Comparer {
 
 }  // namespace
 
-Comparison compare(const Problem& problem) { return Comparer(problem).run(); }
+Comparison compare(const Problem& problem) {
+  return compare(problem, tile_shape(problem.params, problem.description.decode));
+}
+
+Comparison compare(const Problem& problem, TileShape shape, double sum_roundoff) {
+  return Comparer(problem, shape, sum_roundoff).run();
+}
 
 }  // namespace blasst::check

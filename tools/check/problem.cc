@@ -334,6 +334,11 @@ void Problem::set_report() {
 }
 
 void Problem::run() {
+  mark_outputs();
+  call(params, description.decode);
+}
+
+void Problem::mark_outputs() {
   std::ranges::fill(out_, kUnused);
   std::ranges::fill(lse, kMark);
   std::ranges::fill(dropped_mass_bound, kMark);
@@ -341,7 +346,6 @@ void Problem::run() {
   std::ranges::fill(tiles_skipped, kMark);
   std::ranges::fill(tile_bits, kMark);
   std::ranges::fill(gap_histogram, kMark);
-  call(params, description.decode);
 }
 
 bool Problem::wrote_anything() const {

@@ -62,6 +62,7 @@ class Problem {
 
   // Fills the outputs with marks and calls the library.
   void run();
+  void mark_outputs();
 
   // Whether the call wrote outside the rows of out, or any output at all.
   bool wrote_elsewhere() const;

@@ -1,0 +1,203 @@
+// From the results of work items to the output. A warp adds the results of whole groups; a block
+// those of single splits, a warp for each group.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/sm90/decode/fold.cuh"
+#include "cuda/sm90/decode/layout.cuh"
+#include "cuda/sm90/decode/params.h"
+#include "cuda/sm90/decode/produce.cuh"
+#include "cuda/sm90/decode/schedule.h"
+#include "cuda/sm90/ptx.cuh"
+
+namespace blasst::cuda::decode {
+
+inline constexpr int kMostGroups = (kSlots + kGroupSplits - 1) / kGroupSplits;
+
+// Sums over keys of one row, relative to a maximum; a lane's share of the elements.
+template <int kElements>
+struct RowResult {
+  float m = -INFINITY, l = 0, bound = 0;
+  float o[kElements] = {};
+
+  __device__ __forceinline__ void add(const RowResult& next, float log2_scale) {
+    const FoldWeights weights(m, next.m, log2_scale);
+    m = weights.maximum;
+    l = weights(l, next.l);
+    bound = weights(bound, next.bound);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) o[i] = weights(o[i], next.o[i]);
+  }
+};
+
+template <typename T, int kDim>
+class Combine {
+  static constexpr int kElements = kDim / 32;  // of a lane: pairs, 64 elements apart
+  using Result = RowResult<kElements>;
+
+ public:
+  struct Shared {
+    float m[kMostGroups], l[kMostGroups], bound[kMostGroups];
+    float o[kMostGroups][kDim];
+  };
+
+  __device__ __forceinline__ Combine(const Params& p, const Plan& plan, Shared& shared)
+      : p_(p),
+        plan_(plan),
+        shared_(shared),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        group_(p.heads / p.kv_heads),
+        log2_scale_(plan.unit_scale * 1.4426950408889634f) {}
+
+  __device__ __forceinline__ void run() {
+    const int grouped_rows = plan_.grouped_pairs * plan_.rows;
+    const int grouped_blocks = ceil_div(grouped_rows, kCombineWarps);
+    const bool grouped = blockIdx.x < grouped_blocks;
+    const int index =
+        grouped ? blockIdx.x * kCombineWarps + warp_ : grouped_rows + blockIdx.x - grouped_blocks;
+    if (grouped && index >= grouped_rows) return;
+    find(index);
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    grouped ? add_groups() : add_splits();
+  }
+
+ private:
+  // Which row this is, and how many splits it has.
+  __device__ __forceinline__ void find(int index) {
+    const int pair = index / plan_.rows;
+    row_ = index % plan_.rows;
+    request_ = pair / p_.kv_heads;
+    head_ = pair % p_.kv_heads * group_ + row_ % group_;
+    position_ = row_ / group_;
+    first_slot_ = first_item(pair, plan_.grouped_pairs, plan_.group_slots, plan_.split_slots);
+    const Range tiles =
+        visit(keys_of(p_, request_), p_.query_length, p_.least_distance, p_.most_distance);
+    tiles_ = tiles.end - tiles.begin;
+    splits_ = ceil_div(tiles_, split_tiles(tiles_, plan_.least_split_tiles, plan_.most_splits));
+  }
+
+  __device__ __forceinline__ void add_groups() {
+    const int groups = ceil_div(splits_, kGroupSplits);
+    Result total;
+    for (int g = 0; g < groups; g += kGroupSplits)
+      add_items(g, min(kGroupSplits, groups - g), g > 0, total);
+    count_tiles(groups);
+    write(total);
+  }
+
+  __device__ __forceinline__ void add_splits() {
+    const int groups = ceil_div(splits_, kGroupSplits);
+    for (int g = warp_; g < groups; g += kCombineWarps) {
+      Result total;
+      add_items(g * kGroupSplits, min(kGroupSplits, splits_ - g * kGroupSplits), false, total);
+      if (lane_ == 0)
+        shared_.m[g] = total.m, shared_.l[g] = total.l, shared_.bound[g] = total.bound;
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) shared_.o[g][element(i)] = total.o[i];
+    }
+    if (warp_ == kCombineWarps - 1) count_tiles(splits_);
+    __syncthreads();
+    if (warp_ != 0) return;
+    Result total;
+    for (int g = 0; g < groups; ++g) {
+      Result next;
+      next.m = shared_.m[g], next.l = shared_.l[g], next.bound = shared_.bound[g];
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) next.o[i] = shared_.o[g][element(i)];
+      if (g == 0)
+        total = next;
+      else
+        total.add(next, log2_scale_);
+    }
+    write(total);
+  }
+
+  // Adds `count` items, `more` to the total so far; all are asked for before one is used.
+  __device__ __forceinline__ void add_items(int first, int count, bool more, Result& total) const {
+    Result next[kGroupSplits];
+#pragma unroll
+    for (int i = 0; i < kGroupSplits; ++i)
+      if (i < count) next[i] = load(first + i);
+#pragma unroll
+    for (int i = 0; i < kGroupSplits; ++i) {
+      if (i >= count) break;
+      if (i == 0 && !more)
+        total = next[i];
+      else
+        total.add(next[i], log2_scale_);
+    }
+  }
+
+  __device__ __forceinline__ int element(int i) const { return i / 2 * 64 + 2 * lane_ + i % 2; }
+
+  __device__ __forceinline__ Result load(int item) const {
+    const int64_t slot = first_slot_ + item;
+    const float* statistics = plan_.statistics + slot * 3 * plan_.rows + row_;
+    const float* partial = plan_.partial + (slot * plan_.rows + row_) * kDim;
+    Result result;
+    result.m = statistics[0];
+    result.l = statistics[plan_.rows];
+    result.bound = statistics[2 * plan_.rows];
+#pragma unroll
+    for (int i = 0; i < kElements; i += 2) {
+      const float2 pair = *reinterpret_cast<const float2*>(partial + element(i));
+      result.o[i] = pair.x, result.o[i + 1] = pair.y;
+    }
+    return result;
+  }
+
+  __device__ __forceinline__ void count_tiles(int items) const {
+    if (position_ != 0) return;
+    const int64_t cell = int64_t{request_} * p_.heads + head_;
+    if (p_.visitable && lane_ == 0) p_.visitable[cell] = tiles_;
+    if (!p_.skipped) return;
+    int skipped = 0;
+    for (int i = lane_; i < items; i += 32) skipped += plan_.dropped[first_slot_ + i];
+    skipped = __reduce_add_sync(0xffffffffu, skipped);
+    if (lane_ == 0) p_.skipped[cell] = skipped;
+  }
+
+  __device__ __forceinline__ void write(Result& total) const {
+    T* out = static_cast<T*>(p_.out) + request_ * p_.out_stride_request +
+             position_ * p_.out_stride_token + head_ * p_.out_stride_head;
+    const int64_t cell = (int64_t{head_} * p_.batch + request_) * p_.query_length + position_;
+    const bool none = total.m == -INFINITY && total.l == 0;  // no valid key
+    if (!none && p_.sinks) {
+      Result sink;
+      sink.m = p_.sinks[head_] / plan_.unit_scale;
+      sink.l = 1;
+      total.add(sink, log2_scale_);
+    }
+    const float inverse = none ? 0.0f : 1 / total.l;
+#pragma unroll
+    for (int i = 0; i < kElements; i += 2) {
+      const uint32_t pair = ptx::pack2<T>(total.o[i] * inverse, total.o[i + 1] * inverse);
+      *reinterpret_cast<uint32_t*>(out + element(i)) = pair;
+    }
+    if (lane_ != 0) return;
+    if (p_.lse) p_.lse[cell] = none ? -INFINITY : total.m * plan_.unit_scale + logf(total.l);
+    if (p_.dropped_mass_bound)
+      p_.dropped_mass_bound[cell] = none ? 0.0f : total.bound / (total.bound + total.l);
+  }
+
+  const Params& p_;
+  const Plan& plan_;
+  Shared& shared_;
+  const int warp_, lane_, group_;
+  const float log2_scale_;
+  int request_, head_, position_;
+  int row_;  // of the KV head
+  int tiles_, splits_;
+  int first_slot_;  // of the request and KV head
+};
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kCombineThreads)
+    combine(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
+  __shared__ typename Combine<T, kDim>::Shared shared;
+  Combine<T, kDim>(p, plan, shared).run();
+}
+
+}  // namespace blasst::cuda::decode

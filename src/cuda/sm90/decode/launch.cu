@@ -1,0 +1,180 @@
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "blasst/blasst.hpp"
+#include "cuda/sm90/decode/kernels.h"
+#include "cuda/sm90/decode/launch.h"
+#include "cuda/sm90/decode/layout.cuh"
+#include "cuda/sm90/decode/schedule.h"
+
+namespace blasst::cuda::decode {
+namespace {
+
+[[noreturn]] void fail(const std::string& what) { throw Error(BLASST_INTERNAL, what); }
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) fail(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+EncodeTiled encode_tiled() {
+  static const EncodeTiled encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
+    if (found != cudaDriverEntryPointSuccess)
+      fail("the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or later is needed");
+    return reinterpret_cast<EncodeTiled>(function);
+  }();
+  return encode;
+}
+
+// Boxes of one panel by `heads` by `tokens`, swizzled.
+CUtensorMap tensor_map(const Tensor& t, Element element, int dim, int heads, int tokens) {
+  const auto bytes = [&](int64_t stride, int64_t size) {
+    return static_cast<cuuint64_t>(size > 1 ? stride * 2 : dim * 2);  // of no use where size is 1
+  };
+  // A tensor without tokens is never read, but a map needs them.
+  const auto size_of = [](int64_t size) {
+    return static_cast<cuuint64_t>(std::max<int64_t>(1, size));
+  };
+  const cuuint64_t size[] = {size_of(dim), size_of(t.heads), size_of(t.tokens), size_of(t.outer)};
+  const cuuint64_t strides[] = {bytes(t.stride_head, t.heads), bytes(t.stride_token, t.tokens),
+                                bytes(t.stride_outer, t.outer)};
+  const cuuint32_t box[] = {kPanel, static_cast<cuuint32_t>(heads), static_cast<cuuint32_t>(tokens),
+                            1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status =
+      encode_tiled()(&map,
+                     element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                     4, const_cast<void*>(t.data), size, strides, box, steps,
+                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    fail("cuTensorMapEncodeTiled refused a tensor: CUresult " + std::to_string(status));
+  return map;
+}
+
+// The part of the plan that the shapes decide.
+Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_length, int dim) {
+  Plan plan{};
+  plan.rows = heads / kv_heads * query_length;
+  plan.least_split_tiles = least_split_tiles(plan.rows);
+  plan.most_splits = most_splits(kv_heads);
+  plan.split_slots = split_slots(key_length, plan.least_split_tiles, plan.most_splits);
+  plan.group_slots = ceil_div(plan.split_slots, kGroupSplits);
+  const int64_t pairs = int64_t{batch} * kv_heads;
+  const int64_t items = pairs * plan.split_slots;
+  if (items > 1 << 30)
+    fail("decode of batch " + std::to_string(batch) + " has " + std::to_string(items) +
+         " work items; at most " + std::to_string(1 << 30) + " are supported");
+  plan.grouped_pairs = grouped_pairs(static_cast<int>(pairs), kv_heads,
+                                     ceil_div(key_length, kTileKeys), plan.rows, dim);
+  plan.items =
+      first_item(static_cast<int>(pairs), plan.grouped_pairs, plan.group_slots, plan.split_slots);
+  return plan;
+}
+
+// Places the plan's arrays in the workspace; returns the end of the last.
+std::size_t place(Plan& plan, int dim, std::byte* workspace) {
+  std::size_t at = 0;
+  const auto take = [&](std::size_t bytes) {
+    std::byte* here = workspace + at;
+    at += (bytes + 255) / 256 * 256;
+    return here;
+  };
+  const std::size_t rows = std::size_t(plan.items) * plan.rows;
+  plan.partial = reinterpret_cast<float*>(take(rows * dim * sizeof(float)));
+  plan.statistics = reinterpret_cast<float*>(take(rows * 3 * sizeof(float)));
+  plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.items) * sizeof(int)));
+  plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
+  return at;
+}
+
+Variant variant_of(const Params& p) {
+  if (p.tile_bits || p.gap_histogram || p.dropped_mass_bound) return Variant::kReport;
+  return p.test == BLASST_TEST_NONE ? Variant::kDense : Variant::kSparse;
+}
+
+void clear_report(const Params& p, cudaStream_t stream) {
+  if (p.tile_bits)
+    check(cudaMemsetAsync(p.tile_bits, 0,
+                          sizeof(unsigned) * p.kv_heads * p.batch * std::size_t(p.tile_words),
+                          stream),
+          "cudaMemsetAsync");
+  if (p.gap_histogram)
+    check(cudaMemsetAsync(p.gap_histogram, 0,
+                          sizeof(unsigned long long) * p.heads * BLASST_GAP_BINS, stream),
+          "cudaMemsetAsync");
+}
+
+}  // namespace
+
+std::size_t workspace_bytes(int batch, int heads, int kv_heads, int query_length, int key_length,
+                            int dim) {
+  Plan plan = make_plan(batch, heads, kv_heads, query_length, key_length, dim);
+  return place(plan, dim, nullptr);
+}
+
+void launch(const Launch& l) {
+  Params p = l.params;
+  const auto stream = static_cast<cudaStream_t>(l.stream);
+  clear_report(p, stream);
+  if (p.batch == 0) return;
+  Plan plan = make_plan(p.batch, p.heads, p.kv_heads, p.query_length, p.key_length, l.dim);
+  const std::size_t needed = place(plan, l.dim, static_cast<std::byte*>(l.workspace));
+  if (l.workspace_bytes < needed)
+    throw Error(BLASST_INVALID_ARGUMENT, "workspace_bytes is " + std::to_string(l.workspace_bytes) +
+                                             "; this call needs " + std::to_string(needed));
+  plan.box_tokens = p.page_table ? std::min(p.page_size, kTileKeys) : kTileKeys;
+  plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
+
+  const CUtensorMap q = tensor_map(l.q, l.element, l.dim, p.heads / p.kv_heads, p.query_length);
+  const CUtensorMap k = tensor_map(l.k, l.element, l.dim, 1, plan.box_tokens);
+  const CUtensorMap v = tensor_map(l.v, l.element, l.dim, 1, plan.box_tokens);
+
+  int device, multiprocessors;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  const Kernels kernels = find_kernels(l.element, l.dim, plan.rows, variant_of(p));
+  check(cudaFuncSetAttribute(kernels.attend, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kernels.shared_bytes),
+        "cudaFuncSetAttribute");
+  const int blocks = std::min(plan.items, multiprocessors * kernels.blocks);
+  plan.chunk = chunk_items(plan.items, blocks);
+  if (blocks * plan.chunk < plan.items) {
+    check(cudaMemsetAsync(plan.next_item, 0, sizeof(int), stream), "cudaMemsetAsync");
+  } else {
+    plan.next_item = nullptr;
+  }
+  void* arguments[] = {&p, &plan, const_cast<CUtensorMap*>(&q), const_cast<CUtensorMap*>(&k),
+                       const_cast<CUtensorMap*>(&v)};
+  check(cudaLaunchKernel(kernels.attend, dim3(blocks), dim3(kThreads), arguments,
+                         kernels.shared_bytes, stream),
+        "cudaLaunchKernel");
+
+  // The combining kernel is set up while the attention kernel runs, and waits for its results.
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  const int grouped_rows = plan.grouped_pairs * plan.rows;
+  const int rows = p.batch * p.kv_heads * plan.rows;
+  config.gridDim = dim3(ceil_div(grouped_rows, kCombineWarps) + rows - grouped_rows);
+  config.blockDim = dim3(kCombineThreads);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelExC(&config, kernels.combine, arguments), "cudaLaunchKernelExC");
+}
+
+}  // namespace blasst::cuda::decode

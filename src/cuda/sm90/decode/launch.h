@@ -1,0 +1,38 @@
+// Launching the decode kernels. No CUDA types, so that any host code may include it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/sm90/decode/params.h"
+
+namespace blasst::cuda::decode {
+
+// A tensor [outer, tokens, heads, dim] on the device, read through the copy engine: data 16-byte
+// aligned, strides in elements that make every row 16-byte aligned, too.
+struct Tensor {
+  const void* data;
+  int64_t outer, tokens, heads;
+  int64_t stride_outer, stride_token, stride_head;
+};
+
+enum class Element { kBFloat16, kHalf };
+
+struct Launch {
+  Params params;
+  Tensor q, k, v;
+  Element element;
+  int dim;  // 64, 128 or 256, of queries, keys and values
+  void* workspace;
+  std::size_t workspace_bytes;  // at least what workspace_bytes() says
+  void* stream;                 // a cudaStream_t
+};
+
+// What a launch of these shapes needs on the device, whatever the lengths. 256-byte aligned.
+std::size_t workspace_bytes(int batch, int heads, int kv_heads, int query_length, int key_length,
+                            int dim);
+
+// Enqueues everything on the stream; allocates nothing. Throws Error.
+void launch(const Launch& launch);
+
+}  // namespace blasst::cuda::decode

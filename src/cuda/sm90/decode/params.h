@@ -1,0 +1,86 @@
+// What the decode kernels are told: plain values and device pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace blasst::cuda::decode {
+
+// One launch handles every request of a batch. Strides and sizes count elements, lengths count
+// tokens. Pointers are to device memory; null where a field says so. Whatever they point to is read
+// when the kernel runs, so a captured graph sees new lengths, pages and thresholds.
+struct Params {
+  int batch, heads, kv_heads;
+  int query_length;  // positions a request, 1 to 16: its last ones
+  void* out;         // [batch, query_length, heads, dim]
+  int64_t out_stride_request, out_stride_token, out_stride_head;
+
+  // Keys and values.
+  int key_length;           // the most tokens of a request; longer lengths are cut to it
+  const int* lengths;       // [batch]; null: key_length each
+  const int* cu_seqlens_k;  // [batch + 1]; null: not ragged
+  const int* page_table;    // [batch, page_table_stride]; null: not paged
+  int64_t page_table_stride;
+  int page_size;  // tokens: 16, 32, 64, 128 or 256
+  int pages;
+
+  // A score is scale * q.k, or softcap * tanh(scale * q.k / softcap).
+  float scale;
+  float softcap;       // 0: none
+  const float* sinks;  // [heads] logits that join the denominator; null: none
+
+  // Position p sees key j if least <= p - j <= most; at most kUnlimited away.
+  int least_distance, most_distance;
+
+  int order;  // blasst_order
+
+  // The tile test: kind is a blasst_test. A value that is no valid threshold (NaN, negative) skips
+  // nothing; one above 1 counts as 1.
+  int test;
+  const float* thresholds;
+  int64_t threshold_stride_request, threshold_stride_head;
+
+  // Reports; null: not wanted.
+  float* lse;                     // [heads, batch * query_length]
+  float* dropped_mass_bound;      // [heads, batch * query_length]
+  unsigned long long* visitable;  // [batch, heads]
+  unsigned long long* skipped;    // [batch, heads]
+  unsigned* tile_bits;            // [kv_heads, batch, tile_words]
+  int tile_words;
+  unsigned long long* gap_histogram;  // [heads, BLASST_GAP_BINS]
+
+  // Null, or four zeros: the first page id out of range is noted as 1, request, index in the
+  // request's page table, id. Such a page reads as zeros.
+  int* page_error;
+};
+
+// What launch() adds: the split rule and where partial results lie (schedule.h).
+struct Plan {
+  int rows;               // query rows of a KV head: heads / kv_heads * query_length
+  int least_split_tiles;  // of the split rule
+  int most_splits;
+  // Of the batch * kv_heads pairs of a request and a KV head, the first have whole groups of splits
+  // as work items, the others single splits.
+  int grouped_pairs;
+  int group_slots, split_slots;  // items that a pair may have
+  int items;                     // of all pairs, those that short requests do not have included
+  int chunk;                     // items that a block takes at a time
+  int* next_item;     // zero when the kernel starts; null: no block has more than one chunk
+  int box_tokens;     // tokens a copy: kTileKeys or a smaller page
+  float unit_scale;   // a score in natural units / a score as the kernel keeps it
+  float* partial;     // [items, rows, dim]
+  float* statistics;  // [items, 3, rows]: maximum, sum, bound on the skipped
+  int* dropped;       // [items]: skipped tiles
+};
+
+// What is compiled into a kernel.
+enum class Variant {
+  kDense,   // no tile test
+  kSparse,  // tile test
+  kReport,  // the same with tile bits, gaps and dropped mass
+};
+
+inline constexpr int kUnlimited = 1 << 29;
+inline constexpr int kTileKeys = 64;
+inline constexpr int kMaxRows = 64;  // query rows of a KV head
+
+}  // namespace blasst::cuda::decode

@@ -1,0 +1,211 @@
+// The warp that feeds a block: it finds the block's work, and streams queries and keys ahead of the
+// warps that score them.
+#pragma once
+
+#include <cmath>
+
+#include "blasst/blasst.h"
+#include "cuda/sm90/decode/layout.cuh"
+#include "cuda/sm90/decode/params.h"
+#include "cuda/sm90/decode/schedule.h"
+#include "cuda/sm90/ptx.cuh"
+
+namespace blasst::cuda::decode {
+
+__device__ __forceinline__ uint32_t address(const uint64_t& barrier) {
+  return ptx::shared_address(&barrier);
+}
+
+// Tokens of the request that are there to be read.
+__device__ __forceinline__ int keys_of(const Params& p, int request) {
+  int keys = p.key_length;
+  if (p.cu_seqlens_k) keys = p.cu_seqlens_k[request + 1] - p.cu_seqlens_k[request];
+  if (p.lengths) keys = p.lengths[request];
+  return max(0, min(keys, p.key_length));
+}
+
+// The index-th item of the launch; false if the request has no such item.
+__device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int index,
+                                          Item& item) {
+  const ItemPlace place = place_of(index, plan.grouped_pairs, plan.group_slots, plan.split_slots);
+  item.slot = index;
+  item.request = place.pair / p.kv_heads;
+  item.kv_head = place.pair % p.kv_heads;
+  item.keys = keys_of(p, item.request);
+  item.first_key = p.cu_seqlens_k ? p.cu_seqlens_k[item.request] : 0;
+  const Range tiles = visit(item.keys, p.query_length, p.least_distance, p.most_distance);
+  item.tile_begin = tiles.begin, item.tile_end = tiles.end;
+  const int count = tiles.end - tiles.begin;
+  item.split_tiles = split_tiles(count, plan.least_split_tiles, plan.most_splits);
+  const int item_tiles = item.split_tiles * place.splits;
+  item.begin = place.item * item_tiles;
+  item.end = min(count, item.begin + item_tiles);
+  return item.begin < item.end;
+}
+
+// Copies of a tile: pages, or one box. Those wholly beyond the request's keys are left out.
+__device__ __forceinline__ int boxes_of(const Params& p, const Plan& plan, int keys, int tile) {
+  if (!p.page_table) return 1;
+  const int left = min(kTileKeys, keys - tile * kTileKeys);
+  return ceil_div(left, plan.box_tokens);
+}
+
+// Copies a tile's keys or values; one warp, whose lane b / kPanels of `page` is box b's page.
+template <int kPanels>
+__device__ __forceinline__ void copy_tile(const Params& p, const Plan& plan, const CUtensorMap* map,
+                                          uint32_t destination, uint64_t& barrier, const Item& item,
+                                          int tile, int boxes, int page, ptx::L2Hint hint) {
+  const int lane = threadIdx.x % 32;
+  const int box = lane / kPanels, panel = lane % kPanels;
+  page = __shfl_sync(0xffffffffu, page, box);
+  if (lane == 0)
+    ptx::mbarrier_arrive_expect(address(barrier), boxes * plan.box_tokens * kPanels * kPanel * 2);
+  __syncwarp();
+  if (box >= boxes) return;
+  int token = tile * kTileKeys + box * plan.box_tokens, outer = item.request;
+  if (p.page_table) {
+    token %= p.page_size;
+    outer = page;
+  } else if (p.cu_seqlens_k) {
+    token += item.first_key;
+    outer = 0;
+  }
+  ptx::copy_box(destination + panel * kPanelBytes + box * plan.box_tokens * kPanel * 2, map,
+                address(barrier), panel * kPanel, item.kv_head, token, outer, hint);
+}
+
+template <int kDim, int kRows, bool kTests>
+class Producer {
+  using L = Layout<kDim, kRows>;
+  static constexpr unsigned kAll = 0xffffffffu;
+
+ public:
+  __device__ __forceinline__ Producer(const Params& p, const Plan& plan, typename L::Shared& shared,
+                                      const CUtensorMap* q_map, const CUtensorMap* k_map)
+      : p_(p),
+        plan_(plan),
+        shared_(shared),
+        q_map_(q_map),
+        k_map_(k_map),
+        lane_(threadIdx.x % 32) {}
+
+  // A block's first chunk of items has its number; later ones go to whoever comes first.
+  __device__ __forceinline__ void run() {
+    const int chunk = plan_.chunk;
+    for (int first = blockIdx.x * chunk; first < plan_.items;) {
+      int next = plan_.items;
+      if (lane_ == 0 && plan_.next_item)
+        next = gridDim.x * chunk + atomicAdd(plan_.next_item, chunk);
+      Item mine{};
+      const bool found =
+          lane_ < chunk && first + lane_ < plan_.items && find_item(p_, plan_, first + lane_, mine);
+      for (unsigned rest = __ballot_sync(kAll, found); rest; rest &= rest - 1)
+        feed(broadcast(mine, __ffs(rest) - 1));
+      first = __shfl_sync(kAll, next, 0);
+    }
+    ptx::mbarrier_wait(address(shared_.keys_empty[ring_.stage]), ring_.phase ^ 1);
+    if (lane_ == 0) {
+      shared_.tiles[ring_.stage].flags = kStop;
+      ptx::mbarrier_arrive(address(shared_.keys_full[ring_.stage]));
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ Item broadcast(const Item& item, int lane) {
+    const auto get = [&](int x) { return __shfl_sync(kAll, x, lane); };
+    return {get(item.request),   get(item.kv_head),    get(item.slot),     get(item.keys),
+            get(item.first_key), get(item.tile_begin), get(item.tile_end), get(item.split_tiles),
+            get(item.begin),     get(item.end)};
+  }
+
+  __device__ __forceinline__ void feed(const Item& item) {
+    feed_queries(item);
+    const int seeds = item.begin > 0 ? 2 : 0;
+    const Range visit{item.tile_begin, item.tile_end};
+    const auto tile_of = [&](int i) {
+      return tile_at(p_.order, visit, i < seeds ? i : item.begin + i - seeds);
+    };
+    const int count = seeds + item.end - item.begin;
+    for (int i = 0; i < count; ++i) {
+      const int position = i < seeds ? i : item.begin + i - seeds;
+      int flags = (i == 0) * kFirstOfItem | (i == count - 1) * kLastOfItem | (position < 2) * kSeed;
+      if (i < seeds) {
+        flags |= kOnlySeed;
+      } else {
+        const int of_split = (position - item.begin) % item.split_tiles;
+        flags |= (of_split == 0) * kFirstOfSplit;
+        flags |= (of_split == item.split_tiles - 1 || i == count - 1) * kLastOfSplit;
+      }
+      feed_keys(item, tile_of(i), flags);
+    }
+  }
+
+  __device__ __forceinline__ void feed_queries(const Item& item) {
+    const int slot = queries_.stage;
+    ptx::mbarrier_wait(address(shared_.queries_empty[slot]), queries_.phase ^ 1);
+    if constexpr (kTests) {
+      for (int row = lane_; row < kRows; row += 32) shared_.below[slot][row] = below(item, row);
+      __syncwarp();
+    }
+    if (lane_ == 0) {
+      shared_.items[slot] = item;
+      ptx::mbarrier_arrive_expect(address(shared_.queries_full[slot]), plan_.rows * kDim * 2);
+    }
+    __syncwarp();
+    if (lane_ < L::kPanels) {
+      ptx::copy_box(ptx::shared_address(shared_.queries[slot]) + lane_ * kRows * kPanel * 2, q_map_,
+                    address(shared_.queries_full[slot]), lane_ * kPanel,
+                    item.kv_head * (p_.heads / p_.kv_heads), 0, item.request, ptx::L2Hint::kNormal);
+    }
+    queries_.next();
+  }
+
+  // What the tested value of a row must stay below for a skip, as scores are kept.
+  __device__ __forceinline__ float below(const Item& item, int row) const {
+    if (row >= plan_.rows) return INFINITY;  // no row: allows every skip
+    if (p_.test == BLASST_TEST_NONE) return -INFINITY;
+    const int group = p_.heads / p_.kv_heads;
+    const int head = item.kv_head * group + row % group;
+    const float value =
+        p_.thresholds[item.request * p_.threshold_stride_request + head * p_.threshold_stride_head];
+    if (p_.test == BLASST_TEST_ABSOLUTE) return isnan(value) ? -INFINITY : value / plan_.unit_scale;
+    const float lambda =
+        p_.test == BLASST_TEST_SCALE_FACTOR ? value / static_cast<float>(item.keys) : value;
+    return lambda > 0 ? logf(fminf(lambda, 1.0f)) / plan_.unit_scale : -INFINITY;
+  }
+
+  __device__ __forceinline__ void feed_keys(const Item& item, int tile, int flags) {
+    const int boxes = boxes_of(p_, plan_, item.keys, tile);
+    int page = 0;
+    if (p_.page_table && lane_ < boxes) page = page_of(item, tile);
+    const int stage = ring_.stage;
+    ptx::mbarrier_wait(address(shared_.keys_empty[stage]), ring_.phase ^ 1);
+    Tile& here = shared_.tiles[stage];
+    if (lane_ == 0) here.index = tile, here.flags = flags;
+    if (lane_ < kMostBoxes) here.pages[lane_] = page;
+    __syncwarp();
+    copy_tile<L::kPanels>(p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]),
+                          shared_.keys_full[stage], item, tile, boxes, page,
+                          flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
+    ring_.next();
+  }
+
+  __device__ __forceinline__ int page_of(const Item& item, int tile) {
+    const int index = (tile * kTileKeys + lane_ * plan_.box_tokens) / p_.page_size;
+    const int page = p_.page_table[item.request * p_.page_table_stride + index];
+    if (p_.page_error && (page < 0 || page >= p_.pages) && atomicCAS(p_.page_error, 0, 1) == 0) {
+      p_.page_error[1] = item.request, p_.page_error[2] = index, p_.page_error[3] = page;
+    }
+    return page;
+  }
+
+  const Params& p_;
+  const Plan& plan_;
+  typename L::Shared& shared_;
+  const CUtensorMap *q_map_, *k_map_;
+  int lane_;
+  Ring<L::kKeyStages> ring_;
+  Ring<2> queries_;
+};
+
+}  // namespace blasst::cuda::decode
