@@ -6,14 +6,23 @@ None (all keys) or a small int32 tensor of key ranges, which `attention_forward`
 A mask that is no range, and everything else that the operator does not do, is an error.
 """
 
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
 
 from blasst.attention import Result, attention
 from blasst.config import thresholds_for
@@ -65,21 +74,35 @@ def configure(
     used = model.config._attn_implementation
     if used != NAME:
         raise ValueError(f"the model's attn_implementation is {used!r}; load it with {NAME!r}")
+    _check_model(type(model.config))
     modules = _attention_modules(model)
     wanted = set(modules) if layers is None else set(layers)
     if unknown := wanted - set(modules):
         raise ValueError(f"no attention layer {sorted(unknown)}; the model has {sorted(modules)}")
     for layer in wanted:
-        modules[layer].blasst_thresholds = {"prefill": prefill, "decode": decode}
+        for module in modules[layer]:
+            module.blasst_thresholds = {"prefill": prefill, "decode": decode}
 
 
-def _attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The modules that call the attention interface, by layer."""
-    return {
-        module.layer_idx: module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
-    }
+def _attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
+    """The modules that call the attention interface, by layer: two where it has cross-attention."""
+    modules = defaultdict(list)
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) is not None and hasattr(module, "is_causal"):
+            modules[module.layer_idx].append(module)
+    return modules
+
+
+@cache
+def _check_model(config_class: type) -> None:
+    """An error for a model that computes attention itself, whatever implementation it is given."""
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    module = sys.modules.get(name)
+    if module is not None and not hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"the model of {config_class.__name__} does not call Transformers' attention "
+            f"interface; attn_implementation={NAME!r} cannot reach it"
+        )
 
 
 def _threshold(module: nn.Module, phase: str, ranges: Tensor | None, key: Tensor) -> Threshold:
@@ -127,27 +150,27 @@ class Recording:
             raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
         return sorted(layer for p, layer in self._counts if p == phase)
 
+    def tiles(self, phase: str) -> Tensor:
+        """[layers, 2, heads] int64: visitable tiles and skipped tiles."""
+        counts = [self._counts[phase, layer] for layer in self.layers(phase)]
+        return torch.stack(counts) if counts else torch.zeros(0, 2, 1, dtype=torch.int64)
+
     def by_head(self, phase: str) -> Tensor:
         """[layers, heads] float64: skipped tiles over visitable tiles."""
-        counts = self._stacked(phase)
+        counts = self.tiles(phase).double()
         return counts[:, 1] / counts[:, 0].clamp(min=1)
 
     def by_layer(self, phase: str) -> Tensor:
         """[layers] float64: skipped tiles over visitable tiles, over all heads."""
-        counts = self._stacked(phase).sum(-1)
+        counts = self.tiles(phase).double().sum(-1)
         return counts[:, 1] / counts[:, 0].clamp(min=1)
 
     def sparsity(self, phase: str, layers: Iterable[int] | None = None) -> float:
         """Skipped tiles over visitable tiles, over all heads of these layers (default: all)."""
         wanted = set(self.layers(phase) if layers is None else layers)
         picked = [layer in wanted for layer in self.layers(phase)]
-        visitable, skipped = self._stacked(phase)[picked].sum((0, 2)).tolist()
+        visitable, skipped = self.tiles(phase)[picked].sum((0, 2)).tolist()
         return skipped / max(1, visitable)
-
-    def _stacked(self, phase: str) -> Tensor:
-        """[layers, 2, heads] float64."""
-        counts = [self._counts[phase, layer].double() for layer in self.layers(phase)]
-        return torch.stack(counts) if counts else torch.zeros(0, 2, 1, dtype=torch.float64)
 
 
 _active: list[Recording] = []
@@ -181,6 +204,7 @@ def key_ranges(
     mask_function: Callable = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    config: PreTrainedConfig | None = None,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
@@ -195,6 +219,7 @@ def key_ranges(
         mask_function: the pattern: causal, sliding window or all keys.
         attention_mask: [batch, positions] bool, false at padding.
         local_size: keys that a query sees in a sliding window, itself included.
+        config: the model's.
         device: where the ranges go.
 
     Returns:
@@ -207,10 +232,11 @@ def key_ranges(
     tracing = torch.compiler.is_compiling()
     if not tracing:
         q_offset = int(q_offset)
+        if config is not None:
+            _check_model(type(config))
     first_query = q_offset - kv_offset if causal else 0
     end = first_query + q_length if causal else kv_length
-    if isinstance(end, int):
-        _check_mask_covers(attention_mask, kv_offset + end)
+    _check_padding(attention_mask, kv_offset + end)
     plain = not tracing and causal and not window and end == kv_length
     if plain and (attention_mask is None or attention_mask[:, kv_offset : kv_offset + end].all()):
         return None
@@ -234,10 +260,16 @@ def key_ranges(
     return ranges.to(torch.int32)[:, None, None]
 
 
-def _check_mask_covers(attention_mask: Tensor | None, end: int) -> None:
-    if attention_mask is not None and attention_mask.shape[-1] < end:
+def _check_padding(attention_mask: Tensor | None, end: int | Tensor) -> None:
+    if attention_mask is None:
+        return
+    if attention_mask.dim() != 2:
         raise ValueError(
-            f"attention_mask covers {attention_mask.shape[-1]} positions, but this pass ends at "
+            f"attention_mask is {list(attention_mask.shape)}; it must be [batch, positions]"
+        )
+    if isinstance(end, int) and attention_mask.shape[1] < end:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} positions, but this pass ends at "
             f"position {end}; it must cover the tokens in the cache as well"
         )
 
@@ -399,7 +431,7 @@ def _refuse_unsupported(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name} is not supported by attn_implementation={NAME!r}")
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise ValueError("output_attentions is not supported: blasst never forms the weights")
 
 

@@ -1,0 +1,483 @@
+"""attn_implementation="blasst": the tokens of Transformers' own, thresholds, statistics."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    BloomConfig,
+    DynamicCache,
+    Llama4TextConfig,
+    StaticCache,
+    T5Config,
+)
+
+import blasst
+from blasst import Threshold
+from blasst.huggingface import key_ranges
+from tiny_models import MODELS, QUIET, VOCABULARY, make_model, with_quiet_tokens
+
+LENGTHS = (150, 80, 147)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on more threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def prompts(lengths=LENGTHS, side="left"):
+    """[requests, longest] token ids, padded with 0, and the attention mask.
+
+    Every other stretch of 64 tokens is quiet (see `with_quiet_tokens`).
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(lengths), max(lengths))
+    position = torch.arange(max(lengths))
+    loud = torch.randint(2, QUIET, shape, generator=generator)
+    quiet = torch.randint(QUIET, VOCABULARY, shape, generator=generator)
+    ids = torch.where(position // 64 % 2 == 0, loud, quiet)
+    n = torch.tensor(lengths)[:, None]
+    mask = position >= max(lengths) - n if side == "left" else position < n
+    return ids * mask, mask.long()
+
+
+# The same tokens as sdpa, or eager where sdpa lacks the soft cap or the sinks
+
+GENERATION = {
+    "one_length": {},
+    "left_padded": {"padded": True},
+    "static_cache": {"padded": True, "cache_implementation": "static"},
+    "chunked_prefill": {"padded": True, "prefill_chunk_size": 33},
+    "without_cache": {"padded": True, "use_cache": False},
+    "beams": {"num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("situation", GENERATION)
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_gives_the_tokens_of_transformers_own_attention(name, situation):
+    options = dict(GENERATION[situation])
+    ids, mask = prompts(LENGTHS if options.pop("padded", False) else (150, 150))
+    threshold = Threshold(0.0)
+    model = make_model(name)
+    blasst.configure(model, prefill=threshold, decode=threshold)
+    options |= {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    got = model.generate(ids, **options)
+    expected = make_model(name, MODELS[name][2]).generate(ids, **options)
+    assert torch.equal(got, expected)
+    assert len(got[:, ids.shape[1] :].unique()) > 3, "a model that repeats itself shows nothing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.inference_mode()
+def test_logits_of_padded_batches(name, side):
+    ids, mask = prompts(side=side)
+    got = make_model(name)(ids, attention_mask=mask).logits
+    expected = make_model(name, MODELS[name][2])(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask > 0], expected[mask > 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.inference_mode()
+def test_passes_of_any_size_with_a_cache(name, cache):
+    ids, mask = prompts()
+    logits = []
+    for implementation in ("blasst", MODELS[name][2]):
+        model = make_model(name, implementation)
+        kv = (
+            DynamicCache(config=model.config)
+            if cache == "dynamic"
+            else StaticCache(config=model.config, max_cache_len=200)
+        )
+        parts, start = [], 0
+        for size in (100, 1, 7, 1, 41):
+            end = start + size
+            parts.append(model(ids[:, start:end], attention_mask=mask[:, :end], cache=kv).logits)
+            start = end
+        logits.append(torch.cat(parts, 1)[mask > 0])
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.inference_mode()
+def test_unused_slots_of_a_static_cache_are_not_read():
+    model = make_model("llama")
+    ids, _ = prompts((60, 60))
+    cache = StaticCache(config=model.config, max_cache_len=512)
+    cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+    for layer in cache.layers:
+        layer.keys.fill_(math.nan)
+        layer.values.fill_(math.nan)
+    with blasst.record() as r:
+        logits = model(ids, cache=cache).logits
+        step = model(ids[:, :1], cache=cache).logits
+    assert logits.isfinite().all()
+    assert step.isfinite().all()
+    assert r.tiles("decode").sum() == 2 * 4 * 2, "one tile of 61 keys a layer, head and request"
+
+
+@torch.inference_mode()
+def test_bidirectional_models():
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64}
+    config = BertConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+    ids, mask = prompts(side="right")
+    outputs = []
+    for implementation in ("blasst", "sdpa"):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config, attn_implementation=implementation).eval()
+        outputs.append(model(ids, attention_mask=mask).last_hidden_state[mask > 0])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_encoder_and_decoder():
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        init_std=0.3,
+    )
+    ids, mask = prompts(side="right")
+    outputs = []
+    for implementation in ("blasst", "sdpa"):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(config, attn_implementation=implementation).eval()
+        if implementation == "blasst":
+            blasst.configure(model)
+        out = model(ids, attention_mask=mask, decoder_input_ids=ids[:, :20])
+        outputs.append(out.last_hidden_state)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_half_precision_and_autocast():
+    ids, mask = prompts()
+    model = make_model("llama")
+    expected = model(ids, attention_mask=mask).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = model(ids, attention_mask=mask).logits
+    half = model.to(torch.bfloat16)(ids, attention_mask=mask).logits
+    for logits in (autocast, half):
+        error = (logits.float() - expected)[mask > 0]
+        assert error.abs().mean() < 0.05 * expected.abs().mean()
+
+
+def test_set_attn_implementation_later():
+    model = make_model("llama", "sdpa")
+    model.set_attn_implementation("blasst")
+    with torch.inference_mode(), blasst.record() as r:
+        model(prompts()[0])
+    assert r.layers("prefill") == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_sliding_and_global", "gpt_oss_sinks"])
+@torch.no_grad()
+def test_compiled_passes_have_no_graph_break(name):
+    model = make_model(name)
+    blasst.configure(model, prefill=Threshold(0.1), decode=Threshold(threshold_scale_factor=5.0))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, mask = prompts((70, 60))
+    cache = StaticCache(config=model.config, max_cache_len=128)
+    prefill = model(ids, attention_mask=mask, cache=cache).logits
+    assert torch.equal(compiled(ids, attention_mask=mask, use_cache=False).logits, prefill)
+    token = prefill[:, -1:].argmax(-1)
+    mask = torch.cat([mask, torch.ones_like(token)], 1)
+    step = model(token, attention_mask=mask, cache=copy.deepcopy(cache)).logits
+    assert torch.equal(compiled(token, attention_mask=mask, cache=cache).logits, step)
+
+
+def test_compiled_pass_still_finds_padding_between_tokens():
+    model = make_model("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids, mask = prompts((70, 60))
+    mask[0, 20:30] = 0
+    with torch.no_grad(), pytest.raises(RuntimeError, match="padding between tokens"):
+        compiled(ids, attention_mask=mask, use_cache=False)
+
+
+# Thresholds
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.inference_mode()
+def test_factor_is_divided_by_the_length_of_each_request(side):
+    ids, mask = prompts((400, 330, 147), side)
+    model = with_quiet_tokens(make_model("llama"))
+    blasst.configure(model, prefill=Threshold(threshold_scale_factor=3.0))
+    with blasst.record(gaps=True) as batch:
+        model(ids, attention_mask=mask)
+    with blasst.record(gaps=True) as singles:
+        for row, used in zip(ids, mask, strict=True):
+            model(row[used > 0][None])
+    assert 0 < batch.sparsity("prefill") < 1
+    assert torch.equal(batch.tiles("prefill"), singles.tiles("prefill"))
+    assert (batch.gaps("prefill") - singles.gaps("prefill")).abs().sum() <= 4  # rounding in GEMMs
+
+
+@torch.inference_mode()
+def test_phases_layers_and_heads_have_their_own_thresholds():
+    model = with_quiet_tokens(make_model("llama"))
+    blasst.configure(model, prefill=Threshold((0.0, 0.5, 0.5, 0.5)), layers=[0])
+    blasst.configure(model, decode=Threshold(0.5, order="reverse"), layers=[1])
+    with blasst.record() as r:
+        model.generate(prompts((400,))[0], max_new_tokens=4, do_sample=False)
+    prefill, decode = r.by_head("prefill"), r.by_head("decode")
+    assert prefill[0, 0] == 0
+    assert (prefill[0, 1:] > 0).all()
+    assert (prefill[1] == 0).all()
+    assert (decode[0] == 0).all()
+    assert (decode[1] > 0).any()
+    assert r.sparsity("prefill") == pytest.approx(prefill.mean().item())
+    assert torch.allclose(r.by_layer("prefill"), prefill.mean(-1))
+
+
+CONFIG = {
+    "config_groups": {
+        "group_0": {
+            "algorithm": "skip_softmax",
+            "targets": ["LlamaAttention"],
+            "threshold_scale_factor": {
+                "formula": "a * exp(b * target_sparsity)",
+                "prefill": {"a": 0.5, "b": 6.0},
+            },
+            "target_sparsity": {"prefill": 0.5},
+        }
+    }
+}
+
+
+@torch.inference_mode()
+def test_thresholds_come_from_the_models_configuration():
+    ids, mask = prompts((400, 150))
+    model = with_quiet_tokens(make_model("llama", sparse_attention_config=copy.deepcopy(CONFIG)))
+    with blasst.record() as from_config:
+        model(ids, attention_mask=mask)
+        model(ids[:, :1])
+    factor = 0.5 * math.exp(6.0 * 0.5)
+    by_hand = with_quiet_tokens(make_model("llama"))
+    blasst.configure(by_hand, prefill=Threshold(threshold_scale_factor=factor, order="forward"))
+    with blasst.record() as expected:
+        by_hand(ids, attention_mask=mask)
+    assert 0 < from_config.sparsity("prefill") < 1
+    assert torch.equal(from_config.tiles("prefill"), expected.tiles("prefill"))
+    assert from_config.sparsity("decode") == 0
+
+
+@torch.inference_mode()
+def test_a_changed_target_and_configure_take_effect():
+    ids, _ = prompts((400,))
+    model = with_quiet_tokens(make_model("llama", sparse_attention_config=copy.deepcopy(CONFIG)))
+
+    def sparsity():
+        with blasst.record() as r:
+            model(ids)
+        return r.sparsity("prefill")
+
+    assert sparsity() > 0.1
+    group = model.config.sparse_attention_config["config_groups"]["group_0"]
+    group["target_sparsity"]["prefill"] = 0
+    assert sparsity() == 0
+    blasst.configure(model, prefill=Threshold(0.5))
+    assert sparsity() > 0.1
+
+
+def test_configuration_survives_saving(tmp_path):
+    model = make_model("llama", sparse_attention_config=copy.deepcopy(CONFIG))
+    with torch.inference_mode():
+        model(prompts()[0])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="blasst")
+    assert loaded.config.sparse_attention_config == CONFIG
+
+
+# Statistics
+
+
+@torch.inference_mode()
+def test_recordings():
+    model = make_model("gemma3_sliding_and_global")
+    ids, _ = prompts((150, 150))
+    with blasst.record(gaps=True) as outer:
+        model(ids)
+        with blasst.record() as inner:
+            model(ids)
+    model(ids)  # not recorded
+    assert torch.equal(outer.tiles("prefill"), 2 * inner.tiles("prefill"))
+    gaps, tiles = outer.gaps("prefill"), outer.tiles("prefill")
+    assert gaps.shape == (2, 4, 514)
+    assert torch.equal(gaps.sum(-1), tiles[:, 0])
+    assert (tiles[:, 1] <= tiles[:, 0]).all()
+    assert tiles[0, 0, 0] < tiles[1, 0, 0], "a sliding layer visits fewer tiles"
+    assert inner.layers("decode") == []
+    assert inner.sparsity("decode") == 0
+    with pytest.raises(ValueError, match="no gaps; use record"):
+        inner.gaps("prefill")
+    with pytest.raises(ValueError, match="phase is 'train'; it must be one of"):
+        inner.sparsity("train")
+
+
+def test_an_error_ends_the_recording():
+    with pytest.raises(KeyError), blasst.record():
+        raise KeyError
+    assert blasst.huggingface._active == []
+
+
+# What cannot be honoured is an error that names it
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make_model("llama")
+
+
+IDS, MASK = prompts((60, 60))
+HOLE = MASK.clone()
+HOLE[0, 20:30] = 0
+BAD_CALLS = [
+    ({"attention_mask": HOLE}, "attention_mask has padding between tokens of a request"),
+    ({"attention_mask": MASK[:, :50]}, "attention_mask covers 50 positions, but this pass ends at"),
+    ({"attention_mask": MASK[:, None, None].expand(2, 1, 60, 60) > 0}, "no prepared 4-d ones"),
+    ({"attention_mask": torch.zeros(2, 1, 60, 60)}, "torch.float32 tensor of shape [2, 1, 60, 60]"),
+    ({"attention_mask": torch.ones(2, 60, 60)}, "attention_mask is [2, 60, 60]; it must be [batch"),
+    ({"output_attentions": True}, "output_attentions is not supported"),
+    ({"head_mask": torch.ones(2, 4)}, "head_mask is not supported"),
+    ({"cu_seq_lens_q": torch.tensor([0, 60])}, "cu_seq_lens_q is not supported"),
+    (
+        {"position_ids": torch.arange(30).repeat(1, 2), "use_cache": False},
+        "mask pattern packed_sequence_mask_function",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_CALLS, ids=[m for _, m in BAD_CALLS])
+def test_calls_that_are_refused(llama, call, message):
+    with torch.inference_mode(), pytest.raises(ValueError) as error:
+        llama(IDS, **call)
+    assert message in str(error.value)
+
+
+def causal_lm(config):
+    return AutoModelForCausalLM.from_config(config, attn_implementation="blasst").eval()
+
+
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64}
+
+
+def llama4():
+    return causal_lm(
+        Llama4TextConfig(
+            **_SMALL,
+            intermediate_size_mlp=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            num_local_experts=2,
+            attention_chunk_size=16,
+            pad_token_id=0,
+        )
+    )
+
+
+BAD_MODELS = {
+    "attention dropout 0.1": lambda: make_model("llama", attention_dropout=0.1).train(),
+    "output_attentions is not supported": lambda: make_model("llama", output_attentions=True),
+    "head_dim is 20; it must be a multiple of 8": lambda: make_model("llama", head_dim=20),
+    "unknown key 'x'": lambda: make_model("llama", sparse_attention_config={"x": 1}),
+    "q is Double": lambda: make_model("llama").double(),
+    "mask pattern causal_mask_function & chunked_overlay": llama4,
+    "BloomConfig does not call Transformers' attention interface": lambda: causal_lm(
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=1, n_head=4)
+    ),
+    "position_bias is not supported": lambda: AutoModel.from_config(
+        T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4),
+        attn_implementation="blasst",
+    ).encoder.eval(),
+}
+
+
+@pytest.mark.parametrize("message", BAD_MODELS)
+def test_models_that_are_refused(message):
+    model = BAD_MODELS[message]()
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError)) as error:
+        model(IDS)
+    assert message in str(error.value)
+
+
+def test_a_window_that_only_the_layer_knows_is_refused(llama):
+    model = make_model("llama")
+    forward = model.model.layers[1].self_attn.forward
+
+    def sliding(*args, **kwargs):
+        return forward(*args, sliding_window=8, **kwargs)
+
+    model.model.layers[1].self_attn.forward = sliding
+    with torch.no_grad(), pytest.raises(ValueError, match="LlamaAttention has a sliding window of"):
+        model(IDS)
+    with torch.no_grad(), pytest.raises(ValueError, match="the model's mask has another"):
+        model(*prompts((60, 40)))
+
+
+def test_generating_after_padding_on_the_right_is_refused(llama):
+    ids, mask = prompts((60, 40), side="right")
+    with pytest.raises(ValueError, match="pad on the left for generation"):
+        llama.generate(ids, attention_mask=mask, max_new_tokens=3)
+
+
+def test_configure_refuses():
+    model = make_model("llama")
+    with pytest.raises(ValueError, match=r"no attention layer \[7\]; the model has \[0, 1\]"):
+        blasst.configure(model, layers=[0, 7])
+    with pytest.raises(ValueError, match="implementation is 'sdpa'; load it with 'blasst'"):
+        blasst.configure(make_model("llama", "sdpa"))
+    with pytest.raises(ValueError, match="more than one threshold; they exclude each other"):
+        Threshold(0.1, 3.0)
+    for bad, message in [
+        (Threshold(1.5), "head 0 is 1.5; it must be a number from 0 to 1"),
+        (Threshold((0.1, 0.2)), r"it must be \[1 or batch, 1 or heads\]"),
+        (Threshold(0.1, order="up"), "order is 'up'"),
+    ]:
+        blasst.configure(model, prefill=bad)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+            model(IDS)
+
+
+def test_training_is_refused(llama):
+    with pytest.raises(NotImplementedError, match="no backward pass"):
+        llama(IDS).logits.sum().backward()
+
+
+# The mask interface by itself
+
+
+def test_no_mask_where_all_keys_count():
+    full = torch.ones(2, 60, dtype=torch.bool)
+    assert key_ranges(2, 60, 60) is None
+    assert key_ranges(2, 60, 60, attention_mask=full) is None
+    assert key_ranges(2, 1, 60, q_offset=59, attention_mask=full) is None
+
+
+def test_key_ranges_of_padding_and_offsets():
+    mask = torch.ones(2, 60, dtype=torch.bool)
+    mask[0, :7] = mask[1, 50:] = False
+    ranges = key_ranges(2, 60, 60, attention_mask=mask)
+    assert ranges[:, 0, 0].tolist() == [[7, 60, 60, 0, 1], [0, 50, 50, 0, 1]]
+    chunk = key_ranges(2, 20, 60, q_offset=40, attention_mask=mask)
+    assert chunk[:, 0, 0].tolist() == [[7, 60, 20, 0, 1], [0, 50, 10, 0, 1]]
+    static = key_ranges(2, 1, 100, q_offset=torch.tensor(59), attention_mask=mask)
+    assert static[:, 0, 0].tolist() == [[7, 60, 1, 0, 1], [0, 50, 0, 0, 1]]
