@@ -6,6 +6,9 @@
 #include "cpu/backend.h"
 #include "cpu/plan.h"
 #include "cpu/thread_pool.h"
+#if BLASST_CUDA
+#include "cuda/backend.h"
+#endif
 
 namespace blasst {
 namespace {
@@ -15,40 +18,91 @@ int threads_of(const Params& params) {
   return params.threads > 0 ? params.threads : default_threads();
 }
 
+// Does with params what the backend they name does.
+template <typename Params, typename Cpu, typename Cuda>
+auto dispatch(const Params& params, Cpu cpu, [[maybe_unused]] Cuda cuda) {
+  if (params.backend == BLASST_BACKEND_CPU) return cpu();
+#if BLASST_CUDA
+  if (params.backend == BLASST_BACKEND_CUDA_SM90) return cuda();
+  constexpr const char* built = "cpu (0), cuda-sm90 (1)";
+#else
+  constexpr const char* built = "cpu (0)";
+#endif
+  throw Error(BLASST_UNSUPPORTED, fmt::format("backend {} is not in this build; it has: {}",
+                                              static_cast<int>(params.backend), built));
+}
+
+#if BLASST_CUDA
+#define BLASST_ON_CUDA(call) [&] { return cuda::call; }
+#else
+#define BLASST_ON_CUDA(call) nullptr
+#endif
+
 }  // namespace
 
 void prefill(const PrefillParams& params) {
-  cpu::prefill(attention::make_problem(params), threads_of(params),
-               {params.workspace, params.workspace_bytes});
+  dispatch(
+      params,
+      [&] {
+        cpu::prefill(attention::make_problem(params), threads_of(params),
+                     {params.workspace, params.workspace_bytes});
+      },
+      BLASST_ON_CUDA(run(params)));
 }
 
 void decode(const DecodeParams& params) {
-  cpu::decode(attention::make_problem(params), threads_of(params),
-              {params.workspace, params.workspace_bytes});
+  dispatch(
+      params,
+      [&] {
+        cpu::decode(attention::make_problem(params), threads_of(params),
+                    {params.workspace, params.workspace_bytes});
+      },
+      BLASST_ON_CUDA(run(params)));
 }
 
 std::size_t workspace_bytes(const PrefillParams& params) {
-  return cpu::prefill_workspace_bytes(attention::make_problem(params), threads_of(params));
+  return dispatch(
+      params,
+      [&] {
+        return cpu::prefill_workspace_bytes(attention::make_problem(params), threads_of(params));
+      },
+      BLASST_ON_CUDA(workspace_bytes(params)));
 }
 
 std::size_t workspace_bytes(const DecodeParams& params) {
-  return cpu::decode_workspace_bytes(attention::make_problem(params), threads_of(params));
+  return dispatch(
+      params,
+      [&] {
+        return cpu::decode_workspace_bytes(attention::make_problem(params), threads_of(params));
+      },
+      BLASST_ON_CUDA(workspace_bytes(params)));
 }
 
 TileShape tile_shape(const PrefillParams& params) {
-  attention::make_problem(params);  // parameters must be valid
-  return cpu::prefill_shape();
+  return dispatch(
+      params,
+      [&] {
+        attention::make_problem(params);  // parameters must be valid
+        return cpu::prefill_shape();
+      },
+      BLASST_ON_CUDA(tile_shape(params)));
 }
 
 TileShape tile_shape(const DecodeParams& params) {
-  return cpu::decode_shape(attention::make_problem(params));
+  return dispatch(
+      params, [&] { return cpu::decode_shape(attention::make_problem(params)); },
+      BLASST_ON_CUDA(tile_shape(params)));
 }
 
 std::string version() { return BLASST_VERSION; }
 
 std::vector<BackendInfo> backends() {
-  return {{BLASST_BACKEND_CPU, "cpu", true,
-           fmt::format("{}, {} threads", cpu_isa(), default_threads())}};
+  return {
+    {BLASST_BACKEND_CPU, "cpu", true, fmt::format("{}, {} threads", cpu_isa(), default_threads())},
+#if BLASST_CUDA
+        cuda::info(),
+#endif
+  };
 }
 
 int default_threads() { return cpu::default_threads(); }

@@ -151,8 +151,8 @@ std::vector<Bad> bad_inputs() {
       // Types and options.
       {"Backend",
        all,
-       [](Problem& p) { p.params.backend = BLASST_BACKEND_CUDA_SM90; },
-       {"1", "cpu"},
+       [](Problem& p) { p.params.backend = BLASST_BACKEND_CUDA_SM90; },  // and float32
+       {},
        BLASST_UNSUPPORTED},
       {"BackendUnknown",
        all,

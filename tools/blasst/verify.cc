@@ -6,6 +6,9 @@
 
 #include "check/compare.h"
 #include "commands.h"
+#if BLASST_CUDA
+#include "check/device.h"
+#endif
 
 namespace blasst::command {
 namespace {
@@ -17,24 +20,47 @@ struct Options {
   std::string isa;
 };
 
-// Whether all cases agree. Case i has the seed first + i.
-bool verify(const Options& options, const std::string& isa) {
-  set_cpu_isa(isa);
+#if BLASST_CUDA
+check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
+  if (backend == BLASST_BACKEND_CUDA_SM90) {
+    check::run_on_gpu(problem);
+    return check::compare(problem, tile_shape(check::gpu_params(problem)),
+                          check::kTensorCoreRoundoff);
+  }
+  problem.run();
+  return check::compare(problem);
+}
+
+check::Case case_for(uint64_t seed, Backend backend) {
+  const check::Case c = check::random_case(seed);
+  return backend == BLASST_BACKEND_CUDA_SM90 ? check::for_gpu(c) : c;
+}
+#else
+check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
+  problem.params.backend = backend;
+  problem.run();
+  return check::compare(problem);
+}
+
+check::Case case_for(uint64_t seed, Backend) { return check::random_case(seed); }
+#endif
+
+// Whether all cases agree on the backend, `name` of it or an instruction set. Case i has the seed
+// first + i.
+bool verify(const Options& options, const std::string& name) {
   int64_t decisions = 0, skipped = 0, rounded = 0;
   double error = 0;
   const bool show_progress = isatty(STDERR_FILENO);
   for (int64_t i = 0; i < options.cases; ++i) {
     const uint64_t seed = options.seed + static_cast<uint64_t>(i);
-    const check::Case c = check::random_case(seed);
-    check::Problem problem(c);
-    problem.params.backend = options.backend;
-    problem.run();
-    const check::Comparison comparison = check::compare(problem);
+    check::Problem problem(case_for(seed, options.backend));
+    const check::Comparison comparison = run_and_compare(problem, options.backend);
     if (!comparison.mismatch.empty()) {
       fmt::print(stderr,
                  "\nmismatch at seed {} on {}: {}\n  {}\nagain: blasst verify --seed {} --cases 1 "
-                 "--isa {}\n",
-                 seed, isa, comparison.mismatch, check::describe(c), seed, isa);
+                 "{} {}\n",
+                 seed, name, comparison.mismatch, check::describe(problem.description), seed,
+                 options.backend == BLASST_BACKEND_CPU ? "--isa" : "--backend", name);
       return false;
     }
     decisions += comparison.decisions;
@@ -42,13 +68,13 @@ bool verify(const Options& options, const std::string& isa) {
     rounded += comparison.rounded;
     if (comparison.plain_error > 0)
       error = std::max(error, comparison.error / comparison.plain_error);
-    if (show_progress) fmt::print(stderr, "\r{}: {} of {} problems", isa, i + 1, options.cases);
+    if (show_progress) fmt::print(stderr, "\r{}: {} of {} problems", name, i + 1, options.cases);
   }
   if (show_progress) fmt::print(stderr, "\r\033[K");
   fmt::print(
       "{:<12} {} problems agree: {} decisions, {:.1f} % skipped, {} decided by rounding; "
       "largest error {:.2f} of a plain implementation's\n",
-      isa, options.cases, decisions,
+      name, options.cases, decisions,
       100.0 * static_cast<double>(skipped) / static_cast<double>(std::max<int64_t>(decisions, 1)),
       rounded, error);
   return true;
@@ -67,9 +93,13 @@ Run add_verify(CLI::App& app) {
   app.add_option("--isa", options->isa,
                  "one instruction set; default: all that `blasst info` lists");
   return [options] {
+    if (options->backend != BLASST_BACKEND_CPU)
+      return verify(*options, name_of(kBackends, options->backend)) ? 0 : 1;
     bool agree = true;
-    for (const std::string& isa : options->isa.empty() ? cpu_isas() : std::vector{options->isa})
+    for (const std::string& isa : options->isa.empty() ? cpu_isas() : std::vector{options->isa}) {
+      set_cpu_isa(isa);
       agree &= verify(*options, isa);
+    }
     return agree ? 0 : 1;
   };
 }

@@ -77,9 +77,12 @@ __device__ Work describe(const Params& p, const Item& item) {
   }
   if constexpr (C::kReports) {
     w.query_tile = w.first_row / kRowsPerWarpgroup;
-    for (int b = 0; b < item.request; ++b) {
+    w.query_tiles = 0;
+    for (int b = 0; b < p.batch; ++b) {
       const int count = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.query_length;
-      w.query_tile += (count + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup;
+      const int tiles = (count + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup;
+      if (b < item.request) w.query_tile += tiles;
+      w.query_tiles += tiles;
     }
   }
   const int first = w.first_row + w.offset;
@@ -355,6 +358,10 @@ class Consumer {
     const bool all = count == kRowsPerWarpgroup && begin < end;
     whole_begin_ = ptx::warp_uniform(all ? (begin + C::kKeys - 1) / C::kKeys : kUnlimited);
     whole_end_ = ptx::warp_uniform(all ? end / C::kKeys : 0);
+    if constexpr (C::kReports) {
+      if (p_.tile_bits && threadIdx.x % 128 == 0 && count > 0)
+        for (int word = 0; word < p_.tile_words; ++word) bits_of(work)[word] = 0;
+    }
     if constexpr (C::kTests) {
       kept_ = 0;
       threshold_ = -INFINITY;
@@ -476,15 +483,18 @@ class Consumer {
     if (at_.lane() == 0) s_.gap[i % 2][at_.warpgroup][threadIdx.x % 128 / 32] = gap;
   }
 
+  // The tile bits of this warpgroup's rows.
+  __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
+    const int64_t row = int64_t{work.head} * work.query_tiles + work.query_tile + at_.warpgroup;
+    return p_.tile_bits + row * p_.tile_words;
+  }
+
   __device__ __forceinline__ void report_tile(const Work& work, int i, bool keep) {
     const int tile = this->tile(i);
     const KeyRange visible = visible_tiles(work);
     if (tile < visible.begin || tile >= visible.end) return;
     if (threadIdx.x % 128 == 0) {
-      if (p_.tile_bits && keep) {
-        const int64_t row = work.head * p_.query_tiles + work.query_tile + at_.warpgroup;
-        atomicOr(p_.tile_bits + row * p_.tile_words + tile / 32, 1u << tile % 32);
-      }
+      if (p_.tile_bits && keep) atomicOr(bits_of(work) + tile / 32, 1u << tile % 32);
       if (p_.gap_histogram) {
         const float(&warps)[4] = s_.gap[i % 2][at_.warpgroup];
         const float gap = fmaxf(fmaxf(warps[0], warps[1]), fmaxf(warps[2], warps[3]));

@@ -67,6 +67,13 @@ CUtensorMap tensor_map(const Tensor& t, Element element, int dim, int rows) {
 void launch(const Launch& l) {
   Params p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
+  const auto clear = [stream](void* data, std::size_t bytes) {
+    if (data && bytes > 0) check(cudaMemsetAsync(data, 0, bytes, stream), "cudaMemsetAsync");
+  };
+  const std::size_t heads = static_cast<std::size_t>(p.heads);
+  clear(p.visitable, p.batch * heads * sizeof(*p.visitable));
+  clear(p.skipped, p.batch * heads * sizeof(*p.skipped));
+  clear(p.gap_histogram, heads * BLASST_GAP_BINS * sizeof(*p.gap_histogram));
   p.row_blocks = (p.query_length + kRowsPerBlock - 1) / kRowsPerBlock;
   p.items = p.batch * p.heads * p.row_blocks;
   if (p.items == 0 || p.rows == 0) return;
@@ -76,14 +83,16 @@ void launch(const Launch& l) {
   const int keys = tile_keys(l.dim);
   const int key_rows = p.page_table ? std::min(p.page_size, keys) : keys;
   const CUtensorMap q = tensor_map(l.q, l.element, l.dim, kRowsPerWarpgroup);
-  const CUtensorMap k = tensor_map(l.k, l.element, l.dim, key_rows);
-  const CUtensorMap v = tensor_map(l.v, l.element, l.dim, key_rows);
+  // Without keys nothing is copied; any tensor will do.
+  const bool keys_at_all = p.key_length > 0 && l.k.tokens > 0 && l.k.outer > 0;
+  const CUtensorMap k = tensor_map(keys_at_all ? l.k : l.q, l.element, l.dim, key_rows);
+  const CUtensorMap v = tensor_map(keys_at_all ? l.v : l.q, l.element, l.dim, key_rows);
 
   int device, multiprocessors;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
-  check(cudaMemsetAsync(p.next_item, 0, sizeof(int), stream), "cudaMemsetAsync");
+  clear(p.next_item, sizeof(int));
   const Kernel kernel = find_kernel(l.element, l.dim, l.variant);
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kernel.shared_bytes),

@@ -22,7 +22,8 @@ struct Work {
   int least, most;  // distances that are seen
   int tile_begin, tile_end;
   int output_row;  // of first_row, among the rows of all requests
-  int query_tile;  // of first_row, among the query tiles of all requests; reports only
+  // Reports only: the query tile of first_row, among those of all requests, and their number.
+  int query_tile, query_tiles;
 };
 
 // A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64].

@@ -49,8 +49,7 @@ struct Params {
   float* dropped_mass_bound;      // [heads, rows]
   unsigned long long* visitable;  // [batch, heads]
   unsigned long long* skipped;    // [batch, heads]
-  unsigned* tile_bits;            // [heads, query tiles, tile_words]
-  int64_t query_tiles;            // of one head, over all requests
+  unsigned* tile_bits;            // [heads, query tiles of all requests, tile_words]
   int tile_words;
   unsigned long long* gap_histogram;  // [heads, BLASST_GAP_BINS]
 

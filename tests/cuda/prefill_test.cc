@@ -1,0 +1,101 @@
+// The cuda-sm90 prefill on a GPU, through the library: against the reference and against itself.
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "check/compare.h"
+#include "check/device.h"
+
+namespace blasst::check {
+namespace {
+
+class PrefillOnGpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    for (const BackendInfo& backend : backends())
+      if (backend.backend == BLASST_BACKEND_CUDA_SM90 && !backend.usable)
+        GTEST_SKIP() << backend.detail;
+  }
+};
+
+Comparison compare_on_gpu(Problem& problem) {
+  run_on_gpu(problem);
+  return compare(problem, blasst::tile_shape(gpu_params(problem)), kTensorCoreRoundoff);
+}
+
+TEST_F(PrefillOnGpu, RandomProblems) {
+  int64_t decisions = 0, skipped = 0;
+  for (uint64_t seed = 0; seed < 150 && !HasFailure(); ++seed) {
+    Problem problem(for_gpu(random_case(seed)));
+    const Comparison comparison = compare_on_gpu(problem);
+    EXPECT_EQ(comparison.mismatch, "") << "seed " << seed << ": " << describe(problem.description);
+    decisions += comparison.decisions;
+    skipped += comparison.skipped;
+  }
+  EXPECT_GT(skipped, decisions / 20);
+}
+
+// Long enough for many items a block, both warpgroups apart, and every stage of every ring.
+Case long_case(DType dtype, int64_t dim) {
+  return {.seed = 7,
+          .dtype = dtype,
+          .requests = {{1500, 2100}, {900, 900}},
+          .heads = 4,
+          .kv_heads = 2,
+          .head_dim = dim,
+          .value_dim = dim,
+          .inputs = Inputs::kDrift,
+          .causal = true,
+          .test = BLASST_TEST_RELATIVE,
+          .threshold = 0.02f};
+}
+
+std::vector<std::byte> bits(Case c, int repeats = 1) {
+  Problem problem(c);
+  run_on_gpu(problem, repeats);
+  return problem.out_bits();
+}
+
+class PrefillDims : public PrefillOnGpu, public testing::WithParamInterface<int64_t> {};
+
+TEST_P(PrefillDims, ThresholdZeroIsDense) {
+  for (const DType dtype : {BLASST_BFLOAT16, BLASST_FLOAT16}) {
+    Case c = long_case(dtype, GetParam());
+    c.threshold = 0;
+    const std::vector<std::byte> zero = bits(c);
+    c.test = BLASST_TEST_NONE;
+    EXPECT_EQ(bits(c), zero);
+  }
+}
+
+TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
+  Case c = long_case(BLASST_BFLOAT16, GetParam());
+  const std::vector<std::byte> first = bits(c);
+  EXPECT_EQ(bits(c, 5), first);
+  c.ragged_queries = true;
+  for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
+    for (const int64_t page_size : {16, 64, 256}) {
+      c.layout = layout;
+      c.page_size = page_size;
+      c.head_major = page_size == 64;
+      EXPECT_EQ(bits(c), first) << describe(c);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(, PrefillDims, testing::Values(64, 128, 256));
+
+TEST_F(PrefillOnGpu, NothingToDo) {
+  for (const Lengths lengths : {Lengths{0, 0}, Lengths{0, 100}, Lengths{70, 0}}) {
+    Case c = long_case(BLASST_BFLOAT16, 128);
+    c.requests = {lengths, lengths};
+    Problem problem(c);
+    EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
+  }
+}
+
+}  // namespace
+}  // namespace blasst::check
