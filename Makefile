@@ -10,6 +10,7 @@ VENV ?= .venv
 JOBS ?= $(shell nproc)
 FUZZ_SECONDS ?= 90
 APT_INSTALL ?= scripts/apt-install
+MODEL ?= smollm2
 ARGS ?=
 
 BUILD_PACKAGES := g++ cmake ninja-build python3-venv libhwy-dev nlohmann-json3-dev libcli11-dev \
@@ -29,8 +30,8 @@ test: build check-packages ## set up, build, run every test, check the format
 	$(MAKE) check-format
 
 .PHONY: demo
-demo: build ## a small model answers a long prompt, densely and sparsely
-	$(python) -m blasst demo $(ARGS)
+demo: build $(if $(filter gemma3,$(MODEL)),$(VENV)/.gemma3) ## calibrate a small model, compare it with dense (MODEL=gemma3: another)
+	$(python) -m blasst demo $(MODEL) --out build/demo/$(MODEL) $(ARGS)
 
 .PHONY: bench
 bench: build ## measure the kernels against torch on this machine
@@ -92,4 +93,8 @@ check-packages:
 
 $(VENV)/.complete: requirements.txt scripts/python-env | build-packages
 	@scripts/python-env $(PYTHON) $(VENV)
+	@touch $@
+
+$(VENV)/.gemma3: requirements-gemma3.txt $(VENV)/.complete
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@

@@ -1,30 +1,203 @@
 """Command line: `python -m blasst`."""
 
-from typing import Annotated
+import argparse
+import sys
+from pathlib import Path
 
-import typer
-
-from blasst.huggingface import Threshold
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+# What is slow to import waits until the arguments are known to be good.
 
 
-@app.callback()
-def main() -> None:
-    """Long-context attention made sparse by softmax thresholding."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status."""
+    options = _parser().parse_args(arguments)
+    from safetensors import SafetensorError
+
+    from blasst.console import console, log_to_console
+
+    log_to_console()
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        console.print("\nblasst: stopped; the same command goes on from here")
+        return 130
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"blasst: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
-@app.command()
-def demo(
-    length: Annotated[int, typer.Option(min=512, max=8000, help="Tokens in the prompt.")] = 4000,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="Of prefill.")] = 0.03,
-    decode_threshold: Annotated[float, typer.Option(min=0, max=1, help="Of decode.")] = 0.003,
-) -> None:
-    """Let a small model answer a long prompt, densely and sparsely, and compare."""
-    from blasst import demo as demonstration
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m blasst",
+        description="Long-context attention made sparse by softmax thresholding.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_calibrate(commands)
+    _add_evaluate(commands)
+    _add_demo(commands)
+    return parser
 
-    demonstration.demo(length, Threshold(threshold), Threshold(decode_threshold))
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("calibrate", help="find a model's thresholds and write them")
+    command.set_defaults(run=_calibrate)
+    _add_model(command)
+    command.add_argument(
+        "--target-sparsity",
+        type=_fraction,
+        nargs="+",
+        default=[0.5],
+        metavar="S",
+        help="shares of the tiles to skip; the first becomes the configuration's (default: 0.5)",
+    )
+    command.add_argument(
+        "--lengths", type=_positive, nargs="+", metavar="TOKENS", help="default: 1024 2048 4096"
+    )
+    command.add_argument(
+        "--held-out", type=_positive, nargs="*", metavar="TOKENS", help="lengths to check"
+    )
+    command.add_argument(
+        "--prompts", type=_positive, default=4, metavar="N", help="of each length (default: 4)"
+    )
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="make the prompts from this text"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write the model (default: MODEL if that is a folder, else NAME-blasst)",
+    )
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("evaluate", help="compare a calibrated model with dense")
+    command.set_defaults(run=_evaluate)
+    _add_model(command)
+    command.add_argument(
+        "--target-sparsity",
+        type=_fraction,
+        nargs="+",
+        default=[0.0, 0.5, 0.75],
+        metavar="S",
+        help="default: 0 0.5 0.75",
+    )
+    command.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help="of lm-eval")
+    command.add_argument(
+        "--limit", type=_positive, default=10, metavar="N", help="documents a task (default: 10)"
+    )
+    command.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="texts for perplexity (default: five that come with Python and its packages)",
+    )
+    command.add_argument("--length", type=_positive, default=4096, help="tokens (default: 4096)")
+    command.add_argument(
+        "--needles", type=int, default=3, metavar="N", help="facts to find (default: 3)"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("blasst-evaluation"), metavar="FOLDER", help="of results"
+    )
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("demo", help="calibrate and evaluate a small model")
+    command.set_defaults(run=_demo)
+    command.add_argument("model", nargs="?", default="smollm2", help="smollm2 (default) or gemma3")
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of the report (default: blasst-demo/MODEL)"
+    )
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="smollm2, gemma3, a folder or a hub name")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from blasst import calibration, models, prompts, report
+    from blasst.console import console, progress_bar, show
+
+    text = None if options.text is None else prompts.read_text(options.text)
+    loaded = models.load(options.model)
+    is_folder = Path(options.model).is_dir()
+    out = options.out or Path(options.model if is_folder else f"{loaded.title}-blasst")
+    with progress_bar("Calibrating") as progress:
+        found = calibration.calibrate(
+            loaded.model,
+            loaded.tokenizer,
+            lengths=options.lengths,
+            target_sparsity=options.target_sparsity,
+            held_out=options.held_out,
+            prompts=options.prompts,
+            text=text,
+            progress=progress,
+        )
+    for table in report.calibration_tables(found):
+        show(table)
+    for phase, length, target, highest in found.saturated:
+        console.print(
+            f"note: at {length} tokens threshold 1 skips {highest:.1%} in {phase}, "
+            f"below the target of {target:.0%}"
+        )
+    models.save_config(loaded.model, loaded.folder, out)
+    console.print(f"Calibrated model: {out.resolve()}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from blasst import evaluation, harness, models, prompts, report
+    from blasst.console import console, progress_bar, show
+    from blasst.demo import about_run
+
+    harness.check_tasks(options.tasks)
+    if options.text:
+        texts = {path.name: prompts.read_text(path) for path in options.text}
+    else:
+        texts = prompts.evaluation_texts()
+    loaded = models.load(options.model)
+    with progress_bar("Evaluating") as progress:
+        results = evaluation.evaluate(
+            loaded,
+            targets=options.target_sparsity,
+            length=options.length,
+            texts=texts,
+            needles=options.needles,
+            tasks=options.tasks,
+            limit=options.limit,
+            check_lengths=True,
+            out=options.out,
+            progress=progress,
+        )
+    title = f"{loaded.title} at {options.length} tokens"
+    about = about_run(f"Texts: {', '.join(texts)}.")
+    path = report.write(title, about, results, None, options.out)
+    for table in report.tables(results, None):
+        show(table)
+    console.print(f"Report: {path.resolve()}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from blasst.demo import demo
+
+    demo(options.model, options.out or Path("blasst-demo") / options.model)
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -41,12 +41,13 @@ from blasst.curves import (
     UnreachableError,
     fit_law,
     ln_threshold_at,
+    promised_sparsity,
     share_below,
     share_out,
     sparsity_at,
 )
 from blasst.huggingface import record
-from blasst.models import check_length, context_length
+from blasst.models import attention_layers, check_length, context_length
 from blasst.prompts import KINDS, PromptMaker, reference_text
 from blasst.scoring import Agreement, agreement
 
@@ -56,7 +57,7 @@ Progress = Callable[[str, float], None]
 TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 CHOSEN_FROM = ("sink_first", "reverse")
 """Orders that can win; forward is measured for the ecosystem's law alone."""
-SWEEP = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0)
+SWEEP = (0.3, 0.55, 0.75, 0.9, 1.0)
 """Shares of each head's highest sparsity at which its costs are measured in prefill."""
 DECODE_SWEEP = (-7.0, -5.0, -3.5, -2.0, -1.0, 0.0)
 """ln thresholds of the same in decode, where one step has too few tiles for shares."""
@@ -237,11 +238,15 @@ class _Job:
         self.maker = PromptMaker(
             tokenizer, reference_text() if text is None else text, "the calibration text"
         )
-        self.modules = huggingface._attention_modules(model)
+        self.modules = attention_layers(model)
         # A layer with a sliding window has few tiles to skip and another length: it stays dense.
         self.layers = [i for i, m in self.modules.items() if not getattr(m, "sliding_window", None)]
         self.progress = progress or (lambda what, share: None)
         self.measured: dict[tuple[str, str, int], Measurement] = {}
+        self.first: dict[tuple[str, int], np.ndarray] = {}
+        # [layers, heads, 514] gaps of prefill of the first prompt alone, by order and length.
+        self.drift: dict[tuple[str, int], dict[float, float]] = {}
+        # By order and length: how far the sparsity of a sparse pass is from what dense gaps say.
         self.shapes: dict[str, tuple[int, int]] = {}
 
     def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int] | None) -> Calibration:
@@ -252,12 +257,13 @@ class _Job:
         validation = self.maker.make("needle", self.lengths[-1], seed=10**6).tokens
         candidates = self._choose(validation)
         chosen = {(c.phase, c.target): c for c in candidates if c.chosen}
+        self._measure_drift(chosen)
         result = Calibration(self._config(chosen), candidates, ecosystem=self._config({}))
         result.saturated = self._saturated(chosen)
         if held_out is None:
             held_out = self._default_held_out()
         self.model.config.sparse_attention_config = result.config.to_dict()
-        result.held_out = self._held_out(result, held_out)
+        result.held_out = self._held_out(result, held_out, prompts)
         self.model.config.sparse_attention_config = result.config.to_dict()
         return result
 
@@ -274,6 +280,9 @@ class _Job:
                 hidden = self.model.base_model(tokens, cache=cache).last_hidden_state
                 if "decode" in self.targets:
                     self._decode(hidden, cache)
+            if index == 0:
+                for order in self.orders if "prefill" in self.targets else ():
+                    self.first[order, length] = self.measured["prefill", order, length].gaps.copy()
             done += length
         self.progress("dense passes", 1.0)
 
@@ -430,7 +439,12 @@ class _Job:
         """The measured table of one order and scheme."""
         pooled = np.array(
             [
-                [ln_threshold_at(self._pooled(phase, order, n), t) for t in targets]
+                [
+                    ln_threshold_at(
+                        self._pooled(phase, order, n), self._nominal(phase, order, n, t)
+                    )
+                    for t in targets
+                ]
                 for n in self.lengths
             ]
         )
@@ -456,6 +470,7 @@ class _Job:
         gaps = measurement.gaps[self.layers]
         curves = measurement.curves(self.layers)
         ln = np.full(measurement.gaps.shape[:2], LOWEST_LN_THRESHOLD)
+        target = self._nominal(phase, order, length, target)
         if target > curves.highest:
             ln[self.layers] = 0.0
             return ln
@@ -505,6 +520,39 @@ class _Job:
             if key not in best or _cost(candidate) < _cost(best[key]):
                 best[key] = candidate
         return [replace(c, chosen=c is best[c.phase, c.target]) for c in tried]
+
+    def _measure_drift(self, chosen: Mapping[tuple[str, float], Candidate]) -> None:
+        """Compare sparse passes of the winners with what the dense gaps promise.
+
+        What a layer drops changes what the layers above it see, and with it their gaps.
+        """
+        winners = [c for c in chosen.values() if c.phase == "prefill"]
+        steps = [(n, c) for n in self.lengths for c in winners]
+        for i, (length, winner) in enumerate(steps):
+            if winner.target > self._highest("prefill", winner.order, length):
+                continue
+            self.progress(f"checking {winner.target:.0%} at {length} tokens", i / len(steps))
+            policy = self._policy("prefill", winner.order, winner.heads, [winner.target])
+            ln = policy.at(winner.target, length).log().numpy()
+            gaps = self.first[winner.order, length]
+            promised = promised_sparsity(gaps[self.layers], _rows(ln, gaps)[self.layers])
+            config = self._with({"prefill": [policy]}, {"prefill": winner.target})
+            self.model.config.sparse_attention_config = config.to_dict()
+            with record() as recording:
+                tokens = self.maker.make(KINDS[0], length, seed=0).tokens
+                self.model.base_model(tokens, use_cache=False)
+            del self.model.config.sparse_attention_config
+            reached = recording.sparsity("prefill", self.layers)
+            self.drift.setdefault((winner.order, length), {})[winner.target] = reached - promised
+        self.progress("checked", 1.0)
+
+    def _nominal(self, phase: str, order: str, length: int, target: float) -> float:
+        """The target to read from dense gaps so that a sparse pass reaches `target`."""
+        drift = self.drift.get((order, length)) if phase == "prefill" else None
+        if not drift:
+            return target
+        points = sorted({0.0: 0.0, **drift}.items())
+        return max(0.0, target - float(np.interp(target, *zip(*points, strict=True))))
 
     # Writing
 
@@ -566,32 +614,38 @@ class _Job:
         double = 2 * self.lengths[-1]
         return between + ([double] if double <= context_length(self.model) else [])
 
-    def _held_out(self, result: Calibration, lengths: Sequence[int]) -> list[HeldOut]:
+    def _held_out(self, result: Calibration, lengths: Sequence[int], prompts: int) -> list[HeldOut]:
+        """Sparsity on new prompts of other lengths, of the kinds that were calibrated on."""
         found = []
         targets = sorted({t for some in self.targets.values() for t in some})
-        steps = len(lengths) * (1 + len(targets))
-        for i, length in enumerate(lengths):
+        kinds = KINDS[: min(prompts, len(KINDS))]
+        steps, done = len(lengths) * len(kinds) * (1 + len(targets)), 0
+        for length in lengths:
             check_length(self.model, length, "a held-out prompt")
-            self.progress(f"held-out length {length}, dense", i * (1 + len(targets)) / steps)
-            tokens = self.maker.make("needle", length, seed=10**7).tokens
-            with self._collecting(length, sweep=False):
-                self._read(tokens)
-            for j, target in enumerate(targets):
-                done = (i * (1 + len(targets)) + 1 + j) / steps
-                self.progress(f"held-out length {length} at {target:.0%}", done)
-                phases = [p for p, some in self.targets.items() if target in some]
-                config = result.config.with_targets(
-                    **{p: target if p in phases else 0.0 for p in self.targets}
-                )
-                self.model.config.sparse_attention_config = config.to_dict()
-                with record() as recording:
+            reached: dict[tuple[str, float], list[float]] = {}
+            for kind in kinds:
+                self.progress(f"held-out length {length}, dense", done / steps)
+                tokens = self.maker.make(kind, length, seed=10**7).tokens
+                with self._collecting(length, sweep=False):
                     self._read(tokens)
-                for phase in phases:
-                    pooled = self._pooled(phase, "forward", length)
-                    law = config.laws[phase].ln_threshold(target, length)
-                    achieved = recording.sparsity(phase, self.layers)
-                    at = sparsity_at(pooled, law)
-                    found.append(HeldOut(phase, length, target, achieved, at))
+                done += 1
+                for target in targets:
+                    self.progress(f"held-out length {length} at {target:.0%}", done / steps)
+                    phases = [p for p, some in self.targets.items() if target in some]
+                    config = result.config.with_targets(
+                        **{p: target if p in phases else 0.0 for p in self.targets}
+                    )
+                    self.model.config.sparse_attention_config = config.to_dict()
+                    with record() as recording:
+                        self._read(tokens)
+                    for phase in phases:
+                        sparsity = recording.sparsity(phase, self.layers)
+                        reached.setdefault((phase, target), []).append(sparsity)
+                    done += 1
+            for (phase, target), values in sorted(reached.items(), reverse=True):
+                law = result.config.laws[phase].ln_threshold(target, length)
+                at = sparsity_at(self._pooled(phase, "forward", length), law)
+                found.append(HeldOut(phase, length, target, float(np.mean(values)), at))
         self.progress("held-out lengths", 1.0)
         return found
 
@@ -674,6 +728,11 @@ def _targets(given: float | Mapping[str, float] | Sequence[float]) -> dict[str, 
 def _cost(candidate: Candidate) -> float:
     """KL divergence, as it would be at the target itself."""
     return candidate.kl * math.exp(KL_GROWTH * (candidate.target - candidate.sparsity))
+
+
+def _rows(ln: np.ndarray, gaps: np.ndarray) -> np.ndarray:
+    """[layers, heads] of a table that may be [1, 1]."""
+    return np.broadcast_to(ln, gaps.shape[:2])
 
 
 def _parent(model: PreTrainedModel, module: nn.Module) -> nn.Module:

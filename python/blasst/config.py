@@ -54,6 +54,9 @@ GENERIC_TARGETS = ("Attention",)
 ECOSYSTEM_TARGET = 0.5
 """What readers of the ecosystem take where a file says no target."""
 
+NEAR = 1.1
+"""Requests up to so many times the longest calibrated length pass without a word."""
+
 _log = logging.getLogger("blasst")
 
 
@@ -207,7 +210,7 @@ class SparseAttention:
         """Say, once a phase, how far a request or the target is outside what was measured."""
         low, high = self.measured[phase].policies[0], self.measured[phase].policies[-1]
         messages = []
-        if length > policy.lengths[-1]:
+        if length > NEAR * policy.lengths[-1]:
             times = length / policy.lengths[-1]
             messages.append(
                 f"{length} keys are {times:.2f}x the longest calibrated length, "

@@ -41,6 +41,15 @@ def sparsity_at(histogram: np.ndarray, ln_threshold: float) -> float:
     return float(np.interp(ln_threshold, BIN_EDGES[1:-1], share_below(histogram)))
 
 
+def promised_sparsity(histograms: np.ndarray, ln_threshold: np.ndarray) -> float:
+    """[layers, heads, 514] counts, [layers, heads] ln thresholds -> the share skipped in all."""
+    counts = histograms.reshape(-1, GAP_BINS)
+    skipped = sum(
+        h.sum() * sparsity_at(h, ln) for h, ln in zip(counts, ln_threshold.reshape(-1), strict=True)
+    )
+    return float(skipped / max(counts.sum(), 1))
+
+
 def _strictly(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Drop repeats of x, for interpolation: of equal x the first y is kept."""
     keep = np.concatenate([[True], np.diff(x) > 0])

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -195,6 +196,15 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: object) -> None:
     """`value` as JSON, whole or not at all."""
     replace_file(path, json.dumps(value, indent=2) + "\n")
+
+
+def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The attention modules of a decoder, by layer."""
+    return {
+        module.layer_idx: module
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) is not None and hasattr(module, "is_causal")
+    }
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-KINDS = ("needle", "pairs", "chain", "words")
+KINDS = ("needle", "chain", "pairs", "words")
+"""Prose first: few prompts then say most about prose."""
 PLACES = ("north", "south", "east", "west", "upper", "lower", "inner", "outer")
 THINGS = ("gate", "tower", "bridge", "harbour", "garden", "cellar", "library", "mill")
 COLOURS = ("copper", "silver", "amber", "violet", "scarlet", "ivory", "cobalt", "emerald")
