@@ -16,7 +16,7 @@ using attention::Range;
 
 inline constexpr int kQueryRows = 64;   // rows of a prefill query tile
 inline constexpr int kKeys = 64;        // keys of a key tile
-inline constexpr int kUnitTiles = 4;    // query tiles that share one staged key tile
+inline constexpr int kUnitTiles = 8;    // query tiles that share one staged key tile
 inline constexpr int kUnitHeads = 8;    // decode: most KV heads a unit
 inline constexpr int kSplitTiles = 64;  // decode: visited tiles a split
 inline constexpr int kMaxDim = 256;

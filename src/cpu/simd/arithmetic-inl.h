@@ -75,12 +75,17 @@ HWY_INLINE void StoreFloats(DType dtype, const float* HWY_RESTRICT from, int64_t
       hn::StoreU(hn::DemoteTo(h8, hn::LoadU(f8, from + i)), h8,
                  reinterpret_cast<hwy::float16_t*>(to) + i);
   } else {
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t bits;
-      std::memcpy(&bits, from + i, sizeof bits);
-      const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-      const uint16_t rounded = nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-      std::memcpy(to + 2 * i, &rounded, sizeof rounded);
+    const hn::RebindToSigned<decltype(f8)> i8;
+    const hn::Rebind<uint16_t, decltype(f8)> u8;
+    for (int64_t i = 0; i < count; i += hn::Lanes(f8)) {
+      const auto value = hn::LoadU(f8, from + i);
+      const auto bits = hn::BitCast(i8, value);
+      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(i8, 1));
+      const auto sum = hn::Add(bits, hn::Add(odd, hn::Set(i8, 0x7fff)));
+      const auto high = hn::And(hn::ShiftRight<16>(sum), hn::Set(i8, 0xffff));
+      const auto nan = hn::RebindMask(i8, hn::IsNaN(value));
+      const auto rounded = hn::IfThenElse(nan, hn::Set(i8, 0x7fc0), high);
+      hn::StoreU(hn::DemoteTo(u8, rounded), u8, reinterpret_cast<uint16_t*>(to) + i);
     }
   }
 }

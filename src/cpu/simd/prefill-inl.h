@@ -122,6 +122,9 @@ class PrefillWalk {
     for (size_t i = 0; i < unit_.tiles.size(); ++i) Begin(unit_.tiles[i], tiles_[i]);
     for (int64_t i = 0; i < unit_.key_tiles.size(); ++i) {
       const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, i);
+      next_key_tile_ = i + 1 < unit_.key_tiles.size()
+                           ? attention::nth_tile(p_.order, unit_.key_tiles, i + 1)
+                           : -1;
       k_staged_ = v_staged_ = false;
       for (size_t t = 0; t < unit_.tiles.size(); ++t) {
         TileState& tile = tiles_[t];
@@ -160,30 +163,40 @@ class PrefillWalk {
     return std::min<int64_t>(kKeys, p_.requests[unit_.tiles.front().request].keys - j * kKeys);
   }
 
-  // Copies the keys of tile j, zeros up to a whole number of broadcasts.
+  // Copies the keys of tile j, zeros up to a whole number of broadcasts, and fetches those of the
+  // tile that comes after it.
   void StageKeys(int64_t j) {
-    const int64_t request = unit_.tiles.front().request;
-    staged_keys_ = hwy::RoundUpTo(Keys(j), kBroadcasts);
-    for (int64_t key = 0; key < Keys(j); ++key)
-      A::Stage(p_.key(request, j * kKeys + key, kv_head_), p_.head_dim, k_ + key * depth_);
+    std::array<const std::byte*, kKeys> rows, next_rows;
+    const int64_t fetched = FindRows(p_.kv.k, next_key_tile_, next_rows.data());
+    staged_keys_ = hwy::RoundUpTo(FindRows(p_.kv.k, j, rows.data()), kBroadcasts);
+    const int64_t row_bytes = p_.head_dim * attention::element_bytes(p_.dtype);
+    for (int64_t key = 0; key < Keys(j); ++key) {
+      A::Stage(rows[key], p_.head_dim, k_ + key * depth_);
+      if (key >= fetched) continue;
+      for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(next_rows[key] + at, 0, 2);
+    }
     std::fill(k_ + Keys(j) * depth_, k_ + staged_keys_ * depth_, 0.0f);
     k_magnitude_ = LargestMagnitude<A>(k_, staged_keys_ * depth_);
     k_staged_ = true;
+  }
+
+  // Where tile j's rows are, and how many; none if j < 0.
+  int64_t FindRows(const View& view, int64_t j, const std::byte** rows) const {
+    if (j < 0) return 0;
+    p_.rows_of(view, unit_.tiles.front().request, {j * kKeys, j * kKeys + Keys(j)}, kv_head_, rows);
+    return Keys(j);
   }
 
   // Copies the values of tile j as [value_dim / kBroadcasts][keys / kPack][kBroadcasts] words, in
   // the order in which they are broadcast.
   void StageValues(int64_t j) {
     static constexpr std::array<std::byte, kMaxDim * 4> zeros{};
-    const int64_t request = unit_.tiles.front().request;
+    std::array<const std::byte*, kKeys> rows;
+    const int64_t found = FindRows(p_.kv.v, j, rows.data());
+    std::fill(rows.begin() + found, rows.end(), zeros.data());
     const int64_t steps = staged_keys_ / A::kPack;
     for (int64_t step = 0; step < steps; ++step) {
-      const std::byte* rows[A::kPack];
-      for (int64_t i = 0; i < A::kPack; ++i) {
-        const int64_t key = step * A::kPack + i;
-        rows[i] = key < Keys(j) ? p_.value(request, j * kKeys + key, kv_head_) : zeros.data();
-      }
-      A::StageValues(rows, p_.value_dim, row_words_);
+      A::StageValues(rows.data() + step * A::kPack, p_.value_dim, row_words_);
       for (int64_t d = 0; d < p_.value_dim; d += kBroadcasts)
         std::memcpy(v_ + (d * steps) + step * kBroadcasts, row_words_ + d,
                     kBroadcasts * sizeof(float));
@@ -426,6 +439,7 @@ class PrefillWalk {
   float unit_scale_, log2_scale_, skip_below_;
   float *scores_, *probabilities_, *k_, *v_, *row_words_;
   int64_t staged_keys_ = 0;
+  int64_t next_key_tile_ = -1;
   float k_magnitude_ = 0;
   bool k_staged_ = false, v_staged_ = false, v_finite_ = true;
   TileState tiles_[kUnitTiles];

@@ -1,0 +1,152 @@
+// A fuzzer's bytes choose a small problem. Left whole, its result must agree with the reference;
+// with one parameter bent, the call must either be refused with nothing written, or work.
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <string>
+
+#include "check/compare.h"
+
+namespace {
+
+using namespace blasst;
+using check::Problem;
+
+class Bytes : public check::Choices {
+ public:
+  Bytes(const uint8_t* data, size_t size) : data_(data), size_(size) {}
+
+  int64_t between(int64_t least, int64_t most) override {
+    const auto range = static_cast<uint64_t>(most - least);
+    uint64_t bits = 0;
+    for (uint64_t left = range; left > 0; left >>= 8) bits = bits << 8 | next();
+    return least + static_cast<int64_t>(range == UINT64_MAX ? bits : bits % (range + 1));
+  }
+
+ private:
+  uint8_t next() { return size_ == 0 ? 0 : (--size_, *data_++); }
+
+  const uint8_t* data_;
+  size_t size_;
+};
+
+int64_t odd_number(check::Choices& choose) {
+  constexpr auto kMost = std::numeric_limits<int64_t>::max();
+  return choose.pick<int64_t>({0, 1, -1, 2, 3, 7, 8, 63, 65, 1 << 20, int64_t{1} << 31,
+                               int64_t{1} << 40, kMost, -kMost, choose.between(-300, 300)});
+}
+
+// Any entry of an index array, if it has one.
+void bend(std::vector<int32_t>& indices, check::Choices& choose) {
+  if (indices.empty()) return;
+  indices[choose.between(0, std::ssize(indices) - 1)] = static_cast<int32_t>(odd_number(choose));
+}
+
+// Changes one parameter. Not those that say how large a caller's buffer is: no library can check
+// them.
+void bend(Problem& problem, check::Choices& choose) {
+  PrefillParams& p = problem.params;
+  View* const views[] = {&p.q, &p.out, &p.kv.k, &p.kv.v};
+  View& view = *views[choose.between(0, 3)];
+  const auto number = static_cast<float>(odd_number(choose));
+  switch (choose.between(0, 21)) {
+    case 0:
+      view.stride_request = odd_number(choose);
+      break;
+    case 1:
+      view.stride_token = odd_number(choose);
+      break;
+    case 2:
+      view.stride_head = odd_number(choose);
+      break;
+    case 3:
+      view.data = nullptr;
+      break;
+    case 4:
+      view.elements = std::min(view.elements, odd_number(choose));
+      break;
+    case 5:
+      p.head_dim = odd_number(choose);
+      break;
+    case 6:
+      p.value_dim = odd_number(choose);
+      break;
+    case 7:
+      p.query_length = odd_number(choose);
+      break;
+    case 8:
+      p.kv.key_length = odd_number(choose);
+      break;
+    case 9:
+      p.kv.page_size = odd_number(choose);
+      break;
+    case 10:
+      p.kv.pages = odd_number(choose);
+      break;
+    case 11:
+      p.scale = number;
+      break;
+    case 12:
+      p.softcap = number;
+      break;
+    case 13:
+      p.mask.window_left = odd_number(choose);
+      break;
+    case 14:
+      p.mask.window_right = odd_number(choose);
+      break;
+    case 15:
+      p.mask.causal = static_cast<int32_t>(odd_number(choose));
+      break;
+    case 16:
+      p.order = static_cast<Order>(odd_number(choose));
+      break;
+    case 17:
+      p.test.kind = static_cast<TestKind>(odd_number(choose));
+      break;
+    case 18:
+      bend(problem.lengths, choose);
+      break;
+    case 19:
+      bend(problem.cu_keys, choose), bend(problem.cu_queries, choose);
+      break;
+    case 20:
+      bend(problem.page_table, choose);
+      break;
+    default:
+      if (!problem.thresholds.empty()) problem.thresholds[0] = number / 8;
+  }
+}
+
+[[noreturn]] void fail(const Problem& problem, const std::string& what) {
+  std::fprintf(stderr, "%s\n  %s\n", what.c_str(), check::describe(problem.description).c_str());
+  std::abort();
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  Bytes bytes(data, size);
+  const bool bent = bytes.one_in(2);
+  check::Case c = check::random_case(bytes, 200'000);
+  c.threads = static_cast<int>(bytes.between(1, 2));
+  if (bent) c.blocks = false;  // the block mask's buffer fits the lengths as they were
+  Problem problem(c);
+  if (!bent) {
+    problem.run();
+    const std::string mismatch = check::compare(problem).mismatch;
+    if (!mismatch.empty()) fail(problem, mismatch);
+    return 0;
+  }
+  problem.params.report = {};  // sized for the problem as it was
+  bend(problem, bytes);
+  try {
+    problem.run();
+  } catch (const Error& error) {
+    if (problem.wrote_anything()) fail(problem, "refused, but something was written");
+    if (std::string(error.what()).empty()) fail(problem, "refused without a message");
+  }
+  return 0;
+}
