@@ -54,16 +54,50 @@ inline constexpr int kKeyGroup = 4;  // keys that share a pass over the rows
 inline constexpr int kValueVectors =
     HWY_TARGET == HWY_AVX3 ? 4 : 2;  // output vectors of a row in registers
 
+using Rows = std::array<const std::byte*, kKeys>;  // where a tile's keys or values are
+
+// Asks for bytes [begin, end) of a row that is used a tile later: into the second-level cache, for
+// the tiles of a unit's heads are more than the first holds.
+HWY_INLINE void Fetch(const std::byte* row, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
+// Value rows of kept tiles, waiting to be fetched a few at a time: all at once they would be more
+// than a core can ask for, and the rest would come one by one when it is needed.
+class ValueQueue {
+ public:
+  // `heads` take turns, so many visits pass between a tile's test and the use of its values.
+  ValueQueue(int64_t row_bytes, int64_t heads)
+      : row_bytes_(row_bytes), rows_a_key_group_(std::max<int64_t>(1, kKeyGroup / heads)) {}
+
+  void Push(const Rows& rows) {
+    if (next_ == rows_.size()) rows_.clear(), next_ = 0;
+    rows_.insert(rows_.end(), rows.begin(), rows.end());
+  }
+
+  HWY_INLINE void AskWhileScoring() { Ask(rows_a_key_group_); }
+
+  HWY_INLINE void Ask(int64_t count) {
+    for (; count > 0 && next_ < rows_.size(); --count) Fetch(rows_[next_++], 0, row_bytes_);
+  }
+
+ private:
+  const int64_t row_bytes_, rows_a_key_group_;
+  std::vector<const std::byte*> rows_;
+  size_t next_ = 0;
+};
+
 // One query tile: its queries, softmax state and outputs, and the key tile at hand.
 template <typename A>
 class DecodeHead {
  public:
   DecodeHead(const Problem& p, const QueryTile& tile, Range key_tiles, Totals& totals,
-             float* scratch)
+             ValueQueue& queue, float* scratch)
       : p_(p),
         tile_(tile),
         key_tiles_(key_tiles),
         totals_(totals),
+        queue_(queue),
         count_(tile.rows()),
         padded_count_(hwy::RoundUpTo(count_, kLanes)),
         depth_(p.head_dim / A::kPack),
@@ -119,29 +153,24 @@ class DecodeHead {
     const bool nan = Maxima(keys);
     const bool kept = Keep() || nan;
     totals_.count(tile_, j, kept, totals_.wants_gaps() ? Gap(nan) : 0);
-    fetch_values_ = kept;
-    if (kept) FindValues(j, rows_differ_ ? keys : intersect(keys, ranges_[0]), next_v_rows_);
     AddPending();
-    fetch_values_ = false;
     if (kept) {
       Softmax();
       pending_ = j;
-      std::swap(v_rows_, next_v_rows_);
+      FindValues(j, rows_differ_ ? keys : intersect(keys, ranges_[0]));
+      queue_.Push(v_rows_);
     } else if (p_.report.dropped_mass_bound) {
       AddBound();
     }
   }
 
-  // Adds the values of the tile that was kept last, while those of the next one are fetched.
+  // Adds the values of the tile that was kept last.
   void AddPending() {
-    if (pending_ < 0) {
-      if (fetch_values_) FetchAll(next_v_rows_, p_.value_dim);
-      return;
-    }
+    if (pending_ < 0) return;
     const int64_t j = std::exchange(pending_, -1);
     if (rows_differ_ && Boundary(KeysOf(j))) {
       for (int64_t r = 0; r < count_; ++r) {
-        FindValues(j, intersect(KeysOf(j), ranges_[r]), v_rows_);
+        FindValues(j, intersect(KeysOf(j), ranges_[r]));
         AddRows<1>(r);
       }
       return;
@@ -177,7 +206,6 @@ class DecodeHead {
   }
 
  private:
-  using Rows = std::array<const std::byte*, kKeys>;
   static constexpr int64_t kBytes = A::kDType == BLASST_FLOAT32 ? 4 : 2;  // an element
 
   void Begin() {
@@ -204,16 +232,6 @@ class DecodeHead {
     return zeros.data();
   }
 
-  // Asks for bytes [begin, end) of a row, to be used a tile later: into the second-level cache, for
-  // the tiles of a unit's heads are more than the first holds.
-  static HWY_INLINE void Fetch(const std::byte* row, int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
-
-  static void FetchAll(const Rows& rows, int64_t dim) {
-    for (const std::byte* row : rows) Fetch(row, 0, dim * kBytes);
-  }
-
   // Where the rows of a tile's keys are; zeros behind the last.
   void FindRows(const View& view, Range keys, Rows& rows) const {
     p_.rows_of(view, tile_.request, keys, kv_head_, rows.data());
@@ -221,11 +239,11 @@ class DecodeHead {
   }
 
   // Values of tile j; zeros for keys not in `seen`, so that NaN in a masked value stays out.
-  void FindValues(int64_t j, Range seen, Rows& rows) const {
+  void FindValues(int64_t j, Range seen) {
     const Range keys = KeysOf(j);
-    FindRows(p_.kv.v, keys, rows);
+    FindRows(p_.kv.v, keys, v_rows_);
     for (int64_t i = 0; i < keys.size(); ++i) {
-      if (keys.begin + i < seen.begin || keys.begin + i >= seen.end) rows[i] = ZeroRow();
+      if (keys.begin + i < seen.begin || keys.begin + i >= seen.end) v_rows_[i] = ZeroRow();
     }
   }
 
@@ -263,6 +281,7 @@ class DecodeHead {
       if (fetch) {
         for (int i = 0; i < kKeyGroup; ++i) Fetch(next_k_rows_[key + i], 0, p_.head_dim * kBytes);
       }
+      queue_.AskWhileScoring();
       V sums[kRows][kKeyGroup];
       for (auto& row : sums)
         for (V& x : row) x = hn::Zero(f);
@@ -409,13 +428,11 @@ class DecodeHead {
       for (int v = 0; v < kVectors; ++v)
         sums[r][v] = hn::Mul(hn::LoadU(f, o_ + (first + r) * o_stride_ + d + v * kLanes), rescale);
     }
-    const bool fetch = first == 0 && fetch_values_;
+    // Over all blocks, as many rows are asked for as are added.
+    const int64_t asked = attention::ceil_div(A::kPack * kVectors * kLanes, p_.value_dim);
     for (int64_t step = 0; step < kKeys / A::kPack; ++step) {
       const std::byte* const* rows = v_rows_.data() + step * A::kPack;
-      if (fetch) {
-        for (int i = 0; i < A::kPack; ++i)
-          Fetch(next_v_rows_[step * A::kPack + i], d * kBytes, (d + kVectors * kLanes) * kBytes);
-      }
+      queue_.Ask(asked);
       V words[kVectors];
       if constexpr (kTail) {
         LoadValuesTail(rows, d, words);
@@ -450,6 +467,7 @@ class DecodeHead {
   const QueryTile& tile_;
   const Range key_tiles_;  // of the whole visit
   Totals& totals_;
+  ValueQueue& queue_;
   const int64_t count_, padded_count_;  // rows
   const int64_t depth_;                 // words a key
   const int64_t q_stride_, o_stride_;
@@ -460,18 +478,18 @@ class DecodeHead {
   std::vector<Range> ranges_;                                // keys that a row sees
   bool rows_differ_ = false;
   int64_t next_key_tile_ = -1;
-  bool fetch_values_ = false;  // of next_v_rows_
-  int64_t pending_ = -1;       // kept tile whose values are still to be added
-  Rows k_rows_, next_k_rows_, v_rows_, next_v_rows_;
+  int64_t pending_ = -1;                // kept tile whose values are still to be added
+  Rows k_rows_, next_k_rows_, v_rows_;  // of the tile at hand, the next one, pending_
 };
 
 template <typename A>
 void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
             const Partial* partials) {
+  ValueQueue queue(p.value_dim * attention::element_bytes(p.dtype), std::ssize(unit.tiles));
   std::vector<DecodeHead<A>> heads;
   heads.reserve(unit.tiles.size());
   for (const QueryTile& tile : unit.tiles) {
-    heads.emplace_back(p, tile, unit.key_tiles, totals, scratch);
+    heads.emplace_back(p, tile, unit.key_tiles, totals, queue, scratch);
     scratch += decode_scratch_floats(p);
     if (unit.visit.begin > 0) heads.back().SeedMaxima();
   }

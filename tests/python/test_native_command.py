@@ -1,0 +1,71 @@
+"""The native `blasst` command, as built by `make build`."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(__file__).parents[2] / "build/release/tools/blasst/blasst"
+BENCH_FIELDS = {
+    *("phase", "backend", "dtype", "length", "heads", "kv_heads", "head_dim", "threads"),
+    *("sparsity", "dense_ms", "sparse_ms", "speedup", "dense_gflops", "effective_gflops"),
+    *("relative_error", "peak_rss_mb"),
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(COMMAND), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_info_names_version_backends_instruction_sets_and_threads():
+    result = run("info")
+    assert result.returncode == 0
+    for word in ("blasst 0.", "backends", "cpu", "instruction sets", "in use", "threads"):
+        assert word in result.stdout
+
+
+def test_verify_agrees_on_every_instruction_set():
+    result = run("verify", "--cases", "8", "--seed", "1000")
+    assert result.returncode == 0, result.stderr
+    listed = [line.split()[0] for line in run("info").stdout.splitlines() if line.startswith("  ")]
+    for line in result.stdout.splitlines():
+        assert "8 problems agree" in line
+        assert line.split()[0] in listed
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_bench_json_has_one_object_a_line_with_the_promised_fields(phase):
+    result = run(
+        *("bench", phase, "--json", "--length", "256", "1024", "--heads", "4", "--kv-heads", "2"),
+        *("--head-dim", "64", "--sparsity", "0.5", "--repeat", "1"),
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["length"] for row in rows] == [256, 1024]
+    for row in rows:
+        wanted = BENCH_FIELDS | ({"gb_per_s"} if phase == "decode" else set())
+        assert wanted <= row.keys()
+        assert row["phase"] == phase
+        assert 0 < row["sparsity"] < 0.7, "achieved, of the planted half"
+        assert row["relative_error"] < 1e-2
+    assert "length 1024" in result.stderr, "progress"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("bench", "prefill", "--dtype", "int8"), ["int8", "bfloat16", "float32"]),
+        (("bench", "prefill", "--head-dim", "20"), ["head_dim is 20", "multiple of 8"]),
+        (("bench", "prefill", "--sparsity", "1.5"), ["1.5"]),
+        (("bench", "decode", "--heads", "3", "--kv-heads", "2"), ["heads is 3", "kv_heads is 2"]),
+        (("verify", "--isa", "mmx"), ["mmx", "this machine and build have"]),
+        (("frobnicate",), ["subcommand"]),
+        ((), ["subcommand"]),
+    ],
+)
+def test_wrong_usage_is_one_message_and_status_2(arguments, words):
+    result = run(*arguments)
+    assert result.returncode == 2
+    for word in words:
+        assert word in result.stderr + result.stdout
