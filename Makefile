@@ -56,7 +56,7 @@ sanitize: build-packages check-packages ## C++ tests under ASan + UBSan, then un
 fuzz: build-packages check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)
 	cmake --preset fuzz
 	cmake --build --preset fuzz --parallel $(JOBS)
-	build/fuzz/tests/fuzz/fuzz_attention -max_total_time=$(FUZZ_SECONDS) $(ARGS)
+	build/fuzz/tests/cpp/fuzz_attention -max_total_time=$(FUZZ_SECONDS) $(ARGS)
 
 .PHONY: lint
 lint: build check-packages ## clang-tidy and ruff

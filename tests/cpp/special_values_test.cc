@@ -188,7 +188,8 @@ TEST_P(SpecialValues, AScoreOfMinusInfinityIsMasked) {
     for (int64_t j = 0; j < 200; ++j)
       for (int64_t h = 0; h < c.kv_heads; ++h) set(problem, access.key(0, j, h), 0, -kInf);
     for (const float threshold : {0.0f, 0.9f}) {
-      problem.params.test = {.kind = BLASST_TEST_RELATIVE, .values = &threshold};
+      problem.thresholds = {threshold};
+      problem.params.test = {.kind = BLASST_TEST_RELATIVE, .values = problem.thresholds.data()};
       problem.run();
       EXPECT_EQ(compare(problem).mismatch, "") << describe(c);
     }
