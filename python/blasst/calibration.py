@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,10 +34,12 @@ from blasst.config import (
     Measured,
     Policy,
     SparseAttention,
+    parse,
 )
 from blasst.curves import (
     GAP_BINS,
     HeadCurves,
+    UnfittableError,
     UnreachableError,
     fit_law,
     ln_threshold_at,
@@ -54,7 +56,7 @@ from blasst.scoring import Agreement, agreement
 Progress = Callable[[str, float], None]
 """Called with what is being done and the share, 0 to 1, that is done."""
 
-TARGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
+TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 CHOSEN_FROM = ("sink_first", "reverse")
 """Orders that can win; forward is measured for the ecosystem's law alone."""
 SWEEP = (0.3, 0.55, 0.75, 0.9, 1.0)
@@ -142,8 +144,8 @@ class HeldOut:
     length: int
     target: float
     achieved: float
-    law: float
-    """What the ecosystem's law (forward order, one threshold) reaches there."""
+    law: float | None
+    """What the ecosystem's law (forward order, one threshold) reaches there, if there is one."""
 
 
 @dataclass
@@ -157,6 +159,27 @@ class Calibration:
     """Phase, length, target and the highest sparsity there, where threshold 1 stays below it."""
     ecosystem: SparseAttention | None = None
     """The same model under the paper's scheme alone: forward order, one threshold, power 1."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file; `from_dict` reads it."""
+        return {
+            "config": self.config.to_dict(),
+            "ecosystem": self.ecosystem.to_dict() if self.ecosystem else None,
+            "candidates": [asdict(c) for c in self.candidates],
+            "held_out": [asdict(h) for h in self.held_out],
+            "saturated": self.saturated,
+        }
+
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any]) -> "Calibration":
+        """What `to_dict` wrote."""
+        return cls(
+            parse(kept["config"]),
+            [Candidate(**c) for c in kept["candidates"]],
+            [HeldOut(**h) for h in kept["held_out"]],
+            [tuple(s) for s in kept["saturated"]],
+            parse(kept["ecosystem"]) if kept["ecosystem"] else None,
+        )
 
 
 @torch.inference_mode()
@@ -258,7 +281,7 @@ class _Job:
         candidates = self._choose(validation)
         chosen = {(c.phase, c.target): c for c in candidates if c.chosen}
         self._measure_drift(chosen)
-        result = Calibration(self._config(chosen), candidates, ecosystem=self._config({}))
+        result = Calibration(self._config(chosen), candidates, ecosystem=self._ecosystem())
         result.saturated = self._saturated(chosen)
         if held_out is None:
             held_out = self._default_held_out()
@@ -481,6 +504,13 @@ class _Job:
         ]
         return ln
 
+    def _ecosystem_law(self, phase: str) -> Law | None:
+        """None where forward order skips too little to fit one."""
+        try:
+            return self._law(phase, "forward", fit_power=False)
+        except UnfittableError:
+            return None
+
     def _law(self, phase: str, order: str, *, fit_power: bool) -> Law:
         targets = np.array(TARGETS)
         ln = np.zeros((len(self.lengths), len(targets)))
@@ -557,12 +587,17 @@ class _Job:
     # Writing
 
     def _config(self, chosen: Mapping[tuple[str, float], Candidate]) -> SparseAttention:
-        """The configuration with these winners; without any, the ecosystem's law alone."""
+        """The configuration with these winners."""
         policies = {}
-        for phase, targets in self.targets.items() if chosen else ():
+        for phase, targets in self.targets.items():
             winners = [chosen[phase, target] for target in sorted(targets)]
             policies[phase] = self._policies(phase, winners)
         return self._with(policies, {phase: targets[0] for phase, targets in self.targets.items()})
+
+    def _ecosystem(self) -> SparseAttention | None:
+        """The ecosystem's law alone, of the phases that have one."""
+        targets = {p: some[0] for p, some in self.targets.items() if self._ecosystem_law(p)}
+        return self._with({}, targets) if targets else None
 
     def _policies(self, phase: str, winners: list[Candidate]) -> list[Policy]:
         """Each target of the grid goes with the winner at the nearest target asked for."""
@@ -591,7 +626,7 @@ class _Job:
         ]
         return SparseAttention(
             targets=tuple(sorted({type(m).__name__ for m in self.modules.values()})),
-            laws={p: self._law(p, "forward", fit_power=False) for p in self.targets},
+            laws={p: law for p in self.targets if (law := self._ecosystem_law(p))},
             target_sparsity=dict(targets),
             ignore=tuple(ignore),
             measured={p: Measured(self.shapes[p], tuple(some)) for p, some in policies.items()},
@@ -643,8 +678,9 @@ class _Job:
                         reached.setdefault((phase, target), []).append(sparsity)
                     done += 1
             for (phase, target), values in sorted(reached.items(), reverse=True):
-                law = result.config.laws[phase].ln_threshold(target, length)
-                at = sparsity_at(self._pooled(phase, "forward", length), law)
+                law = result.config.laws.get(phase)
+                pooled = self._pooled(phase, "forward", length)
+                at = sparsity_at(pooled, law.ln_threshold(target, length)) if law else None
                 found.append(HeldOut(phase, length, target, float(np.mean(values)), at))
         self.progress("held-out lengths", 1.0)
         return found

@@ -22,6 +22,10 @@ class UnreachableError(ValueError):
     """A target sparsity that no threshold up to 1 reaches."""
 
 
+class UnfittableError(ValueError):
+    """Too few points for a law."""
+
+
 def share_below(histogram: np.ndarray) -> np.ndarray:
     """[..., 514] counts -> [..., 513]: the share of tiles skipped at each ln threshold of edges.
 
@@ -33,7 +37,7 @@ def share_below(histogram: np.ndarray) -> np.ndarray:
 
 def ln_threshold_at(histogram: np.ndarray, sparsity: float) -> float:
     """[514] counts -> the ln threshold, at most 0, that skips this share of the tiles."""
-    return float(np.interp(sparsity, *_strictly(share_below(histogram), BIN_EDGES[1:-1])))
+    return float(np.interp(sparsity, share_below(histogram), BIN_EDGES[1:-1]))
 
 
 def sparsity_at(histogram: np.ndarray, ln_threshold: float) -> float:
@@ -48,12 +52,6 @@ def promised_sparsity(histograms: np.ndarray, ln_threshold: np.ndarray) -> float
         h.sum() * sparsity_at(h, ln) for h, ln in zip(counts, ln_threshold.reshape(-1), strict=True)
     )
     return float(skipped / max(counts.sum(), 1))
-
-
-def _strictly(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Drop repeats of x, for interpolation: of equal x the first y is kept."""
-    keep = np.concatenate([[True], np.diff(x) > 0])
-    return x[keep], y[keep]
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,7 @@ def share_out(scheme: str, curves: HeadCurves, target: float) -> np.ndarray:
         mass = np.maximum.accumulate(curves.mass, -1)
         return _solve(
             lambda m: np.array(
-                [
-                    np.interp(m, *_last_of_equal(x, y))
-                    for x, y in zip(mass, curves.sparsity, strict=True)
-                ]
+                [np.interp(m, x, y) for x, y in zip(mass, curves.sparsity, strict=True)]
             ),
             curves.weight,
             target,
@@ -107,11 +102,6 @@ def share_out(scheme: str, curves: HeadCurves, target: float) -> np.ndarray:
         )
     cost = {"water_filling": curves.mass, "least_error": curves.error}[scheme]
     return _water_filling(curves, np.maximum.accumulate(cost, -1), target)
-
-
-def _last_of_equal(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    keep = np.concatenate([np.diff(x) > 0, [True]])
-    return x[keep], y[keep]
 
 
 def _solve(shares, weight: np.ndarray, target: float, high: float) -> np.ndarray:
@@ -179,7 +169,9 @@ def fit_law(
     weight = (length / length.max())[usable]
     matrix = np.stack([column[usable] for column in columns], -1)
     if len(set(target[usable])) < 2:
-        raise ValueError("a fit needs at least two target sparsities below the highest reachable")
+        raise UnfittableError(
+            "a fit needs at least two target sparsities below the highest reachable"
+        )
     solution, *_ = np.linalg.lstsq(matrix * weight[:, None], right[usable] * weight, rcond=None)
     ln_a, b, *power = solution.tolist()
     return Law(math.exp(ln_a), b, power[0] if power else 1.0)

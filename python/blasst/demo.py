@@ -1,5 +1,6 @@
 """The demo: a small model is calibrated, then reads long texts densely and sparsely."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,17 +40,7 @@ def demo(name: str, out: Path) -> Path:
     length = plan.lengths[-1]
     console.print(f"Loading {models.PACKAGED[name].title}")
     loaded = models.load(name)
-    with progress_bar("Calibrating") as progress:
-        found = calibration.calibrate(
-            loaded.model,
-            loaded.tokenizer,
-            lengths=plan.lengths,
-            target_sparsity=TARGETS,
-            prompts=plan.prompts,
-            schemes=SCHEMES,
-            held_out=plan.held_out,
-            progress=progress,
-        )
+    found = _calibration(loaded, plan, out / "calibration.json")
     texts = dict(list(prompts.evaluation_texts().items())[: plan.texts])
     with progress_bar("Evaluating") as progress:
         results = evaluation.evaluate(
@@ -70,6 +61,31 @@ def demo(name: str, out: Path) -> Path:
         show(table)
     console.print(f"Report: {path.resolve()}")
     return path
+
+
+def _calibration(loaded: models.Loaded, plan: Plan, kept: Path) -> calibration.Calibration:
+    """The calibration of an earlier run if there is one of this model and plan, else a new one."""
+    made_by = evaluation.fingerprint(loaded.model, plan, TARGETS, SCHEMES)
+    if kept.exists():
+        whole = json.loads(kept.read_text())
+        if whole["made_by"] == made_by:
+            console.print(f"Calibration of an earlier run: {kept}")
+            found = calibration.Calibration.from_dict(whole["calibration"])
+            loaded.model.config.sparse_attention_config = found.config.to_dict()
+            return found
+    with progress_bar("Calibrating") as progress:
+        found = calibration.calibrate(
+            loaded.model,
+            loaded.tokenizer,
+            lengths=plan.lengths,
+            target_sparsity=TARGETS,
+            prompts=plan.prompts,
+            schemes=SCHEMES,
+            held_out=plan.held_out,
+            progress=progress,
+        )
+    models.write_json(kept, {"made_by": made_by, "calibration": found.to_dict()})
+    return found
 
 
 def about_run(more: str) -> str:

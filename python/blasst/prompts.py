@@ -26,6 +26,8 @@ COLOURS = ("copper", "silver", "amber", "violet", "scarlet", "ivory", "cobalt", 
 OBJECTS = ("lantern", "anchor", "feather", "compass", "kettle", "ladder", "whistle", "mirror")
 NEEDLE = 'The secret passphrase of the {place} is "{phrase}".'
 QUESTION = "What is the secret passphrase of the {place}?"
+LEAST_TEXT = 64
+"""Tokens between the instruction and the question."""
 INSTRUCTION = "Read this text and answer the question.\n\n"
 
 
@@ -164,8 +166,11 @@ class PromptMaker:
         facts, question, answers = getattr(self, f"_{kind}")(rng, length)
         head, tail = self._frame(question)
         room = length - len(head) - len(tail)
-        if room < 64:
-            raise ValueError(f"a prompt of {length} tokens is too short; at least 128 are needed")
+        if room < LEAST_TEXT:
+            shortest = len(head) + len(tail) + LEAST_TEXT
+            raise ValueError(
+                f"a prompt of {length} tokens is too short; at least {shortest} are needed"
+            )
         if kind in ("needle", "chain"):
             facts = self._in_prose(rng, facts, room)
         body = self._encode("".join(facts))[:room]

@@ -257,7 +257,13 @@ def _held_out_table(calibration: Calibration) -> Table:
         "Sparsity at lengths that no fit has seen",
         ("phase", "tokens", "target", "achieved", "the law alone"),
         tuple(
-            (h.phase, str(h.length), f"{h.target:.0%}", f"{h.achieved:.1%}", f"{h.law:.1%}")
+            (
+                h.phase,
+                str(h.length),
+                f"{h.target:.0%}",
+                f"{h.achieved:.1%}",
+                "" if h.law is None else f"{h.law:.1%}",
+            )
             for h in calibration.held_out
         ),
         "The law alone: threshold = a exp(b target) / length, forward order, one threshold.",

@@ -1,0 +1,155 @@
+"""Calibration of a small random model, through to what it does at run time."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import blasst
+from blasst.calibration import Calibration, calibrate
+from blasst.config import parse
+from blasst.curves import UnreachableError
+from blasst.prompts import KINDS, PromptMaker, reference_text, text_tokens
+from recency_model import make_recency_model, make_tokenizer
+
+TARGET = 0.2
+LENGTHS = (512, 1024)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> tuple[LlamaForCausalLM, Calibration]:
+    model = make_recency_model()
+    found = calibrate(
+        model,
+        make_tokenizer(),
+        lengths=LENGTHS,
+        target_sparsity={"prefill": TARGET},
+        prompts=1,
+        held_out=[896],
+        schemes=("one_threshold", "least_error"),
+    )
+    return model, found
+
+
+def tokens(length: int, kind: str = "needle", seed: int = 5) -> torch.Tensor:
+    return PromptMaker(make_tokenizer(), reference_text(), "text").make(kind, length, seed).tokens
+
+
+def test_tries_every_order_and_scheme_and_marks_the_one_nearest_to_dense(calibrated):
+    candidates = calibrated[1].candidates
+    assert {(c.order, c.heads) for c in candidates} == {
+        (order, heads)
+        for order in ("sink_first", "reverse")
+        for heads in ("one_threshold", "least_error")
+    }
+    [chosen] = [c for c in candidates if c.chosen]
+    assert chosen.kl <= 1.5 * min(c.kl for c in candidates), "but for the sparsity reached"
+    [policy] = calibrated[1].config.measured["prefill"].policies
+    assert (policy.order, policy.heads) == (chosen.order, chosen.heads)
+
+
+def test_the_model_then_reaches_its_target(calibrated):
+    model = calibrated[0]
+    with blasst.record() as r, torch.inference_mode():
+        model(tokens(LENGTHS[-1]))
+    assert r.sparsity("prefill") == pytest.approx(TARGET, abs=0.03)
+    [held_out] = calibrated[1].held_out
+    assert held_out.achieved == pytest.approx(TARGET, abs=0.08), "one prompt, 105 tiles a head"
+
+
+def test_what_is_saved_runs_the_same_when_loaded(calibrated, tmp_path):
+    model = calibrated[0]
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="blasst").eval()
+    with torch.inference_mode():
+        prompt = tokens(700)
+        sparse = loaded(prompt).logits
+        torch.testing.assert_close(sparse, model(prompt).logits, rtol=0, atol=0)
+        del loaded.config.sparse_attention_config
+        assert not torch.equal(sparse, loaded(prompt).logits), "the thresholds did something"
+
+
+def test_what_is_written_carries_tile_shape_lengths_and_no_phase_that_was_not_asked_for(calibrated):
+    entry = json.loads(json.dumps(calibrated[0].config.sparse_attention_config))
+    config = parse(entry)
+    assert config.measured["prefill"].tile_shape == (64, 64)
+    assert config.measured["prefill"].policies[0].lengths == LENGTHS
+    assert "decode" not in config.measured
+
+
+def test_a_kept_calibration_reads_back(calibrated):
+    found = calibrated[1]
+    again = Calibration.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again.to_dict() == found.to_dict()
+
+
+def test_decode_is_calibrated_apart_from_prefill():
+    model = make_recency_model()
+    calibrate(
+        model,
+        make_tokenizer(),
+        lengths=[512],
+        target_sparsity={"decode": 0.3},
+        prompts=1,
+        held_out=[],
+        orders=["reverse"],
+        schemes=["equal_mass"],
+    )
+    config = parse(model.config.sparse_attention_config)
+    assert set(config.measured) == {"decode"}
+    rule = config.rule("LlamaAttention", 0, "decode", [512])
+    assert torch.equal(rule.threshold[:, 0::2], rule.threshold[:, 1::2]), "KV heads decide as one"
+    assert config.rule("LlamaAttention", 0, "prefill", [512]).threshold is None
+
+
+def test_an_unreachable_target_is_an_error_with_the_highest_reachable():
+    with pytest.raises(UnreachableError, match=r"95% of prefill .* threshold 1 skips \d+\.\d%"):
+        calibrate(
+            make_recency_model(),
+            make_tokenizer(),
+            lengths=[256],
+            target_sparsity={"prefill": 0.95},
+            prompts=1,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": [2048]}, "2048 tokens; the model's context is 1024"),
+        ({"text": "too short", "lengths": [256]}, "the calibration text has"),
+        ({"target_sparsity": 1.5}, "target sparsity is 1.5"),
+        ({"target_sparsity": 0}, "dense needs no calibration"),
+        ({"orders": ["random"]}, "orders are .'random'.; choose from"),
+        ({"schemes": []}, "schemes are .."),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(make_recency_model(), make_tokenizer(), prompts=1, **options)
+
+
+def test_another_attention_is_an_error():
+    model = make_recency_model()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation is 'sdpa'"):
+        calibrate(model, make_tokenizer(), lengths=[256])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_has_the_length_and_holds_its_answer(kind):
+    tokenizer = make_tokenizer()
+    maker = PromptMaker(tokenizer, reference_text(), "text")
+    prompt = maker.make(kind, 2000, seed=1)
+    assert prompt.tokens.shape == (1, 2000)
+    text = tokenizer.decode(prompt.tokens[0])
+    assert prompt.is_answered_by(text)
+    assert prompt.question in text
+    assert not torch.equal(prompt.tokens, maker.make(kind, 2000, seed=2).tokens)
+    assert torch.equal(prompt.tokens, maker.make(kind, 2000, seed=1).tokens)
+
+
+def test_a_text_too_short_is_an_error():
+    with pytest.raises(ValueError, match="novel has 5 tokens; 100 are needed"):
+        text_tokens(make_tokenizer(), "short", 100, "novel")

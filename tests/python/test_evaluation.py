@@ -1,0 +1,180 @@
+"""Evaluation of a small random model, its report, and going on after a stop."""
+
+import json
+
+import pytest
+
+import blasst
+from blasst import evaluation, harness, report
+from blasst.config import Law, Measured, Policy, SparseAttention
+from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Setting
+from blasst.models import Loaded
+from blasst.prompts import reference_text
+from recency_model import make_loaded
+
+LENGTH = 800
+TEXTS = {"first": reference_text()[:4000], "second": reference_text()[9000:13000]}
+
+
+def configured() -> Loaded:
+    """With thresholds that skip something, as a calibration would leave them."""
+    import torch
+
+    loaded = make_loaded()
+    ln = torch.tensor([-4.0, 0.0]).reshape(1, 2, 1, 1)
+    policy = Policy("reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.9), ln)
+    config = SparseAttention(
+        targets=("LlamaAttention",),
+        laws={"prefill": Law(400.0, 0.3)},
+        target_sparsity={"prefill": 0.5},
+        measured={"prefill": Measured((64, 64), (policy,))},
+    )
+    loaded.model.config.sparse_attention_config = config.to_dict()
+    return loaded
+
+
+def run(out, **options) -> Results:
+    defaults = {"targets": (0, 0.9), "length": LENGTH, "texts": TEXTS, "out": out}
+    return evaluation.evaluate(configured(), **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+def results(out) -> Results:
+    return run(out, needles=2, compare_paper=True, check_lengths=True)
+
+
+def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
+    dense, sparse, paper = evaluation.rows(results)
+    assert dense.setting == Setting(DENSE, 0.0)
+    assert dense.top1 == (1.0, 0.0)
+    assert dense.kl[0] == pytest.approx(0, abs=1e-9)
+    assert dense.sparsity[0] == 0
+    assert (sparse.setting.scheme, paper.setting.scheme) == (CALIBRATED, PAPER)
+    assert sparse.sparsity[0] > 0
+    assert sparse.kl[0] > 0
+    assert sparse.texts == len(TEXTS)
+
+
+def test_every_prompt_was_answered_in_every_setting(results):
+    assert {key for key, _ in results.all("needle")} == {
+        (index, scheme, target)
+        for index in range(2)
+        for scheme, target in ((DENSE, 0.0), (CALIBRATED, 0.9))
+    }
+
+
+def test_a_second_run_does_nothing_again(results, out, monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", None)
+    monkeypatch.setattr(evaluation, "agreement", None)
+    again = run(out, needles=2, compare_paper=True, check_lengths=True)
+    assert sorted(map(str, again.all("text"))) == sorted(map(str, results.all("text")))
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    calls = []
+    whole = evaluation.agreement
+
+    def stop_at_third(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "agreement", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"key": "half a li')
+    found = run(tmp_path)
+    assert len(dict(found.all("text"))) == 4
+    assert len(calls) == 5, "two texts in two settings, one of them tried twice"
+    assert not list(tmp_path.glob(".*")), "no working file is left"
+
+
+def test_results_of_another_configuration_are_refused(results, out):
+    with pytest.raises(ValueError, match="another model, calibration or length"):
+        run(out, length=LENGTH - 1)
+
+
+def test_the_configuration_is_left_as_it_was(tmp_path):
+    loaded = configured()
+    before = json.dumps(loaded.model.config.sparse_attention_config)
+    evaluation.evaluate(loaded, targets=(0.5,), length=256, texts={}, out=tmp_path)
+    assert json.dumps(loaded.model.config.sparse_attention_config) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 4096}, "4096 tokens; the model's context is 1024"),
+        ({"targets": (0.5, 2)}, "target sparsity is 2"),
+        ({"texts": {"leaflet": "short"}}, "leaflet has 5 tokens; 800 are needed"),
+    ],
+)
+def test_bad_input_is_an_error_that_names_it(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **options)
+
+
+def test_a_model_without_calibration_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="tiny has no sparse_attention_config: calibrate it"):
+        evaluation.evaluate(make_loaded(), targets=(0.5,), length=LENGTH, texts=TEXTS, out=tmp_path)
+
+
+def test_the_report_is_one_page_with_its_plots_inside(results, out):
+    path = report.write("Title <1>", "About", results, None, out)
+    page = path.read_text()
+    assert "Title &lt;1&gt;" in page
+    assert page.count("data:image/png;base64,") == 5
+    assert 'src="http' not in page
+    assert "Answers side by side" in page
+    assert {p.name for p in out.glob("*.png")} == {
+        "agreement.png",
+        "perplexity.png",
+        "time.png",
+        "lengths.png",
+        "heads.png",
+    }
+    kept = json.loads((out / "results.json").read_text())
+    assert kept["tables"]["Perplexity and agreement with dense"][0]["setting"] == DENSE
+
+
+def test_a_task_of_lm_eval_runs_and_is_scored_needs_lm_eval(tmp_path):
+    loaded = configured()
+    loaded.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    loaded = Loaded("tiny", loaded.model, loaded.tokenizer, str(tmp_path / "tokenizer"))
+    found = evaluation.evaluate(
+        loaded,
+        targets=(0.9,),
+        length=900,
+        texts={},
+        tasks=["niah_single_1"],
+        limit=1,
+        out=tmp_path,
+    )
+    scores = dict(found.all("task"))
+    assert set(scores) == {
+        ("niah_single_1", 0, DENSE, 0.0),
+        ("niah_single_1", 0, CALIBRATED, 0.9),
+    }
+    assert all(0 <= value["score"] <= 1 for value in scores.values())
+
+
+def test_an_unknown_task_is_an_error_that_names_it():
+    with pytest.raises(ValueError, match="no task niah_single_9; choose from niah_single_1"):
+        harness.check_tasks(["ruler_vt", "niah_single_9"])
+
+
+def test_greedy_answers_are_those_of_generate():
+    loaded = make_loaded()
+    prompt = loaded.tokenizer("A short prompt", return_tensors="pt").input_ids
+    expected = loaded.model.generate(prompt, max_new_tokens=8, do_sample=False)
+    answer = evaluation.generate(loaded.model, loaded.tokenizer, prompt, 8)
+    text = loaded.tokenizer.decode(expected[0, prompt.shape[1] :], skip_special_tokens=True)
+    assert answer.text == text.strip()
+    assert blasst.record  # the operator is loaded
