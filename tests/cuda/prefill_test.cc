@@ -94,6 +94,20 @@ TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
 
 INSTANTIATE_TEST_SUITE_P(, PrefillDims, testing::Values(64, 128, 256));
 
+// Rows that see nothing, and rows whose band and window have little in common.
+TEST_F(PrefillOnGpu, BandsInAWindow) {
+  for (const int64_t window : {0, 100}) {
+    Case c = long_case(BLASST_BFLOAT16, 64);
+    c.requests = {{300, 400}, {300, 200}};
+    c.bands = true;
+    c.window_left = window;
+    for (c.seed = 0; c.seed < 4; ++c.seed) {
+      Problem problem(c);
+      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
+    }
+  }
+}
+
 TEST_F(PrefillOnGpu, NothingToDo) {
   for (const Lengths lengths : {Lengths{0, 0}, Lengths{0, 100}, Lengths{70, 0}}) {
     Case c = long_case(BLASST_BFLOAT16, 128);

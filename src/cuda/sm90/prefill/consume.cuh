@@ -104,7 +104,8 @@ class Consumer {
   __device__ __forceinline__ KeyRange visible_tiles(const Work& work) const {
     const int first = position(work), count = rows(work);
     const KeyRange seen = keys_of(first, first + count - 1, work.least, work.most, work.keys);
-    if (count <= 0 || seen.begin >= seen.end) return {0, 0};
+    const bool any = count > 0 && work.least <= work.most && seen.begin < seen.end;
+    if (!any) return {0, 0};
     return {seen.begin / C::kKeys, (seen.end + C::kKeys - 1) / C::kKeys};
   }
 
