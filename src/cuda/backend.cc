@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cuda/sm90/decode/plan.h"
 #include "cuda/sm90/prefill/plan.h"
 
 namespace blasst::cuda {
@@ -30,12 +31,16 @@ std::string obstacle() {
   return "";
 }
 
+void check_usable() {
+  if (const std::string why = obstacle(); !why.empty())
+    throw Error(BLASST_UNSUPPORTED, "cuda-sm90 is not usable: " + why);
+}
+
 }  // namespace
 
 void run(const PrefillParams& params) {
   const prefill::Launch launch = prefill::plan(params);
-  if (const std::string why = obstacle(); !why.empty())
-    throw Error(BLASST_UNSUPPORTED, "cuda-sm90 is not usable: " + why);
+  check_usable();
   prefill::launch(launch);
 }
 
@@ -45,17 +50,15 @@ std::size_t workspace_bytes(const PrefillParams& params) {
 
 TileShape tile_shape(const PrefillParams& params) { return prefill::tile_shape(params); }
 
-void run(const DecodeParams&) {
-  throw Error(BLASST_UNSUPPORTED, "cuda-sm90: decode; it does prefill");
+void run(const DecodeParams& params) {
+  const decode::Launch launch = decode::plan(params);
+  check_usable();
+  decode::launch(launch);
 }
 
-std::size_t workspace_bytes(const DecodeParams&) {
-  throw Error(BLASST_UNSUPPORTED, "cuda-sm90: decode; it does prefill");
-}
+std::size_t workspace_bytes(const DecodeParams& params) { return decode::workspace_bytes(params); }
 
-TileShape tile_shape(const DecodeParams&) {
-  throw Error(BLASST_UNSUPPORTED, "cuda-sm90: decode; it does prefill");
-}
+TileShape tile_shape(const DecodeParams& params) { return decode::tile_shape(params); }
 
 BackendInfo info() {
   std::string why = obstacle();

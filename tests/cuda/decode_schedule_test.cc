@@ -1,6 +1,7 @@
 // How decode is cut into splits and work items: no GPU needed.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <set>
 
 #include "cuda/sm90/decode/schedule.h"
@@ -36,26 +37,23 @@ TEST(DecodeSchedule, SplitsHaveTheLeastSizeAndFitTheirSlots) {
 }
 
 TEST(DecodeSchedule, LargeBatchesWorkOnWholeGroupsWhereResultsAreLarge) {
-  EXPECT_EQ(grouped_pairs(4, 4, 256, 16, 128), 0);           // one request
-  EXPECT_EQ(grouped_pairs(256, 4, 256, 16, 128), 256 - 66);  // 16 rows for every 512 keys
-  EXPECT_EQ(grouped_pairs(128, 8, 512, 4, 128), 0);          // 4 rows for every 1,024
-  EXPECT_EQ(grouped_pairs(256, 4, 256, 64, 128), 0);         // no registers for it
-  EXPECT_EQ(grouped_pairs(256, 4, 256, 32, 256), 0);
+  EXPECT_EQ(item_splits(1, 4, 256, 16, 128), 1);              // one request
+  EXPECT_EQ(item_splits(64, 4, 256, 16, 128), kGroupSplits);  // 16 rows for every 512 keys
+  EXPECT_EQ(item_splits(16, 8, 512, 4, 128), 1);              // 4 rows for every 1,024
+  EXPECT_EQ(item_splits(64, 4, 256, 64, 128), 1);             // no registers for it
+  EXPECT_EQ(item_splits(64, 4, 256, 32, 256), 1);
 }
 
-TEST(DecodeSchedule, ItemsCoverEveryPairOnce) {
-  const int pairs = 7, grouped = 3, groups = 2, splits = 13;
-  int index = 0;
-  for (int pair = 0; pair < pairs; ++pair) {
-    EXPECT_EQ(first_item(pair, grouped, groups, splits), index);
-    for (int item = 0; item < (pair < grouped ? groups : splits); ++item, ++index) {
-      const ItemPlace place = place_of(index, grouped, groups, splits);
-      EXPECT_EQ(place.pair, pair);
-      EXPECT_EQ(place.item, item);
-      EXPECT_EQ(place.splits, pair < grouped ? kGroupSplits : 1);
-    }
+TEST(DecodeSchedule, ItemsHaveTheirPlace) {
+  const int batch = 5, kv_heads = 3, slots = 7;
+  for (int index = 0; index < batch * kv_heads * slots; ++index) {
+    const ItemPlace place = place_of(index, slots, kv_heads);
+    EXPECT_LT(place.request, batch);
+    EXPECT_LT(place.kv_head, kv_heads);
+    EXPECT_LT(place.item, slots);
+    EXPECT_EQ(index_of(place, slots, kv_heads), index);
   }
-  EXPECT_EQ(first_item(pairs, grouped, groups, splits), index);
+  EXPECT_EQ(place_of(1, slots, kv_heads).kv_head, 1);
 }
 
 TEST(DecodeSchedule, ChunksAreSmall) {

@@ -24,8 +24,9 @@ struct Options {
 check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
   if (backend == BLASST_BACKEND_CUDA_SM90) {
     check::run_on_gpu(problem);
-    return check::compare(problem, tile_shape(check::gpu_params(problem)),
-                          check::kTensorCoreRoundoff);
+    const TileShape shape =
+        check::tile_shape(check::gpu_params(problem), problem.description.decode);
+    return check::compare(problem, shape, check::kTensorCoreRoundoff);
   }
   problem.run();
   return check::compare(problem);

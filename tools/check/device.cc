@@ -61,12 +61,15 @@ void download(std::vector<T>& host, const void* device) {
 Case for_gpu(Case c) {
   constexpr int64_t dims[] = {64, 128, 256};
   constexpr int64_t pages[] = {16, 32, 64, 128, 256};
-  c.decode = false;
   if (c.dtype == BLASST_FLOAT32) c.dtype = BLASST_BFLOAT16;
   c.head_dim = c.value_dim = dims[c.seed % 3];
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
+  if (!c.decode) return c;
+  c.bands = false;
+  const int64_t most = 64 / (c.heads / c.kv_heads);
+  for (Lengths& r : c.requests) r.queries = std::min(r.queries, most);
   return c;
 }
 
@@ -105,7 +108,8 @@ void run_on_gpu(Problem& problem, int repeats) {
   p.report.dropped_mass_bound = arena.copy(problem.dropped_mass_bound);
   p.report.tiles_visitable = arena.copy(problem.tiles_visitable);
   p.report.tiles_skipped = arena.copy(problem.tiles_skipped);
-  const TileShape shape = blasst::tile_shape(p);
+  const bool decode = problem.description.decode;
+  const TileShape shape = tile_shape(p, decode);
   const auto words_of = [&](int64_t keys) {
     return ((keys + shape.keys - 1) / shape.keys + 31) / 32;
   };
@@ -115,14 +119,15 @@ void run_on_gpu(Problem& problem, int repeats) {
     most_keys = std::max(most_keys, r.keys);
   }
   const int64_t words = words_of(p.kv.key_length);
-  std::vector<uint32_t> bits(p.heads * query_tiles * words, 0xffffffff);
+  std::vector<uint32_t> bits((decode ? p.kv_heads * p.batch : p.heads * query_tiles) * words,
+                             0xffffffff);
   p.report.tile_bits = arena.copy(bits.data(), bits.size());
   p.report.gap_histogram = arena.copy(problem.gap_histogram);
   p.workspace_bytes = 0;
   p.workspace = nullptr;
-  p.workspace_bytes = blasst::workspace_bytes(p);
+  p.workspace_bytes = workspace_bytes(p, decode);
   p.workspace = arena.allocate<std::byte>(p.workspace_bytes);
-  for (int i = 0; i < repeats; ++i) blasst::prefill(p);
+  for (int i = 0; i < repeats; ++i) call(p, decode);
   must(cudaDeviceSynchronize());
   must(cudaMemcpy(problem.params.out.data, p.out.data, static_cast<size_t>(p.out.elements) * 2,
                   cudaMemcpyDeviceToHost));

@@ -5,7 +5,7 @@
 
 namespace blasst::check {
 
-// A problem like `c` that the cuda-sm90 prefill takes: its types, dimensions, pages and strides.
+// A problem like `c` that cuda-sm90 takes: its types, dimensions, pages, strides, query rows.
 Case for_gpu(Case c);
 
 // Parameters of the problem as the GPU is called with: backend and limits, host pointers still.

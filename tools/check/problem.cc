@@ -38,7 +38,8 @@ DecodeParams as_decode(const PrefillParams& p) {
           .report = p.report,
           .threads = p.threads,
           .workspace = p.workspace,
-          .workspace_bytes = p.workspace_bytes};
+          .workspace_bytes = p.workspace_bytes,
+          .stream = p.stream};
 }
 
 void call(const PrefillParams& params, bool decode) {

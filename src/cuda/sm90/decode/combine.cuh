@@ -1,5 +1,5 @@
-// From the results of work items to the output. A warp adds the results of whole groups; a block
-// those of single splits, a warp for each group.
+// From the results of work items to the output, a row of a query head at a time: one warp adds the
+// results of whole groups, one block those of single splits, a warp for each group.
 #pragma once
 
 #include <cmath>
@@ -46,18 +46,17 @@ class Combine {
       : p_(p),
         plan_(plan),
         shared_(shared),
+        warps_(blockDim.x / 32),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         group_(p.heads / p.kv_heads),
         log2_scale_(plan.unit_scale * 1.4426950408889634f) {}
 
   __device__ __forceinline__ void run() {
-    const int grouped_rows = plan_.grouped_pairs * plan_.rows;
-    const int grouped_blocks = ceil_div(grouped_rows, kCombineWarps);
-    const bool grouped = blockIdx.x < grouped_blocks;
-    const int index =
-        grouped ? blockIdx.x * kCombineWarps + warp_ : grouped_rows + blockIdx.x - grouped_blocks;
-    if (grouped && index >= grouped_rows) return;
+    const int rows = p_.batch * p_.kv_heads * plan_.rows;
+    const bool grouped = plan_.item_splits == kGroupSplits;
+    const int index = grouped ? blockIdx.x * warps_ + warp_ : blockIdx.x;
+    if (index >= rows) return;
     find(index);
     asm volatile("griddepcontrol.wait;" ::: "memory");
     grouped ? add_groups() : add_splits();
@@ -71,7 +70,7 @@ class Combine {
     request_ = pair / p_.kv_heads;
     head_ = pair % p_.kv_heads * group_ + row_ % group_;
     position_ = row_ / group_;
-    first_slot_ = first_item(pair, plan_.grouped_pairs, plan_.group_slots, plan_.split_slots);
+    first_slot_ = index_of({request_, pair % p_.kv_heads, 0}, plan_.item_slots, p_.kv_heads);
     const Range tiles =
         visit(keys_of(p_, request_), p_.query_length, p_.least_distance, p_.most_distance);
     tiles_ = tiles.end - tiles.begin;
@@ -89,7 +88,7 @@ class Combine {
 
   __device__ __forceinline__ void add_splits() {
     const int groups = ceil_div(splits_, kGroupSplits);
-    for (int g = warp_; g < groups; g += kCombineWarps) {
+    for (int g = warp_; g < groups; g += warps_) {
       Result total;
       add_items(g * kGroupSplits, min(kGroupSplits, splits_ - g * kGroupSplits), false, total);
       if (lane_ == 0)
@@ -97,7 +96,7 @@ class Combine {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) shared_.o[g][element(i)] = total.o[i];
     }
-    if (warp_ == kCombineWarps - 1) count_tiles(splits_);
+    if (warp_ == warps_ - 1) count_tiles(splits_);
     __syncthreads();
     if (warp_ != 0) return;
     Result total;
@@ -133,7 +132,7 @@ class Combine {
   __device__ __forceinline__ int element(int i) const { return i / 2 * 64 + 2 * lane_ + i % 2; }
 
   __device__ __forceinline__ Result load(int item) const {
-    const int64_t slot = first_slot_ + item;
+    const int64_t slot = first_slot_ + item * p_.kv_heads;
     const float* statistics = plan_.statistics + slot * 3 * plan_.rows + row_;
     const float* partial = plan_.partial + (slot * plan_.rows + row_) * kDim;
     Result result;
@@ -154,7 +153,7 @@ class Combine {
     if (p_.visitable && lane_ == 0) p_.visitable[cell] = tiles_;
     if (!p_.skipped) return;
     int skipped = 0;
-    for (int i = lane_; i < items; i += 32) skipped += plan_.dropped[first_slot_ + i];
+    for (int i = lane_; i < items; i += 32) skipped += plan_.dropped[first_slot_ + i * p_.kv_heads];
     skipped = __reduce_add_sync(0xffffffffu, skipped);
     if (lane_ == 0) p_.skipped[cell] = skipped;
   }
@@ -185,16 +184,16 @@ class Combine {
   const Params& p_;
   const Plan& plan_;
   Shared& shared_;
-  const int warp_, lane_, group_;
+  const int warps_, warp_, lane_, group_;
   const float log2_scale_;
   int request_, head_, position_;
   int row_;  // of the KV head
   int tiles_, splits_;
-  int first_slot_;  // of the request and KV head
+  int first_slot_;  // of the request and KV head's items
 };
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kMostCombineThreads)
     combine(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
   __shared__ typename Combine<T, kDim>::Shared shared;
   Combine<T, kDim>(p, plan, shared).run();

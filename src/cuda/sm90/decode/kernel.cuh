@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim, kRows>::kBlocks)
            const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
            const __grid_constant__ CUtensorMap v_map) {
   using L = Layout<kDim, kRows>;
+  constexpr bool kTests = kVariant != Variant::kDense;
   // The combining kernel takes what room there is, and waits for this grid's writes.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   extern __shared__ __align__(1024) std::byte storage[];
@@ -24,9 +25,12 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim, kRows>::kBlocks)
     for (auto& barrier : shared.keys_full) ptx::mbarrier_init(address(barrier), 1);
     for (auto& barrier : shared.keys_empty) ptx::mbarrier_init(address(barrier), kConsumerWarps);
     for (auto& barrier : shared.values_full) ptx::mbarrier_init(address(barrier), 1);
-    for (auto& barrier : shared.queries_full) ptx::mbarrier_init(address(barrier), 1);
+    for (auto& barrier : shared.queries_full) ptx::mbarrier_init(address(barrier), kTests ? 2 : 1);
     for (auto& barrier : shared.queries_empty) ptx::mbarrier_init(address(barrier), kConsumerWarps);
     ptx::fence_mbarrier_init();
+  }
+  if (threadIdx.x == kConsumers) {
+    for (const CUtensorMap* map : {&q_map, &k_map, &v_map}) ptx::prefetch_tensor_map(map);
   }
   // Rows that no copy fills stay zero.
   for (int x = threadIdx.x; x < 2 * L::kQueryBytes / 16; x += kThreads)
@@ -34,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim, kRows>::kBlocks)
   ptx::fence_proxy_async();
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    Producer<kDim, kRows, kVariant != Variant::kDense>(p, plan, shared, &q_map, &k_map).run();
+    Producer<kDim, kRows, kTests>(p, plan, shared, &q_map, &k_map).run();
   } else {
     Consumer<T, kDim, kRows, kVariant>(p, plan, shared, &v_map).run();
   }

@@ -57,7 +57,7 @@ CUtensorMap tensor_map(const Tensor& t, Element element, int dim, int heads, int
                                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                      4, const_cast<void*>(t.data), size, strides, box, steps,
                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     fail("cuTensorMapEncodeTiled refused a tensor: CUresult " + std::to_string(status));
   return map;
@@ -69,17 +69,14 @@ Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_len
   plan.rows = heads / kv_heads * query_length;
   plan.least_split_tiles = least_split_tiles(plan.rows);
   plan.most_splits = most_splits(kv_heads);
-  plan.split_slots = split_slots(key_length, plan.least_split_tiles, plan.most_splits);
-  plan.group_slots = ceil_div(plan.split_slots, kGroupSplits);
-  const int64_t pairs = int64_t{batch} * kv_heads;
-  const int64_t items = pairs * plan.split_slots;
+  const int splits = split_slots(key_length, plan.least_split_tiles, plan.most_splits);
+  plan.item_splits = item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), plan.rows, dim);
+  plan.item_slots = ceil_div(splits, plan.item_splits);
+  const int64_t items = int64_t{batch} * kv_heads * plan.item_slots;
   if (items > 1 << 30)
     fail("decode of batch " + std::to_string(batch) + " has " + std::to_string(items) +
          " work items; at most " + std::to_string(1 << 30) + " are supported");
-  plan.grouped_pairs = grouped_pairs(static_cast<int>(pairs), kv_heads,
-                                     ceil_div(key_length, kTileKeys), plan.rows, dim);
-  plan.items =
-      first_item(static_cast<int>(pairs), plan.grouped_pairs, plan.group_slots, plan.split_slots);
+  plan.items = static_cast<int>(items);
   return plan;
 }
 
@@ -167,10 +164,10 @@ void launch(const Launch& l) {
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  const int grouped_rows = plan.grouped_pairs * plan.rows;
   const int rows = p.batch * p.kv_heads * plan.rows;
-  config.gridDim = dim3(ceil_div(grouped_rows, kCombineWarps) + rows - grouped_rows);
-  config.blockDim = dim3(kCombineThreads);
+  const int warps = combine_warps(rows);
+  config.gridDim = dim3(plan.item_splits == kGroupSplits ? ceil_div(rows, warps) : rows);
+  config.blockDim = dim3(32 * warps);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;

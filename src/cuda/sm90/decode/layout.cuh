@@ -13,8 +13,7 @@ inline constexpr int kPanelBytes = kTileKeys * kPanel * 2;
 inline constexpr int kConsumerWarps = 4;
 inline constexpr int kConsumers = 32 * kConsumerWarps;
 inline constexpr int kThreads = kConsumers + 32;  // and the warp that feeds them
-inline constexpr int kCombineWarps = 8;
-inline constexpr int kCombineThreads = 32 * kCombineWarps;
+inline constexpr int kMostCombineThreads = 256;
 inline constexpr int kMostBoxes = 4;  // pages of 16 tokens in a tile
 
 // Work of a block: a split or a group of splits of one request and KV head.

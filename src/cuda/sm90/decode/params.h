@@ -58,12 +58,10 @@ struct Plan {
   int rows;               // query rows of a KV head: heads / kv_heads * query_length
   int least_split_tiles;  // of the split rule
   int most_splits;
-  // Of the batch * kv_heads pairs of a request and a KV head, the first have whole groups of splits
-  // as work items, the others single splits.
-  int grouped_pairs;
-  int group_slots, split_slots;  // items that a pair may have
-  int items;                     // of all pairs, those that short requests do not have included
-  int chunk;                     // items that a block takes at a time
+  int item_splits;    // splits of a work item: 1 or kGroupSplits
+  int item_slots;     // items that a request and KV head may have
+  int items;          // of all requests and KV heads, with those that short requests lack
+  int chunk;          // items that a block takes at a time
   int* next_item;     // zero when the kernel starts; null: no block has more than one chunk
   int box_tokens;     // tokens a copy: kTileKeys or a smaller page
   float unit_scale;   // a score in natural units / a score as the kernel keeps it

@@ -27,17 +27,17 @@ __device__ __forceinline__ int keys_of(const Params& p, int request) {
 // The index-th item of the launch; false if the request has no such item.
 __device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int index,
                                           Item& item) {
-  const ItemPlace place = place_of(index, plan.grouped_pairs, plan.group_slots, plan.split_slots);
+  const ItemPlace place = place_of(index, plan.item_slots, p.kv_heads);
   item.slot = index;
-  item.request = place.pair / p.kv_heads;
-  item.kv_head = place.pair % p.kv_heads;
+  item.request = place.request;
+  item.kv_head = place.kv_head;
   item.keys = keys_of(p, item.request);
   item.first_key = p.cu_seqlens_k ? p.cu_seqlens_k[item.request] : 0;
   const Range tiles = visit(item.keys, p.query_length, p.least_distance, p.most_distance);
   item.tile_begin = tiles.begin, item.tile_end = tiles.end;
   const int count = tiles.end - tiles.begin;
   item.split_tiles = split_tiles(count, plan.least_split_tiles, plan.most_splits);
-  const int item_tiles = item.split_tiles * place.splits;
+  const int item_tiles = item.split_tiles * plan.item_splits;
   item.begin = place.item * item_tiles;
   item.end = min(count, item.begin + item_tiles);
   return item.begin < item.end;
@@ -78,6 +78,7 @@ template <int kDim, int kRows, bool kTests>
 class Producer {
   using L = Layout<kDim, kRows>;
   static constexpr unsigned kAll = 0xffffffffu;
+  static constexpr int kOwnRows = (kRows + 31) / 32;  // query rows a lane
 
  public:
   __device__ __forceinline__ Producer(const Params& p, const Plan& plan, typename L::Shared& shared,
@@ -119,6 +120,8 @@ class Producer {
   }
 
   __device__ __forceinline__ void feed(const Item& item) {
+    float thresholds[kOwnRows] = {};
+    if constexpr (kTests) ask_for_thresholds(item, thresholds);
     feed_queries(item);
     const int seeds = item.begin > 0 ? 2 : 0;
     const Range visit{item.tile_begin, item.tile_end};
@@ -137,16 +140,14 @@ class Producer {
         flags |= (of_split == item.split_tiles - 1 || i == count - 1) * kLastOfSplit;
       }
       feed_keys(item, tile_of(i), flags);
+      // Keys come first: the ring has room for these whether or not the item has begun.
+      if (kTests && i == min(count, L::kKeyStages) - 1) feed_thresholds(item, thresholds);
     }
   }
 
   __device__ __forceinline__ void feed_queries(const Item& item) {
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_empty[slot]), queries_.phase ^ 1);
-    if constexpr (kTests) {
-      for (int row = lane_; row < kRows; row += 32) shared_.below[slot][row] = below(item, row);
-      __syncwarp();
-    }
     if (lane_ == 0) {
       shared_.items[slot] = item;
       ptx::mbarrier_arrive_expect(address(shared_.queries_full[slot]), plan_.rows * kDim * 2);
@@ -157,17 +158,41 @@ class Producer {
                     address(shared_.queries_full[slot]), lane_ * kPanel,
                     item.kv_head * (p_.heads / p_.kv_heads), 0, item.request, ptx::L2Hint::kNormal);
     }
+    if constexpr (!kTests) queries_.next();
+  }
+
+  // Before the copies that would go ahead of it to memory.
+  __device__ __forceinline__ void ask_for_thresholds(const Item& item,
+                                                     float (&values)[kOwnRows]) const {
+    if (p_.test == BLASST_TEST_NONE) return;
+    const int group = p_.heads / p_.kv_heads;
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int row = lane_ + 32 * i;
+      if (row >= plan_.rows) continue;
+      const int head = item.kv_head * group + row % group;
+      values[i] = p_.thresholds[item.request * p_.threshold_stride_request +
+                                head * p_.threshold_stride_head];
+    }
+  }
+
+  __device__ __forceinline__ void feed_thresholds(const Item& item,
+                                                  const float (&values)[kOwnRows]) {
+    const int slot = queries_.stage;
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int row = lane_ + 32 * i;
+      if (row < kRows) shared_.below[slot][row] = below(item, row, values[i]);
+    }
+    __syncwarp();
+    if (lane_ == 0) ptx::mbarrier_arrive(address(shared_.queries_full[slot]));
     queries_.next();
   }
 
   // What the tested value of a row must stay below for a skip, as scores are kept.
-  __device__ __forceinline__ float below(const Item& item, int row) const {
+  __device__ __forceinline__ float below(const Item& item, int row, float value) const {
     if (row >= plan_.rows) return INFINITY;  // no row: allows every skip
     if (p_.test == BLASST_TEST_NONE) return -INFINITY;
-    const int group = p_.heads / p_.kv_heads;
-    const int head = item.kv_head * group + row % group;
-    const float value =
-        p_.thresholds[item.request * p_.threshold_stride_request + head * p_.threshold_stride_head];
     if (p_.test == BLASST_TEST_ABSOLUTE) return isnan(value) ? -INFINITY : value / plan_.unit_scale;
     const float lambda =
         p_.test == BLASST_TEST_SCALE_FACTOR ? value / static_cast<float>(item.keys) : value;

@@ -82,40 +82,37 @@ BLASST_HOST_DEVICE constexpr bool adds_splits(int dim, int kernel_rows) {
   return kernel_rows <= 32 && dim * kernel_rows <= 128 * 32;
 }
 
-// How many of `pairs` pairs of a request and a KV head, `tiles` tiles each, have whole groups as
-// work items: none where results are less than a hundredth of the keys and values that they come
-// from. The last pairs have single splits, an item's worth for every block, so that blocks end
-// together.
-inline int grouped_pairs(int pairs, int kv_heads, int tiles, int rows, int dim) {
+// Splits a work item: a whole group, once that leaves an item for every block, where results would
+// otherwise be more than a hundredth of the keys and values that they come from.
+inline int item_splits(int batch, int kv_heads, int tiles, int rows, int dim) {
   const int each = split_tiles(tiles, least_split_tiles(rows), most_splits(kv_heads));
-  if (!adds_splits(dim, kernel_rows(rows)) || each * kTileKeys >= 200 * rows) return 0;
-  const int groups = std::max(1, ceil_div(tiles, kGroupSplits * each));
-  return std::max(0, pairs - ceil_div(kSlots, groups));
+  if (!adds_splits(dim, kernel_rows(rows)) || each * kTileKeys >= 200 * rows) return 1;
+  const int64_t groups = int64_t{batch} * kv_heads * ceil_div(tiles, kGroupSplits * each);
+  return groups > kSlots ? kGroupSplits : 1;
 }
 
-// A work item's place.
+// A work item's place. The KV heads of a request stand side by side: blocks that run together then
+// read neighbouring rows of memory together.
 struct ItemPlace {
-  int pair;    // request * kv_heads + KV head
-  int item;    // of the pair
-  int splits;  // of the item
+  int request, kv_head;
+  int item;  // of the request and KV head
 };
 
-BLASST_HOST_DEVICE ItemPlace place_of(int index, int grouped_pairs, int group_slots,
-                                      int split_slots) {
-  const int grouped = grouped_pairs * group_slots;
-  if (index < grouped) return {index / group_slots, index % group_slots, kGroupSplits};
-  const int rest = index - grouped;
-  return {grouped_pairs + rest / split_slots, rest % split_slots, 1};
+BLASST_HOST_DEVICE ItemPlace place_of(int index, int item_slots, int kv_heads) {
+  const int of_head = index / kv_heads;
+  return {of_head / item_slots, index % kv_heads, of_head % item_slots};
 }
 
-// The index of a pair's first item.
-BLASST_HOST_DEVICE int first_item(int pair, int grouped_pairs, int group_slots, int split_slots) {
-  if (pair < grouped_pairs) return pair * group_slots;
-  return grouped_pairs * group_slots + (pair - grouped_pairs) * split_slots;
+// The index of an item, kv_heads more than that of the item before it.
+BLASST_HOST_DEVICE int index_of(ItemPlace place, int item_slots, int kv_heads) {
+  return (place.request * item_slots + place.item) * kv_heads + place.kv_head;
 }
 
 // Items that a block takes at a time: few enough for blocks to end together, many enough to pass
 // over items that short requests do not have.
 inline int chunk_items(int items, int blocks) { return std::clamp(items / (64 * blocks), 1, 32); }
+
+// Warps of a block of the combining kernel: many for one row, or little for many.
+inline int combine_warps(int64_t rows) { return rows <= kSlots ? 8 : 4; }
 
 }  // namespace blasst::cuda::decode

@@ -1,16 +1,14 @@
 #include "cuda/sm90/prefill/plan.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
-#include <string_view>
 #include <utility>
 
 #include "attention/checks.h"
 #include "attention/tiles.h"
+#include "cuda/checks.h"
 
 namespace blasst::cuda::prefill {
 namespace {
@@ -19,11 +17,6 @@ using attention::ceil_div;
 using attention::check_range;
 using attention::fail;
 
-template <typename... Args>
-[[noreturn]] void refuse(fmt::format_string<Args...> format, Args&&... args) {
-  throw Error(BLASST_UNSUPPORTED, "cuda-sm90: " + fmt::format(format, std::forward<Args>(args)...));
-}
-
 void check_supported(const PrefillParams& p) {
   if (p.dtype == BLASST_FLOAT32) refuse("dtype is float32; it does bfloat16 and float16");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256))
@@ -31,19 +24,6 @@ void check_supported(const PrefillParams& p) {
            p.value_dim);
   if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
   if (p.threads != 0) refuse("threads is {}; it must be 0", p.threads);
-}
-
-// The copy engine's rules: addresses and strides of whole 16 bytes.
-void check_aligned(std::string_view name, const View& view) {
-  if (reinterpret_cast<uintptr_t>(view.data) % 16 != 0)
-    refuse("{}.data is {}; it must be 16-byte aligned", name, view.data);
-  for (const auto& [stride_name, stride] :
-       {std::pair{"stride_request", view.stride_request},
-        std::pair{"stride_token", view.stride_token}, std::pair{"stride_head", view.stride_head}}) {
-    if (stride % 8 != 0)
-      refuse("{}.{} is {}; it must be a multiple of 8 elements, 16 bytes", name, stride_name,
-             stride);
-  }
 }
 
 Tensor tensor(const View& view, int64_t outer, int64_t tokens, int64_t heads) {
@@ -83,51 +63,13 @@ void plan_queries(Launch& l, const PrefillParams& params) {
   p.out_stride_head = params.out.stride_head;
 }
 
-// Whole tokens in a ragged view.
-int64_t tokens_in(const View& view, int64_t heads, int64_t dim) {
-  const int64_t first = (heads - 1) * view.stride_head + dim;
-  if (!view.data || view.elements < first) return 0;
-  if (view.stride_token == 0) return 1;
-  return 1 + (view.elements - first) / view.stride_token;
-}
-
 void plan_keys(Launch& l, const PrefillParams& params) {
   Params& p = l.params;
   const KeysValues& kv = params.kv;
-  check_range("kv.key_length", kv.key_length, 0, kUnlimited - 1);
-  int64_t outer = params.batch, tokens = kv.key_length, most = kv.key_length;
-  if (kv.cu_seqlens) {
-    if (kv.page_table || kv.lengths)
-      fail("kv.cu_seqlens is set together with kv.page_table or kv.lengths; choose one layout");
-    outer = 1;
-    tokens = std::min(tokens_in(kv.k, params.kv_heads, params.head_dim),
-                      tokens_in(kv.v, params.kv_heads, params.value_dim));
-    if (most == 0) most = tokens;
-  } else if (kv.page_table) {
-    if (!kv.lengths) fail("kv.lengths is null; paged keys need the length of each request");
-    check_range("kv.page_size", kv.page_size, 1, 256);
-    if (kv.page_size < 16 || (kv.page_size & (kv.page_size - 1)) != 0)
-      refuse("kv.page_size is {}; it does 16, 32, 64, 128 and 256", kv.page_size);
-    check_range("kv.pages", kv.pages, 0, kUnlimited - 1);
-    check_range("kv.page_table_stride", kv.page_table_stride, 0, kUnlimited - 1);
-    const int64_t room = kv.page_table_stride * kv.page_size;
-    if (most > room) fail("kv.key_length is {}; the page table has room for {}", most, room);
-    if (most == 0) most = room;
-    outer = kv.pages;
-    tokens = kv.page_size;
-  }
-  check_range("the most keys of a request", most, 0, kUnlimited - 1);
-  check_range("tokens of k", tokens, 0, kUnlimited - 1);
-  if (most > 0 && outer > 0) {
-    for (const auto& [name, view] : {std::pair{"k", &kv.k}, std::pair{"v", &kv.v}}) {
-      attention::check_view(name, *view, params.dtype, outer, tokens, params.kv_heads,
-                            params.head_dim);
-      check_aligned(name, *view);
-    }
-  }
-  l.k = tensor(kv.k, outer, tokens, params.kv_heads);
-  l.v = tensor(kv.v, outer, tokens, params.kv_heads);
-  p.key_length = static_cast<int>(most);
+  const KeyRoom room = check_keys(params, kUnlimited - 1);
+  l.k = tensor(kv.k, room.outer, room.tokens, params.kv_heads);
+  l.v = tensor(kv.v, room.outer, room.tokens, params.kv_heads);
+  p.key_length = static_cast<int>(room.most);
   p.lengths = kv.lengths;
   p.cu_seqlens_k = kv.cu_seqlens;
   p.page_table = kv.page_table;
