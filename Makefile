@@ -56,7 +56,7 @@ sanitize: build-packages check-packages ## C++ tests under ASan + UBSan, then un
 fuzz: build-packages check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)
 	cmake --preset fuzz
 	cmake --build --preset fuzz --parallel $(JOBS)
-	build/fuzz/tests/cpp/fuzz_attention -max_total_time=$(FUZZ_SECONDS) $(ARGS)
+	build/fuzz/tests/fuzz/fuzz_attention -max_total_time=$(FUZZ_SECONDS) $(ARGS)
 
 .PHONY: lint
 lint: build check-packages ## clang-tidy and ruff
@@ -73,6 +73,16 @@ check-format:
 format: check-packages $(VENV)/.complete ## rewrite the sources in the project's format
 	clang-format -i $(sources)
 	$(python) -m ruff format
+
+##@ GPU of compute capability 9.0
+.PHONY: gpu-test
+gpu-test: build ## kernels and operator against the reference and the CPU
+	build/release/tests/cuda/cuda_tests $(ARGS)
+	$(python) -m pytest tests/python/test_cuda.py
+
+.PHONY: gpu-bench
+gpu-bench: build ## measure the kernels, beside FlashAttention-3 where it is installed
+	for script in bench/*_cuda.py; do $(python) $$script $(ARGS); done
 
 ##@ Housekeeping
 .PHONY: clean

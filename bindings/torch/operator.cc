@@ -3,6 +3,9 @@
 // Built on PyTorch's stable ABI, so one binary loads in every torch >= 2.10 and every Python. What
 // Python callers use is blasst.attention, which documents the arguments; here shapes are checked
 // against each other, and blasst::prefill / blasst::decode check the rest.
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -100,6 +103,21 @@ blasst::TestKind test_of(std::string_view name) {
                            std::pair{std::string_view("absolute"), BLASST_TEST_ABSOLUTE}});
 }
 
+// The stream that torch works on, of a CUDA device. torch's CUDA library exists only in some builds
+// of torch, so it is looked up where the process has it.
+void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Get>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                         : nullptr);
+  }();
+  check(get != nullptr, "torch has no libtorch_cuda.so with aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  check(get(device, &stream) == AOTI_TORCH_SUCCESS, "torch has no current CUDA stream");
+  return stream;
+}
+
 // Tensors whose last dimension is not contiguous are copied; everything else is read in place.
 Tensor readable(const Tensor& t) {
   return t.numel() == 0 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
@@ -123,6 +141,11 @@ const int32_t* indices(std::string_view name, OptionalTensor& t, std::string_vie
   if (!t) return nullptr;
   check_shape(name, *t, meaning, sizes);
   t = torch::stable::contiguous(*t);
+  if (t->is_cuda()) {
+    check(t->scalar_type() == ScalarType::Int, name, " is ", t->scalar_type(),
+          "; on a CUDA device it must be int32");
+    return static_cast<const int32_t*>(t->const_data_ptr());
+  }
   if (t->scalar_type() == ScalarType::Long) {
     Tensor narrow = torch::stable::new_empty(*t, sizes, ScalarType::Int);
     const auto* from = static_cast<const int64_t*>(t->const_data_ptr());
@@ -164,8 +187,8 @@ blasst::KeysValues keys_values(KeysValuesArguments& a, int64_t batch, int64_t he
   check(!a.cu_seqlens || (!a.page_table && !a.lengths),
         "cu_seqlens_k is given together with page_table or lengths; they exclude each other");
   if (kv.cu_seqlens) {
-    check(kv.cu_seqlens[batch] == a.k.size(0), "cu_seqlens_k ends at ", kv.cu_seqlens[batch],
-          ", but k is ", a.k);
+    check(a.k.is_cuda() || kv.cu_seqlens[batch] == a.k.size(0), "cu_seqlens_k ends at ",
+          kv.cu_seqlens[batch], ", but k is ", a.k);
   } else if (a.page_table) {
     check(a.page_table->dim() == 2, "page_table is ", *a.page_table,
           "; it must be [batch, pages a request]");
@@ -306,8 +329,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
             *cu_seqlens_q, "; it must be [batch + 1]");
       p.batch = cu_seqlens_q->size(0) - 1;
       p.cu_seqlens_q = indices("cu_seqlens_q", cu_seqlens_q, "[batch + 1]", {p.batch + 1});
-      check(p.cu_seqlens_q[p.batch] == q.size(0), "cu_seqlens_q ends at ", p.cu_seqlens_q[p.batch],
-            ", but q is ", q);
+      if (q.is_cuda()) {  // a request may have all the rows
+        p.rows = p.query_length = q.size(0);
+      } else {
+        check(p.cu_seqlens_q[p.batch] == q.size(0), "cu_seqlens_q ends at ",
+              p.cu_seqlens_q[p.batch], ", but q is ", q);
+      }
     }
   } else {
     check(!ragged,
@@ -355,7 +382,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     p.test.stride_request = thresholds->size(0) == 1 ? 0 : thresholds->size(1);
     p.test.stride_head = thresholds->size(1) == 1 ? 0 : 1;
   }
-  p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  const bool cuda = q.is_cuda();
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (cuda) {
+    guard.emplace(q.get_device_index());
+    p.backend = BLASST_BACKEND_CUDA_SM90;
+    p.stream = current_stream(q.get_device_index());
+  } else {
+    p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  }
 
   q = readable(q);
   p.q = view_of(q);
@@ -382,6 +417,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   }
   if (want_gaps) p.report.gap_histogram = static_cast<uint64_t*>(gaps.mutable_data_ptr());
 
+  if (cuda) {
+    check(!starts && !query_lengths,
+          "starts or query_lengths is given; on a CUDA device requests cannot be padded: use "
+          "lengths, cu_seqlens_q and cu_seqlens_k");
+    // Freed at the end of this call, and reused by torch only behind it on the stream.
+    p.workspace_bytes = blasst::workspace_bytes(p);
+    const Tensor workspace = torch::stable::new_empty(
+        q, std::vector<int64_t>{static_cast<int64_t>(p.workspace_bytes)}, ScalarType::Byte);
+    p.workspace = workspace.mutable_data_ptr();
+    run(p);
+    return {out, lse, bound, tiles, gaps};
+  }
   const Padding padding{
       .starts = indices("starts", starts, "[batch]", {p.batch}),
       .query_lengths = indices("query_lengths", query_lengths, "[batch]", {p.batch})};
@@ -407,6 +454,7 @@ std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
   p.kv_heads = k.size(2);
   p.value_dim = v.size(3);
   p.q = view_of(q);
+  if (q.is_cuda()) p.backend = BLASST_BACKEND_CUDA_SM90;
   const Tensor out = torch::stable::new_empty(
       q, std::vector<int64_t>{p.batch, p.query_length, p.heads, p.value_dim});
   p.out = view_of(out);
@@ -431,9 +479,11 @@ STABLE_TORCH_LIBRARY(blasst, m) {
   m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
-  m.impl("prefill", TORCH_BOX(attention<blasst::PrefillParams>));
-  m.impl("decode", TORCH_BOX(attention<blasst::DecodeParams>));
-  m.impl("prefill_tile_shape", TORCH_BOX(tile_shape<blasst::PrefillParams>));
-  m.impl("decode_tile_shape", TORCH_BOX(tile_shape<blasst::DecodeParams>));
-}
+#define BLASST_IMPLEMENT(m)                                                   \
+  m.impl("prefill", TORCH_BOX(attention<blasst::PrefillParams>));             \
+  m.impl("decode", TORCH_BOX(attention<blasst::DecodeParams>));               \
+  m.impl("prefill_tile_shape", TORCH_BOX(tile_shape<blasst::PrefillParams>)); \
+  m.impl("decode_tile_shape", TORCH_BOX(tile_shape<blasst::DecodeParams>))
+
+STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) { BLASST_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(blasst, CUDA, m) { BLASST_IMPLEMENT(m); }

@@ -154,6 +154,11 @@ def attention(
         )
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None for none")
+    if q.device.type == "cuda":
+        lengths, cu_seqlens_q, cu_seqlens_k, page_table = (
+            None if t is None else t.to(torch.int32)
+            for t in (lengths, cu_seqlens_q, cu_seqlens_k, page_table)
+        )
     left, right = _window(window)
     test, thresholds = _tile_test(threshold, threshold_scale_factor, absolute_threshold, q.device)
     if sinks is not None and not sinks.is_floating_point():
@@ -258,8 +263,8 @@ def _tile_test(
 
 def _check_tensors(q: Tensor, **others: Tensor | None) -> None:
     """An error unless all are strided tensors on one device that has a backend."""
-    if isinstance(q, Tensor) and q.device.type != "cpu":
-        raise ValueError(f"q is on {q.device}; this build of blasst runs on: cpu")
+    if isinstance(q, Tensor) and q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"q is on {q.device}; blasst runs on: cpu, cuda")
     for name, t in (("q", q), *others.items()):
         optional = name not in ("q", "k", "v")
         if t is None and optional:

@@ -500,7 +500,7 @@ BAD = [
     ({"q": [1, 2]}, "q is a list; it must be a torch.Tensor"),
     ({"k": None}, "k is a NoneType; it must be a torch.Tensor"),
     ({"q": Q.to_sparse()}, "q is torch.sparse_coo; it must be torch.strided"),
-    ({"q": Q.to("meta")}, "q is on meta; this build of blasst runs on: cpu"),
+    ({"q": Q.to("meta")}, "q is on meta; blasst runs on: cpu, cuda"),
     ({"k": K.to("meta")}, "k is on meta, q on cpu; they must share a device"),
     ({"lengths": i32(3, 3).to("meta")}, "lengths is on meta, q on cpu"),
     (

@@ -1,0 +1,186 @@
+"""Decode on a GPU of compute capability 9.0, dense and sparse.
+
+FlashAttention-3 (fa3-fwd) is measured beside it if it is installed. Every line checks the
+output first. Rates are bytes of the keys and values that dense attention reads, divided by the time
+of one call in a replayed graph.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import blasst
+
+try:
+    from fa3_fwd_interface import flash_attn_with_kvcache
+except ImportError:
+    flash_attn_with_kvcache = None
+
+DIM = 128
+BLOCK = 128  # keys that score alike
+AMPLITUDE = 22.0  # a matching key beats another by e^43
+THRESHOLD = 1e-3
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the table."""
+
+    name: str
+    batch: int
+    keys: int
+    heads: int
+    kv_heads: int
+    page: int = 0
+    """0: contiguous keys, all of them in use; else lengths are drawn from 1,024 to `keys`."""
+
+
+WORKS = (
+    Work("batch 64, 16K, 64/4", 64, 16384, 64, 4),
+    Work("batch 64, 64K, 64/4", 64, 65536, 64, 4),
+    Work("batch 16, 32K, 32/8", 16, 32768, 32, 8),
+    Work("batch 1, 128K, 32/8", 1, 131072, 32, 8),
+    Work("batch 1, 16K, 32/8", 1, 16384, 32, 8),
+    Work("batch 256, 1K-64K, pages of 64, 32/8", 256, 65536, 32, 8, 64),
+)
+
+
+class Inputs:
+    """Random values; queries and keys of a planted sparsity that differs by request and head."""
+
+    def __init__(self, work: Work, device: torch.device):
+        w = self.work = work
+        shape = (w.batch, w.keys, w.kv_heads, DIM)
+        self.q = torch.empty(w.batch, 1, w.heads, DIM, dtype=torch.bfloat16, device=device)
+        self.k = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        self.v = torch.empty_like(self.k)
+        for request in self.v:
+            request.normal_()
+        self.lengths = torch.full((w.batch,), w.keys, dtype=torch.int32, device=device)
+        self.table = None
+        if w.page:
+            self.lengths.random_(1024, w.keys + 1)
+            pages = torch.randperm(w.batch * w.keys // w.page, device=device)
+            self.table = pages.int().view(w.batch, -1)
+
+    def plant(self, sparsity: float) -> None:
+        """Gives each block of keys one of two directions: the queries' own, or another."""
+        w, device = self.work, self.k.device
+        signs = torch.ones(2, DIM, device=device)
+        signs[1, 1::2] = -1
+        directions = AMPLITUDE * signs / math.sqrt(DIM)
+        self.q.normal_(0, 0.5).add_(directions[0])
+        block = w.page or BLOCK
+        for request in self.k:
+            share = (1 - sparsity) * (0.5 + torch.rand(w.kv_heads, device=device))
+            match = torch.rand(w.keys // block, w.kv_heads, device=device) < share
+            if sparsity == 0:
+                match[:] = True
+            match[0] = True
+            blocks = request.view(-1, block, w.kv_heads, DIM)
+            blocks.normal_(0, 0.5).add_(directions[(~match).long()].to(torch.bfloat16)[:, None])
+        if self.table is not None:  # a request's first page is not the first in memory
+            first = self.pages(self.k)[self.table[:, 0].long()]
+            self.pages(self.k)[self.table[:, 0].long()] = first.normal_(0, 0.5).add_(directions[0])
+
+    def pages(self, t: Tensor) -> Tensor:
+        return t.view(-1, self.work.page, self.work.kv_heads, DIM)
+
+    def blasst(self, threshold: float | Tensor | None, stats: bool = False):
+        k, v, paged = self.k, self.v, self.table is not None
+        return blasst.attention(
+            self.q,
+            self.pages(k) if paged else k,
+            self.pages(v) if paged else v,
+            lengths=self.lengths,
+            page_table=self.table,
+            threshold=threshold,
+            return_stats=stats,
+        )
+
+    def flash_attention_3(self) -> Tensor:
+        """Without pages: the same lengths of contiguous keys."""
+        return flash_attn_with_kvcache(
+            self.q, self.k, self.v, cache_seqlens=self.lengths, causal=True
+        )
+
+    def error(self, out: Tensor) -> float:
+        """Of some requests, relative to dense attention in float32."""
+        w, worst = self.work, 0.0
+        for b in {0, w.batch // 2, w.batch - 1}:
+            k, v = self.k[b], self.v[b]
+            if self.table is not None:
+                k, v = (self.pages(t)[self.table[b].long()].flatten(0, 1) for t in (self.k, self.v))
+            k, v = (t[: self.lengths[b]].float() for t in (k, v))
+            q = self.q[b, 0].float().view(w.kv_heads, -1, DIM)
+            p = (torch.einsum("hgd,nhd->hgn", q, k) / math.sqrt(DIM)).softmax(-1)
+            exact = torch.einsum("hgn,nhd->hgd", p, v).reshape(w.heads, DIM)
+            worst = max(worst, ((out[b, 0] - exact).norm() / exact.norm()).item())
+        return worst
+
+    @property
+    def bytes(self) -> int:
+        return int(self.lengths.sum()) * self.work.kv_heads * DIM * 2 * 2
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    """Median time of one call, replayed from a graph, the GPU warm."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: list[float] = []
+    while len(times) < 40 or sum(times) < 60:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    steady = sorted(times[len(times) // 2 :])
+    return 1e3 * steady[len(steady) // 2]
+
+
+def measure(work: Work, sparsities: list[float]) -> None:
+    """Prints a line for each sparsity."""
+    inputs = Inputs(work, torch.device("cuda"))
+    threshold = torch.full((1, 1), THRESHOLD, device="cuda")
+    for sparsity in sparsities:
+        inputs.plant(sparsity)
+        error = inputs.error(inputs.blasst(None))
+        result = inputs.blasst(threshold, stats=True)
+        error = max(error, inputs.error(result.out))
+        if not error < 5e-3:
+            raise SystemExit(f"{work.name}: the output is off by {error:.1e}")
+        dense = microseconds(lambda: inputs.blasst(None))
+        sparse = microseconds(lambda: inputs.blasst(threshold))
+        rate = inputs.bytes / 1e6
+        line = f"{work.name:37} {100 * result.stats.sparsity:5.1f} % | "
+        if flash_attn_with_kvcache:
+            peer = microseconds(inputs.flash_attention_3)
+            line += (
+                f"FA3 {rate / peer:5.2f} TB/s | dense {rate / dense:5.2f} ({peer / dense:4.2f}x)"
+            )
+        else:
+            line += f"dense {rate / dense:5.2f} TB/s"
+        print(f"{line} | sparse {rate / sparse:5.2f} ({dense / sparse:5.3f}x dense)", flush=True)
+
+
+def main() -> None:
+    """Measures every line, or those whose number is given."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--lines", type=int, nargs="*", default=range(len(WORKS)))
+    parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.73, 0.87])
+    arguments = parser.parse_args()
+    print(torch.cuda.get_device_name(), flush=True)
+    for line in arguments.lines:
+        measure(WORKS[line], arguments.sparsity)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
