@@ -27,6 +27,7 @@ from blasst import huggingface
 from blasst.attention import attention, tile_shape
 from blasst.config import (
     HEAD_SCHEMES,
+    HIGHEST_LN_THRESHOLD,
     LOWEST_LN_THRESHOLD,
     ORDERS,
     PHASES,
@@ -482,8 +483,24 @@ class _Job:
                     for n in self.lengths
                 ]
             )
-        table = torch.tensor(table, dtype=torch.float32).clamp(LOWEST_LN_THRESHOLD, 0)
+        self._continue_beyond_one(phase, order, targets, law.power, table)
+        table = torch.tensor(table, dtype=torch.float32)
+        table = table.clamp(LOWEST_LN_THRESHOLD, HIGHEST_LN_THRESHOLD)
         return Policy(order, scheme, law, tuple(self.lengths), tuple(targets), table)
+
+    def _continue_beyond_one(
+        self, phase: str, order: str, targets: Sequence[float], power: float, table: np.ndarray
+    ) -> None:
+        """Where threshold 1 stays below a target, write what the law says, above 1.
+
+        It is used as 1 there, but between this length and the next the interpolation is right.
+        """
+        for i in reversed(range(len(self.lengths) - 1)):
+            length, longer = self.lengths[i : i + 2]
+            for j, target in enumerate(targets):
+                if self._highest(phase, order, length) < target:
+                    step = power * math.log(longer / length)
+                    table[i, j] = np.maximum(table[i + 1, j] + step, 0)
 
     def _by_head(
         self, phase: str, order: str, scheme: str, length: int, target: float

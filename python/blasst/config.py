@@ -48,6 +48,9 @@ ALGORITHM = "skip_softmax"
 VERSION = 1
 LOWEST_LN_THRESHOLD = -32.0
 """Where the gap histograms end; a head at this threshold drops nothing that matters."""
+HIGHEST_LN_THRESHOLD = 8.0
+"""A table may go above threshold 1 at a length where 1 is too little, for interpolation; what is
+used never does."""
 ECOSYSTEM_TILE_SHAPE = (128, 128)
 GENERIC_TARGETS = ("Attention",)
 """What Model-Optimizer writes where it does not know the class: any."""
@@ -430,8 +433,8 @@ def _policy(value: Any, where: str) -> Policy:
         f"{len(targets)} targets, layers, heads]",
     )
     _check(
-        bool((table <= 0).all()),
-        f"{where}.ln_threshold has a value above 0 or NaN: a threshold must be 0 to 1",
+        bool((table <= HIGHEST_LN_THRESHOLD).all()),
+        f"{where}.ln_threshold has a value above {HIGHEST_LN_THRESHOLD:g} or NaN",
     )
     law = _law(policy["law"], f"{where}.law", law_keys)
     return Policy(

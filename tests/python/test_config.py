@@ -106,6 +106,15 @@ def test_beyond_the_table_the_law_gives_the_power_of_the_length(caplog):
     assert len(caplog.records) == 1, "said once"
 
 
+def test_above_threshold_one_a_table_serves_interpolation_only():
+    entry = measured_config().to_dict()
+    table = entry["blasst"]["prefill"]["policies"][0]["ln_threshold"]
+    table[0] = [[[2.0] * 3] * 2] * 2
+    table[1] = [[[-4.0] * 3] * 2] * 2
+    rule = thresholds_for(entry, "LlamaAttention", 0, "prefill", [1024, 2048])
+    torch.testing.assert_close(rule.threshold, torch.tensor([[1.0], [math.exp(-1)]]).expand(2, 3))
+
+
 def test_round_trip_through_json():
     parsed = measured_config()
     again = parse(json.loads(json.dumps(parsed.to_dict())))
@@ -151,11 +160,11 @@ def test_what_cannot_be_honoured_is_an_error_that_names_it(path, value, message)
         parse(entry)
 
 
-@pytest.mark.parametrize("value", [0.5, float("nan")])
-def test_a_threshold_above_one_or_nan_is_an_error(value):
+@pytest.mark.parametrize("value", [8.5, float("nan")])
+def test_a_table_far_above_one_or_with_nan_is_an_error(value):
     entry = measured_config().to_dict()
     entry["blasst"]["prefill"]["policies"][0]["ln_threshold"][1][0][0][2] = value
-    with pytest.raises(ValueError, match="above 0 or NaN"):
+    with pytest.raises(ValueError, match="above 8 or NaN"):
         parse(entry)
 
 
