@@ -2,7 +2,7 @@
 
 `attention` is the operator. With Transformers installed, importing this package also makes
 `attn_implementation="blasst"` available; `configure` sets a model's thresholds and `record`
-collects the sparsity that it reaches.
+collects the sparsity that it reaches; `calibrate` finds thresholds and writes them into its config.
 """
 
 from importlib.util import find_spec
@@ -12,6 +12,8 @@ from blasst.attention import Result, TileCounts, TileShape, attention, tile_shap
 __all__ = ["Result", "TileCounts", "TileShape", "attention", "tile_shape"]
 
 if find_spec("transformers"):
+    from blasst.calibration import Calibration, calibrate
     from blasst.huggingface import Recording, Threshold, configure, record
 
+    __all__ += ["Calibration", "calibrate"]
     __all__ += ["Recording", "Threshold", "configure", "record"]
