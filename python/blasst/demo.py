@@ -10,7 +10,7 @@ from blasst import calibration, evaluation, models, prompts, report
 from blasst.console import console, progress_bar, show
 
 TARGETS = (0.5, 0.75)
-SCHEMES = ("one_threshold", "least_error")
+SCHEMES = ("one_threshold", "water_filling")
 """Tried by the demo, for the sake of time; `calibrate` tries all."""
 
 
