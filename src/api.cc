@@ -38,6 +38,14 @@ auto dispatch(const Params& params, Cpu cpu, [[maybe_unused]] Cuda cuda) {
 #define BLASST_ON_CUDA(call) nullptr
 #endif
 
+// Gradients exist on the CPU.
+const BackwardParams& on_cpu(const BackwardParams& params) {
+  if (params.backend != BLASST_BACKEND_CPU)
+    throw Error(BLASST_UNSUPPORTED, fmt::format("backend {} has no backward; it is on: cpu (0)",
+                                                static_cast<int>(params.backend)));
+  return params;
+}
+
 }  // namespace
 
 void prefill(const PrefillParams& params) {
@@ -60,6 +68,11 @@ void decode(const DecodeParams& params) {
       BLASST_ON_CUDA(run(params)));
 }
 
+void backward(const BackwardParams& params) {
+  cpu::backward(attention::make_problem(on_cpu(params)), threads_of(params),
+                {params.workspace, params.workspace_bytes});
+}
+
 std::size_t workspace_bytes(const PrefillParams& params) {
   return dispatch(
       params,
@@ -76,6 +89,10 @@ std::size_t workspace_bytes(const DecodeParams& params) {
         return cpu::decode_workspace_bytes(attention::make_problem(params), threads_of(params));
       },
       BLASST_ON_CUDA(workspace_bytes(params)));
+}
+
+std::size_t workspace_bytes(const BackwardParams& params) {
+  return cpu::backward_workspace_bytes(attention::make_problem(on_cpu(params)), threads_of(params));
 }
 
 TileShape tile_shape(const PrefillParams& params) {

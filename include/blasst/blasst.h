@@ -1,8 +1,8 @@
 /* blasst: attention made sparse by softmax thresholding (BLASST, arXiv 2512.12087).
  *
  * The C interface, and the parameter structs that the C++ interface (blasst.hpp) shares. Compiles
- * as C11 and as C++20. In C, start from blasst_prefill_params_init / blasst_decode_params_init; in
- * C++ the members carry the same defaults.
+ * as C11 and as C++20. In C, start from the blasst_*_params_init of each struct; in C++ the members
+ * carry the same defaults.
  *
  * Sizes and strides count elements, lengths count tokens. Index arrays are int32. Nothing is
  * written when a call fails.
@@ -213,6 +213,43 @@ typedef struct blasst_decode_params {
   void* stream BLASST_DEFAULT(nullptr);     /* cuda: a cudaStream_t */
 } blasst_decode_params;
 
+/* Gradients of prefill. The forward's decisions are taken over, never taken again: a tile that it
+ * skipped is absent, contributes exactly zero to every gradient and costs nothing. Each is rounded
+ * once, from float32 sums; the sums' order does not depend on the number of threads.
+ *
+ * Members named as in blasst_prefill_params are the forward's. Keys may be dense or ragged; pages
+ * have no gradient (BLASST_UNSUPPORTED), since requests may share them. */
+typedef struct blasst_backward_params {
+  blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_CPU);
+  blasst_dtype dtype BLASST_DEFAULT(BLASST_FLOAT32); /* of all tensors but lse, sinks and dsinks */
+  int64_t batch BLASST_DEFAULT(1);
+  int64_t heads BLASST_DEFAULT(0);
+  int64_t kv_heads BLASST_DEFAULT(0);
+  int64_t head_dim BLASST_DEFAULT(0);
+  int64_t value_dim BLASST_DEFAULT(0);
+  int64_t query_length BLASST_DEFAULT(0);
+  const int32_t* cu_seqlens_q BLASST_DEFAULT(nullptr);
+  blasst_view q;
+  blasst_keys_values kv;
+  blasst_view out;                           /* as prefill wrote it */
+  blasst_view dout;                          /* gradient of out, of its shape */
+  const float* lse BLASST_DEFAULT(nullptr);  /* [heads, rows] as prefill reported it */
+  const float* dlse BLASST_DEFAULT(nullptr); /* [heads, rows] gradient of lse; null: zero */
+  /* As prefill reported them; null: every visible tile was kept (no test, no skip). */
+  const uint32_t* tile_bits BLASST_DEFAULT(nullptr);
+  float scale BLASST_DEFAULT(0);
+  float softcap BLASST_DEFAULT(0);
+  const float* sinks BLASST_DEFAULT(nullptr);
+  blasst_mask mask;
+  blasst_view dq; /* gradient of q, of its shape. No gradient shares memory with another tensor. */
+  blasst_view dk; /* of k, in k's layout; zero for the keys beyond a request's length */
+  blasst_view dv; /* of v, likewise */
+  float* dsinks BLASST_DEFAULT(nullptr); /* [heads] gradient of sinks; null: not wanted */
+  int32_t threads BLASST_DEFAULT(0);
+  void* workspace BLASST_DEFAULT(nullptr);
+  size_t workspace_bytes BLASST_DEFAULT(0); /* at least blasst_backward_workspace_bytes */
+} blasst_backward_params;
+
 /* The tiles that decisions are taken on. */
 typedef struct blasst_tile_shape {
   int64_t query_rows;  /* rows of one head a query tile; decode: heads / kv_heads * query_length */
@@ -226,14 +263,18 @@ typedef struct blasst_tile_shape {
 /* Fill *params with the defaults above. */
 BLASST_API void blasst_prefill_params_init(blasst_prefill_params* params);
 BLASST_API void blasst_decode_params_init(blasst_decode_params* params);
+BLASST_API void blasst_backward_params_init(blasst_backward_params* params);
 
 BLASST_API blasst_status blasst_prefill(const blasst_prefill_params* params);
 BLASST_API blasst_status blasst_decode(const blasst_decode_params* params);
+BLASST_API blasst_status blasst_backward(const blasst_backward_params* params);
 
 BLASST_API blasst_status blasst_prefill_workspace_bytes(const blasst_prefill_params* params,
                                                         size_t* bytes);
 BLASST_API blasst_status blasst_decode_workspace_bytes(const blasst_decode_params* params,
                                                        size_t* bytes);
+BLASST_API blasst_status blasst_backward_workspace_bytes(const blasst_backward_params* params,
+                                                         size_t* bytes);
 
 BLASST_API blasst_status blasst_prefill_tile_shape(const blasst_prefill_params* params,
                                                    blasst_tile_shape* shape);

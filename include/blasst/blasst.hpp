@@ -26,6 +26,7 @@ using TileTest = blasst_tile_test;
 using Report = blasst_report;
 using PrefillParams = blasst_prefill_params;
 using DecodeParams = blasst_decode_params;
+using BackwardParams = blasst_backward_params;
 using TileShape = blasst_tile_shape;
 
 // Thrown by every function below. what() says what was passed and what is accepted.
@@ -46,9 +47,13 @@ BLASST_API void prefill(const PrefillParams& params);
 // Attention of the last 1 to 16 positions of each request over its KV cache.
 BLASST_API void decode(const DecodeParams& params);
 
+// Gradients of prefill, from the lse and the tile bits that it reported.
+BLASST_API void backward(const BackwardParams& params);
+
 // Bytes that the call needs beyond its inputs and outputs.
 BLASST_API std::size_t workspace_bytes(const PrefillParams& params);
 BLASST_API std::size_t workspace_bytes(const DecodeParams& params);
+BLASST_API std::size_t workspace_bytes(const BackwardParams& params);
 
 // The tiles on which the backend decides.
 BLASST_API TileShape tile_shape(const PrefillParams& params);

@@ -39,4 +39,16 @@ BLASST_API Result prefill(const PrefillParams& params, TileShape shape,
 BLASST_API Result decode(const DecodeParams& params, TileShape shape,
                          const std::vector<bool>* kept = nullptr);
 
+// What backward gives. The keys of the requests follow each other, without unused ones.
+struct Gradients {
+  std::vector<double> dq;      // [rows, heads, head_dim]
+  std::vector<double> dk;      // [keys of all requests, kv_heads, head_dim]
+  std::vector<double> dv;      // [keys of all requests, kv_heads, value_dim]
+  std::vector<double> dsinks;  // [heads]
+};
+
+// Gradients of softmax over the kept tiles, by the definition: params.tile_bits are read, for tiles
+// of `shape`; out and lse are not.
+BLASST_API Gradients backward(const BackwardParams& params, TileShape shape);
+
 }  // namespace blasst::reference

@@ -117,14 +117,15 @@ void check_no_overlap(std::string_view name, const View& view, int64_t outer, in
   }
 }
 
-void check_not_shared(const View& out, std::string_view name, const View& input, DType dtype) {
+void check_not_shared(std::string_view out_name, const View& out, std::string_view name,
+                      const View& input, DType dtype) {
   const int64_t bytes = element_bytes(dtype);
   const auto* out_begin = static_cast<const std::byte*>(out.data);
   const auto* in_begin = static_cast<const std::byte*>(input.data);
   if (!out_begin || !in_begin) return;
   if (std::less<>{}(out_begin, in_begin + input.elements * bytes) &&
       std::less<>{}(in_begin, out_begin + out.elements * bytes))
-    fail("out and {} share memory; out needs a buffer of its own", name);
+    fail("{} and {} share memory; {} needs a buffer of its own", out_name, name, out_name);
 }
 
 }  // namespace blasst::attention

@@ -35,6 +35,7 @@ void check_view(std::string_view name, const View& view, DType dtype, int64_t ou
 void check_no_overlap(std::string_view name, const View& view, int64_t outer, int64_t tokens,
                       int64_t heads, int64_t dim);
 
-void check_not_shared(const View& out, std::string_view name, const View& input, DType dtype);
+void check_not_shared(std::string_view out_name, const View& out, std::string_view name,
+                      const View& input, DType dtype);
 
 }  // namespace blasst::attention

@@ -158,9 +158,9 @@ Problem resolve(const Params& params, bool decode) {
       .report = params.report};
   resolve_queries(p, params);
   resolve_keys(p);
-  check_not_shared(p.out, "q", p.q, p.dtype);
-  check_not_shared(p.out, "k", p.kv.k, p.dtype);
-  check_not_shared(p.out, "v", p.kv.v, p.dtype);
+  check_not_shared("out", p.out, "q", p.q, p.dtype);
+  check_not_shared("out", p.out, "k", p.kv.k, p.dtype);
+  check_not_shared("out", p.out, "v", p.kv.v, p.dtype);
   check_mask(p);
   check_thresholds(p.test, p.batch, p.heads);
   if (p.sinks) {
@@ -172,19 +172,37 @@ Problem resolve(const Params& params, bool decode) {
   return p;
 }
 
-const std::byte* at(const View& view, DType dtype, int64_t outer, int64_t token, int64_t head) {
-  return static_cast<const std::byte*>(view.data) +
+std::byte* at(const View& view, DType dtype, int64_t outer, int64_t token, int64_t head) {
+  return static_cast<std::byte*>(view.data) +
          element_bytes(dtype) *
              (outer * view.stride_request + token * view.stride_token + head * view.stride_head);
 }
 
-const std::byte* kv_row(const Problem& p, const View& view, int64_t request, int64_t token,
-                        int64_t head) {
-  const KeysValues& kv = p.kv;
-  if (kv.cu_seqlens) return at(view, p.dtype, 0, p.requests[request].first_key + token, head);
-  if (!kv.page_table) return at(view, p.dtype, request, token, head);
-  const int64_t page = kv.page_table[request * kv.page_table_stride + token / kv.page_size];
-  return at(view, p.dtype, page, token % kv.page_size, head);
+// The prefill whose gradients are asked for.
+PrefillParams forward_of(const BackwardParams& b) {
+  return {.backend = b.backend,
+          .dtype = b.dtype,
+          .batch = b.batch,
+          .heads = b.heads,
+          .kv_heads = b.kv_heads,
+          .head_dim = b.head_dim,
+          .value_dim = b.value_dim,
+          .query_length = b.query_length,
+          .cu_seqlens_q = b.cu_seqlens_q,
+          .q = b.q,
+          .out = b.out,
+          .kv = b.kv,
+          .scale = b.scale,
+          .softcap = b.softcap,
+          .sinks = b.sinks,
+          .mask = b.mask,
+          .test = {},
+          .report = {},
+          .threads = b.threads,
+          .workspace = b.workspace,
+          .workspace_bytes = b.workspace_bytes,
+          .rows = 0,
+          .stream = nullptr};
 }
 
 }  // namespace
@@ -202,23 +220,80 @@ void check_block_mask(const Problem& p, TileShape shape) {
 Problem make_problem(const PrefillParams& params) { return resolve(params, false); }
 Problem make_problem(const DecodeParams& params) { return resolve(params, true); }
 
+BackwardProblem make_problem(const BackwardParams& params) {
+  BackwardProblem b{.forward = make_problem(forward_of(params)),
+                    .dout = params.dout,
+                    .dq = params.dq,
+                    .dk = params.dk,
+                    .dv = params.dv,
+                    .lse = params.lse,
+                    .dlse = params.dlse,
+                    .tile_bits = params.tile_bits,
+                    .dsinks = params.dsinks};
+  const Problem& p = b.forward;
+  if (p.kv.page_table)
+    throw Error(BLASST_UNSUPPORTED,
+                "kv.page_table is set, but backward has no gradient of paged keys: requests may "
+                "share a page; pass dense or ragged keys");
+  if (!b.lse && p.rows > 0) fail("lse is null; backward needs what prefill reported");
+  if (b.dsinks && !p.sinks) fail("dsinks is set but sinks is null");
+  const int64_t outer = p.ragged_queries ? 1 : p.batch;
+  const int64_t tokens = p.ragged_queries ? p.rows : params.query_length;
+  check_view("dout", b.dout, p.dtype, outer, tokens, p.heads, p.value_dim);
+
+  struct Gradient {
+    std::string_view name;
+    const View& view;
+    int64_t outer, tokens, heads, dim;
+  };
+  const int64_t key_outer = p.kv.cu_seqlens ? 1 : p.batch;
+  const int64_t keys = p.kv.cu_seqlens ? p.kv.cu_seqlens[p.batch] : p.kv.key_length;
+  const std::array gradients{Gradient{"dq", b.dq, outer, tokens, p.heads, p.head_dim},
+                             Gradient{"dk", b.dk, key_outer, keys, p.kv_heads, p.head_dim},
+                             Gradient{"dv", b.dv, key_outer, keys, p.kv_heads, p.value_dim}};
+  const std::array<std::pair<std::string_view, const View*>, 5> inputs{
+      {{"q", &p.q}, {"k", &p.kv.k}, {"v", &p.kv.v}, {"out", &p.out}, {"dout", &b.dout}}};
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Gradient& g = gradients[i];
+    check_view(g.name, g.view, p.dtype, g.outer, g.tokens, g.heads, g.dim);
+    if (g.outer > 0 && g.tokens > 0)
+      check_no_overlap(g.name, g.view, g.outer, g.tokens, g.heads, g.dim);
+    for (const auto& [name, input] : inputs)
+      check_not_shared(g.name, g.view, name, *input, p.dtype);
+    for (size_t other = 0; other < i; ++other)
+      check_not_shared(g.name, g.view, gradients[other].name, gradients[other].view, p.dtype);
+  }
+  return b;
+}
+
+std::byte* Problem::query_row(const View& view, int64_t request, int64_t position,
+                              int64_t head) const {
+  if (ragged_queries) return at(view, dtype, 0, requests[request].first_row + position, head);
+  return at(view, dtype, request, position, head);
+}
+
+std::byte* Problem::key_row(const View& view, int64_t request, int64_t token,
+                            int64_t kv_head) const {
+  if (kv.cu_seqlens) return at(view, dtype, 0, requests[request].first_key + token, kv_head);
+  if (!kv.page_table) return at(view, dtype, request, token, kv_head);
+  const int64_t page = kv.page_table[request * kv.page_table_stride + token / kv.page_size];
+  return at(view, dtype, page, token % kv.page_size, kv_head);
+}
+
 const std::byte* Problem::query(int64_t request, int64_t position, int64_t head) const {
-  if (ragged_queries) return at(q, dtype, 0, requests[request].first_row + position, head);
-  return at(q, dtype, request, position, head);
+  return query_row(q, request, position, head);
 }
 
 std::byte* Problem::output(int64_t request, int64_t position, int64_t head) const {
-  const int64_t outer = ragged_queries ? 0 : request;
-  const int64_t token = ragged_queries ? requests[request].first_row + position : position;
-  return const_cast<std::byte*>(at(out, dtype, outer, token, head));
+  return query_row(out, request, position, head);
 }
 
 const std::byte* Problem::key(int64_t request, int64_t token, int64_t kv_head) const {
-  return kv_row(*this, kv.k, request, token, kv_head);
+  return key_row(kv.k, request, token, kv_head);
 }
 
 const std::byte* Problem::value(int64_t request, int64_t token, int64_t kv_head) const {
-  return kv_row(*this, kv.v, request, token, kv_head);
+  return key_row(kv.v, request, token, kv_head);
 }
 
 void Problem::rows_of(const View& view, int64_t request, Range tokens, int64_t kv_head,
@@ -227,7 +302,7 @@ void Problem::rows_of(const View& view, int64_t request, Range tokens, int64_t k
   for (int64_t token = tokens.begin; token < tokens.end;) {
     const int64_t in_page =
         kv.page_table ? kv.page_size - token % kv.page_size : tokens.end - token;
-    const std::byte* row = kv_row(*this, view, request, token, kv_head);
+    const std::byte* row = key_row(view, request, token, kv_head);
     for (const int64_t end = std::min(tokens.end, token + in_page); token < end; ++token) {
       *rows++ = row;
       row += stride;

@@ -51,6 +51,10 @@ struct Problem {
   Report report;
 
   int64_t group() const { return heads / kv_heads; }
+  // Where a view laid out as q, or as k and v, holds a row.
+  std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
+  std::byte* key_row(const View& view, int64_t request, int64_t token, int64_t kv_head) const;
+
   const std::byte* query(int64_t request, int64_t position, int64_t head) const;
   std::byte* output(int64_t request, int64_t position, int64_t head) const;
   const std::byte* key(int64_t request, int64_t token, int64_t kv_head) const;
@@ -75,11 +79,32 @@ struct Problem {
   double skip_below(int64_t request, int64_t head) const;
 };
 
+// What backward adds to the forward's problem, whose test is not set: the decisions are given.
+struct BackwardProblem {
+  Problem forward;
+  View dout, dq, dk, dv;
+  const float* lse;
+  const float* dlse;
+  const uint32_t* tile_bits;
+  float* dsinks;
+
+  // Whether the forward kept the key tile, of those that the query tile may visit. `tile_words`:
+  // words of tile bits a query tile.
+  bool kept(const QueryTile& tile, int64_t query_tiles, int64_t tile_words,
+            int64_t key_tile) const {
+    if (!forward.block_visible(tile, key_tile)) return false;
+    if (!tile_bits) return true;
+    const int64_t row = tile.head * query_tiles + tile.index;
+    return tile_bits[row * tile_words + key_tile / 32] >> (key_tile % 32) & 1;
+  }
+};
+
 // The block mask's strides cover the tiles of this shape. Throws Error.
 void check_block_mask(const Problem& p, TileShape shape);
 
 // Check everything that can be checked without reading tensors. Throws Error.
 Problem make_problem(const PrefillParams& params);
 Problem make_problem(const DecodeParams& params);
+BackwardProblem make_problem(const BackwardParams& params);
 
 }  // namespace blasst::attention

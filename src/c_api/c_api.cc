@@ -63,6 +63,10 @@ void blasst_decode_params_init(blasst_decode_params* params) {
   if (params) *params = {};
 }
 
+void blasst_backward_params_init(blasst_backward_params* params) {
+  if (params) *params = {};
+}
+
 blasst_status blasst_prefill(const blasst_prefill_params* params) {
   return guarded([&] {
     require(params, "params");
@@ -77,11 +81,22 @@ blasst_status blasst_decode(const blasst_decode_params* params) {
   });
 }
 
+blasst_status blasst_backward(const blasst_backward_params* params) {
+  return guarded([&] {
+    require(params, "params");
+    blasst::backward(*params);
+  });
+}
+
 blasst_status blasst_prefill_workspace_bytes(const blasst_prefill_params* params, size_t* bytes) {
   return query(params, bytes, "bytes", [](const auto& p) { return blasst::workspace_bytes(p); });
 }
 
 blasst_status blasst_decode_workspace_bytes(const blasst_decode_params* params, size_t* bytes) {
+  return query(params, bytes, "bytes", [](const auto& p) { return blasst::workspace_bytes(p); });
+}
+
+blasst_status blasst_backward_workspace_bytes(const blasst_backward_params* params, size_t* bytes) {
   return query(params, bytes, "bytes", [](const auto& p) { return blasst::workspace_bytes(p); });
 }
 

@@ -3,11 +3,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
 #include <new>
 #include <utility>
 #include <vector>
 
+#include "attention/element.h"
+#include "cpu/backward_plan.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/thread_pool.h"
@@ -68,6 +72,40 @@ Totals make_totals(const Problem& p, int64_t query_tiles) {
   return Totals(p, query_tiles, attention::ceil_div(p.max_keys, kKeys));
 }
 
+// A sink's probability in a row is exp(sink - lse), and its score takes -probability * delta.
+float sink_gradient(const BackwardPlan& plan, int64_t head) {
+  const Problem& p = plan.problem.forward;
+  double sum = 0;
+  for (int64_t at = head * p.rows; at < (head + 1) * p.rows; ++at) {
+    const double lse = plan.problem.lse[at];
+    // A row without a valid key has no output for the sink to scale.
+    if (lse > -std::numeric_limits<double>::infinity())
+      sum -= std::exp(p.sinks[head] - lse) * plan.delta[at];
+  }
+  return static_cast<float>(sum);
+}
+
+// Rows of dk and dv beyond a request's keys.
+void clear_unused_keys(const attention::BackwardProblem& b) {
+  const Problem& p = b.forward;
+  if (p.kv.cu_seqlens) return;
+  const int64_t bytes = attention::element_bytes(p.dtype);
+  for (int64_t request = 0; request < p.batch; ++request) {
+    for (int64_t key = p.requests[request].keys; key < p.kv.key_length; ++key) {
+      for (int64_t head = 0; head < p.kv_heads; ++head) {
+        std::fill_n(p.key_row(b.dk, request, key, head), p.head_dim * bytes, std::byte{0});
+        std::fill_n(p.key_row(b.dv, request, key, head), p.value_dim * bytes, std::byte{0});
+      }
+    }
+  }
+}
+
+std::size_t backward_workspace_bytes(const BackwardPlan& plan, int threads) {
+  return kAlignment +
+         threads * aligned(backward_scratch_floats(plan.problem.forward) * sizeof(float)) +
+         aligned(plan.delta_floats() * sizeof(float)) + aligned(plan.dq_floats() * sizeof(float));
+}
+
 }  // namespace
 
 std::size_t prefill_workspace_bytes(const Problem& p, int threads) {
@@ -88,6 +126,11 @@ std::size_t decode_workspace_bytes(const Problem& p, int threads) {
   const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
   return kAlignment + threads * aligned(decode_thread_floats(p) * sizeof(float)) +
          decode_partials(units) * aligned(decode_partial_floats(p) * sizeof(float));
+}
+
+std::size_t backward_workspace_bytes(const attention::BackwardProblem& b, int threads) {
+  attention::check_block_mask(b.forward, prefill_shape());
+  return backward_workspace_bytes(BackwardPlan(b), threads);
 }
 
 void prefill(const Problem& p, int threads, Workspace workspace) {
@@ -131,6 +174,30 @@ void decode(const Problem& p, int threads, Workspace workspace) {
     for (int64_t t = 0; t < std::ssize(unit.tiles); ++t)
       kernel.combine(p, unit.tiles[t], &partials[unit.partial + t * unit.splits], unit.splits);
   });
+}
+
+void backward(const attention::BackwardProblem& b, int threads, Workspace workspace) {
+  attention::check_block_mask(b.forward, prefill_shape());
+  BackwardPlan plan(b);
+  Scratch scratch(workspace, backward_workspace_bytes(plan, threads));
+  std::vector<float*> worker_scratch(threads);
+  for (float*& s : worker_scratch) s = scratch.take(backward_scratch_floats(b.forward));
+  plan.delta = scratch.take(plan.delta_floats());
+  plan.dq = scratch.take(plan.dq_floats());
+  const Kernels& kernel = kernels(b.forward.dtype);
+  const auto tiles = std::ssize(plan.tiles);
+  parallel_for(tiles, threads,
+               [&](int64_t i, int) { kernel.backward_delta(plan, plan.tiles[i].query); });
+  parallel_for(std::ssize(plan.units), threads, [&](int64_t i, int worker) {
+    kernel.backward(plan, plan.units[i], worker_scratch[worker]);
+  });
+  parallel_for(tiles, threads,
+               [&](int64_t i, int) { kernel.backward_finish(plan, plan.tiles[i].query); });
+  clear_unused_keys(b);
+  if (b.dsinks) {
+    parallel_for(b.forward.heads, threads,
+                 [&](int64_t head, int) { b.dsinks[head] = sink_gradient(plan, head); });
+  }
 }
 
 }  // namespace blasst::cpu

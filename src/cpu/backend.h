@@ -15,8 +15,10 @@ struct Workspace {
 
 std::size_t prefill_workspace_bytes(const attention::Problem& p, int threads);
 std::size_t decode_workspace_bytes(const attention::Problem& p, int threads);
+std::size_t backward_workspace_bytes(const attention::BackwardProblem& p, int threads);
 
 void prefill(const attention::Problem& p, int threads, Workspace workspace);
 void decode(const attention::Problem& p, int threads, Workspace workspace);
+void backward(const attention::BackwardProblem& p, int threads, Workspace workspace);
 
 }  // namespace blasst::cpu

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attention/problem.h"
+#include "cpu/backward_plan.h"
 #include "cpu/plan.h"
 #include "cpu/totals.h"
 
@@ -20,6 +21,12 @@ struct Kernels {
                  const Partial* partials);
   // Join a query tile's splits, in their order, and write its output rows.
   void (*combine)(const Problem& p, const QueryTile& tile, const Partial* splits, int64_t count);
+
+  // Backward, in this order: delta of the tile's rows; a unit's dk, dv and part of dq (`scratch`:
+  // backward_scratch_floats, 64-byte aligned); the tile's dq from the parts.
+  void (*backward_delta)(const BackwardPlan& plan, const QueryTile& tile);
+  void (*backward)(const BackwardPlan& plan, const BackwardUnit& unit, float* scratch);
+  void (*backward_finish)(const BackwardPlan& plan, const QueryTile& tile);
 };
 
 // One per storage type, in the order of blasst_dtype.

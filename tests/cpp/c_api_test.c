@@ -92,11 +92,65 @@ static void test_decode(void) {
   check(blasst_decode(NULL) == BLASST_INVALID_ARGUMENT, "null parameters");
 }
 
+static void test_backward(void) {
+  blasst_prefill_params f;
+  blasst_prefill_params_init(&f);
+  f.heads = kHeads;
+  f.kv_heads = 1;
+  f.head_dim = f.value_dim = kDim;
+  f.query_length = 1;
+  f.q = view(q, 1, kHeads);
+  f.out = view(out, 1, kHeads);
+  f.kv.k = view(k, kKeys, 1);
+  f.kv.v = view(v, kKeys, 1);
+  f.kv.key_length = kKeys;
+  float lse[kHeads];
+  f.report.lse = lse;
+  check(blasst_prefill(&f) == BLASST_OK, "prefill for backward");
+
+  static float dout[kHeads * kDim], dq[kHeads * kDim], dk[kKeys * kDim], dv[kKeys * kDim];
+  for (int i = 0; i < kHeads * kDim; ++i) dout[i] = 1;
+  blasst_backward_params p;
+  memset(&p, 0xff, sizeof p);
+  blasst_backward_params_init(&p);
+  check(p.batch == 1 && p.mask.window_left == -1 && !p.tile_bits, "backward defaults");
+  p.heads = kHeads;
+  p.kv_heads = 1;
+  p.head_dim = p.value_dim = kDim;
+  p.query_length = 1;
+  p.q = f.q;
+  p.kv = f.kv;
+  p.out = f.out;
+  p.dout = view(dout, 1, kHeads);
+  p.lse = lse;
+  p.dq = view(dq, 1, kHeads);
+  p.dk = view(dk, kKeys, 1);
+  p.dv = view(dv, kKeys, 1);
+  check(blasst_backward(&p) == BLASST_OK, "backward");
+  /* Equal keys are equally likely in both heads. */
+  for (int i = 0; i < kKeys * kDim; ++i)
+    check(fabsf(dv[i] - 2.0f / kKeys) < 1e-6f, "dv of equal keys");
+  /* They are zeros, so no query moves the scores; a key's score is worth its value's excess. */
+  for (int i = 0; i < kHeads * kDim; ++i) check(dq[i] == 0, "dq of zero keys");
+  const float excess = 0.5f * (kKeys - 1) * kDim;
+  for (int d = 0; d < kDim; ++d)
+    check(fabsf(dk[(kKeys - 1) * kDim + d] - 2 * excess / kKeys / sqrtf(kDim)) < 1e-3f,
+          "dk of equal keys");
+
+  size_t bytes = 0;
+  check(blasst_backward_workspace_bytes(&p, &bytes) == BLASST_OK && bytes > 0, "workspace bytes");
+  p.lse = NULL;
+  check(blasst_backward(&p) == BLASST_INVALID_ARGUMENT, "null lse");
+  check(strstr(blasst_last_error(), "lse is null") != NULL, "message of null lse");
+  check(blasst_backward(NULL) == BLASST_INVALID_ARGUMENT, "null parameters");
+}
+
 int main(void) {
   for (int i = 0; i < kHeads * kDim; ++i) q[i] = 1;
   for (int i = 0; i < kKeys * kDim; ++i) v[i] = (float)(i / kDim);
   test_prefill();
   test_decode();
+  test_backward();
   int major, minor, patch;
   check(sscanf(blasst_version(), "%d.%d.%d", &major, &minor, &patch) == 3, "version");
   return failures != 0;

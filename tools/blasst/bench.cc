@@ -1,11 +1,12 @@
 // blasst bench: dense and sparse time on inputs whose sparsity is planted.
+#include "bench.h"
+
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <span>
 #include <utility>
@@ -23,25 +24,11 @@ using check::Problem;
 
 constexpr float kThreshold = 1e-3f;  // ln: -6.9; planted tiles miss by about 20 or not at all
 
-struct Options {
-  bool decode = false;
-  Backend backend = BLASST_BACKEND_CPU;
-  DType dtype = BLASST_FLOAT32;
-  Order order = BLASST_SINK_FIRST;
-  int64_t batch = 1;
-  std::vector<int64_t> lengths;
-  int64_t heads = 0;
-  int64_t kv_heads = 0;
-  int64_t head_dim = 128;
-  std::vector<double> sparsities = {0.75};
-  int threads = 0;
-  int repeat = 7;
-  bool json = false;
-};
+}  // namespace
 
-// Causal prefill of `length` tokens, or one decode step over as many.
-Problem make_problem(const Options& options, int64_t length, double sparsity) {
-  check::Case c{.decode = options.decode,
+Problem make_problem(const BenchOptions& options, int64_t length, double sparsity) {
+  const bool decode = options.phase == Phase::kDecode;
+  check::Case c{.decode = decode,
                 .dtype = options.dtype,
                 .heads = options.heads,
                 .kv_heads = options.kv_heads,
@@ -53,16 +40,16 @@ Problem make_problem(const Options& options, int64_t length, double sparsity) {
                 .test = BLASST_TEST_RELATIVE,
                 .threshold = kThreshold,
                 .threads = options.threads};
-  c.requests.assign(options.batch, {options.decode ? 1 : length, length});
+  c.requests.assign(options.batch, {decode ? 1 : length, length});
   // The tile shape decides which density gives the sparsity; it does not depend on the lengths.
   check::Case small = c;
   small.requests = {{1, 1}};
   Problem tiny(small);
   tiny.params.backend = options.backend;
-  const TileShape shape = check::tile_shape(tiny.params, options.decode);
+  const TileShape shape = check::tile_shape(tiny.params, decode);
   const auto key_tiles = [&](int64_t keys) { return (keys + shape.keys - 1) / shape.keys; };
   int64_t tiles = 0, query_tiles = 0;
-  for (int64_t end = options.decode ? length : std::min(length, shape.query_rows);;
+  for (int64_t end = decode ? length : std::min(length, shape.query_rows);;
        end = std::min(length, end + shape.query_rows)) {
     tiles += key_tiles(end);
     ++query_tiles;
@@ -73,6 +60,30 @@ Problem make_problem(const Options& options, int64_t length, double sparsity) {
   problem.params.backend = options.backend;
   return problem;
 }
+
+double visible_pairs(const BenchOptions& options, int64_t length) {
+  const auto queries = static_cast<double>(options.phase == Phase::kDecode ? 1 : length);
+  return queries * (static_cast<double>(length) - (queries - 1) / 2);  // causal
+}
+
+nlohmann::ordered_json common_fields(const Problem& problem, const BenchOptions& options,
+                                     int64_t length, double sparsity) {
+  const PrefillParams& p = problem.params;
+  return {{"phase", name_of(kPhases, options.phase)},
+          {"backend", name_of(kBackends, options.backend)},
+          {"dtype", name_of(kDTypes, options.dtype)},
+          {"order", name_of(kOrders, options.order)},
+          {"batch", p.batch},
+          {"length", length},
+          {"heads", p.heads},
+          {"kv_heads", p.kv_heads},
+          {"head_dim", p.head_dim},
+          {"threads", options.threads > 0 ? options.threads : default_threads()},
+          {"isa", cpu_isa()},
+          {"sparsity", sparsity}};
+}
+
+namespace {
 
 // Relative error of a few query tiles against the reference, which would take hours for all. A
 // query tile of prefill is a problem of its own: its rows, over the keys up to its last row.
@@ -137,7 +148,9 @@ std::span<const std::byte> bytes_of(const View& view, DType dtype) {
 }
 
 // One line of results, as JSON fields.
-nlohmann::ordered_json measure(const Options& options, int64_t length, double wanted_sparsity) {
+nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t length,
+                                       double wanted_sparsity) {
+  const bool decode = options.phase == Phase::kDecode;
   Problem problem = make_problem(options, length, wanted_sparsity);
   const PrefillParams& p = problem.params;
   const int threads = options.threads > 0 ? options.threads : default_threads();
@@ -161,38 +174,24 @@ nlohmann::ordered_json measure(const Options& options, int64_t length, double wa
   const std::span<const std::byte> caches[] = {bytes_of(p.kv.k, p.dtype),
                                                bytes_of(p.kv.v, p.dtype)};
   volatile unsigned long long sink = 0;
-  std::vector<std::function<void()>> calls = {[&] { check::call(dense, options.decode); },
-                                              [&] { check::call(sparse, options.decode); }};
-  if (options.decode) calls.emplace_back([&] { sink = read_all(caches, threads); });
+  std::vector<std::function<void()>> calls = {[&] { check::call(dense, decode); },
+                                              [&] { check::call(sparse, decode); }};
+  if (decode) calls.emplace_back([&] { sink = read_all(caches, threads); });
   const std::vector<double> ms = median_ms(calls, options.repeat);
   fmt::print(stderr, "\n");
 
-  const auto queries = static_cast<double>(options.decode ? 1 : length);
-  const double pairs = queries * (static_cast<double>(length) - (queries - 1) / 2);  // causal
-  const double flops =
-      2 * pairs * static_cast<double>((p.head_dim + p.value_dim) * p.heads * p.batch);
-  nlohmann::ordered_json fields = {
-      {"phase", options.decode ? "decode" : "prefill"},
-      {"backend", name_of(kBackends, options.backend)},
-      {"dtype", name_of(kDTypes, options.dtype)},
-      {"order", name_of(kOrders, options.order)},
-      {"batch", p.batch},
-      {"length", length},
-      {"heads", p.heads},
-      {"kv_heads", p.kv_heads},
-      {"head_dim", p.head_dim},
-      {"threads", threads},
-      {"isa", cpu_isa()},
-      {"sparsity", sparsity},
-      {"dense_ms", ms[0]},
-      {"sparse_ms", ms[1]},
-      {"speedup", ms[0] / ms[1]},
-      {"dense_gflops", flops / ms[0] / 1e6},
-      {"effective_gflops", flops / ms[1] / 1e6},
-      {"relative_error", error},
-      {"workspace_mb", check::workspace_bytes(sparse, options.decode) / 1e6},
-      {"peak_rss_mb", peak_rss_mb()}};
-  if (options.decode) {
+  const double flops = 2 * visible_pairs(options, length) *
+                       static_cast<double>((p.head_dim + p.value_dim) * p.heads * p.batch);
+  nlohmann::ordered_json fields = common_fields(problem, options, length, sparsity);
+  fields.update({{"dense_ms", ms[0]},
+                 {"sparse_ms", ms[1]},
+                 {"speedup", ms[0] / ms[1]},
+                 {"dense_gflops", flops / ms[0] / 1e6},
+                 {"effective_gflops", flops / ms[1] / 1e6},
+                 {"relative_error", error},
+                 {"workspace_mb", check::workspace_bytes(sparse, decode) / 1e6},
+                 {"peak_rss_mb", peak_rss_mb()}});
+  if (decode) {
     const double bytes = static_cast<double>(caches[0].size() + caches[1].size());
     fields["gb_per_s"] = bytes / ms[0] / 1e6;       // dense reads all of K and V
     fields["read_gb_per_s"] = bytes / ms[2] / 1e6;  // of the same buffers, by a plain loop
@@ -221,16 +220,20 @@ void print_row(const nlohmann::ordered_json& r) {
   fmt::print("\n");
 }
 
-int bench(const Options& options) {
+int bench(const BenchOptions& options) {
   // In two norms over a query tile, rounding the output costs a third of the largest rounding
-  // error.
-  const double allowed = std::max(2 * check::unit_roundoff(options.dtype), 1e-5);
+  // error. Gradients are differences of near equals: they keep fewer digits of the same scores.
+  const double float32 = options.phase == Phase::kBackward ? 1e-4 : 1e-5;
+  const double allowed = std::max(2 * check::unit_roundoff(options.dtype), float32);
   bool right = true;
   bool first = true;
   for (const int64_t length : options.lengths) {
     for (const double sparsity : options.sparsities) {
-      const nlohmann::ordered_json fields = measure(options, length, sparsity);
-      if (!options.json && std::exchange(first, false)) print_header(options.decode);
+      const nlohmann::ordered_json fields = options.phase == Phase::kBackward
+                                                ? measure_backward(options, length, sparsity)
+                                                : measure_forward(options, length, sparsity);
+      if (!options.json && std::exchange(first, false))
+        print_header(options.phase == Phase::kDecode);
       options.json ? fmt::print("{}\n", fields.dump()) : print_row(fields);
       std::fflush(stdout);
       const double error = fields["relative_error"];
@@ -243,7 +246,7 @@ int bench(const Options& options) {
   return right ? 0 : 1;
 }
 
-void add_options(CLI::App& app, Options& options) {
+void add_options(CLI::App& app, BenchOptions& options) {
   const auto positive = [&](const char* name, auto& value, const char* help) {
     app.add_option(name, value, help)->check(CLI::PositiveNumber)->capture_default_str();
   };
@@ -270,19 +273,25 @@ void add_options(CLI::App& app, Options& options) {
 }  // namespace
 
 Run add_bench(CLI::App& app) {
-  auto prefill = std::make_shared<Options>();
-  prefill->lengths = {8192};
-  prefill->heads = prefill->kv_heads = 8;
-  auto decode = std::make_shared<Options>();
-  decode->decode = true;
-  decode->lengths = {65536};
-  decode->heads = 32, decode->kv_heads = 8;
-  decode->dtype = BLASST_BFLOAT16;
+  struct Choice {
+    CLI::App* app;
+    BenchOptions options;
+  };
+  auto choices = std::make_shared<std::vector<Choice>>();
+  choices->reserve(3);  // the applications keep pointers to the options
+  const auto add = [&](const char* name, const char* help, BenchOptions options) {
+    choices->push_back({app.add_subcommand(name, help), std::move(options)});
+    add_options(*choices->back().app, choices->back().options);
+  };
   app.require_subcommand(1);
-  add_options(*app.add_subcommand("prefill", "causal attention of a whole prompt"), *prefill);
-  CLI::App* decode_app = app.add_subcommand("decode", "one new token over a KV cache");
-  add_options(*decode_app, *decode);
-  return [=] { return bench(decode_app->parsed() ? *decode : *prefill); };
+  add("prefill", "causal attention of a whole prompt", {});
+  add("decode", "one new token over a KV cache",
+      {.phase = Phase::kDecode, .dtype = BLASST_BFLOAT16, .lengths = {65536}, .heads = 32});
+  add("backward", "gradients of the prefill", {.phase = Phase::kBackward});
+  return [=] {
+    return bench(
+        std::ranges::find_if(*choices, [](const Choice& c) { return c.app->parsed(); })->options);
+  };
 }
 
 }  // namespace blasst::command

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "check/backward.h"
 #include "check/compare.h"
 #include "commands.h"
 #if BLASST_CUDA
@@ -49,13 +50,22 @@ check::Case case_for(uint64_t seed, Backend) { return check::random_case(seed); 
 // Whether all cases agree on the backend, `name` of it or an instruction set. Case i has the seed
 // first + i.
 bool verify(const Options& options, const std::string& name) {
-  int64_t decisions = 0, skipped = 0, rounded = 0;
+  int64_t decisions = 0, skipped = 0, rounded = 0, gradients = 0;
   double error = 0;
   const bool show_progress = isatty(STDERR_FILENO);
   for (int64_t i = 0; i < options.cases; ++i) {
     const uint64_t seed = options.seed + static_cast<uint64_t>(i);
     check::Problem problem(case_for(seed, options.backend));
-    const check::Comparison comparison = run_and_compare(problem, options.backend);
+    check::Comparison comparison = run_and_compare(problem, options.backend);
+    const check::Case& c = problem.description;
+    const bool has_backward =
+        options.backend == BLASST_BACKEND_CPU && !c.decode && c.layout != check::Layout::kPaged;
+    if (comparison.mismatch.empty() && has_backward) {
+      check::BackwardProblem backward(problem);
+      backward.run();
+      comparison.mismatch = check::compare(backward).mismatch;
+      ++gradients;
+    }
     if (!comparison.mismatch.empty()) {
       fmt::print(stderr,
                  "\nmismatch at seed {} on {}: {}\n  {}\nagain: blasst verify --seed {} --cases 1 "
@@ -73,9 +83,9 @@ bool verify(const Options& options, const std::string& name) {
   }
   if (show_progress) fmt::print(stderr, "\r\033[K");
   fmt::print(
-      "{:<12} {} problems agree: {} decisions, {:.1f} % skipped, {} decided by rounding; "
-      "largest error {:.2f} of a plain implementation's\n",
-      name, options.cases, decisions,
+      "{:<12} {} problems agree, {} of them with gradients: {} decisions, {:.1f} % skipped, {} "
+      "decided by rounding; largest error {:.2f} of a plain implementation's\n",
+      name, options.cases, gradients, decisions,
       100.0 * static_cast<double>(skipped) / static_cast<double>(std::max<int64_t>(decisions, 1)),
       rounded, error);
   return true;

@@ -99,23 +99,21 @@ std::byte* Access::output(int64_t request, int64_t position, int64_t head) const
   return query_row(params_.out, request, position, head);
 }
 
-// Keys and values share their layout; `view` is one of the two.
-static std::pair<int64_t, int64_t> place(const KeysValues& kv, const Access::Request& r,
-                                         int64_t request, int64_t token) {
-  if (kv.cu_seqlens) return {0, r.first_key + token};
-  if (!kv.page_table) return {request, token};
-  return {kv.page_table[request * kv.page_table_stride + token / kv.page_size],
-          token % kv.page_size};
+std::byte* Access::key_row(const View& view, int64_t request, int64_t token,
+                           int64_t kv_head) const {
+  const KeysValues& kv = params_.kv;
+  if (kv.cu_seqlens) return row_of(view, 0, requests_[request].first_key + token, kv_head);
+  if (!kv.page_table) return row_of(view, request, token, kv_head);
+  return row_of(view, kv.page_table[request * kv.page_table_stride + token / kv.page_size],
+                token % kv.page_size, kv_head);
 }
 
 std::byte* Access::key(int64_t request, int64_t token, int64_t kv_head) const {
-  const auto [outer, inner] = place(params_.kv, requests_[request], request, token);
-  return row_of(params_.kv.k, outer, inner, kv_head);
+  return key_row(params_.kv.k, request, token, kv_head);
 }
 
 std::byte* Access::value(int64_t request, int64_t token, int64_t kv_head) const {
-  const auto [outer, inner] = place(params_.kv, requests_[request], request, token);
-  return row_of(params_.kv.v, outer, inner, kv_head);
+  return key_row(params_.kv.v, request, token, kv_head);
 }
 
 bool Access::sees(int64_t request, int64_t position, int64_t head, int64_t key) const {

@@ -33,6 +33,10 @@ class Access {
   int64_t rows() const { return rows_; }          // of all requests
   int64_t max_keys() const { return max_keys_; }  // of any request
 
+  // In any view laid out as q, or as k and v.
+  std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
+  std::byte* key_row(const View& view, int64_t request, int64_t token, int64_t kv_head) const;
+
   std::byte* query(int64_t request, int64_t position, int64_t head) const;
   std::byte* output(int64_t request, int64_t position, int64_t head) const;
   std::byte* key(int64_t request, int64_t token, int64_t kv_head) const;
@@ -43,7 +47,6 @@ class Access {
 
  private:
   std::byte* row_of(const View& view, int64_t request, int64_t token, int64_t head) const;
-  std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
 
   PrefillParams params_;
   std::vector<Request> requests_;

@@ -17,6 +17,7 @@
 #define BLASST_ISA HWY_NAMESPACE
 #define BLASST_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
 #if HWY_TARGET != HWY_SCALAR
+#include "cpu/simd/backward-inl.h"
 #include "cpu/simd/decode-inl.h"
 #include "cpu/simd/prefill-inl.h"
 #endif
@@ -24,13 +25,19 @@
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
 
+#if HWY_TARGET != HWY_SCALAR
+template <typename A>
+Kernels AllKernels() {
+  return {&Prefill<A>, &Decode<A>, &Combine, &BackwardDelta<A>, &Backward<A>, &BackwardFinish<A>};
+}
+#endif
+
 KernelTable Table() {
 #if HWY_TARGET == HWY_SCALAR
   return {};  // Highway's fall-back on x86-64; compiled_targets leaves it out
 #else
-  return {{{&Prefill<Float32<BLASST_FLOAT32>>, &Decode<Float32<BLASST_FLOAT32>>, &Combine},
-           {&Prefill<Float32<BLASST_FLOAT16>>, &Decode<Float32<BLASST_FLOAT16>>, &Combine},
-           {&Prefill<Float32<BLASST_BFLOAT16>>, &Decode<Float32<BLASST_BFLOAT16>>, &Combine}}};
+  return {AllKernels<Float32<BLASST_FLOAT32>>(), AllKernels<Float32<BLASST_FLOAT16>>(),
+          AllKernels<Float32<BLASST_BFLOAT16>>()};
 #endif
 }
 

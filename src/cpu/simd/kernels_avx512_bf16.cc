@@ -16,6 +16,7 @@
 #define BLASST_ISA N_AVX512_BF16
 #define BLASST_ISA_BF16_DOT 1
 #define BLASST_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
+#include "cpu/simd/backward-inl.h"
 #include "cpu/simd/decode-inl.h"
 #include "cpu/simd/prefill-inl.h"
 
@@ -24,7 +25,10 @@ namespace blasst::cpu {
 
 Kernels avx512_bf16_kernels() {
   using namespace N_AVX512_BF16;
-  return {&Prefill<BFloat16Dot>, &Decode<BFloat16Dot>, &Combine};
+  // Backward keeps probabilities and their gradients in float32.
+  using Stored = Float32<BLASST_BFLOAT16>;
+  return {&Prefill<BFloat16Dot>,  &Decode<BFloat16Dot>, &Combine,
+          &BackwardDelta<Stored>, &Backward<Stored>,    &BackwardFinish<Stored>};
 }
 
 }  // namespace blasst::cpu

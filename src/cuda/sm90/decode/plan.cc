@@ -47,9 +47,9 @@ void plan_queries(Launch& l, const DecodeParams& params) {
   if (params.batch > 0)
     attention::check_no_overlap("out", params.out, params.batch, params.query_length, params.heads,
                                 params.value_dim);
-  attention::check_not_shared(params.out, "q", params.q, params.dtype);
-  attention::check_not_shared(params.out, "k", params.kv.k, params.dtype);
-  attention::check_not_shared(params.out, "v", params.kv.v, params.dtype);
+  attention::check_not_shared("out", params.out, "q", params.q, params.dtype);
+  attention::check_not_shared("out", params.out, "k", params.kv.k, params.dtype);
+  attention::check_not_shared("out", params.out, "v", params.kv.v, params.dtype);
   l.q = tensor(params.q, params.batch, params.query_length, params.heads);
   p.query_length = static_cast<int>(params.query_length);
   p.out = params.out.data;

@@ -50,9 +50,9 @@ void plan_queries(Launch& l, const PrefillParams& params) {
   }
   if (rows > 0)
     attention::check_no_overlap("out", params.out, outer, tokens, params.heads, params.value_dim);
-  attention::check_not_shared(params.out, "q", params.q, params.dtype);
-  attention::check_not_shared(params.out, "k", params.kv.k, params.dtype);
-  attention::check_not_shared(params.out, "v", params.kv.v, params.dtype);
+  attention::check_not_shared("out", params.out, "q", params.q, params.dtype);
+  attention::check_not_shared("out", params.out, "k", params.kv.k, params.dtype);
+  attention::check_not_shared("out", params.out, "v", params.kv.v, params.dtype);
   l.q = tensor(params.q, outer, tokens, params.heads);
   p.query_length = static_cast<int>(params.query_length);
   p.rows = static_cast<int>(rows);

@@ -1,0 +1,65 @@
+// Host-side choices of the CPU's backward: work items, scratch sizes, where partial sums go.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "attention/problem.h"
+#include "cpu/plan.h"
+
+namespace blasst::cpu {
+
+// A query tile and what its rows see.
+struct BackwardTile {
+  QueryTile query;
+  Range key_tiles;  // that it may visit
+  Range inner;      // keys that every row sees
+};
+
+// A stripe of neighbouring key tiles of one KV head, with the query tiles of all heads that share
+// it. A unit alone writes its keys' dk and dv; its part of dq is added to the other stripes' at the
+// end.
+struct BackwardUnit {
+  int64_t request, kv_head;
+  std::span<const BackwardTile> tiles;
+  Range key_tiles;
+  int64_t stripe;
+  int64_t pairs;  // kept pairs of a query tile and a key tile
+};
+
+// The number of stripes and where they are cut depend on the problem, never on the threads, so the
+// order of every sum does not either.
+struct BackwardPlan {
+  explicit BackwardPlan(const attention::BackwardProblem& problem);
+  BackwardPlan(const BackwardPlan&) = delete;
+
+  bool kept(const BackwardTile& tile, int64_t key_tile) const;
+  int64_t stripes(int64_t request) const;
+
+  // Rows of a query tile in the buffers below.
+  float* delta_of(const QueryTile& tile) const;
+  float* dq_of(const QueryTile& tile, int64_t stripe) const;
+
+  size_t delta_floats() const;
+  size_t dq_floats() const;
+
+  const attention::BackwardProblem& problem;
+  std::vector<BackwardTile> tiles;  // heads of a request follow each other
+  std::vector<BackwardUnit> units;  // most work first
+  float* delta = nullptr;           // [heads, rows] out . dout - dlse
+  float* dq = nullptr;              // [stripes, heads, rows, padded(head_dim)]
+
+ private:
+  int64_t query_tiles_, tile_words_;  // of a head, over all requests; words of tile bits
+};
+
+// Floats from one row of a staged tile to the next: whole panels, and no power of two, so that the
+// rows of a column do not all fall into one set of the cache.
+inline int64_t staged_stride(int64_t dim) { return padded(dim) + 16; }
+
+// Floats of one thread's scratch.
+size_t backward_scratch_floats(const Problem& p);
+
+}  // namespace blasst::cpu

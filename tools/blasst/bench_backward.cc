@@ -1,0 +1,136 @@
+// blasst bench backward: dense and sparse gradients on inputs whose sparsity is planted.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "bench.h"
+#include "check/backward.h"
+#include "check/element.h"
+#include "measure.h"
+
+namespace blasst::command {
+namespace {
+
+using check::Access;
+using check::BackwardProblem;
+using check::Problem;
+
+// The squared norm of the difference; size grows by that of `wanted`.
+double norm_of_difference(std::span<const double> wanted, std::span<const float> got,
+                          double& size) {
+  double error = 0;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    error += (wanted[i] - got[i]) * (wanted[i] - got[i]);
+    size += wanted[i] * wanted[i];
+  }
+  return error;
+}
+
+// Relative error of the last tile's gradients in the last request's last KV head, against the
+// reference, which would take hours for all. The last query tile is a problem of its own, and only
+// it sees the last key tile.
+double relative_error(const BackwardProblem& problem) {
+  const BackwardParams& b = problem.params;
+  const Access access(problem.forward.params);
+  const TileShape shape = check::tile_shape(problem.forward.params, false);
+  const int64_t group = b.heads / b.kv_heads, request = b.batch - 1;
+  const int64_t length = access.requests()[request].keys;
+  const int64_t tiles = (length + shape.keys - 1) / shape.keys, words = (tiles + 31) / 32;
+  const int64_t first = (tiles - 1) * shape.keys, rows = length - first;
+  const int64_t kv_head = b.kv_heads - 1, head = kv_head * group;
+
+  BackwardParams part = b;
+  part.batch = 1, part.heads = group, part.kv_heads = 1;
+  part.query_length = rows;
+  part.kv.lengths = nullptr;
+  part.kv.key_length = length;
+  // From a row on, the rest of the buffer; the reference only reads.
+  const auto from = [&](View& view, std::byte* address) {
+    view.elements -= (address - static_cast<std::byte*>(view.data)) / check::element_bytes(b.dtype);
+    view.data = address;
+  };
+  from(part.q, access.query(request, first, head));
+  from(part.out, access.output(request, first, head));
+  from(part.dout, access.query_row(b.dout, request, first, head));
+  from(part.dq, access.query_row(b.dq, request, first, head));
+  from(part.kv.k, access.key(request, 0, kv_head));
+  from(part.kv.v, access.value(request, 0, kv_head));
+  from(part.dk, access.key_row(b.dk, request, 0, kv_head));
+  from(part.dv, access.key_row(b.dv, request, 0, kv_head));
+  std::vector<uint32_t> bits;
+  for (int64_t h = head; b.tile_bits && h < head + group; ++h) {
+    const uint32_t* row = b.tile_bits + ((h + 1) * b.batch * tiles - 1) * words;
+    bits.insert(bits.end(), row, row + words);
+  }
+  if (b.tile_bits) part.tile_bits = bits.data();
+  const reference::Gradients wanted = reference::backward(part, shape);
+
+  const auto load = [&](const std::byte* row, int64_t dim, std::vector<float>& to) {
+    for (int64_t d = 0; d < dim; ++d)
+      to.push_back(static_cast<float>(
+          check::load_element(b.dtype, row + d * check::element_bytes(b.dtype))));
+  };
+  std::vector<float> dq, dk, dv;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t h = head; h < head + group; ++h)
+      load(access.query_row(b.dq, request, first + i, h), b.head_dim, dq);
+    load(access.key_row(b.dk, request, first + i, kv_head), b.head_dim, dk);
+    load(access.key_row(b.dv, request, first + i, kv_head), b.value_dim, dv);
+  }
+  // Together: a half underflows where a gradient alone is tiny.
+  double error = 0, size = 0;
+  using Pair = std::pair<const std::vector<double>&, const std::vector<float>&>;
+  for (const auto& [all, got] : {Pair(wanted.dq, dq), Pair(wanted.dk, dk), Pair(wanted.dv, dv)})
+    error += norm_of_difference(std::span(all).last(got.size()), got, size);
+  return std::sqrt(error / size);
+}
+
+int64_t sum(const std::vector<int64_t>& counts) {
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
+
+}  // namespace
+
+nlohmann::ordered_json measure_backward(const BenchOptions& options, int64_t length,
+                                        double wanted_sparsity) {
+  fmt::print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
+  Problem dense_forward = make_problem(options, length, wanted_sparsity);
+  dense_forward.params.test = {};
+  dense_forward.run();
+  BackwardProblem dense(dense_forward);
+  dense.params.tile_bits = nullptr;
+  dense.run();
+  Problem sparse_forward = make_problem(options, length, wanted_sparsity);
+  sparse_forward.run();
+  BackwardProblem sparse(sparse_forward);
+  sparse.run();
+  const double error = std::max(relative_error(dense), relative_error(sparse));
+  const double sparsity = static_cast<double>(sum(sparse_forward.tiles_skipped)) /
+                          static_cast<double>(sum(sparse_forward.tiles_visitable));
+
+  fmt::print(stderr, ", times");
+  const std::vector<double> ms = median_ms(
+      {[&] { backward(dense.params); }, [&] { backward(sparse.params); }}, options.repeat);
+  fmt::print(stderr, "\n");
+  const BackwardParams& p = dense.params;
+  // Five products: three over the head dimension, two over the value dimension.
+  const double flops = 2 * visible_pairs(options, length) *
+                       static_cast<double>((3 * p.head_dim + 2 * p.value_dim) * p.heads * p.batch);
+  nlohmann::ordered_json fields = common_fields(dense_forward, options, length, sparsity);
+  fields.update({{"dense_ms", ms[0]},
+                 {"sparse_ms", ms[1]},
+                 {"speedup", ms[0] / ms[1]},
+                 {"dense_gflops", flops / ms[0] / 1e6},
+                 {"effective_gflops", flops / ms[1] / 1e6},
+                 {"relative_error", error},
+                 {"workspace_mb", static_cast<double>(workspace_bytes(p)) / 1e6},
+                 {"peak_rss_mb", peak_rss_mb()}});
+  return fields;
+}
+
+}  // namespace blasst::command

@@ -1,0 +1,355 @@
+#include "check/backward.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <string_view>
+
+#include "check/element.h"
+
+namespace blasst::check {
+namespace {
+
+constexpr std::byte kUnused{0xff};  // NaN in every type
+constexpr float kMark = 77;
+constexpr double kFloatRoundoff = 0x1p-24;
+
+// A tensor [outer, tokens, heads, dim] whose rows have 8 unused elements after them; heads lie
+// outside tokens where the forward's do not.
+View allocate(std::vector<std::byte>& buffer, DType dtype, bool head_major, int64_t outer,
+              int64_t tokens, int64_t heads, int64_t dim) {
+  const int64_t row = dim + 8;
+  const int64_t elements = outer * tokens * heads * row;
+  buffer.assign(std::max<int64_t>(elements, 1) * element_bytes(dtype), kUnused);
+  View view{buffer.data(), elements, tokens * heads * row, heads * row, row};
+  if (head_major) view.stride_token = row, view.stride_head = tokens * row;
+  return view;
+}
+
+std::vector<float> load_row(DType dtype, const std::byte* row, int64_t dim) {
+  std::vector<float> values;
+  for (int64_t d = 0; d < dim; ++d)
+    values.push_back(static_cast<float>(load_element(dtype, row + d * element_bytes(dtype))));
+  return values;
+}
+
+void append(std::vector<float>& to, const std::vector<float>& row) {
+  to.insert(to.end(), row.begin(), row.end());
+}
+
+float dot(const std::vector<float>& a, const std::vector<float>& b) {
+  float sum = 0;
+  for (size_t d = 0; d < a.size(); ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+// Backward as one writes it down first: float32 softmax and sums, weights and gradients stored in
+// the problem's type.
+class Plain {
+ public:
+  Plain(const BackwardProblem& problem, TileShape shape)
+      : b_(problem.params), access_(problem.forward.params), shape_(shape) {
+    first_query_tile_ = first_key_ = {0};
+    for (const Access::Request& r : access_.requests()) {
+      first_query_tile_.push_back(first_query_tile_.back() +
+                                  (r.rows + shape.query_rows - 1) / shape.query_rows);
+      first_key_.push_back(first_key_.back() + r.keys);
+    }
+    const int64_t key_tiles = (access_.max_keys() + shape.keys - 1) / shape.keys;
+    words_ = (key_tiles + 31) / 32;
+    dq.resize(access_.rows() * b_.heads * b_.head_dim);
+    dk.resize(first_key_.back() * b_.kv_heads * b_.head_dim);
+    dv.resize(first_key_.back() * b_.kv_heads * b_.value_dim);
+    dsinks.resize(b_.heads);
+    dq_terms = dq, dk_terms = dk, dv_terms = dv, dsinks_terms = dsinks;
+    for (int64_t request = 0; request < b_.batch; ++request)
+      for (int64_t i = 0; i < access_.requests()[request].rows; ++i)
+        for (int64_t h = 0; h < b_.heads; ++h) row(request, i, h);
+    for (auto* gradient : {&dq, &dk, &dv})
+      for (float& x : *gradient) x = rounded(b_.dtype, x);
+  }
+
+  std::vector<float> dq, dk, dv, dsinks;
+  float largest_score = 0;
+  // The sums of the terms' magnitudes: a gradient may be zero by cancellation.
+  std::vector<float> dq_terms, dk_terms, dv_terms, dsinks_terms;
+
+ private:
+  bool kept(int64_t request, int64_t position, int64_t head, int64_t key) const {
+    const int64_t query_tile = first_query_tile_[request] + position / shape_.query_rows;
+    const int64_t key_tile = key / shape_.keys;
+    const Mask& mask = b_.mask;
+    if (mask.blocks && !mask.blocks[head * mask.blocks_stride_head +
+                                    query_tile * mask.blocks_stride_query_tile + key_tile])
+      return false;
+    if (!b_.tile_bits) return true;
+    const int64_t row = head * first_query_tile_.back() + query_tile;
+    return b_.tile_bits[row * words_ + key_tile / 32] >> (key_tile % 32) & 1;
+  }
+
+  // to[row] += weight * from; terms[row] grows by the magnitude.
+  static void add(std::vector<float>& to, std::vector<float>& terms, int64_t row, float weight,
+                  float magnitude, const std::vector<float>& from) {
+    const size_t first = static_cast<size_t>(row) * from.size();
+    for (size_t d = 0; d < from.size(); ++d) {
+      to[first + d] += weight * from[d];
+      terms[first + d] += magnitude * std::abs(from[d]);
+    }
+  }
+
+  void row(int64_t request, int64_t position, int64_t head) {
+    const int64_t kv_head = head / (b_.heads / b_.kv_heads);
+    const float scale = b_.scale > 0 ? b_.scale : 1 / std::sqrt(static_cast<float>(b_.head_dim));
+    const auto q = load_row(b_.dtype, access_.query(request, position, head), b_.head_dim);
+    const auto dout =
+        load_row(b_.dtype, access_.query_row(b_.dout, request, position, head), b_.value_dim);
+    std::vector<int64_t> tokens;
+    std::vector<float> weights, slopes, dweights;
+    float most = b_.sinks ? b_.sinks[head] : -std::numeric_limits<float>::infinity();
+    for (int64_t j = 0; j < access_.requests()[request].keys; ++j) {
+      if (!access_.sees(request, position, head, j) || !kept(request, position, head, j)) continue;
+      const auto k = load_row(b_.dtype, access_.key(request, j, kv_head), b_.head_dim);
+      float score = scale * dot(q, k), slope = scale;
+      if (b_.softcap > 0) {
+        const float tanh = std::tanh(score / b_.softcap);
+        score = b_.softcap * tanh;
+        slope *= 1 - tanh * tanh;
+      }
+      largest_score = std::max(largest_score, std::abs(score));
+      tokens.push_back(j), weights.push_back(score), slopes.push_back(slope);
+      most = std::max(most, score);
+    }
+    if (tokens.empty()) return;
+    float total = b_.sinks ? std::exp(b_.sinks[head] - most) : 0;
+    for (float& w : weights) total += w = std::exp(w - most);
+    float delta = 0, delta_terms = 0;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      weights[i] /= total;
+      const auto v = load_row(b_.dtype, access_.value(request, tokens[i], kv_head), b_.value_dim);
+      dweights.push_back(dot(dout, v));
+      delta += weights[i] * dweights[i];
+      delta_terms += weights[i] * std::abs(dweights[i]);
+      const float stored = rounded(b_.dtype, weights[i]);
+      add(dv, dv_terms, (first_key_[request] + tokens[i]) * b_.kv_heads + kv_head, stored, stored,
+          dout);
+    }
+    const int64_t row = access_.requests()[request].first_row + position;
+    if (b_.dlse) {
+      const float dlse = b_.dlse[head * access_.rows() + row];
+      delta -= dlse, delta_terms += std::abs(dlse);
+    }
+    const int64_t q_row = row * b_.heads + head;
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const float dproduct = rounded(b_.dtype, weights[i] * (dweights[i] - delta)) * slopes[i];
+      const float terms = weights[i] * (std::abs(dweights[i]) + delta_terms) * slopes[i];
+      add(dq, dq_terms, q_row, dproduct, terms,
+          load_row(b_.dtype, access_.key(request, tokens[i], kv_head), b_.head_dim));
+      add(dk, dk_terms, (first_key_[request] + tokens[i]) * b_.kv_heads + kv_head, dproduct, terms,
+          q);
+    }
+    if (!b_.sinks) return;
+    const float sink = std::exp(b_.sinks[head] - most) / total;
+    dsinks[head] -= sink * delta;
+    dsinks_terms[head] += sink * delta_terms;
+  }
+
+  const BackwardParams& b_;
+  Access access_;
+  TileShape shape_;
+  std::vector<int64_t> first_query_tile_, first_key_;  // of each request, then the total
+  int64_t words_ = 0;
+};
+
+GradientError measure(const std::vector<double>& wanted, const std::vector<float>& kernel,
+                      const std::vector<float>& plain, const std::vector<float>& terms) {
+  GradientError e;
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    // NaN must show: std::max would drop it.
+    const double error = std::abs(kernel[i] - wanted[i]),
+                 plain_error = std::abs(plain[i] - wanted[i]);
+    e.size = std::max<double>(e.size, terms[i]);
+    e.largest = error <= e.largest ? e.largest : error;
+    e.plain_largest = std::max(e.plain_largest, plain_error);
+    e.rms += error * error, e.plain_rms += plain_error * plain_error;
+  }
+  const auto count = static_cast<double>(std::max<size_t>(wanted.size(), 1));
+  e.rms = std::sqrt(e.rms / count), e.plain_rms = std::sqrt(e.plain_rms / count);
+  return e;
+}
+
+}  // namespace
+
+Case differentiable(Case c) {
+  if (c.decode) {
+    c.decode = false;
+    for (Lengths& r : c.requests)
+      r.queries = c.requests[0].queries, r.keys = std::min<int64_t>(r.keys, 1500);
+  }
+  if (c.layout == Layout::kPaged) c.layout = Layout::kRagged;
+  return c;
+}
+
+BackwardProblem::BackwardProblem(Problem& problem) : forward(problem), access_(problem.params) {
+  const PrefillParams& p = problem.params;
+  const bool head_major = !problem.description.head_major;
+  const int64_t outer = p.cu_seqlens_q ? 1 : p.batch;
+  const int64_t tokens = p.cu_seqlens_q ? access_.rows() : p.query_length;
+  const int64_t key_outer = p.kv.cu_seqlens ? 1 : p.batch;
+  const int64_t keys = p.kv.cu_seqlens ? p.kv.cu_seqlens[p.batch] : p.kv.key_length;
+  params = {.backend = p.backend,
+            .dtype = p.dtype,
+            .batch = p.batch,
+            .heads = p.heads,
+            .kv_heads = p.kv_heads,
+            .head_dim = p.head_dim,
+            .value_dim = p.value_dim,
+            .query_length = p.query_length,
+            .cu_seqlens_q = p.cu_seqlens_q,
+            .q = p.q,
+            .kv = p.kv,
+            .out = p.out,
+            .dout = allocate(dout_, p.dtype, head_major, outer, tokens, p.heads, p.value_dim),
+            .lse = problem.lse.data(),
+            .tile_bits = problem.tile_bits.data(),
+            .scale = p.scale,
+            .softcap = p.softcap,
+            .sinks = p.sinks,
+            .mask = p.mask,
+            .dq = allocate(dq_, p.dtype, head_major, outer, tokens, p.heads, p.head_dim),
+            .dk = allocate(dk_, p.dtype, head_major, key_outer, keys, p.kv_heads, p.head_dim),
+            .dv = allocate(dv_, p.dtype, head_major, key_outer, keys, p.kv_heads, p.value_dim),
+            .threads = p.threads};
+  for (size_t j = 0; j < problem.lse.size(); ++j)
+    dlse.push_back(static_cast<float>(2 * uniform(hash(problem.description.seed, 105, j)) - 1));
+  dsinks.resize(p.heads);
+  if (p.sinks) params.dsinks = dsinks.data();
+  const Numbers numbers{.seed = hash(problem.description.seed, 104)};
+  std::vector<float> row(p.value_dim);
+  int64_t i = 0;
+  for_query_rows(params.dout, [&](std::byte* address) {
+    numbers.value(0, i++, 0, row);
+    for (int64_t d = 0; d < p.value_dim; ++d)
+      store_element(p.dtype, address + d * element_bytes(p.dtype), row[d]);
+  });
+}
+
+template <typename Visit>
+void BackwardProblem::for_query_rows(const View& view, const Visit& visit) const {
+  for (int64_t b = 0; b < params.batch; ++b)
+    for (int64_t i = 0; i < access_.requests()[b].rows; ++i)
+      for (int64_t h = 0; h < params.heads; ++h) visit(access_.query_row(view, b, i, h));
+}
+
+template <typename Visit>
+void BackwardProblem::for_key_rows(const View& view, bool unused, const Visit& visit) const {
+  for (int64_t b = 0; b < params.batch; ++b) {
+    const bool all = unused && !params.kv.cu_seqlens;
+    const int64_t keys = all ? params.kv.key_length : access_.requests()[b].keys;
+    for (int64_t j = 0; j < keys; ++j)
+      for (int64_t h = 0; h < params.kv_heads; ++h) visit(access_.key_row(view, b, j, h));
+  }
+}
+
+void BackwardProblem::run() {
+  for (auto* buffer : {&dq_, &dk_, &dv_}) std::ranges::fill(*buffer, kUnused);
+  std::ranges::fill(dsinks, kMark);
+  blasst::backward(params);
+}
+
+bool BackwardProblem::wrote_anything() const {
+  return std::ranges::any_of(dsinks, [](float x) { return x != kMark; }) ||
+         std::ranges::any_of(std::array{&dq_, &dk_, &dv_}, [](const auto* buffer) {
+           return std::ranges::any_of(*buffer, [](std::byte x) { return x != kUnused; });
+         });
+}
+
+bool BackwardProblem::wrote_elsewhere() const {
+  std::vector<std::byte> dq = dq_, dk = dk_, dv = dv_;
+  const int64_t bytes = element_bytes(params.dtype);
+  const auto forget = [&](std::vector<std::byte>& copy, const std::vector<std::byte>& buffer,
+                          int64_t dim) {
+    return [&copy, &buffer, size = dim * bytes](std::byte* row) {
+      std::fill_n(copy.data() + (row - buffer.data()), size, kUnused);
+    };
+  };
+  for_query_rows(params.dq, forget(dq, dq_, params.head_dim));
+  for_key_rows(params.dk, true, forget(dk, dk_, params.head_dim));
+  for_key_rows(params.dv, true, forget(dv, dv_, params.value_dim));
+  return std::ranges::any_of(std::array{&dq, &dk, &dv}, [](const auto* buffer) {
+    return std::ranges::any_of(*buffer, [](std::byte x) { return x != kUnused; });
+  });
+}
+
+std::vector<float> BackwardProblem::dq() const {
+  std::vector<float> values;
+  for_query_rows(params.dq, [&](const std::byte* address) {
+    append(values, load_row(params.dtype, address, params.head_dim));
+  });
+  return values;
+}
+
+std::vector<float> BackwardProblem::dk() const {
+  std::vector<float> values;
+  for_key_rows(params.dk, false, [&](const std::byte* address) {
+    append(values, load_row(params.dtype, address, params.head_dim));
+  });
+  return values;
+}
+
+std::vector<float> BackwardProblem::dv() const {
+  std::vector<float> values;
+  for_key_rows(params.dv, false, [&](const std::byte* address) {
+    append(values, load_row(params.dtype, address, params.value_dim));
+  });
+  return values;
+}
+
+std::vector<std::byte> BackwardProblem::bits() const {
+  std::vector<std::byte> bits;
+  const auto append_row = [&](int64_t dim) {
+    return [&bits, size = dim * element_bytes(params.dtype)](const std::byte* row) {
+      bits.insert(bits.end(), row, row + size);
+    };
+  };
+  for_query_rows(params.dq, append_row(params.head_dim));
+  for_key_rows(params.dk, true, append_row(params.head_dim));
+  for_key_rows(params.dv, true, append_row(params.value_dim));
+  const auto sinks = std::as_bytes(std::span(dsinks));
+  bits.insert(bits.end(), sinks.begin(), sinks.end());
+  return bits;
+}
+
+BackwardComparison compare(const BackwardProblem& problem) {
+  const TileShape shape = tile_shape(problem.forward.params, false);
+  const reference::Gradients wanted = reference::backward(problem.params, shape);
+  const Plain plain(problem, shape);
+  BackwardComparison result;
+  result.dq = measure(wanted.dq, problem.dq(), plain.dq, plain.dq_terms);
+  result.dk = measure(wanted.dk, problem.dk(), plain.dk, plain.dk_terms);
+  result.dv = measure(wanted.dv, problem.dv(), plain.dv, plain.dv_terms);
+  if (problem.params.dsinks)
+    result.dsinks = measure(wanted.dsinks, problem.dsinks, plain.dsinks, plain.dsinks_terms);
+  const double roundoff = unit_roundoff(problem.params.dtype);
+  const auto check = [&](std::string_view name, const GradientError& e) {
+    if (!result.mismatch.empty()) return;
+    // Weights carry the rounding of float32 scores and of the stored LSE, which is as large as
+    // they.
+    const double scores = kFloatRoundoff * plain.largest_score;
+    if (!(e.largest <= 2 * e.plain_largest + (8 * roundoff + scores) * e.size) ||
+        !(e.rms <= 2 * e.plain_rms + (roundoff + scores) * e.size))
+      result.mismatch = fmt::format(
+          "{}: error {} (root mean square {}), a plain implementation's {} ({}), largest element "
+          "{}",
+          name, e.largest, e.rms, e.plain_largest, e.plain_rms, e.size);
+  };
+  check("dq", result.dq), check("dk", result.dk), check("dv", result.dv);
+  check("dsinks", result.dsinks);
+  if (problem.wrote_elsewhere()) result.mismatch = "wrote outside the rows of the gradients";
+  return result;
+}
+
+}  // namespace blasst::check
