@@ -30,7 +30,7 @@ namespace blasst::cpu::BLASST_ISA {
 
 // The lanes' sum.
 template <typename D>
-HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumBlocks(D d, hn::Vec<D> v) {
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumBlocks([[maybe_unused]] D d, hn::Vec<D> v) {
   if constexpr (hn::MaxLanes(D()) > 4) {
     const hn::Half<D> half;
     return SumBlocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
