@@ -104,7 +104,8 @@ class Comparer {
       plain_row(place.first, place.second, tiles, plain_lse_error);
     allowed_.score = 2 * score_error_ + roundoff_ * (8 + 4 * magnitude_);
     allowed_.out = 2 * result_.plain_error + unit_roundoff(p_.dtype) + roundoff_ * (8 + magnitude_);
-    allowed_.lse = 2 * plain_lse_error + roundoff_ * (8 + magnitude_);
+    // A kernel that works in powers of two rounds the scale, the maximum and the result.
+    allowed_.lse = 2 * plain_lse_error + roundoff_ * (8 + 3 * magnitude_);
   }
 
   void plain_row(int64_t head, int64_t row, std::span<const Tile* const> tiles, double& lse_error) {
