@@ -300,7 +300,9 @@ void run_padded(const Params& batch, const Padding& padding) {
       if (report.dropped_mass_bound)
         std::copy_n(&bound[h * rows], rows, report.dropped_mass_bound + to);
     }
-    for (size_t i = 0; i < gaps.size(); ++i) report.gap_histogram[i] += gaps[i];
+    if (report.gap_histogram) {
+      for (size_t i = 0; i < gaps.size(); ++i) report.gap_histogram[i] += gaps[i];
+    }
   }
 }
 
