@@ -30,7 +30,7 @@ interpolated in target and in ln length, and beyond its lengths continued with t
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -197,6 +197,20 @@ class SparseAttention:
                 f"asks for layer {layer}"
             )
         return Rule(table[:, layer], order)
+
+    def tell_tiles(self, phase: str, running: Callable[[], tuple[int, int]]) -> None:
+        """Say, once a phase, that the kernel that runs has other tiles than the thresholds."""
+        if ("tiles", phase) in self._tables:
+            return
+        self._tables["tiles", phase] = True
+        measured, runs = self.tile_shape(phase), tuple(running())
+        if measured != runs:
+            more = "more" if math.prod(runs) < math.prod(measured) else "less"
+            _log.warning(
+                "%s: thresholds are for tiles of %d x %d, the kernel's are %d x %d; expect %s "
+                "sparsity than the target",
+                *(phase, *measured, *runs, more),
+            )
 
     def _model_table(self, phase: str, target: float, lengths: Sequence[int]) -> tuple[str, Tensor]:
         """Order, and [requests, layers, heads] or [requests, 1, 1] thresholds."""

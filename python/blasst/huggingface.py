@@ -24,8 +24,8 @@ from transformers import (
     masking_utils,
 )
 
-from blasst.attention import Result, attention
-from blasst.config import thresholds_for
+from blasst.attention import Result, attention, tile_shape
+from blasst.config import parsed, thresholds_for
 from blasst.operators import GAP_BINS
 
 NAME = "blasst"
@@ -105,7 +105,9 @@ def _check_model(config_class: type) -> None:
         )
 
 
-def _threshold(module: nn.Module, phase: str, ranges: Tensor | None, key: Tensor) -> Threshold:
+def _threshold(
+    module: nn.Module, phase: str, ranges: Tensor | None, query: Tensor, key: Tensor, value: Tensor
+) -> Threshold:
     """What `configure` set for this layer, else what the model's configuration says, else dense."""
     configured = getattr(module, "blasst_thresholds", None)
     if configured is not None:
@@ -118,6 +120,9 @@ def _threshold(module: nn.Module, phase: str, ranges: Tensor | None, key: Tensor
     else:
         lengths = (ranges[:, 1] - ranges[:, 0]).tolist()
     rule = thresholds_for(entry, type(module).__name__, _layer(module), phase, lengths)
+    if rule.threshold is not None:
+        inputs = (t.transpose(1, 2) for t in (query, key, value))
+        parsed(entry).tell_tiles(phase, lambda: tile_shape(*inputs, phase=phase)[:2])
     return Threshold(rule.threshold, order=rule.order)
 
 
@@ -350,7 +355,7 @@ def attention_forward(
     ranges = None if attention_mask is None else attention_mask[:, 0, 0]
     _check_agreement(module, ranges, window, causal, query.shape[2])
     phase = "decode" if query.shape[2] == 1 else "prefill"
-    thresholds = _threshold(module, phase, ranges, key)
+    thresholds = _threshold(module, phase, ranges, query, key, value)
     starts, lengths, query_lengths = (None,) * 3 if ranges is None else ranges[:, :3].unbind(1)
     result = attention(
         query.transpose(1, 2),

@@ -106,6 +106,15 @@ def test_beyond_the_table_the_law_gives_the_power_of_the_length(caplog):
     assert len(caplog.records) == 1, "said once"
 
 
+def test_other_tiles_at_run_time_are_said_once_with_both_shapes(caplog):
+    with caplog.at_level(logging.WARNING, "blasst"):
+        for parsed in (measured_config(), parse(ECOSYSTEM)):
+            for _ in range(2):
+                parsed.tell_tiles("prefill", lambda: (64, 64))
+    [record] = caplog.records
+    assert "tiles of 128 x 128, the kernel's are 64 x 64; expect more" in record.getMessage()
+
+
 def test_above_threshold_one_a_table_serves_interpolation_only():
     entry = measured_config().to_dict()
     table = entry["blasst"]["prefill"]["policies"][0]["ln_threshold"]
