@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        console.print("\nblasst: stopped; the same command goes on from here")
+        more = "; the same command goes on from there" if options.resumes else ""
+        console.print(f"\nblasst: stopped{more}")
         return 130
     except (ValueError, OSError, SafetensorError) as error:
         print(f"blasst: {error}", file=sys.stderr)
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("calibrate", help="find a model's thresholds and write them")
-    command.set_defaults(run=_calibrate)
+    command.set_defaults(run=_calibrate, resumes=False)
     _add_model(command)
     command.add_argument(
         "--target-sparsity",
@@ -72,7 +73,7 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("evaluate", help="compare a calibrated model with dense")
-    command.set_defaults(run=_evaluate)
+    command.set_defaults(run=_evaluate, resumes=True)
     _add_model(command)
     command.add_argument(
         "--target-sparsity",
@@ -104,7 +105,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("demo", help="calibrate and evaluate a small model")
-    command.set_defaults(run=_demo)
+    command.set_defaults(run=_demo, resumes=True)
     command.add_argument("model", nargs="?", default="smollm2", help="smollm2 (default) or gemma3")
     command.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the report (default: blasst-demo/MODEL)"

@@ -1,0 +1,30 @@
+"""The demo from end to end, on a small random model."""
+
+from blasst import calibration, demo, models
+from blasst.__main__ import main
+from recency_model import make_loaded
+
+
+def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
+    tmp_path, monkeypatch, capsys
+):
+    plan = demo.Plan((400, 800), held_out=(600,), prompts=1, texts=1, needles=1)
+    monkeypatch.setitem(demo.PLANS, "smollm2", plan)
+    monkeypatch.setattr(demo, "TARGETS", (0.1, 0.15))
+    monkeypatch.setattr(models, "load", lambda name: make_loaded())
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for title in (
+        "Perplexity and agreement with dense",
+        "Finding a fact in a long text",
+        "Answers side by side",
+        "What calibration chose from",
+        "Sparsity at lengths that no fit has seen",
+        "Report:",
+    ):
+        assert title in " ".join(shown.split())
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 5
+
+    monkeypatch.setattr(calibration, "calibrate", None)
+    assert main(["demo", "--out", str(tmp_path)]) == 0, "from what the first run kept"
