@@ -1,4 +1,4 @@
-// torch.ops.blasst.prefill and torch.ops.blasst.decode: tensors in, parameter structs out.
+// torch.ops.blasst.prefill, its gradients, and decode: tensors in, parameter structs out.
 //
 // Built on PyTorch's stable ABI, so one binary loads in every torch >= 2.10 and every Python. What
 // Python callers use is blasst.attention, which documents the arguments; here shapes are checked
@@ -251,11 +251,87 @@ blasst::View from(const blasst::View& view, int64_t offset, blasst::DType dtype)
   return rest;
 }
 
+// Tile bits as the operator returns them: packed as the call packs them, in a flat tensor as large
+// as they may get, so that its size follows from the other tensors' sizes. A padded batch's
+// requests each have room for all rows and keys.
+struct Bits {
+  int64_t tiles, words;  // query tiles of all requests; words of a query tile
+  int64_t heads;
+
+  int64_t size() const { return heads * tiles * words; }
+};
+
+template <typename Params>
+Bits bits_of(const Params& p, int64_t rows) {
+  const blasst::TileShape shape = blasst::tile_shape(p);
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t keys = p.kv.cu_seqlens   ? p.kv.cu_seqlens[p.batch]
+                       : p.kv.page_table ? p.kv.page_table_stride * p.kv.page_size
+                                         : p.kv.key_length;
+  Bits bits{p.batch, ceil_div(ceil_div(keys, shape.keys), 32), p.kv_heads};
+  if constexpr (requires { p.cu_seqlens_q; }) {
+    bits.heads = p.heads;
+    bits.tiles = p.cu_seqlens_q ? rows / shape.query_rows + p.batch
+                                : p.batch * ceil_div(p.query_length, shape.query_rows);
+  }
+  return bits;
+}
+
+// What a padded batch computes of one request.
+struct Part {
+  int64_t request;
+  int64_t start, keys;  // first key, number of keys
+  int64_t first, rows;  // the same of rows
+};
+
+template <typename Params>
+std::vector<Part> parts_of(const Params& batch, const Padding& padding) {
+  std::vector<Part> parts;
+  for (int64_t b = 0; b < batch.batch; ++b) {
+    const int64_t start = padding.start(b), keys = key_length(batch, b) - start;
+    const int64_t used = padding.rows(b, batch.query_length);
+    const int64_t rows = batch.mask.causal ? std::min(used, keys) : used;
+    if (rows > 0) parts.push_back({b, start, keys, used - rows, rows});
+  }
+  return parts;
+}
+
+blasst::View rows_of(const blasst::View& view, const Part& part, blasst::DType dtype) {
+  return from(view, part.request * view.stride_request + part.first * view.stride_token, dtype);
+}
+
+blasst::View keys_of(const blasst::View& view, const Part& part, blasst::DType dtype) {
+  return from(view, part.request * view.stride_request + part.start * view.stride_token, dtype);
+}
+
+// The part as a call of its own, without a report.
+template <typename Params>
+Params call_of(const Params& batch, const Part& part) {
+  Params p = batch;
+  p.batch = 1;
+  p.query_length = part.rows;
+  p.q = rows_of(p.q, part, p.dtype);
+  p.out = rows_of(p.out, part, p.dtype);
+  p.kv.k = keys_of(p.kv.k, part, p.dtype);
+  p.kv.v = keys_of(p.kv.v, part, p.dtype);
+  p.kv.key_length = part.keys;
+  p.kv.lengths = nullptr;
+  if (p.test.values) p.test.values += part.request * p.test.stride_request;
+  p.report = {};
+  return p;
+}
+
+// Of [heads, rows of the batch], where the part's rows of a head begin.
+template <typename Params>
+int64_t head_row(const Params& batch, const Part& part, int64_t head) {
+  return (head * batch.batch + part.request) * batch.query_length + part.first;
+}
+
 // Request by request. Rows left out are 0, their lse is -inf; out and the report are contiguous.
 template <typename Params>
 void run_padded(const Params& batch, const Padding& padding) {
-  blasst::tile_shape(batch);  // checks the whole batch before anything is written
   const int64_t all_rows = batch.batch * batch.query_length;
+  const Bits bits = bits_of(batch, all_rows);  // checks the whole batch before anything is written
   const blasst::Report& report = batch.report;
   std::memset(batch.out.data, 0, batch.out.elements * (batch.dtype == BLASST_FLOAT32 ? 4 : 2));
   if (report.lse)
@@ -267,38 +343,26 @@ void run_padded(const Params& batch, const Padding& padding) {
 
   std::vector<float> lse, bound;
   std::vector<uint64_t> gaps;
-  for (int64_t b = 0; b < batch.batch; ++b) {
-    const int64_t start = padding.start(b), keys = key_length(batch, b) - start;
-    const int64_t used = padding.rows(b, batch.query_length);
-    const int64_t rows = batch.mask.causal ? std::min(used, keys) : used;
-    if (rows == 0) continue;
-    const int64_t first = used - rows;
-    Params p = batch;
-    p.batch = 1;
-    p.query_length = rows;
-    for (blasst::View* view : {&p.q, &p.out})
-      *view = from(*view, b * view->stride_request + first * view->stride_token, p.dtype);
-    for (blasst::View* view : {&p.kv.k, &p.kv.v})
-      *view = from(*view, b * view->stride_request + start * view->stride_token, p.dtype);
-    p.kv.key_length = keys;
-    p.kv.lengths = nullptr;
-    if (p.test.values) p.test.values += b * p.test.stride_request;
+  for (const Part& part : parts_of(batch, padding)) {
+    Params p = call_of(batch, part);
     if (report.tiles_visitable) {
-      p.report.tiles_visitable += b * p.heads;
-      p.report.tiles_skipped += b * p.heads;
+      p.report.tiles_visitable = report.tiles_visitable + part.request * p.heads;
+      p.report.tiles_skipped = report.tiles_skipped + part.request * p.heads;
     }
-    lse.resize(report.lse ? p.heads * rows : 0);
-    bound.resize(report.dropped_mass_bound ? p.heads * rows : 0);
+    lse.resize(report.lse ? p.heads * part.rows : 0);
+    bound.resize(report.dropped_mass_bound ? p.heads * part.rows : 0);
     gaps.resize(report.gap_histogram ? p.heads * BLASST_GAP_BINS : 0);
     if (report.lse) p.report.lse = lse.data();
     if (report.dropped_mass_bound) p.report.dropped_mass_bound = bound.data();
     if (report.gap_histogram) p.report.gap_histogram = gaps.data();
+    if (report.tile_bits)
+      p.report.tile_bits = report.tile_bits + part.request * (bits.size() / batch.batch);
     run(p);
     for (int64_t h = 0; h < p.heads; ++h) {
-      const int64_t to = h * all_rows + b * batch.query_length + first;
-      if (report.lse) std::copy_n(&lse[h * rows], rows, report.lse + to);
+      const int64_t to = head_row(batch, part, h);
+      if (report.lse) std::copy_n(&lse[h * part.rows], part.rows, report.lse + to);
       if (report.dropped_mass_bound)
-        std::copy_n(&bound[h * rows], rows, report.dropped_mass_bound + to);
+        std::copy_n(&bound[h * part.rows], part.rows, report.dropped_mass_bound + to);
     }
     if (report.gap_histogram) {
       for (size_t i = 0; i < gaps.size(); ++i) report.gap_histogram[i] += gaps[i];
@@ -306,26 +370,25 @@ void run_padded(const Params& batch, const Padding& padding) {
   }
 }
 
+// The part of the parameters that says what attends to what. The tensors are made fit to be read,
+// in place, and must outlive the call.
 template <typename Params>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
-    Tensor q, Tensor k, Tensor v, OptionalTensor starts, OptionalTensor lengths,
-    OptionalTensor query_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor page_table, double scale, double softcap, OptionalTensor sinks, bool causal,
-    int64_t window_left, int64_t window_right, std::string order, std::string test,
-    OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps) {
+void describe(Params& p, Tensor& q, KeysValuesArguments& keys, const OptionalTensor& starts,
+              const OptionalTensor& query_lengths, OptionalTensor& cu_seqlens_q, double scale,
+              double softcap, OptionalTensor& sinks, bool causal, int64_t window_left,
+              int64_t window_right) {
   const bool ragged = cu_seqlens_q.has_value();
   check(q.dim() == (ragged ? 3 : 4), "q is ", q, "; it must be ",
         ragged ? "[rows, heads, head_dim], since cu_seqlens_q is given"
                : "[batch, query_length, heads, head_dim]");
-  for (const auto& [name, t] : {std::pair{"k", &k}, std::pair{"v", &v}})
+  for (const auto& [name, t] : {std::pair{"k", &keys.k}, std::pair{"v", &keys.v}})
     check(t->scalar_type() == q.scalar_type(), name, " is ", t->scalar_type(), ", but q is ",
           q.scalar_type(), "; they must be of one type");
 
-  Params p;
   p.dtype = dtype_of(q);
   p.heads = q.size(q.dim() - 2);
   p.head_dim = q.size(q.dim() - 1);
-  if constexpr (std::same_as<Params, blasst::PrefillParams>) {
+  if constexpr (requires { p.cu_seqlens_q; }) {
     if (ragged) {
       check(cu_seqlens_q->dim() == 1 && cu_seqlens_q->size(0) > 0, "cu_seqlens_q is ",
             *cu_seqlens_q, "; it must be [batch + 1]");
@@ -347,13 +410,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     p.query_length = q.size(1);
   }
   check(
-      !starts || (!cu_seqlens_k && !page_table),
+      !starts || (!keys.cu_seqlens && !keys.page_table),
       "starts is given; it needs k as [batch, keys, kv_heads, head_dim], without cu_seqlens_k and "
       "page_table");
   check(!query_lengths || !ragged,
         "query_lengths is given; it needs q as [batch, query_length, heads, head_dim], without "
         "cu_seqlens_q");
-  KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, page_table};
   p.kv = keys_values(keys, p.batch, p.head_dim);
   p.kv_heads = keys.k.size(keys.k.dim() - 2);
   p.value_dim = keys.v.size(keys.v.dim() - 1);
@@ -370,6 +432,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   p.mask.causal = causal;
   p.mask.window_left = window_left;
   p.mask.window_right = window_right;
+  if (!q.is_cuda()) p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  q = readable(q);
+  p.q = view_of(q);
+}
+
+template <typename Params>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
+    Tensor q, Tensor k, Tensor v, OptionalTensor starts, OptionalTensor lengths,
+    OptionalTensor query_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+    OptionalTensor page_table, double scale, double softcap, OptionalTensor sinks, bool causal,
+    int64_t window_left, int64_t window_right, std::string order, std::string test,
+    OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
+    bool want_bits) {
+  const bool ragged = cu_seqlens_q.has_value();
+  if constexpr (std::same_as<Params, blasst::DecodeParams>)
+    check(!want_bits, "bits is true, but decode has no backward pass that would read them");
+  Params p;
+  KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, page_table};
+  describe(p, q, keys, starts, query_lengths, cu_seqlens_q, scale, softcap, sinks, causal,
+           window_left, window_right);
   p.order = order_of(order);
   p.test.kind = test_of(test);
   if (thresholds) {
@@ -387,15 +469,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   const bool cuda = q.is_cuda();
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (cuda) {
+    check(!want_bits, "bits is true, but there is no backward pass on a CUDA device");
     guard.emplace(q.get_device_index());
     p.backend = BLASST_BACKEND_CUDA_SM90;
     p.stream = current_stream(q.get_device_index());
-  } else {
-    p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
   }
 
-  q = readable(q);
-  p.q = view_of(q);
   std::vector<int64_t> out_shape(q.sizes().begin(), q.sizes().end());
   out_shape.back() = p.value_dim;
   Tensor out = torch::stable::new_empty(q, out_shape);
@@ -417,7 +496,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     p.report.tiles_visitable = tiles.mutable_data_ptr<int64_t>();
     p.report.tiles_skipped = p.report.tiles_visitable + p.batch * p.heads;
   }
+  Tensor bits = output(want_bits, {want_bits ? bits_of(p, rows).size() : 0}, ScalarType::Int);
   if (want_gaps) p.report.gap_histogram = static_cast<uint64_t*>(gaps.mutable_data_ptr());
+  if (want_bits) {
+    p.report.tile_bits = static_cast<uint32_t*>(bits.mutable_data_ptr());
+    std::memset(p.report.tile_bits, 0, bits.numel() * 4);  // also what the call leaves unused
+  }
 
   if (cuda) {
     check(!starts && !query_lengths,
@@ -429,7 +513,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
         q, std::vector<int64_t>{static_cast<int64_t>(p.workspace_bytes)}, ScalarType::Byte);
     p.workspace = workspace.mutable_data_ptr();
     run(p);
-    return {out, lse, bound, tiles, gaps};
+    return {out, lse, bound, tiles, gaps, bits};
   }
   const Padding padding{
       .starts = indices("starts", starts, "[batch]", {p.batch}),
@@ -439,7 +523,111 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   } else {
     run(p);
   }
-  return {out, lse, bound, tiles, gaps};
+  return {out, lse, bound, tiles, gaps, bits};
+}
+
+blasst::BackwardParams backward_of(const blasst::PrefillParams& f) {
+  blasst::BackwardParams b;
+  b.backend = f.backend;
+  b.dtype = f.dtype;
+  b.batch = f.batch;
+  b.heads = f.heads;
+  b.kv_heads = f.kv_heads;
+  b.head_dim = f.head_dim;
+  b.value_dim = f.value_dim;
+  b.query_length = f.query_length;
+  b.cu_seqlens_q = f.cu_seqlens_q;
+  b.q = f.q;
+  b.kv = f.kv;
+  b.out = f.out;
+  b.scale = f.scale;
+  b.softcap = f.softcap;
+  b.sinks = f.sinks;
+  b.mask = f.mask;
+  b.threads = f.threads;
+  return b;
+}
+
+// Request by request, as the forward. Rows and keys left out have no gradient.
+void run_padded_backward(const blasst::PrefillParams& forward, const blasst::BackwardParams& batch,
+                         const Padding& padding) {
+  const Bits bits = bits_of(forward, forward.batch * forward.query_length);
+  for (const blasst::View* gradient : {&batch.dq, &batch.dk, &batch.dv})
+    std::memset(gradient->data, 0, gradient->elements * (batch.dtype == BLASST_FLOAT32 ? 4 : 2));
+  if (batch.dsinks) std::fill_n(batch.dsinks, batch.heads, 0.0f);
+  std::vector<float> lse, dlse, dsinks(batch.heads);
+  for (const Part& part : parts_of(forward, padding)) {
+    blasst::BackwardParams b = backward_of(call_of(forward, part));
+    b.dout = rows_of(batch.dout, part, b.dtype);
+    b.dq = rows_of(batch.dq, part, b.dtype);
+    b.dk = keys_of(batch.dk, part, b.dtype);
+    b.dv = keys_of(batch.dv, part, b.dtype);
+    b.tile_bits = batch.tile_bits + part.request * (bits.size() / forward.batch);
+    lse.clear(), dlse.clear();
+    for (int64_t h = 0; h < b.heads; ++h) {
+      const int64_t at = head_row(forward, part, h);
+      lse.insert(lse.end(), batch.lse + at, batch.lse + at + part.rows);
+      if (batch.dlse) dlse.insert(dlse.end(), batch.dlse + at, batch.dlse + at + part.rows);
+    }
+    b.lse = lse.data();
+    if (batch.dlse) b.dlse = dlse.data();
+    if (batch.dsinks) b.dsinks = dsinks.data();
+    blasst::backward(b);
+    for (int64_t h = 0; batch.dsinks && h < b.heads; ++h) batch.dsinks[h] += dsinks[h];
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor bits, OptionalTensor starts, OptionalTensor lengths, OptionalTensor query_lengths,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale, double softcap,
+    OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right) {
+  blasst::PrefillParams forward;
+  KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, {}};
+  describe(forward, q, keys, starts, query_lengths, cu_seqlens_q, scale, softcap, sinks, causal,
+           window_left, window_right);
+  check(std::ranges::equal(dout.sizes(), out.sizes()), "dout is ", dout, ", but out is ", out);
+  for (const auto& [name, t] : {std::pair{"out", &out}, std::pair{"dout", &dout}}) {
+    check(t->dim() == q.dim(), name, " is ", *t, ", but q is ", q);
+    check(t->scalar_type() == q.scalar_type(), name, " is ", t->scalar_type(), ", but q is ",
+          q.scalar_type(), "; they must be of one type");
+    *t = readable(*t);
+  }
+  forward.out = view_of(out);
+  const int64_t rows = cu_seqlens_q ? q.size(0) : forward.batch * forward.query_length;
+
+  blasst::BackwardParams p = backward_of(forward);
+  p.dout = view_of(dout);
+  check_shape("lse", lse, "[heads, rows]", {p.heads, rows});
+  lse = torch::stable::contiguous(lse);
+  p.lse = lse.mutable_data_ptr<float>();
+  if (dlse) {
+    check_shape("dlse", *dlse, "[heads, rows]", {p.heads, rows});
+    dlse = torch::stable::contiguous(*dlse);
+    p.dlse = dlse->mutable_data_ptr<float>();
+  }
+  check_shape("bits", bits, "as prefill returned them", {bits_of(forward, rows).size()});
+  p.tile_bits = static_cast<const uint32_t*>(bits.const_data_ptr());
+
+  const auto like = [](const Tensor& t) {
+    return torch::stable::new_empty(t, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
+  };
+  Tensor dq = like(q), dk = like(k), dv = like(v);
+  Tensor dsinks =
+      torch::stable::new_empty(q, std::vector<int64_t>{sinks ? p.heads : 0}, ScalarType::Float);
+  p.dq = view_of(dq);
+  p.dk = view_of(dk);
+  p.dv = view_of(dv);
+  if (sinks) p.dsinks = dsinks.mutable_data_ptr<float>();
+  const Padding padding{
+      .starts = indices("starts", starts, "[batch]", {p.batch}),
+      .query_lengths = indices("query_lengths", query_lengths, "[batch]", {p.batch})};
+  if (is_padded(forward, padding)) {
+    run_padded_backward(forward, p, padding);
+  } else {
+    blasst::backward(p);
+  }
+  return {dq, dk, dv, dsinks};
 }
 
 // The tile that decisions are taken on: query rows, keys, tiles a split (0: one split).
@@ -469,14 +657,20 @@ constexpr const char* kArguments =
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, float scale, float softcap, "
     "Tensor? sinks, bool causal, int window_left,"
     " int window_right, str order, str test, Tensor? thresholds, bool lse, bool dropped_mass_bound,"
-    " bool tiles, bool gaps) -> (Tensor out, Tensor lse, Tensor dropped_mass_bound, Tensor tiles,"
-    " Tensor gaps)";
+    " bool tiles, bool gaps, bool bits) -> (Tensor out, Tensor lse, Tensor dropped_mass_bound,"
+    " Tensor tiles, Tensor gaps, Tensor bits)";
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(blasst, m) {
   m.def((std::string("prefill") + kArguments).c_str());
   m.def((std::string("decode") + kArguments).c_str());
+  m.def(
+      "prefill_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
+      " Tensor lse, Tensor bits, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
+      " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, Tensor? sinks,"
+      " bool causal, int window_left, int window_right)"
+      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
   m.def("prefill_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
   m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
 }
@@ -487,5 +681,8 @@ STABLE_TORCH_LIBRARY(blasst, m) {
   m.impl("prefill_tile_shape", TORCH_BOX(tile_shape<blasst::PrefillParams>)); \
   m.impl("decode_tile_shape", TORCH_BOX(tile_shape<blasst::DecodeParams>))
 
-STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) { BLASST_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
+  BLASST_IMPLEMENT(m);
+  m.impl("prefill_backward", TORCH_BOX(prefill_backward));
+}
 STABLE_TORCH_LIBRARY_IMPL(blasst, CUDA, m) { BLASST_IMPLEMENT(m); }

@@ -81,6 +81,9 @@ def attention(
 ) -> Tensor | Result:
     """Softmax attention that drops the key tiles whose scores lie far below the best so far.
 
+    Differentiable in q, k, v and sinks, through the output and Result.lse: a tile that was dropped
+    counts as absent.
+
     Queries stand at the end of their request's keys (masks are aligned bottom-right). With no
     threshold, or threshold 0, the result is dense attention, the same bits. Index tensors are int32
     or int64. Under autocast q, k and v are cast first.
@@ -128,7 +131,8 @@ def attention(
         ValueError: arguments that contradict each other, or a device without a backend.
         RuntimeError: shapes, types or numbers out of range; the message says what was passed and
             what is accepted.
-        NotImplementedError: in a backward pass.
+        NotImplementedError: in the backward pass of a decode, of pages, on cuda, or of a backward
+            pass.
     """
     _check_tensors(
         q,
@@ -163,12 +167,19 @@ def attention(
     test, thresholds = _tile_test(threshold, threshold_scale_factor, absolute_threshold, q.device)
     if sinks is not None and not sinks.is_floating_point():
         raise ValueError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
-    sinks = None if sinks is None else sinks.detach().to(torch.float32)
+    sinks = None if sinks is None else sinks.to(torch.float32)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 
-    out, lse, bound, tiles, gaps = getattr(torch.ops.blasst, phase)(
+    # A backward pass needs the forward's lse and its decisions.
+    differentiable = (
+        phase == "prefill"
+        and q.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
+    )
+    out, lse, bound, tiles, gaps, _ = getattr(torch.ops.blasst, phase)(
         q,
         k,
         v,
@@ -187,10 +198,11 @@ def attention(
         order,
         test,
         thresholds,
-        return_lse,
+        return_lse or differentiable,
         return_error_bound,
         return_stats,
         return_gaps,
+        differentiable,
     )
     if not (return_lse or return_stats or return_error_bound or return_gaps):
         return out

@@ -1,6 +1,7 @@
 """Loads `torch.ops.blasst` and tells torch.compile, export and autograd what it needs to know."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ if not _LIBRARY.exists():
 torch.ops.load_library(_LIBRARY)
 
 GAP_BINS = 514
+
+
+def _prefill_tile() -> tuple[int, int]:
+    """Query rows and keys of the tile on which prefill decides."""
+    row = torch.empty(1, 1, 1, 16, device="cpu")
+    return tuple(torch.ops.blasst.prefill_tile_shape(row, row, row)[:2])
+
+
+QUERY_ROWS, KEYS = _prefill_tile()
 
 
 def _fake(
@@ -36,10 +46,22 @@ def _fake(
     dropped_mass_bound: bool,
     tiles: bool,
     gaps: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads = q.shape[-2]
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     rows = q.shape[0] * q.shape[1] if cu_seqlens_q is None else q.shape[0]
+    # As many tile bits as there may be: index tensors are not read here.
+    if cu_seqlens_q is not None:
+        query_tiles = rows // QUERY_ROWS + batch
+    else:
+        query_tiles = batch * -(-q.shape[1] // QUERY_ROWS)
+    if cu_seqlens_k is not None:
+        keys = k.shape[0]
+    elif page_table is not None:
+        keys = page_table.shape[1] * k.shape[1]
+    else:
+        keys = k.shape[1]
 
     def output(wanted: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return q.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -50,16 +72,115 @@ def _fake(
         output(dropped_mass_bound, (heads, rows), torch.float32),
         output(tiles, (2, batch, heads), torch.int64),
         output(gaps, (heads, GAP_BINS), torch.int64),
+        output(bits, (heads * query_tiles * -(-keys // (32 * KEYS)),), torch.int32),
     )
 
 
-def _no_backward(*_: object) -> None:
+def _fake_decode(q: Tensor, k: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    if arguments[-1]:
+        raise NotImplementedError("blasst::decode has no tile bits for a backward pass")
+    return _fake(q, k, *arguments)
+
+
+def _fake_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bits: Tensor,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    query_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(0 if sinks is None else sinks.shape, dtype=torch.float32),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, page_table, scale, softcap, sinks, causal, left, right = inputs[:15]
+    out, lse, bound, _, _, bits = output
+    ctx.save_for_backward(*tensors, sinks, out, lse, bits)
+    ctx.scalars = scale, softcap, causal, left, right
+    ctx.paged = page_table is not None
+    ctx.reported = inputs[18] and inputs[22]  # lse and bits
+    ctx.mark_non_differentiable(bound)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if ctx.paged:
+        raise NotImplementedError(
+            "blasst.attention with page_table has no backward pass, since requests may share a "
+            "page; pass dense or ragged keys"
+        )
+    q, k, v, starts, lengths, query_lengths, cu_q, cu_k, sinks, out, lse, bits = ctx.saved_tensors
+    if q.device.type != "cpu":
+        raise NotImplementedError(
+            f"blasst.attention has no backward pass on {q.device}; it has one on: cpu"
+        )
+    if not ctx.reported:
+        raise NotImplementedError(
+            "torch.ops.blasst.prefill has a backward pass only with lse=True and bits=True"
+        )
+    scale, softcap, causal, left, right = ctx.scalars
+    dq, dk, dv, dsinks = torch.ops.blasst.prefill_backward(
+        torch.zeros_like(out) if dout is None else dout,
+        dlse,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        bits,
+        starts,
+        lengths,
+        query_lengths,
+        cu_q,
+        cu_k,
+        scale,
+        softcap,
+        sinks,
+        causal,
+        left,
+        right,
+    )
+    gradients = [None] * len(ctx.needs_input_grad)
+    gradients[:3] = dq, dk, dv
+    gradients[11] = None if sinks is None else dsinks
+    return tuple(gradients)
+
+
+def _no_decode_backward(*_: object) -> None:
     raise NotImplementedError(
-        "blasst.attention has no backward pass: run it under torch.inference_mode(), or train with "
-        "another attention"
+        "blasst.attention with phase='decode' has no backward pass: run it under torch.no_grad(), "
+        "or pass phase='prefill'"
     )
 
 
-for _name in ("prefill", "decode"):
-    torch.library.register_fake(f"blasst::{_name}", _fake)
-    torch.library.register_autograd(f"blasst::{_name}", _no_backward)
+def _no_second_backward(*_: object) -> None:
+    raise NotImplementedError("blasst.attention has no second derivative")
+
+
+torch.library.register_fake("blasst::prefill", _fake)
+torch.library.register_fake("blasst::decode", _fake_decode)
+torch.library.register_fake("blasst::prefill_backward", _fake_backward)
+torch.library.register_autograd("blasst::prefill", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("blasst::decode", _no_decode_backward)
+torch.library.register_autograd("blasst::prefill_backward", _no_second_backward)

@@ -457,9 +457,14 @@ def test_configure_refuses():
             model(IDS)
 
 
-def test_training_is_refused(llama):
-    with pytest.raises(NotImplementedError, match="no backward pass"):
-        llama(IDS).logits.sum().backward()
+def test_a_model_trains_as_with_sdpa():
+    gradients = []
+    for implementation in ("sdpa", "blasst"):
+        model = make_model("llama", implementation).train()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, wanted in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-3, atol=1e-6, msg=name)
 
 
 # The mask interface by itself
