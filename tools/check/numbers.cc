@@ -83,7 +83,8 @@ void Numbers::key(int64_t request, int64_t token, int64_t kv_head, std::span<flo
   if (inputs == Inputs::kPlanted) {
     // Each direction matches evenly spread blocks; its phase sets which.
     const double phase = uniform(hash(seed, kPhase, request, kv_head));
-    const auto block = static_cast<double>(token / block_keys);
+    const int64_t index = token / block_keys;
+    const auto block = static_cast<double>(index);
     for (int i = 0; i < kDirections; ++i) {
       const double at = phase + static_cast<double>(i) / kDirections + block * density;
       if (block == 0 || std::floor(at) != std::floor(at - density))

@@ -13,7 +13,6 @@
 namespace blasst::cuda::decode {
 namespace {
 
-using attention::check_range;
 using attention::fail;
 
 void check_supported(const DecodeParams& p) {
