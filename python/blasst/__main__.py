@@ -134,13 +134,13 @@ def _fraction(text: str) -> float:
 
 def _calibrate(options: argparse.Namespace) -> None:
     from blasst import calibration, models, prompts, report
-    from blasst.console import console, progress_bar, show
+    from blasst.console import console, show, shown_progress
 
     text = None if options.text is None else prompts.read_text(options.text)
     loaded = models.load(options.model)
     is_folder = Path(options.model).is_dir()
     out = options.out or Path(options.model if is_folder else f"{loaded.title}-blasst")
-    with progress_bar("Calibrating") as progress:
+    with shown_progress() as progress:
         found = calibration.calibrate(
             loaded.model,
             loaded.tokenizer,
@@ -164,7 +164,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from blasst import evaluation, harness, models, prompts, report
-    from blasst.console import console, progress_bar, show
+    from blasst.console import console, show, shown_progress
     from blasst.demo import about_run
 
     harness.check_tasks(options.tasks)
@@ -173,7 +173,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         texts = prompts.evaluation_texts()
     loaded = models.load(options.model)
-    with progress_bar("Evaluating") as progress:
+    with shown_progress() as progress:
         results = evaluation.evaluate(
             loaded,
             targets=options.target_sparsity,

@@ -10,7 +10,7 @@ heads. The one that changes the model's predictions least, measured, is written 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -51,11 +51,9 @@ from blasst.curves import (
 )
 from blasst.huggingface import record
 from blasst.models import attention_layers, check_length, context_length
+from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
-from blasst.scoring import Agreement, agreement
-
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share, 0 to 1, that is done."""
+from blasst.scoring import Agreement, DenseRun
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 CHOSEN_FROM = ("sink_first", "reverse")
@@ -66,8 +64,8 @@ DECODE_SWEEP = (-7.0, -5.0, -3.5, -2.0, -1.0, 0.0)
 """ln thresholds of the same in decode, where one step has too few tiles for shares."""
 DECODE_STEPS = 16
 DEFAULT_LENGTHS = (1024, 2048, 4096)
-EVERY = 4
-"""Candidates are compared at every so many positions of the validation prompt."""
+SCORED = 1024
+"""Candidates are compared at so many positions of the validation prompt."""
 KL_GROWTH = 9.4
 """KL divergence grows about tenfold from 50 % to 75 % sparsity: per unit of sparsity, in logs."""
 OWN_ATTENTION = "blasst_calibration"
@@ -216,7 +214,7 @@ def calibrate(
             longest, and twice the longest if the context has room.
         orders: visit orders to choose from.
         schemes: ways to share thresholds among heads to choose from.
-        progress: told what is being done.
+        progress: told what is being done: see `blasst.progress`.
 
     Raises:
         UnreachableError: a target that no threshold up to 1 reaches at the longest length; the
@@ -265,7 +263,7 @@ class _Job:
         self.modules = attention_layers(model)
         # A layer with a sliding window has few tiles to skip and another length: it stays dense.
         self.layers = [i for i, m in self.modules.items() if not getattr(m, "sliding_window", None)]
-        self.progress = progress or (lambda what, share: None)
+        self.progress = progress or silent
         self.measured: dict[tuple[str, str, int], Measurement] = {}
         self.first: dict[tuple[str, int], np.ndarray] = {}
         # [layers, heads, 514] gaps of prefill of the first prompt alone, by order and length.
@@ -297,7 +295,8 @@ class _Job:
         work = [(n, i) for n in self.lengths for i in range(prompts)]
         total, done = sum(n for n, _ in work), 0
         for length, index in work:
-            self.progress(f"dense pass {index + 1}/{prompts} at {length} tokens", done / total)
+            what = f"{index + 1} of {prompts} at {length} tokens"
+            self.progress("Dense passes", done / total, what)
             tokens = self.maker.make(KINDS[index % len(KINDS)], length, seed=index).tokens
             with self._collecting(length, sweep=index < swept_prompts):
                 cache = DynamicCache(config=self.model.config)
@@ -308,7 +307,7 @@ class _Job:
                 for order in self.orders if "prefill" in self.targets else ():
                     self.first[order, length] = self.measured["prefill", order, length].gaps.copy()
             done += length
-        self.progress("dense passes", 1.0)
+        self.progress("Dense passes", 1.0, "")
 
     def _decode(self, hidden: Tensor, cache: DynamicCache) -> None:
         head = self.model.get_output_embeddings()
@@ -363,7 +362,8 @@ class _Job:
                 into = self._into(phase, order, length, query.shape[1], key.shape[1])
                 into.gaps[layer] += result.gaps.numpy()
                 if costs:
-                    projection = _output_gram(module, query.shape[1])
+                    needs_error = "least_error" in self.schemes
+                    projection = _output_gram(module, query.shape[1]) if needs_error else None
                     into.rows += query.shape[2] if layer == self.layers[0] else 0
                     self._sweep(
                         into,
@@ -405,7 +405,7 @@ class _Job:
         inputs: list[Tensor],
         options: dict[str, Any],
         dense: Any,
-        projection: Tensor,
+        projection: Tensor | None,
         residual: float,
     ) -> None:
         """Repeat one attention call at several thresholds and add up what each costs."""
@@ -428,6 +428,8 @@ class _Job:
             # The denominator over the kept tiles, of the whole: what is missing was dropped.
             kept = (sparse.lse - dense.lse).double().exp().clamp(max=1)
             into.mass[point, layer] += (1 - kept).sum((0, 2)).numpy()
+            if projection is None:
+                continue
             change = (sparse.out - dense.out).flatten(0, 1).transpose(0, 1)
             gram = change.transpose(1, 2) @ change
             error = (gram * projection).sum((1, 2)).double() / max(residual, 1e-30)
@@ -552,7 +554,8 @@ class _Job:
         judge = _Judge(self.model, validation, self.layers)
         tried = []
         for i, (phase, target, order, scheme) in enumerate(tries):
-            self.progress(f"trying {order}, {scheme} at {target:.0%} of {phase}", i / len(tries))
+            what = f"{order}, {scheme} at {target:.0%} of {phase}"
+            self.progress("Candidates", i / len(tries), what)
             policy = self._policy(phase, order, scheme, [target])
             config = self._with({phase: [policy]}, {phase: target})
             sparsity, found = judge.try_out(phase, config)
@@ -560,7 +563,7 @@ class _Job:
             tried.append(
                 Candidate(phase, target, order, scheme, sparsity, found.kl, found.top1, ratio)
             )
-        self.progress("trying candidates", 1.0)
+        self.progress("Candidates", 1.0, "")
         best = {}
         for candidate in tried:
             key = (candidate.phase, candidate.target)
@@ -578,7 +581,8 @@ class _Job:
         for i, (length, winner) in enumerate(steps):
             if winner.target > self._highest("prefill", winner.order, length):
                 continue
-            self.progress(f"checking {winner.target:.0%} at {length} tokens", i / len(steps))
+            what = f"{winner.target:.0%} at {length} tokens"
+            self.progress("Sparse passes", i / len(steps), what)
             policy = self._policy("prefill", winner.order, winner.heads, [winner.target])
             ln = policy.at(winner.target, length).log().numpy()
             gaps = self.first[winner.order, length]
@@ -591,7 +595,7 @@ class _Job:
             del self.model.config.sparse_attention_config
             reached = recording.sparsity("prefill", self.layers)
             self.drift.setdefault((winner.order, length), {})[winner.target] = reached - promised
-        self.progress("checked", 1.0)
+        self.progress("Sparse passes", 1.0, "")
 
     def _nominal(self, phase: str, order: str, length: int, target: float) -> float:
         """The target to read from dense gaps so that a sparse pass reaches `target`."""
@@ -614,7 +618,7 @@ class _Job:
     def _ecosystem(self) -> SparseAttention | None:
         """The ecosystem's law alone, of the phases that have one."""
         targets = {p: some[0] for p, some in self.targets.items() if self._ecosystem_law(p)}
-        return self._with({}, targets) if targets else None
+        return self._with({p: [] for p in targets}, targets) if targets else None
 
     def _policies(self, phase: str, winners: list[Candidate]) -> list[Policy]:
         """Each target of the grid goes with the winner at the nearest target asked for."""
@@ -676,13 +680,14 @@ class _Job:
             check_length(self.model, length, "a held-out prompt")
             reached: dict[tuple[str, float], list[float]] = {}
             for kind in kinds:
-                self.progress(f"held-out length {length}, dense", done / steps)
+                self.progress("Held-out lengths", done / steps, f"{length} tokens, dense")
                 tokens = self.maker.make(kind, length, seed=10**7).tokens
                 with self._collecting(length, sweep=False):
                     self._read(tokens)
                 done += 1
                 for target in targets:
-                    self.progress(f"held-out length {length} at {target:.0%}", done / steps)
+                    what = f"{length} tokens at {target:.0%}"
+                    self.progress("Held-out lengths", done / steps, what)
                     phases = [p for p, some in self.targets.items() if target in some]
                     config = result.config.with_targets(
                         **{p: target if p in phases else 0.0 for p in self.targets}
@@ -699,7 +704,7 @@ class _Job:
                 pooled = self._pooled(phase, "forward", length)
                 at = sparsity_at(pooled, law.ln_threshold(target, length)) if law else None
                 found.append(HeldOut(phase, length, target, float(np.mean(values)), at))
-        self.progress("held-out lengths", 1.0)
+        self.progress("Held-out lengths", 1.0, "")
         return found
 
     def _read(self, tokens: Tensor) -> None:
@@ -715,11 +720,16 @@ class _Judge:
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, layers: Sequence[int]) -> None:
         self._model, self._tokens, self._layers = model, tokens, layers
-        self._entry = model.config.__dict__.pop("sparse_attention_config", None)
-        self._dense = self._prefill()
+        model.config.__dict__.pop("sparse_attention_config", None)
+        cache = DynamicCache(config=model.config)
+        hidden = self._prefill(cache)
+        every = max(1, len(hidden) // SCORED)
+        self._dense = DenseRun(model, hidden, tokens[0], every=every)
+        self._cache, self._last = cache, hidden[-1:]
 
-    def _prefill(self) -> Tensor:
-        return self._model.base_model(self._tokens, use_cache=False).last_hidden_state[0]
+    def _prefill(self, cache: DynamicCache | None = None) -> Tensor:
+        passed = {"use_cache": False} if cache is None else {"cache": cache}
+        return self._model.base_model(self._tokens, **passed).last_hidden_state[0]
 
     def try_out(self, phase: str, config: SparseAttention) -> tuple[float, Agreement]:
         """Sparsity and agreement with dense of one configuration."""
@@ -729,27 +739,25 @@ class _Judge:
             with record() as recording:
                 hidden = self._prefill()
             del model.config.sparse_attention_config
-            found = agreement(model, self._dense, hidden, self._tokens[0], every=EVERY)
-            return recording.sparsity(phase, self._layers), found
+            return recording.sparsity(phase, self._layers), self._dense.compare(hidden)
         dense, sequence = self._dense_decode
         model.config.sparse_attention_config = config.to_dict()
         with record() as recording:
             hidden = self._steps(sequence)
         del model.config.sparse_attention_config
-        return recording.sparsity(phase, self._layers), agreement(model, dense, hidden, sequence)
+        return recording.sparsity(phase, self._layers), dense.compare(hidden)
 
     @cached_property
-    def _dense_decode(self) -> tuple[Tensor, Tensor]:
-        """Hidden states [steps, hidden] and the tokens [steps] of a dense, greedy decode."""
-        self._cache = DynamicCache(config=self._model.config)
-        self._model.base_model(self._tokens, cache=self._cache)
+    def _dense_decode(self) -> tuple[DenseRun, Tensor]:
+        """A dense, greedy decode, and the tokens [steps] that it read."""
         head = self._model.get_output_embeddings()
         cache = deepcopy(self._cache)
-        tokens, hidden = [head(self._dense[-1:]).argmax(-1)], []
+        tokens, hidden = [head(self._last).argmax(-1)], []
         for _ in range(DECODE_STEPS):
             hidden.append(self._step(tokens[-1], cache))
             tokens.append(head(hidden[-1]).argmax(-1))
-        return torch.cat(hidden), torch.cat(tokens[:-1])
+        sequence = torch.cat(tokens[:-1])
+        return DenseRun(self._model, torch.cat(hidden), sequence), sequence
 
     def _steps(self, tokens: Tensor) -> Tensor:
         cache = deepcopy(self._cache)

@@ -23,8 +23,9 @@ which other readers ignore:
         "decode": ..}}
 
 Without our key a phase follows the ecosystem's law: threshold = a * exp(b * target) / length, one
-for all heads, tiles visited forward, fitted on tiles of 128 x 128. With it: the measured table,
-interpolated in target and in ln length, and beyond its lengths continued with the law's power.
+for all heads, tiles visited forward, fitted on tiles of 128 x 128 (or of `tile_shape`, where
+`policies` is empty). With policies: the measured table, interpolated in target and in ln length,
+and beyond its lengths continued with the law's power.
 """
 
 import logging
@@ -129,7 +130,7 @@ class Measured:
     tile_shape: tuple[int, int]
     """Query rows and keys of the tiles that it was measured on."""
     policies: tuple[Policy, ...]
-    """By ascending target; each covers the targets from its first to its last."""
+    """By ascending target; each covers the targets from its first to its last. None: the law."""
 
     def policy(self, target: float) -> Policy:
         """The one that covers this target, else the nearest."""
@@ -162,6 +163,11 @@ class SparseAttention:
             _check(phase in PHASES, f"phase is {phase!r}; it must be one of {PHASES}")
             _fraction(target, f"target_sparsity of {phase}")
         return replace(self, target_sparsity={**self.target_sparsity, **target_sparsity})
+
+    def under_the_law(self) -> "SparseAttention":
+        """The ecosystem's law, fitted on the same tiles, instead of the measured tables."""
+        laws = {phase: replace(m, policies=()) for phase, m in self.measured.items()}
+        return replace(self, measured={p: m for p, m in laws.items() if p in self.laws})
 
     def tile_shape(self, phase: str) -> tuple[int, int]:
         """Query rows and keys of the tiles that the thresholds of this phase belong to."""
@@ -214,7 +220,7 @@ class SparseAttention:
 
     def _model_table(self, phase: str, target: float, lengths: Sequence[int]) -> tuple[str, Tensor]:
         """Order, and [requests, layers, heads] or [requests, 1, 1] thresholds."""
-        if phase not in self.measured:
+        if phase not in self.measured or not self.measured[phase].policies:
             law = self.laws[phase]
             ln = torch.tensor([law.ln_threshold(target, n) for n in lengths])
             return "forward", ln.exp()[:, None, None]
@@ -334,6 +340,12 @@ def parse(entry: Any) -> SparseAttention:
     name, version = _producer(entry.get("producer", {}))
     laws = _laws(group["threshold_scale_factor"], f"{where}.threshold_scale_factor")
     measured = _measured(entry.get("blasst"))
+    for phase, found in measured.items():
+        _check(
+            bool(found.policies) or phase in laws,
+            f"sparse_attention_config.blasst.{phase}.policies is empty and {where}."
+            f"threshold_scale_factor has no {phase}: there is nothing to go by",
+        )
     return SparseAttention(
         targets=_strings(group["targets"], f"{where}.targets"),
         laws=laws,
@@ -409,9 +421,7 @@ def _measured_phase(value: Any, where: str) -> Measured:
         f"{where}.tile_shape is {phase['tile_shape']!r}; it must be [query rows, keys]",
     )
     policies = phase["policies"]
-    _check(
-        isinstance(policies, list) and bool(policies), f"{where}.policies must be a list, not empty"
-    )
+    _check(isinstance(policies, list), f"{where}.policies must be a list")
     return Measured(
         (int(shape[0]), int(shape[1])),
         tuple(_policy(policy, f"{where}.policies[{i}]") for i, policy in enumerate(policies)),

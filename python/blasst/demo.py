@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from blasst import calibration, evaluation, models, prompts, report
-from blasst.console import console, progress_bar, show
+from blasst.console import console, show, shown_progress
 
 TARGETS = (0.5, 0.75)
 SCHEMES = ("one_threshold", "water_filling")
@@ -42,7 +42,7 @@ def demo(name: str, out: Path) -> Path:
     loaded = models.load(name)
     found = _calibration(loaded, plan, out / "calibration.json")
     texts = dict(list(prompts.evaluation_texts().items())[: plan.texts])
-    with progress_bar("Evaluating") as progress:
+    with shown_progress() as progress:
         results = evaluation.evaluate(
             loaded,
             targets=(0.0, *TARGETS),
@@ -73,7 +73,7 @@ def _calibration(loaded: models.Loaded, plan: Plan, kept: Path) -> calibration.C
             found = calibration.Calibration.from_dict(whole["calibration"])
             loaded.model.config.sparse_attention_config = found.config.to_dict()
             return found
-    with progress_bar("Calibrating") as progress:
+    with shown_progress() as progress:
         found = calibration.calibrate(
             loaded.model,
             loaded.tokenizer,

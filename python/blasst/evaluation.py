@@ -8,9 +8,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from blasst.config import SparseAttention, parse
 from blasst.huggingface import Recording, record
 from blasst.models import Loaded, attention_layers, check_length
+from blasst.progress import Progress, silent
 from blasst.prompts import Prompt, PromptMaker, reference_text, text_tokens
-from blasst.scoring import agreement
+from blasst.scoring import DenseRun
 
-Progress = Callable[[str, float], None]
 ANSWER_TOKENS = 32
 DENSE, CALIBRATED, PAPER = "dense", "calibrated", "forward, one threshold"
 """PAPER: the paper's scheme, and the only one that the ecosystem's keys can express."""
@@ -141,7 +141,7 @@ def evaluate(
         compare_paper: measure texts under the paper's scheme too.
         check_lengths: measure the sparsity at shorter lengths too.
         out: folder; results.jsonl in it is continued if it is there.
-        progress: told what is being done.
+        progress: told what is being done: see `blasst.progress`.
 
     Raises:
         ValueError: no calibration, a target outside 0 to 1, a text or context too short.
@@ -165,7 +165,7 @@ class _Evaluation:
     ) -> None:
         self.loaded, self.length = loaded, length
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.progress = progress or (lambda what, share: None)
+        self.progress = progress or silent
         check_length(self.model, length, "a prompt")
         entry = getattr(self.model.config, "sparse_attention_config", None)
         if entry is None and any(targets):
@@ -217,7 +217,7 @@ class _Evaluation:
                 **dict.fromkeys(self.config.target_sparsity, setting.target)
             )
             if setting.scheme == PAPER:
-                config = replace(config, measured={})
+                config = config.under_the_law()
             self.model.config.sparse_attention_config = config.to_dict()
         with record() as recording:
             yield recording
@@ -225,7 +225,7 @@ class _Evaluation:
     def _time_sdpa(self) -> None:
         if self.results.get("sdpa") is not None:
             return
-        self.progress("timing torch sdpa", 0.0)
+        self.progress("Timing torch sdpa", 0.0, "")
         tokens = self._needle(0).tokens
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation("sdpa")
@@ -234,6 +234,7 @@ class _Evaluation:
         finally:
             self.model.set_attn_implementation(before)
         self.results.put({"prefill_seconds": seconds}, "sdpa")
+        self.progress("Timing torch sdpa", 1.0, "")
 
     def _prefill(self, tokens: Tensor, warm: bool = False) -> tuple[Tensor, float]:
         """[length, hidden] last hidden states, and seconds."""
@@ -257,11 +258,12 @@ class _Evaluation:
                 if missing[0].scheme != DENSE:
                     missing.insert(0, Setting(DENSE, 0.0))
             for setting in missing:
-                self.progress(f"{name}: {setting.name}", done / len(work))
+                self.progress("Perplexity", done / len(work), f"{name}, {setting.name}")
                 with self._set(setting) as recording:
                     hidden, seconds = self._prefill(tokens)
-                dense = hidden if setting.scheme == DENSE else dense
-                found = agreement(self.model, dense, hidden, tokens[0])
+                if setting.scheme == DENSE:
+                    dense = DenseRun(self.model, hidden, tokens[0])
+                found = dense.compare(hidden)
                 self.results.put(
                     {
                         "kl": found.kl,
@@ -281,7 +283,7 @@ class _Evaluation:
                 )
                 done += 1
             done = (list(texts).index(name) + 1) * len(self.text_settings)
-        self.progress("perplexity and agreement", 1.0)
+        self.progress("Perplexity", 1.0, "")
 
     # Needles
 
@@ -296,7 +298,7 @@ class _Evaluation:
         for done, (index, setting) in enumerate(work):
             if self.results.get("needle", index, *key(setting)) is not None:
                 continue
-            self.progress(f"needle {index + 1}: {setting.name}", done / len(work))
+            self.progress("Needles", done / len(work), f"{index + 1}, {setting.name}")
             prompt = self._needle(index)
             with self._set(setting) as recording:
                 answer = generate(self.model, self.tokenizer, prompt.tokens, ANSWER_TOKENS)
@@ -315,7 +317,7 @@ class _Evaluation:
                 index,
                 *key(setting),
             )
-        self.progress("needles", 1.0)
+        self.progress("Needles", 1.0, "")
 
     # Sparsity by length
 
@@ -328,14 +330,14 @@ class _Evaluation:
         for done, (length, setting) in enumerate(work):
             if self.results.get("length", length, *key(setting)) is not None:
                 continue
-            self.progress(f"{length} tokens: {setting.name}", done / len(work))
+            self.progress("Other lengths", done / len(work), f"{length} tokens, {setting.name}")
             tokens = self._needle(0, length).tokens
             with self._set(setting) as recording:
                 self._prefill(tokens)
             self.results.put(
                 recording.sparsity("prefill", self.layers), "length", length, *key(setting)
             )
-        self.progress("sparsity by length", 1.0)
+        self.progress("Other lengths", 1.0, "")
 
     # lm-eval
 
@@ -344,10 +346,9 @@ class _Evaluation:
 
         work = [(task, s) for task in tasks for s in self.settings]
         for done, (task, setting) in enumerate(work):
-            self.progress(f"{task}: {setting.name}", done / len(work))
             with self._set(setting):
                 run_task(self, task, setting, limit, done / len(work), 1 / len(work))
-        self.progress("tasks", 1.0)
+        self.progress("Tasks", 1.0, "")
 
 
 def key(setting: Setting) -> tuple[str, float]:

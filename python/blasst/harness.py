@@ -66,9 +66,8 @@ def run_task(
     for index in missing:
         if index >= len(documents):
             break
-        evaluation.progress(
-            f"{name} {index + 1}/{limit}: {setting.name}", done + share * index / limit
-        )
+        what = f"{name} {index + 1} of {limit}, {setting.name}"
+        evaluation.progress("Tasks", done + share * index / limit, what)
         document = documents[index]
         tokens = _prompt(evaluation.tokenizer, task, document)
         with record() as recording:

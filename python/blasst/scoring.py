@@ -1,6 +1,7 @@
 """How far a sparse model is from the dense one, position by position."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from transformers import PreTrainedModel
 
 PIECE = 512
 """Positions scored at once: their logits are PIECE times the vocabulary."""
+KEPT_BYTES = 1 << 30
+"""Dense predictions up to this size are kept between comparisons, larger ones computed again."""
 
 
 @dataclass(frozen=True)
@@ -23,30 +26,44 @@ class Agreement:
     dense_perplexity: float
 
 
-def agreement(
-    model: PreTrainedModel, dense: Tensor, sparse: Tensor, tokens: Tensor, *, every: int = 1
-) -> Agreement:
-    """Compare two runs.
+class DenseRun:
+    """What a model predicts when it attends densely: other runs are compared with it."""
 
-    Args:
-        model: for its output layer.
-        dense: [length, hidden] last hidden states of the dense run.
-        sparse: the same of the other run.
-        tokens: [length] what both read.
-        every: score every so many positions.
-    """
-    divergence = same = loss = dense_loss = 0.0
-    positions = torch.arange(0, len(tokens) - 1, every)
-    for piece in positions.split(PIECE):
-        expected = log_probabilities(model, dense[piece])
-        found = log_probabilities(model, sparse[piece])
-        divergence += (expected.exp() * (expected - found)).sum().item()
-        same += (expected.argmax(-1) == found.argmax(-1)).sum().item()
-        targets = tokens[piece + 1][:, None]
-        dense_loss -= expected.gather(1, targets).sum().item()
-        loss -= found.gather(1, targets).sum().item()
-    n = len(positions)
-    return Agreement(divergence / n, same / n, math.exp(loss / n), math.exp(dense_loss / n))
+    def __init__(
+        self, model: PreTrainedModel, hidden: Tensor, tokens: Tensor, *, every: int = 1
+    ) -> None:
+        """Take a dense run.
+
+        Args:
+            model: for its output layer.
+            hidden: [length, hidden] last hidden states.
+            tokens: [length] what was read.
+            every: compare at every so many positions.
+        """
+        self._model, self._hidden = model, hidden
+        positions = torch.arange(0, len(tokens) - 1, every)
+        self._pieces = [(piece, tokens[piece + 1][:, None]) for piece in positions.split(PIECE)]
+        self._count = len(positions)
+        size = self._count * model.get_output_embeddings().weight.shape[0] * 4
+        self._kept = list(self._predictions(hidden)) if size <= KEPT_BYTES else None
+
+    def _predictions(self, hidden: Tensor) -> Iterator[Tensor]:
+        for piece, _ in self._pieces:
+            yield log_probabilities(self._model, hidden[piece])
+
+    def compare(self, hidden: Tensor) -> Agreement:
+        """Compare the [length, hidden] last hidden states of another run over the same tokens."""
+        dense = self._predictions(self._hidden) if self._kept is None else self._kept
+        divergence = same = loss = dense_loss = 0.0
+        for expected, found, (_, targets) in zip(
+            dense, self._predictions(hidden), self._pieces, strict=True
+        ):
+            same += (expected.argmax(-1) == found.argmax(-1)).sum().item()
+            dense_loss -= expected.gather(1, targets).sum().item()
+            loss -= found.gather(1, targets).sum().item()
+            divergence -= torch.linalg.vecdot(expected.exp(), found.sub_(expected)).sum().item()
+        n = self._count
+        return Agreement(divergence / n, same / n, math.exp(loss / n), math.exp(dense_loss / n))
 
 
 def log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -115,6 +115,26 @@ def test_other_tiles_at_run_time_are_said_once_with_both_shapes(caplog):
     assert "tiles of 128 x 128, the kernel's are 64 x 64; expect more" in record.getMessage()
 
 
+def test_the_law_alone_keeps_the_tiles_that_it_was_fitted_on(caplog):
+    law = parse(json.loads(json.dumps(measured_config().under_the_law().to_dict())))
+    assert law.tile_shape("prefill") == (64, 64)
+    rule = law.rule("LlamaAttention", 0, "prefill", [8192])
+    expected = thresholds_for(ECOSYSTEM, "LlamaAttention", 0, "prefill", [8192])
+    assert rule.order == "forward"
+    torch.testing.assert_close(rule.threshold, expected.threshold)
+    with caplog.at_level(logging.WARNING, "blasst"):
+        law.tell_tiles("prefill", lambda: (64, 64))
+    assert not caplog.records
+
+
+def test_neither_table_nor_law_is_an_error():
+    entry = measured_config().to_dict()
+    entry["blasst"]["prefill"]["policies"] = []
+    del entry["config_groups"]["group_0"]["threshold_scale_factor"]["prefill"]
+    with pytest.raises(ValueError, match=r"prefill.policies is empty .* has no prefill"):
+        parse(entry)
+
+
 def test_above_threshold_one_a_table_serves_interpolation_only():
     entry = measured_config().to_dict()
     table = entry["blasst"]["prefill"]["policies"][0]["ln_threshold"]
@@ -157,6 +177,7 @@ POLICY = ("blasst", "prefill", "policies", 0)
         ((*POLICY, "lengths"), [4096, 1024], "it must ascend"),
         ((*POLICY, "ln_threshold"), [[[[0.5]]]], "shape .1, 1, 1, 1.; it must be .2 lengths"),
         ((*POLICY, "law", "formula"), "?", "law.formula is '[?]'"),
+        (POLICY[:3], {}, "policies must be a list"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error_that_names_it(path, value, message):

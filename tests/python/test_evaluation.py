@@ -10,6 +10,7 @@ from blasst.config import Law, Measured, Policy, SparseAttention
 from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Setting
 from blasst.models import Loaded
 from blasst.prompts import reference_text
+from blasst.scoring import DenseRun
 from recency_model import make_loaded
 
 LENGTH = 800
@@ -70,22 +71,22 @@ def test_every_prompt_was_answered_in_every_setting(results):
 
 def test_a_second_run_does_nothing_again(results, out, monkeypatch):
     monkeypatch.setattr(evaluation, "generate", None)
-    monkeypatch.setattr(evaluation, "agreement", None)
+    monkeypatch.setattr(evaluation, "DenseRun", None)
     again = run(out, needles=2, compare_paper=True, check_lengths=True)
     assert sorted(map(str, again.all("text"))) == sorted(map(str, results.all("text")))
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     calls = []
-    whole = evaluation.agreement
+    whole = DenseRun.compare
 
-    def stop_at_third(*args, **kwargs):
+    def stop_at_third(*args):
         calls.append(None)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return whole(*args, **kwargs)
+        return whole(*args)
 
-    monkeypatch.setattr(evaluation, "agreement", stop_at_third)
+    monkeypatch.setattr(DenseRun, "compare", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path)
     with (tmp_path / "results.jsonl").open("a") as file:
