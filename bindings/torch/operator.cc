@@ -251,6 +251,54 @@ blasst::View from(const blasst::View& view, int64_t offset, blasst::DType dtype)
   return rest;
 }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The band of each head and the block mask, made fit to be read in place.
+template <typename Params>
+void set_policy(Params& p, OptionalTensor& bands, OptionalTensor& blocks) {
+  if (bands) {
+    check_shape("bands", *bands, "[heads, 2]", {p.heads, 2});
+    check(bands->scalar_type() == ScalarType::Long, "bands is ", bands->scalar_type(),
+          "; it must be int64");
+    bands = torch::stable::contiguous(*bands);
+    p.mask.bands = static_cast<const int64_t*>(bands->const_data_ptr());
+  }
+  if (!blocks) return;
+  check(blocks->scalar_type() == ScalarType::Byte, "blocks is ", blocks->scalar_type(),
+        "; it must be uint8");
+  check(blocks->dim() == 3, "blocks is ", *blocks,
+        "; it must be [heads, query tiles, key tiles], in decode [kv_heads, batch, key tiles]");
+  blocks = torch::stable::contiguous(*blocks);
+  p.mask.blocks = static_cast<const uint8_t*>(blocks->const_data_ptr());
+  p.mask.blocks_stride_query_tile = blocks->size(2);
+  p.mask.blocks_stride_head = blocks->size(1) * blocks->size(2);
+}
+
+// The block mask is of the tiles that the call decides on. CUDA's arrays are not read here.
+template <typename Params>
+void check_blocks(const Params& p, const OptionalTensor& blocks) {
+  if (!blocks || blocks->is_cuda()) return;
+  const blasst::TileShape shape = blasst::tile_shape(p);
+  int64_t heads = p.kv_heads, query_tiles = p.batch, keys = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    keys = std::max(keys, p.kv.cu_seqlens ? int64_t{p.kv.cu_seqlens[b + 1] - p.kv.cu_seqlens[b]}
+                          : p.kv.lengths  ? int64_t{p.kv.lengths[b]}
+                                          : p.kv.key_length);
+  }
+  if constexpr (requires { p.cu_seqlens_q; }) {
+    heads = p.heads;
+    query_tiles = 0;
+    for (int64_t b = 0; b < p.batch; ++b)
+      query_tiles +=
+          ceil_div(p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.query_length,
+                   shape.query_rows);
+  }
+  const int64_t key_tiles = ceil_div(keys, shape.keys);
+  check(blocks->size(0) == heads && blocks->size(1) == query_tiles && blocks->size(2) >= key_tiles,
+        "blocks is ", *blocks, "; for tiles of ", shape.query_rows, " rows and ", shape.keys,
+        " keys it must be [", heads, ", ", query_tiles, ", at least ", key_tiles, "]");
+}
+
 // Tile bits as the operator returns them: packed as the call packs them, in a flat tensor as large
 // as they may get, so that its size follows from the other tensors' sizes. A padded batch's
 // requests each have room for all rows and keys.
@@ -264,7 +312,6 @@ struct Bits {
 template <typename Params>
 Bits bits_of(const Params& p, int64_t rows) {
   const blasst::TileShape shape = blasst::tile_shape(p);
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t keys = p.kv.cu_seqlens   ? p.kv.cu_seqlens[p.batch]
                        : p.kv.page_table ? p.kv.page_table_stride * p.kv.page_size
                                          : p.kv.key_length;
@@ -275,6 +322,23 @@ Bits bits_of(const Params& p, int64_t rows) {
                                 : p.batch * ceil_div(p.query_length, shape.query_rows);
   }
   return bits;
+}
+
+// Tile maxima as the operator returns them: of dense queries.
+struct Maxima {
+  int64_t heads = 0, query_tiles = 0, key_tiles = 0;
+};
+
+template <typename Params>
+Maxima maxima_of(const Params& p) {
+  const blasst::TileShape shape = blasst::tile_shape(p);
+  const int64_t keys = p.kv.cu_seqlens   ? p.kv.cu_seqlens[p.batch]
+                       : p.kv.page_table ? p.kv.page_table_stride * p.kv.page_size
+                                         : p.kv.key_length;
+  const int64_t key_tiles = ceil_div(keys, shape.keys);
+  if constexpr (requires { p.cu_seqlens_q; })
+    return {p.heads, p.batch * ceil_div(p.query_length, shape.query_rows), key_tiles};
+  return {p.kv_heads, p.batch, key_tiles};
 }
 
 // What a padded batch computes of one request.
@@ -376,7 +440,7 @@ template <typename Params>
 void describe(Params& p, Tensor& q, KeysValuesArguments& keys, const OptionalTensor& starts,
               const OptionalTensor& query_lengths, OptionalTensor& cu_seqlens_q, double scale,
               double softcap, OptionalTensor& sinks, bool causal, int64_t window_left,
-              int64_t window_right) {
+              int64_t window_right, OptionalTensor& bands, OptionalTensor& blocks) {
   const bool ragged = cu_seqlens_q.has_value();
   check(q.dim() == (ragged ? 3 : 4), "q is ", q, "; it must be ",
         ragged ? "[rows, heads, head_dim], since cu_seqlens_q is given"
@@ -432,39 +496,43 @@ void describe(Params& p, Tensor& q, KeysValuesArguments& keys, const OptionalTen
   p.mask.causal = causal;
   p.mask.window_left = window_left;
   p.mask.window_right = window_right;
+  set_policy(p, bands, blocks);
   if (!q.is_cuda()) p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
   q = readable(q);
   p.q = view_of(q);
 }
 
 template <typename Params>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     Tensor q, Tensor k, Tensor v, OptionalTensor starts, OptionalTensor lengths,
     OptionalTensor query_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
     OptionalTensor page_table, double scale, double softcap, OptionalTensor sinks, bool causal,
-    int64_t window_left, int64_t window_right, std::string order, std::string test,
-    OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
-    bool want_bits) {
+    int64_t window_left, int64_t window_right, OptionalTensor bands, OptionalTensor blocks,
+    std::string order, std::string test, OptionalTensor thresholds, bool want_lse, bool want_bound,
+    bool want_tiles, bool want_gaps, bool want_maxima, bool want_bits) {
   const bool ragged = cu_seqlens_q.has_value();
   if constexpr (std::same_as<Params, blasst::DecodeParams>)
     check(!want_bits, "bits is true, but decode has no backward pass that would read them");
   Params p;
   KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, page_table};
   describe(p, q, keys, starts, query_lengths, cu_seqlens_q, scale, softcap, sinks, causal,
-           window_left, window_right);
+           window_left, window_right, bands, blocks);
   p.order = order_of(order);
   p.test.kind = test_of(test);
   if (thresholds) {
-    check(thresholds->dim() == 2 && (thresholds->size(0) == 1 || thresholds->size(0) == p.batch) &&
+    check(thresholds->dim() == 3 && (thresholds->size(0) == 1 || thresholds->size(0) == p.batch) &&
               (thresholds->size(1) == 1 || thresholds->size(1) == p.heads),
-          "thresholds is ", *thresholds, "; it must be [1 or batch, 1 or heads] with batch ",
-          p.batch, " and heads ", p.heads);
+          "thresholds is ", *thresholds,
+          "; it must be [1 or batch, 1 or heads, places] with batch ", p.batch, " and heads ",
+          p.heads);
     check(thresholds->scalar_type() == ScalarType::Float, "thresholds is ",
           thresholds->scalar_type(), "; it must be float32");
     thresholds = torch::stable::contiguous(*thresholds);
     p.test.values = static_cast<const float*>(thresholds->const_data_ptr());
-    p.test.stride_request = thresholds->size(0) == 1 ? 0 : thresholds->size(1);
-    p.test.stride_head = thresholds->size(1) == 1 ? 0 : 1;
+    p.test.places = thresholds->size(2);
+    p.test.stride_place = 1;
+    p.test.stride_head = thresholds->size(1) == 1 ? 0 : p.test.places;
+    p.test.stride_request = thresholds->size(0) == 1 ? 0 : thresholds->size(1) * p.test.places;
   }
   const bool cuda = q.is_cuda();
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
@@ -497,6 +565,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     p.report.tiles_skipped = p.report.tiles_visitable + p.batch * p.heads;
   }
   Tensor bits = output(want_bits, {want_bits ? bits_of(p, rows).size() : 0}, ScalarType::Int);
+  check(!want_maxima || !ragged,
+        "maxima is true; it needs q as [batch, query_length, heads, head_dim], without "
+        "cu_seqlens_q");
+  const Maxima size = want_maxima ? maxima_of(p) : Maxima{};
+  Tensor maxima =
+      output(want_maxima, {size.heads, size.query_tiles, size.key_tiles}, ScalarType::Float);
+  if (want_maxima) {
+    p.report.tile_maxima = maxima.mutable_data_ptr<float>();
+    p.report.tile_maxima_stride = size.key_tiles;
+  }
   if (want_gaps) p.report.gap_histogram = static_cast<uint64_t*>(gaps.mutable_data_ptr());
   if (want_bits) {
     p.report.tile_bits = static_cast<uint32_t*>(bits.mutable_data_ptr());
@@ -513,17 +591,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
         q, std::vector<int64_t>{static_cast<int64_t>(p.workspace_bytes)}, ScalarType::Byte);
     p.workspace = workspace.mutable_data_ptr();
     run(p);
-    return {out, lse, bound, tiles, gaps, bits};
+    return {out, lse, bound, tiles, gaps, maxima, bits};
   }
+  check_blocks(p, blocks);
   const Padding padding{
       .starts = indices("starts", starts, "[batch]", {p.batch}),
       .query_lengths = indices("query_lengths", query_lengths, "[batch]", {p.batch})};
   if (is_padded(p, padding)) {
+    check(!blocks && !want_maxima, blocks ? "blocks is given" : "maxima is true",
+          " together with starts or query_lengths, but it is of the tiles of the whole batch: pass "
+          "the requests one by one, or ragged");
     run_padded(p, padding);
   } else {
     run(p);
   }
-  return {out, lse, bound, tiles, gaps, bits};
+  return {out, lse, bound, tiles, gaps, maxima, bits};
 }
 
 blasst::BackwardParams backward_of(const blasst::PrefillParams& f) {
@@ -581,11 +663,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     Tensor bits, OptionalTensor starts, OptionalTensor lengths, OptionalTensor query_lengths,
     OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale, double softcap,
-    OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right) {
+    OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right,
+    OptionalTensor bands, OptionalTensor blocks) {
   blasst::PrefillParams forward;
   KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, {}};
   describe(forward, q, keys, starts, query_lengths, cu_seqlens_q, scale, softcap, sinks, causal,
-           window_left, window_right);
+           window_left, window_right, bands, blocks);
   check(std::ranges::equal(dout.sizes(), out.sizes()), "dout is ", dout, ", but out is ", out);
   for (const auto& [name, t] : {std::pair{"out", &out}, std::pair{"dout", &dout}}) {
     check(t->dim() == q.dim(), name, " is ", *t, ", but q is ", q);
@@ -594,6 +677,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
     *t = readable(*t);
   }
   forward.out = view_of(out);
+  check_blocks(forward, blocks);
   const int64_t rows = cu_seqlens_q ? q.size(0) : forward.batch * forward.query_length;
 
   blasst::BackwardParams p = backward_of(forward);
@@ -656,9 +740,10 @@ constexpr const char* kArguments =
     "(Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
     " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, float scale, float softcap, "
     "Tensor? sinks, bool causal, int window_left,"
-    " int window_right, str order, str test, Tensor? thresholds, bool lse, bool dropped_mass_bound,"
-    " bool tiles, bool gaps, bool bits) -> (Tensor out, Tensor lse, Tensor dropped_mass_bound,"
-    " Tensor tiles, Tensor gaps, Tensor bits)";
+    " int window_right, Tensor? bands, Tensor? blocks, str order, str test, Tensor? thresholds,"
+    " bool lse, bool dropped_mass_bound, bool tiles, bool gaps, bool maxima, bool bits) -> "
+    "(Tensor out, Tensor lse, Tensor dropped_mass_bound, Tensor tiles, Tensor gaps, Tensor maxima,"
+    " Tensor bits)";
 
 }  // namespace
 
@@ -669,7 +754,7 @@ STABLE_TORCH_LIBRARY(blasst, m) {
       "prefill_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
       " Tensor lse, Tensor bits, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
       " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, Tensor? sinks,"
-      " bool causal, int window_left, int window_right)"
+      " bool causal, int window_left, int window_right, Tensor? bands, Tensor? blocks)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
   m.def("prefill_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
   m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");

@@ -118,13 +118,20 @@ typedef struct blasst_mask {
       BLASST_DEFAULT(0); /* at least the key tiles of the longest request */
 } blasst_mask;
 
-/* The tile test's thresholds: values[request * stride_request + head * stride_head]; a stride of 0
- * shares a value. Relative: 0 to 1. Scale factor: finite, >= 0. Absolute: any but NaN. */
+/* The tile test's thresholds: values[request * stride_request + head * stride_head + place *
+ * stride_place]; a stride of 0 shares a value. Relative: 0 to 1. Scale factor: finite, >= 0.
+ * Absolute: any but NaN.
+ *
+ * A query tile's place is where it stands in its request: the position (see blasst_mask) of its
+ * first row divided by the rows of a query tile, in decode by the keys of a key tile; rounded down,
+ * 0 to places - 1. */
 typedef struct blasst_tile_test {
   blasst_test kind BLASST_DEFAULT(BLASST_TEST_NONE);
   const float* values BLASST_DEFAULT(nullptr);
   int64_t stride_request BLASST_DEFAULT(0);
   int64_t stride_head BLASST_DEFAULT(0);
+  int64_t stride_place BLASST_DEFAULT(0);
+  int64_t places BLASST_DEFAULT(1); /* query tiles beyond the last place have the last one's */
 } blasst_tile_test;
 
 /* Bins of a gap histogram. A tile's gap is the largest, over its rows, of row maximum - running
@@ -151,6 +158,11 @@ typedef struct blasst_report {
   /* [heads, BLASST_GAP_BINS] visited tiles by gap. In decode the query heads of a KV head decide
    * together and share one gap. */
   uint64_t* gap_histogram BLASST_DEFAULT(nullptr);
+  /* [heads, query tiles of all requests, tile_maxima_stride], decode [kv_heads, batch,
+   * tile_maxima_stride]: the largest score of each visited tile, what the absolute test looks at;
+   * -inf where no tile is visited or no row has a valid score; NaN where a score is NaN. */
+  float* tile_maxima BLASST_DEFAULT(nullptr);
+  int64_t tile_maxima_stride BLASST_DEFAULT(0); /* at least the key tiles of the longest request */
 } blasst_report;
 
 /* Prefill: many query rows a request. Dense q [batch, query_length, heads, head_dim], or ragged

@@ -40,6 +40,9 @@ class Result(NamedTuple):
     """[heads, 514] int64: visited tiles by gap (the largest, over a tile's rows, of row maximum -
     running maximum). Bin 0 is below -32, bins 1 to 512 cut -32 to 0 into equal widths, bin 513 is 0
     and above."""
+    tile_maxima: Tensor | None
+    """[batch, heads, query tiles, key tiles], decode [batch, kv_heads, key tiles]: float32 largest
+    score of each visited tile; -inf where none is visited."""
 
 
 class TileShape(NamedTuple):
@@ -66,6 +69,8 @@ def attention(
     threshold: float | Sequence[float] | Tensor | None = None,
     threshold_scale_factor: float | Sequence[float] | Tensor | None = None,
     absolute_threshold: float | Sequence[float] | Tensor | None = None,
+    bands: Sequence[Sequence[int]] | Tensor | None = None,
+    blocks: Tensor | None = None,
     order: str = "sink_first",
     phase: str | None = None,
     starts: Tensor | None = None,
@@ -78,6 +83,7 @@ def attention(
     return_stats: bool = False,
     return_error_bound: bool = False,
     return_gaps: bool = False,
+    return_tile_maxima: bool = False,
 ) -> Tensor | Result:
     """Softmax attention that drops the key tiles whose scores lie far below the best so far.
 
@@ -100,10 +106,17 @@ def attention(
         softcap: c > 0: score = c * tanh(scale * q.k / c).
         sinks: [heads] float32 logits that join the softmax denominator.
         threshold: 0 to 1. A tile is dropped if every row's best score in it is below the row's
-            running maximum by more than -ln(threshold). A number, [heads], or [1 or batch, 1 or
-            heads].
+            running maximum by more than -ln(threshold). A number, [heads], [1 or batch, 1 or
+            heads], or [1 or batch, 1 or heads, places]: a query tile takes the threshold of its
+            place, which is its first row's position divided by the rows of a query tile (decode:
+            by the keys of a key tile), rounded down; those beyond the last place take its.
         threshold_scale_factor: the same, with threshold = factor / keys of the request.
         absolute_threshold: instead, a tile is dropped if every row's best score is below it.
+        bands: [heads, 2] first and last distance, both included, that each head sees: its query
+            position less the key's. A row without a key in its band gives 0.
+        blocks: [heads, query tiles of all requests, key tiles] bool, decode [kv_heads, batch, key
+            tiles]: the tiles to visit, of the shape that `tile_shape` says; not for batches with
+            starts or query_lengths.
         order: in which order key tiles are visited: "sink_first" (tile 0, then from the diagonal
             back), "reverse" or "forward".
         phase: "prefill", or "decode" (1 to 16 queries a request, dense; the query heads of a KV
@@ -121,6 +134,7 @@ def attention(
         return_stats: fill Result.stats.
         return_error_bound: fill Result.dropped_mass_bound.
         return_gaps: fill Result.gaps.
+        return_tile_maxima: fill Result.tile_maxima; for q of 4 dimensions.
 
     Returns:
         The output, [batch, query_length, heads, value_dim] or [rows, heads, value_dim]; a Result if
@@ -145,6 +159,7 @@ def attention(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         page_table=page_table,
+        blocks=blocks,
     )
     if phase is None:
         phase = "decode" if q.dim() == 4 and q.shape[1] == 1 else "prefill"
@@ -164,6 +179,11 @@ def attention(
             for t in (lengths, cu_seqlens_q, cu_seqlens_k, page_table)
         )
     left, right = _window(window)
+    bands = _bands(bands, q.device)
+    if blocks is not None:
+        if blocks.dtype not in (torch.bool, torch.uint8):
+            raise ValueError(f"blocks is {blocks.dtype}; it must be torch.bool")
+        blocks = blocks.to(torch.uint8)
     test, thresholds = _tile_test(threshold, threshold_scale_factor, absolute_threshold, q.device)
     if sinks is not None and not sinks.is_floating_point():
         raise ValueError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
@@ -179,7 +199,7 @@ def attention(
         and torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
     )
-    out, lse, bound, tiles, gaps, _ = getattr(torch.ops.blasst, phase)(
+    out, lse, bound, tiles, gaps, maxima, _ = getattr(torch.ops.blasst, phase)(
         q,
         k,
         v,
@@ -195,6 +215,8 @@ def attention(
         causal,
         left,
         right,
+        bands,
+        blocks,
         order,
         test,
         thresholds,
@@ -202,10 +224,15 @@ def attention(
         return_error_bound,
         return_stats,
         return_gaps,
+        return_tile_maxima,
         differentiable,
     )
-    if not (return_lse or return_stats or return_error_bound or return_gaps):
+    if not any((return_lse, return_stats, return_error_bound, return_gaps, return_tile_maxima)):
         return out
+    if return_tile_maxima:
+        # Decode has one query tile a request, and no dimension for it.
+        tiles_of_requests = maxima if phase == "decode" else maxima.unflatten(1, (q.shape[0], -1))
+        maxima = tiles_of_requests.transpose(0, 1)
 
     def by_row(t: Tensor) -> Tensor:
         return t if q.dim() == 3 else t.unflatten(1, q.shape[:2]).transpose(0, 1)
@@ -216,6 +243,7 @@ def attention(
         TileCounts(tiles[0], tiles[1]) if return_stats else None,
         by_row(bound) if return_error_bound else None,
         gaps if return_gaps else None,
+        maxima if return_tile_maxima else None,
     )
 
 
@@ -238,13 +266,26 @@ def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     return left, right
 
 
+def _bands(bands: Sequence[Sequence[int]] | Tensor | None, device: torch.device) -> Tensor | None:
+    """The operator's bands, [heads, 2] int64."""
+    if bands is None:
+        return None
+    try:
+        values = torch.as_tensor(bands, device=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"bands is {bands!r}; it must be [heads, 2] whole numbers") from error
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise TypeError(f"bands is {values.dtype}; it must be [heads, 2] whole numbers")
+    return values.to(torch.int64)
+
+
 def _tile_test(
     threshold: float | Sequence[float] | Tensor | None,
     threshold_scale_factor: float | Sequence[float] | Tensor | None,
     absolute_threshold: float | Sequence[float] | Tensor | None,
     device: torch.device,
 ) -> tuple[str, Tensor | None]:
-    """The operator's name for the test that was chosen, and its values, [1 or B, 1 or H]."""
+    """The operator's name for the test that was chosen, and its values, [1 or B, 1 or H, P]."""
     given = [
         (name, test, value)
         for name, test, value in (
@@ -265,12 +306,14 @@ def _tile_test(
         raise TypeError(
             f"{name} is {value!r}; it must be a number, a list of numbers, or a tensor"
         ) from error
-    if values.dim() > 2:
+    if values.dim() > 3 or not values.numel():
         raise ValueError(
-            f"{name} is {list(values.shape)}; it must be a number, [heads], or [1 or batch, 1 or "
-            "heads]"
+            f"{name} is {list(values.shape)}; it must be a number, [heads], [1 or batch, 1 or "
+            "heads], or [1 or batch, 1 or heads, places]"
         )
-    return test, values.reshape((1,) * (2 - values.dim()) + values.shape)
+    if values.dim() < 3:
+        values = values.reshape((1,) * (2 - values.dim()) + values.shape + (1,))
+    return test, values
 
 
 def _check_tensors(q: Tensor, **others: Tensor | None) -> None:

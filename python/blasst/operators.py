@@ -39,6 +39,8 @@ def _fake(
     causal: bool,
     window_left: int,
     window_right: int,
+    bands: Tensor | None,
+    blocks: Tensor | None,
     order: str,
     test: str,
     thresholds: Tensor | None,
@@ -46,8 +48,11 @@ def _fake(
     dropped_mass_bound: bool,
     tiles: bool,
     gaps: bool,
+    maxima: bool,
     bits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *,
+    decode: bool = False,
+) -> tuple[Tensor, ...]:
     heads = q.shape[-2]
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     rows = q.shape[0] * q.shape[1] if cu_seqlens_q is None else q.shape[0]
@@ -63,6 +68,10 @@ def _fake(
     else:
         keys = k.shape[1]
 
+    maxima_shape = (heads, query_tiles, -(-keys // KEYS))
+    if decode:
+        maxima_shape = (k.shape[-2], batch, -(-keys // KEYS))
+
     def output(wanted: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return q.new_empty(shape if wanted else (0,), dtype=dtype)
 
@@ -72,6 +81,7 @@ def _fake(
         output(dropped_mass_bound, (heads, rows), torch.float32),
         output(tiles, (2, batch, heads), torch.int64),
         output(gaps, (heads, GAP_BINS), torch.int64),
+        output(maxima, maxima_shape, torch.float32),
         output(bits, (heads * query_tiles * -(-keys // (32 * KEYS)),), torch.int32),
     )
 
@@ -79,7 +89,7 @@ def _fake(
 def _fake_decode(q: Tensor, k: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     if arguments[-1]:
         raise NotImplementedError("blasst::decode has no tile bits for a backward pass")
-    return _fake(q, k, *arguments)
+    return _fake(q, k, *arguments, decode=True)
 
 
 def _fake_backward(
@@ -102,6 +112,8 @@ def _fake_backward(
     causal: bool,
     window_left: int,
     window_right: int,
+    bands: Tensor | None,
+    blocks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         q.new_empty(q.shape),
@@ -112,13 +124,13 @@ def _fake_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, page_table, scale, softcap, sinks, causal, left, right = inputs[:15]
-    out, lse, bound, _, _, bits = output
-    ctx.save_for_backward(*tensors, sinks, out, lse, bits)
+    *tensors, page_table, scale, softcap, sinks, causal, left, right, bands, blocks = inputs[:17]
+    out, lse, bound, _, _, maxima, bits = output
+    ctx.save_for_backward(*tensors, sinks, bands, blocks, out, lse, bits)
     ctx.scalars = scale, softcap, causal, left, right
     ctx.paged = page_table is not None
-    ctx.reported = inputs[18] and inputs[22]  # lse and bits
-    ctx.mark_non_differentiable(bound)
+    ctx.reported = inputs[20] and inputs[25]  # lse and bits
+    ctx.mark_non_differentiable(bound, maxima)
     ctx.set_materialize_grads(False)
 
 
@@ -130,7 +142,8 @@ def _backward(
             "blasst.attention with page_table has no backward pass, since requests may share a "
             "page; pass dense or ragged keys"
         )
-    q, k, v, starts, lengths, query_lengths, cu_q, cu_k, sinks, out, lse, bits = ctx.saved_tensors
+    q, k, v, starts, lengths, query_lengths, cu_q, cu_k, *saved = ctx.saved_tensors
+    sinks, bands, blocks, out, lse, bits = saved
     if q.device.type != "cpu":
         raise NotImplementedError(
             f"blasst.attention has no backward pass on {q.device}; it has one on: cpu"
@@ -160,6 +173,8 @@ def _backward(
         causal,
         left,
         right,
+        bands,
+        blocks,
     )
     gradients = [None] * len(ctx.needs_input_grad)
     gradients[:3] = dq, dk, dv

@@ -56,6 +56,8 @@ void check_all_scalars(const Params& params) {
   }
   check_range("test.stride_request", test.stride_request, 0, kMaxElements);
   check_range("test.stride_head", test.stride_head, 0, kMaxElements);
+  check_range("test.stride_place", test.stride_place, 0, kMaxElements);
+  check_range("test.places", test.places, 1, kMaxCount);
 }
 
 }  // namespace

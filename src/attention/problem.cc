@@ -29,20 +29,29 @@ void check_cu_seqlens(std::string_view name, const int32_t* cu, int64_t batch) {
   }
 }
 
+float threshold_at(const TileTest& test, int64_t request, int64_t head, int64_t place) {
+  return test
+      .values[request * test.stride_request + head * test.stride_head + place * test.stride_place];
+}
+
 void check_thresholds(const TileTest& test, int64_t batch, int64_t heads) {
   if (test.kind == BLASST_TEST_NONE) return;
+  const int64_t places = test.stride_place == 0 ? 1 : test.places;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
-      const float value = test.values[b * test.stride_request + h * test.stride_head];
-      const auto reject = [&](std::string_view what, std::string_view allowed) {
-        fail("{} of request {}, head {} is {}; it must be {}", what, b, h, value, allowed);
-      };
-      if (test.kind == BLASST_TEST_RELATIVE && !(value >= 0 && value <= 1))
-        reject("threshold", "a number from 0 to 1");
-      if (test.kind == BLASST_TEST_SCALE_FACTOR && !(value >= 0 && std::isfinite(value)))
-        reject("threshold scale factor", "finite and at least 0");
-      if (test.kind == BLASST_TEST_ABSOLUTE && std::isnan(value))
-        reject("absolute threshold", "a number");
+      for (int64_t place = 0; place < places; ++place) {
+        const float value = threshold_at(test, b, h, place);
+        const auto reject = [&](std::string_view what, std::string_view allowed) {
+          fail("{} of request {}, head {}{} is {}; it must be {}", what, b, h,
+               places == 1 ? "" : fmt::format(", place {}", place), value, allowed);
+        };
+        if (test.kind == BLASST_TEST_RELATIVE && !(value >= 0 && value <= 1))
+          reject("threshold", "a number from 0 to 1");
+        if (test.kind == BLASST_TEST_SCALE_FACTOR && !(value >= 0 && std::isfinite(value)))
+          reject("threshold scale factor", "finite and at least 0");
+        if (test.kind == BLASST_TEST_ABSOLUTE && std::isnan(value))
+          reject("absolute threshold", "a number");
+      }
     }
   }
 }
@@ -207,6 +216,12 @@ PrefillParams forward_of(const BackwardParams& b) {
 
 }  // namespace
 
+void check_tile_maxima(const Problem& p, TileShape shape) {
+  if (p.report.tile_maxima)
+    check_range("report.tile_maxima_stride", p.report.tile_maxima_stride,
+                ceil_div(p.max_keys, shape.keys), kMaxElements);
+}
+
 void check_block_mask(const Problem& p, TileShape shape) {
   if (!p.mask.blocks) return;
   const int64_t key_tiles = ceil_div(p.max_keys, shape.keys);
@@ -353,12 +368,16 @@ bool Problem::block_visible(const QueryTile& tile, int64_t key_tile) const {
                      key_tile] != 0;
 }
 
-double Problem::skip_below(int64_t request, int64_t head) const {
+double Problem::skip_below(const QueryTile& tile, int64_t head, TileShape shape) const {
   if (test.kind == BLASST_TEST_NONE) return -std::numeric_limits<double>::infinity();
-  const double value = test.values[request * test.stride_request + head * test.stride_head];
+  const Request& r = requests[tile.request];
+  const int64_t position = std::max<int64_t>(0, tile.first_position + r.keys - r.rows);
+  const int64_t place =
+      std::min(test.places - 1, position / (pack_heads ? shape.keys : shape.query_rows));
+  const double value = threshold_at(test, tile.request, head, place);
   if (test.kind == BLASST_TEST_ABSOLUTE) return value;
   if (test.kind == BLASST_TEST_RELATIVE) return std::log(value);
-  return std::log(std::min(1.0, value / static_cast<double>(requests[request].keys)));
+  return std::log(std::min(1.0, value / static_cast<double>(r.keys)));
 }
 
 }  // namespace blasst::attention

@@ -74,9 +74,9 @@ struct Problem {
   // Whether the block mask lets the query tile visit the key tile.
   bool block_visible(const QueryTile& tile, int64_t key_tile) const;
 
-  // What a row's tested value must stay below for a skip, in natural log: ln(threshold), tau, or
-  // -inf where nothing may be skipped.
-  double skip_below(int64_t request, int64_t head) const;
+  // What the tested value of a row of this head must stay below for a skip, in natural log:
+  // ln(threshold), tau, or -inf where nothing may be skipped.
+  double skip_below(const QueryTile& tile, int64_t head, TileShape shape) const;
 };
 
 // What backward adds to the forward's problem, whose test is not set: the decisions are given.
@@ -99,8 +99,9 @@ struct BackwardProblem {
   }
 };
 
-// The block mask's strides cover the tiles of this shape. Throws Error.
+// The strides of the block mask, or of the tile maxima, cover the tiles of this shape. Throw Error.
 void check_block_mask(const Problem& p, TileShape shape);
+void check_tile_maxima(const Problem& p, TileShape shape);
 
 // Check everything that can be checked without reading tensors. Throws Error.
 Problem make_problem(const PrefillParams& params);

@@ -62,9 +62,13 @@ void clear_report(const Problem& p, int64_t query_tiles) {
   if (report.tiles_visitable) std::fill_n(report.tiles_visitable, p.batch * p.heads, 0);
   if (report.tiles_skipped) std::fill_n(report.tiles_skipped, p.batch * p.heads, 0);
   if (report.gap_histogram) std::fill_n(report.gap_histogram, p.heads * BLASST_GAP_BINS, 0);
+  const int64_t tiles = (p.pack_heads ? p.kv_heads : p.heads) * query_tiles;
+  if (report.tile_maxima)
+    std::fill_n(report.tile_maxima, tiles * report.tile_maxima_stride,
+                -std::numeric_limits<float>::infinity());
   if (report.tile_bits) {
     const int64_t words = attention::ceil_div(attention::ceil_div(p.max_keys, kKeys), 32);
-    std::fill_n(report.tile_bits, (p.pack_heads ? p.kv_heads : p.heads) * query_tiles * words, 0);
+    std::fill_n(report.tile_bits, tiles * words, 0);
   }
 }
 
@@ -135,6 +139,7 @@ std::size_t backward_workspace_bytes(const attention::BackwardProblem& b, int th
 
 void prefill(const Problem& p, int threads, Workspace workspace) {
   attention::check_block_mask(p, prefill_shape());
+  attention::check_tile_maxima(p, prefill_shape());
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
   const std::vector<PrefillUnit> units = prefill_units(p, tiles);
   Scratch scratch(workspace, prefill_workspace_bytes(p, threads));
@@ -151,6 +156,7 @@ void prefill(const Problem& p, int threads, Workspace workspace) {
 
 void decode(const Problem& p, int threads, Workspace workspace) {
   attention::check_block_mask(p, decode_shape(p));
+  attention::check_tile_maxima(p, decode_shape(p));
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
   const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
   Scratch scratch(workspace, decode_workspace_bytes(p, threads));

@@ -22,6 +22,7 @@ class Totals {
         pack_heads_(p.pack_heads) {}
 
   bool wants_gaps() const { return report_.gap_histogram != nullptr; }
+  bool wants_maxima() const { return report_.tile_maxima != nullptr; }
 
   void count(const attention::QueryTile& tile, int64_t key_tile, bool kept, double gap) {
     for (int64_t h = tile.head; h < tile.head + tile.heads; ++h) {
@@ -37,6 +38,14 @@ class Totals {
           report_.tile_bits[(head * query_tiles_ + tile.index) * words_ + key_tile / 32];
       std::atomic_ref(word).fetch_or(uint32_t{1} << (key_tile % 32), std::memory_order_relaxed);
     }
+  }
+
+  // A visited tile's largest score.
+  void record(const attention::QueryTile& tile, int64_t key_tile, float maximum) {
+    const int64_t head = pack_heads_ ? tile.head / group_ : tile.head;
+    report_
+        .tile_maxima[(head * query_tiles_ + tile.index) * report_.tile_maxima_stride + key_tile] =
+        maximum;
   }
 
  private:

@@ -119,7 +119,7 @@ class Attend {
       if (t == -kInf) continue;  // nothing valid: neither vetoes nor allows
       const double gap = t - rows_[r].m;
       const double tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t : gap;
-      const double below = p_.skip_below(tile_.request, tile_.head_of(r));
+      const double below = p_.skip_below(tile_, tile_.head_of(r), shape_);
       decision.gap = std::max(decision.gap, gap);
       decision.maximum = std::max(decision.maximum, t);
       // A row's first keys are never skipped, and two equal infinities (inf - inf) are no reason to

@@ -54,6 +54,7 @@ TEST(Compare, EveryWrongOutputIsNoticed) {
          --p.gap_histogram[BLASST_GAP_BINS - 1];
          ++p.gap_histogram[3];
        }},
+      {"another maximum", [](Problem& p) { p.tile_maxima[0] += 0.01f; }},
   };
   for (const bool decode : {false, true}) {
     for (const auto& [what, slip] : slips) {

@@ -21,12 +21,13 @@ struct Written {
   std::vector<int64_t> visitable, skipped;
   std::vector<uint32_t> bits;
   std::vector<uint64_t> gaps;
+  std::vector<float> maxima;
   bool operator==(const Written&) const = default;
 };
 
 Written written(const Problem& p) {
   return {p.out_bits(),    p.lse,       p.dropped_mass_bound, p.tiles_visitable,
-          p.tiles_skipped, p.tile_bits, p.gap_histogram};
+          p.tiles_skipped, p.tile_bits, p.gap_histogram,      p.tile_maxima};
 }
 
 Written run(const Case& c) {
@@ -61,6 +62,14 @@ std::vector<Case> sparse_cases() {
   }
   return cases;
 }
+
+// Rows of tile bits of a head, and heads that have some.
+int64_t tiles_of(const Case& c) {
+  int64_t tiles = 0;
+  for (const Lengths& r : c.requests) tiles += c.decode ? 1 : (r.queries + 63) / 64;
+  return tiles;
+}
+int64_t heads_of(const Case& c) { return c.decode ? c.kv_heads : c.heads; }
 
 class Contract : public testing::TestWithParam<std::string> {
  protected:
@@ -176,6 +185,34 @@ TEST_P(Contract, ARowWithoutAValidKeyGivesZero) {
   }
 }
 
+TEST_P(Contract, AQueryTileHasTheThresholdOfItsPlace) {
+  for (Case c : sparse_cases()) {
+    c.test = BLASST_TEST_ABSOLUTE, c.threshold = 3;
+    c.places = 3;
+    Problem problem(c);
+    problem.run();
+    // Query tiles of 64 rows end at the last key; in decode a place is 64 keys.
+    int64_t tile = 0;
+    for (const Lengths& r : c.requests) {
+      for (int64_t first = 0; first < r.queries; first += c.decode ? r.queries : 64, ++tile) {
+        const int64_t place =
+            std::clamp<int64_t>((first + r.keys - r.queries) / 64, 0, c.places - 1);
+        Case one = c;
+        one.places = 1;
+        Problem alone(one);
+        alone.thresholds[0] = problem.thresholds[place];
+        alone.run();
+        const int64_t words = std::ssize(problem.tile_bits) / tiles_of(c) / heads_of(c);
+        for (int64_t h = 0; h < heads_of(c); ++h) {
+          const int64_t row = (h * tiles_of(c) + tile) * words;
+          for (int64_t w = 0; w < words; ++w)
+            EXPECT_EQ(problem.tile_bits[row + w], alone.tile_bits[row + w]) << describe(c);
+        }
+      }
+    }
+  }
+}
+
 TEST_P(Contract, WhatIsReportedDoesNotChangeTheOutput) {
   for (const Case& c : sparse_cases()) {
     Problem problem(c);
@@ -196,6 +233,11 @@ TEST_P(Contract, WhatIsReportedDoesNotChangeTheOutput) {
     alone(&Report::tiles_skipped, problem.tiles_skipped, all.skipped);
     alone(&Report::tile_bits, problem.tile_bits, all.bits);
     alone(&Report::gap_histogram, problem.gap_histogram, all.gaps);
+    problem.params.report = {.tile_maxima = report.tile_maxima,
+                             .tile_maxima_stride = report.tile_maxima_stride};
+    problem.run();
+    EXPECT_EQ(problem.out_bits(), all.out) << describe(c);
+    EXPECT_EQ(problem.tile_maxima, all.maxima) << describe(c);
     problem.params.report = {};
     problem.run();
     EXPECT_EQ(problem.out_bits(), all.out) << describe(c);

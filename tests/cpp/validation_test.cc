@@ -351,6 +351,26 @@ std::vector<Bad> bad_inputs() {
        all,
        [](Problem& p) { p.params.test.stride_head = -1; },
        {"test.stride_head is -1"}},
+      {"ThresholdPlaces",
+       all,
+       [](Problem& p) { p.params.test.places = 0; },
+       {"test.places is 0", "1 to"}},
+      {"ThresholdStridePlace",
+       all,
+       [](Problem& p) { p.params.test.stride_place = kHuge; },
+       {"test.stride_place is"}},
+      {"ThresholdOfAPlace",
+       all,
+       [](Problem& p) {
+         p.params.test.stride_request = 0, p.params.test.stride_head = 0;
+         p.params.test.stride_place = 1, p.params.test.places = 3;
+         p.thresholds[2] = 2;
+       },
+       {"request 0, head 0, place 2 is 2", "0 to 1"}},
+      {"TileMaximaStride",
+       all,
+       [](Problem& p) { p.params.report.tile_maxima_stride = 1; },
+       {"report.tile_maxima_stride is 1"}},
 
       // Workspace.
       {"WorkspaceNull",

@@ -448,22 +448,116 @@ def test_exports_with_dynamic_lengths():
 
 def test_fake_tensors_have_the_real_shapes():
     cu = torch.tensor([0, 100, 150])
-    thresholds = torch.tensor([[0.2, 0.1, 0.0, 0.5]])
+    thresholds = torch.tensor([[[0.2], [0.1], [0.0], [0.5]]])
+    bands = torch.tensor([[0, 40], [41, 90], [0, 200], [3, 3]])
+    blocks = torch.ones(4, 6, 3, dtype=torch.uint8)
     q, k, v = inputs()
-    tail = (0.0, 0.0, None, True, -1, -1, "sink_first", "relative", thresholds)
+
+    def tail(blocks):
+        mask = (True, -1, -1, bands, blocks)
+        return (0.0, 0.0, None, *mask, "sink_first", "relative", thresholds)
+
     for report in ((True,) * 4, (False,) * 4):
         for bits in (True, False):
+            for maxima in (True, False):
+                torch.library.opcheck(
+                    torch.ops.blasst.prefill,
+                    (q, k, v, *[None] * 6, *tail(blocks), *report, maxima, bits),
+                )
+            ragged = (q[0], k[0], v[0], None, None, None, cu, cu, None)
             torch.library.opcheck(
-                torch.ops.blasst.prefill, (q, k, v, *[None] * 6, *tail, *report, bits)
+                torch.ops.blasst.prefill, (*ragged, *tail(blocks[:, :3]), *report, False, bits)
             )
-            torch.library.opcheck(
-                torch.ops.blasst.prefill,
-                (q[0], k[0], v[0], None, None, None, cu, cu, None, *tail, *report, bits),
-            )
+        one_row = q[:, :1].mT.contiguous().mT
         torch.library.opcheck(
             torch.ops.blasst.decode,
-            (q[:, :1].mT.contiguous().mT, k, v, *[None] * 6, *tail, *report, False),
+            (one_row, k, v, *[None] * 6, *tail(blocks[:2, :2]), *report, True, False),
         )
+
+
+# Policies: bands, block masks, thresholds by place
+
+
+def visible_of(bands, queries, keys):
+    """[heads, queries, keys]"""
+    distance = distances(queries, keys)
+    return torch.stack([(distance >= first) & (distance <= last) for first, last in bands])
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_bands(phase):
+    q, k, v = inputs(queries=150 if phase == "prefill" else 3, keys=300)
+    bands = [(0, 39), (40, 79), (-5, 500), (250, 400)]
+    got = attention(q, k, v, causal=True, bands=bands, phase=phase, return_lse=True)
+    visible = visible_of(bands, q.shape[1], 300) & (distances(q.shape[1], 300) >= 0)
+    some = visible.any(-1).T  # [queries, heads]
+    assert not some.all() or phase == "decode", "some rows must have no valid key"
+    expected = dense(q, k, v, visible)
+    torch.testing.assert_close(got.out[:, some], expected[:, some].float(), atol=1e-5, rtol=1e-4)
+    assert not got.out[:, ~some].any()
+    assert (got.lse.transpose(1, 2)[:, ~some] == -math.inf).all()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_block_mask_is_attention_over_its_tiles(phase):
+    q, k, v = inputs(queries=150 if phase == "prefill" else 3, keys=300)
+    rows, keys, _ = blasst.tile_shape(q, k, v, phase=phase)
+    heads, query_tiles = (4, 2 * 3) if phase == "prefill" else (2, 2)
+    blocks = torch.rand(heads, query_tiles, 5, generator=torch.Generator().manual_seed(1)) < 0.6
+    blocks[..., 0] = True
+    got = attention(
+        q, k, v, causal=True, blocks=blocks, phase=phase, return_stats=True, threshold=0.0
+    )
+    if phase == "prefill":
+        by_request = blocks.unflatten(1, (2, 3)).transpose(0, 1)
+        visible = by_request.repeat_interleave(rows, 2)
+    else:
+        visible = blocks.transpose(0, 1).repeat_interleave(2, 1)[:, :, None]
+    visible = visible.repeat_interleave(keys, 3)[..., : q.shape[1], :300]
+    visible = visible & (distances(q.shape[1], 300) >= 0)
+    torch.testing.assert_close(got.out, dense(q, k, v, visible).float(), atol=1e-5, rtol=1e-4)
+    full = attention(q, k, v, causal=True, phase=phase, return_stats=True, threshold=0.0)
+    assert got.stats.visitable.sum() < full.stats.visitable.sum()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_tile_maxima(phase):
+    q, k, v = inputs(queries=150 if phase == "prefill" else 3, keys=300)
+    got = attention(q, k, v, causal=True, phase=phase, return_tile_maxima=True, softcap=4.0)
+    scores = q.transpose(1, 2) @ k.transpose(1, 2).repeat_interleave(2, 1).mT * 32**-0.5
+    scores = (4 * torch.tanh(scores / 4)).masked_fill(distances(q.shape[1], 300) < 0, -math.inf)
+    scores = F.pad(scores, (0, 20), value=-math.inf).unflatten(-1, (5, 64)).amax(-1)
+    if phase == "decode":
+        scores = scores.amax(2).unflatten(1, (2, 2)).amax(2)
+    else:
+        scores = F.pad(scores, (0, 0, 0, 42), value=-math.inf).unflatten(2, (3, 64)).amax(3)
+    torch.testing.assert_close(got.tile_maxima, scores)
+
+
+def test_thresholds_by_place():
+    q, k, v = inputs(queries=200, keys=330)
+    # Query tiles start at positions 130, 194, 258, 322: places 2, 3, 4, 5.
+    thresholds = torch.tensor([9.0, 9.0, -math.inf, 0.9, 1.2])[None, None]
+    got = attention(q, k, v, causal=True, absolute_threshold=thresholds)
+    for first, place in ((0, 2), (64, 3), (128, 4), (192, 4)):
+        value = float(thresholds[0, 0, place])
+        alone = attention(q, k, v, causal=True, absolute_threshold=value)
+        rows = slice(first, first + 64)
+        assert torch.equal(got[:, rows], alone[:, rows]), place
+    assert not torch.equal(got, attention(q, k, v, causal=True))
+
+
+def test_a_padded_request_has_its_own_bands_and_places():
+    q, k, v = inputs(batch=2, queries=150, keys=150)
+    starts = torch.tensor([0, 40])
+    options = {
+        "causal": True,
+        "bands": [(0, 29), (30, 90), (0, 200), (91, 140)],
+        "absolute_threshold": torch.tensor([[[-math.inf, 0.5, 0.1]]]),
+    }
+    got = attention(q, k, v, starts=starts, **options)
+    alone = attention(q[1:, 40:], k[1:, 40:], v[1:, 40:], **options)
+    assert torch.equal(got[1:, 40:], alone)
 
 
 # Bad input
@@ -506,8 +600,30 @@ BAD = [
     ({"threshold": [0.1, 0.1, 1.5, 0.1]}, "head 2 is 1.5; it must be a number from 0 to 1"),
     ({"threshold": math.nan}, "head 0 is nan; it must be a number from 0 to 1"),
     ({"threshold": "a"}, "threshold is 'a'; it must be a number, a list of numbers, or a tensor"),
-    ({"threshold": [0.1] * 3}, "thresholds is [1, 3]; it must be [1 or batch, 1 or heads] with ba"),
-    ({"threshold": torch.zeros(1, 1, 4)}, "threshold is [1, 1, 4]; it must be a number, [heads]"),
+    ({"threshold": [0.1] * 3}, "thresholds is [1, 3, 1]; it must be [1 or batch, 1 or heads, pla"),
+    (
+        {"threshold": torch.zeros(1, 1, 4, 2)},
+        "threshold is [1, 1, 4, 2]; it must be a number, [heads]",
+    ),
+    ({"threshold": torch.zeros(1, 1, 0)}, "threshold is [1, 1, 0]; it must be a number, [heads]"),
+    ({"bands": [(0, 3)] * 3}, "bands is [3, 2]; it must be [heads, 2] = [4, 2]"),
+    ({"bands": [(5, 3)] * 4}, "mask.bands[0] is 5 to 3; the first distance must not exceed"),
+    ({"bands": [(0.5, 3)] * 4}, "bands is torch.float32; it must be [heads, 2] whole numbers"),
+    ({"bands": "a"}, "bands is 'a'; it must be [heads, 2] whole numbers"),
+    ({"blocks": torch.ones(4, 2, 1)}, "blocks is torch.float32; it must be torch.bool"),
+    (
+        {"blocks": torch.ones(4, 1, 1, dtype=torch.bool)},
+        "blocks is [4, 1, 1]; for tiles of 64 rows and 64 keys it must be [4, 2, at least 1]",
+    ),
+    (
+        {"blocks": torch.ones(4, 2, 1, dtype=torch.bool), "starts": i32(0, 1)},
+        "blocks is given together with starts or query_lengths",
+    ),
+    (
+        {"return_tile_maxima": True, "starts": i32(0, 1)},
+        "maxima is true together with starts or query_lengths",
+    ),
+    (RAGGED | {"return_tile_maxima": True}, "maxima is true; it needs q as [batch, query_length"),
     ({"threshold_scale_factor": -1}, "factor of request 0, head 0 is -1; it must be finite and at"),
     ({"threshold_scale_factor": math.inf}, "is inf; it must be finite and at least 0"),
     ({"absolute_threshold": math.nan}, "absolute threshold of request 0, head 0 is nan; it must b"),

@@ -449,7 +449,7 @@ def test_configure_refuses():
         Threshold(0.1, 3.0)
     for bad, message in [
         (Threshold(1.5), "head 0 is 1.5; it must be a number from 0 to 1"),
-        (Threshold((0.1, 0.2)), r"it must be \[1 or batch, 1 or heads\]"),
+        (Threshold((0.1, 0.2)), r"it must be \[1 or batch, 1 or heads, places\]"),
         (Threshold(0.1, order="up"), "order is 'up'"),
     ]:
         blasst.configure(model, prefill=bad)

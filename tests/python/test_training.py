@@ -31,12 +31,24 @@ def kept_keys(q: Tensor, k: Tensor, v: Tensor, causal=True, threshold=THRESHOLD,
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     none = [None] * 6
-    test = ("none", None) if threshold is None else ("relative", torch.tensor([[threshold]]))
-    report = (True, False, False, False, True)
+    test = ("none", None) if threshold is None else ("relative", torch.tensor([[[threshold]]]))
+    policy = [None] * 2
+    report = (True, False, False, False, False, True)
     scale, softcap, sinks = (options.get(o) for o in ("scale", "softcap", "sinks"))
     mask = (causal, *options.get("window", (-1, -1)))
     bits = torch.ops.blasst.prefill(
-        q, k, v, *none, scale or 0.0, softcap or 0.0, sinks, *mask, "sink_first", *test, *report
+        q,
+        k,
+        v,
+        *none,
+        scale or 0.0,
+        softcap or 0.0,
+        sinks,
+        *mask,
+        *policy,
+        "sink_first",
+        *test,
+        *report,
     )[-1]
     tiles = -(-keys // KEYS)
     bits = bits.reshape(heads, batch, -(-queries // QUERY_ROWS), -(-tiles // 32))
@@ -257,6 +269,32 @@ def test_any_strides_and_any_subset_of_gradients():
     assert torch.equal(summed, ones)
 
 
+@pytest.mark.parametrize("what", ["bands", "blocks"])
+def test_the_backward_follows_the_policy(what):
+    q, k, v = inputs(batch=1)
+    distance = torch.arange(150)[:, None] + 330 - 150 - torch.arange(330)
+    if what == "bands":
+        policy = [(0, 79), (80, 159), (160, 239), (240, 400)]
+        visible = [(distance >= first) & (distance <= last) for first, last in policy]
+        visible = torch.stack(visible) & (distance >= 0)
+        assert not visible.any(-1).all(), "some rows must have no valid key"
+    else:
+        policy = torch.rand(4, 3, 6, generator=torch.Generator().manual_seed(1)) < 0.6
+        policy[..., 0] = True
+        visible = policy.repeat_interleave(QUERY_ROWS, 1).repeat_interleave(KEYS, 2)
+        visible = visible[:, :150, :330]
+    got = attention(q, k, v, causal=True, **{what: policy})
+    dout = noise_like(got)
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    some = (visible & (distance >= 0)).any(-1)  # rows without a key give 0, whatever the keys
+    out = softmax_over(*doubles, visible | ~some[..., None])[0]
+    exact = gradients(torch.where(some.T[None, ..., None], out, 0.0), doubles, dout)
+    ours = gradients(got, [q, k, v], dout)
+    for name, e, o in zip("qkv", exact, ours, strict=True):
+        assert (o - e).norm() <= 1e-5 * e.norm(), name
+    assert not ours[0][:, ~some.T].any()
+
+
 def test_autocast_gives_gradients_of_the_leaves_type():
     q, k, v = inputs()
     with torch.autocast("cpu", torch.bfloat16):
@@ -270,11 +308,13 @@ def test_fake_gradients_have_the_real_shapes():
     ends = torch.tensor([330, 130], dtype=torch.int32)
     for lengths, sink in ((None, None), (ends, sinks)):
         q, k, v = (t.detach() for t in inputs())
-        masks = (True, -1, -1)
+        bands = torch.tensor([[0, 40], [41, 90], [0, 200], [3, 3]])
+        blocks = torch.ones(4, 6, 6, dtype=torch.uint8)
+        masks = (True, -1, -1, bands, blocks)
         places = (None, lengths, None, None, None)
-        out, lse, _, _, _, bits = torch.ops.blasst.prefill(
+        out, lse, *_, bits = torch.ops.blasst.prefill(
             q, k, v, *places, None, 0.0, 0.0, sink, *masks, "sink_first", "none", None,
-            True, False, False, False, True,
+            True, False, False, False, False, True,
         )  # fmt: skip
         torch.library.opcheck(
             torch.ops.blasst.prefill_backward,

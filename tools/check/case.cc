@@ -71,6 +71,7 @@ void choose_test(Case& c, Choices& choose) {
   if (c.test == BLASST_TEST_ABSOLUTE) c.threshold = static_cast<float>(choose.between(-4, 12));
   c.per_request = choose.one_in(3);
   c.per_head = choose.one_in(3);
+  if (c.test != BLASST_TEST_NONE && choose.one_in(4)) c.places = choose.between(2, 6);
 }
 
 }  // namespace
@@ -115,7 +116,7 @@ std::string describe(const Case& c) {
   return fmt::format(
       "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{} inputs {} layout "
       "{}{}{}{}{}{}{}{}{}{}{}{} "
-      "order {} test {} threshold {}{}{} threads {} numbers {}",
+      "order {} test {} threshold {}{}{}{} threads {} numbers {}",
       c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), fmt::join(lengths, ", "), c.heads,
       c.kv_heads, c.head_dim, c.value_dim, static_cast<int>(c.inputs), static_cast<int>(c.layout),
       option(c.layout == Layout::kPaged, fmt::format("page {}", c.page_size)),
@@ -128,7 +129,8 @@ std::string describe(const Case& c) {
              fmt::format("window {}, {}", c.window_left, c.window_right)),
       option(c.bands, "bands"), option(c.blocks, "blocks"), static_cast<int>(c.order),
       static_cast<int>(c.test), c.threshold, option(c.per_request, "per request"),
-      option(c.per_head, "per head"), c.threads, c.seed);
+      option(c.per_head, "per head"), option(c.places > 1, fmt::format("places {}", c.places)),
+      c.threads, c.seed);
 }
 
 }  // namespace blasst::check

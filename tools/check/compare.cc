@@ -48,6 +48,7 @@ class Comparer {
     check_decisions();
     check_statistics();
     check_gaps();
+    check_maxima();
     check_rows();
     if (problem_.wrote_elsewhere()) mismatch("wrote outside the rows of out");
     return result_;
@@ -249,6 +250,31 @@ class Comparer {
                    counted, edge, least, most);
       }
     }
+  }
+
+  // Visited tiles have the reference's maximum, all others -inf.
+  void check_maxima() {
+    if (!p_.report.tile_maxima) return;
+    const int64_t stride = p_.report.tile_maxima_stride;
+    int64_t visited = 0;
+    for (const Tile& t : reference_.tiles) {
+      const int64_t head = decode_ ? t.head / group() : t.head;
+      const int64_t row =
+          head * first_query_tile_.back() + first_query_tile_[t.request] + t.query_tile;
+      const float maximum = problem_.tile_maxima[row * stride + t.key_tile];
+      visited += maximum != -kInf;
+      const bool same = std::isfinite(t.maximum)
+                            ? std::abs(maximum - t.maximum) <= allowed_.score
+                            : std::isnan(t.maximum) == std::isnan(maximum) &&
+                                  !(std::isinf(t.maximum) && t.maximum != maximum);
+      if (!same)
+        mismatch("request {} head {} query tile {} key tile {}: its maximum is {}, not {}",
+                 t.request, t.head, t.query_tile, t.key_tile, t.maximum, maximum);
+    }
+    const auto reported =
+        std::ranges::count_if(problem_.tile_maxima, [](float x) { return x != -kInf; });
+    if (reported != visited)
+      mismatch("{} tile maxima are reported, {} of visited tiles", reported, visited);
   }
 
   void check_rows() {

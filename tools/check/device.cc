@@ -66,6 +66,7 @@ Case for_gpu(Case c) {
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
+  c.places = 1;
   if (!c.decode) return c;
   c.bands = false;
   const int64_t most = 64 / (c.heads / c.kv_heads);
@@ -104,6 +105,7 @@ void run_on_gpu(Problem& problem, int repeats) {
   p.test.values = arena.copy(p.test.values, problem.thresholds.size());
   p.sinks = arena.copy(p.sinks, heads);
   p.mask.bands = arena.copy(p.mask.bands, 2 * heads);
+  p.report.tile_maxima = problem.params.report.tile_maxima = nullptr;
   p.report.lse = arena.copy(problem.lse);
   p.report.dropped_mass_bound = arena.copy(problem.dropped_mass_bound);
   p.report.tiles_visitable = arena.copy(problem.tiles_visitable);

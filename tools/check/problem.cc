@@ -295,10 +295,12 @@ void Problem::set_thresholds() {
   TileTest& test = params.test;
   test.kind = description.test;
   if (test.kind == BLASST_TEST_NONE) return;
-  test.stride_head = description.per_head ? 1 : 0;
-  test.stride_request = !description.per_request ? 0 : description.per_head ? params.heads : 1;
-  const int64_t count =
-      (description.per_request ? params.batch : 1) * (description.per_head ? params.heads : 1);
+  test.places = description.places;
+  test.stride_place = test.places > 1 ? 1 : 0;
+  test.stride_head = description.per_head ? test.places : 0;
+  const int64_t of_request = (description.per_head ? params.heads : 1) * test.places;
+  test.stride_request = description.per_request ? of_request : 0;
+  const int64_t count = (description.per_request ? params.batch : 1) * of_request;
   for (int64_t i = 0; i < std::max<int64_t>(count, 1); ++i) {
     const auto share = static_cast<float>(uniform(hash(description.seed, 103, i)));
     thresholds.push_back(count == 1                          ? description.threshold
@@ -324,12 +326,17 @@ void Problem::set_report() {
   tiles_skipped.resize(tiles_visitable.size());
   tile_bits.resize(bit_heads * query_tiles * words);
   gap_histogram.resize(params.heads * BLASST_GAP_BINS);
+  const auto spare = static_cast<int64_t>(description.seed % 3);
+  const int64_t maxima_stride = ceil_div(access.max_keys(), shape.keys) + spare;
+  tile_maxima.resize(bit_heads * query_tiles * maxima_stride);
   params.report = {.lse = lse.data(),
                    .dropped_mass_bound = dropped_mass_bound.data(),
                    .tiles_visitable = tiles_visitable.data(),
                    .tiles_skipped = tiles_skipped.data(),
                    .tile_bits = tile_bits.data(),
-                   .gap_histogram = gap_histogram.data()};
+                   .gap_histogram = gap_histogram.data(),
+                   .tile_maxima = tile_maxima.data(),
+                   .tile_maxima_stride = maxima_stride};
 }
 
 void Problem::run() {
@@ -345,6 +352,7 @@ void Problem::mark_outputs() {
   std::ranges::fill(tiles_skipped, kMark);
   std::ranges::fill(tile_bits, kMark);
   std::ranges::fill(gap_histogram, kMark);
+  std::ranges::fill(tile_maxima, kMark);
 }
 
 bool Problem::wrote_anything() const {
@@ -353,7 +361,7 @@ bool Problem::wrote_anything() const {
   };
   return written(out_, kUnused) || written(lse, kMark) || written(dropped_mass_bound, kMark) ||
          written(tiles_visitable, kMark) || written(tiles_skipped, kMark) ||
-         written(tile_bits, kMark) || written(gap_histogram, kMark);
+         written(tile_bits, kMark) || written(gap_histogram, kMark) || written(tile_maxima, kMark);
 }
 
 std::vector<std::byte> Problem::out_bits() const {

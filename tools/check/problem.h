@@ -78,6 +78,7 @@ class Problem {
   std::vector<int64_t> tiles_visitable, tiles_skipped;
   std::vector<uint32_t> tile_bits;
   std::vector<uint64_t> gap_histogram;
+  std::vector<float> tile_maxima;
 
   // Input buffers, for tests that bend them.
   std::vector<int32_t> lengths, cu_keys, cu_queries, page_table;

@@ -124,6 +124,15 @@ class DecodeHead {
            (!p_.mask.bands || attention::any_visible(ranges_, KeysOf(j)));
   }
 
+  // The first tile of these positions of the visit that is visited; -1: none.
+  int64_t NextVisited(Range positions) const {
+    for (int64_t i = positions.begin; i < positions.end; ++i) {
+      const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
+      if (Visits(j)) return j;
+    }
+    return -1;
+  }
+
   // A split that does not begin the visit starts from the maxima of the visit's first two tiles.
   void SeedMaxima() {
     int seeds = 0;
@@ -153,6 +162,10 @@ class DecodeHead {
     const bool nan = Maxima(keys);
     const bool kept = Keep() || nan;
     totals_.count(tile_, j, kept, totals_.wants_gaps() ? Gap(nan) : 0);
+    if (totals_.wants_maxima())
+      totals_.record(tile_, j,
+                     nan ? std::numeric_limits<float>::quiet_NaN()
+                         : *std::max_element(t_, t_ + count_) * unit_scale_);
     AddPending();
     if (kept) {
       Softmax();
@@ -209,6 +222,7 @@ class DecodeHead {
   static constexpr int64_t kBytes = A::kDType == BLASST_FLOAT32 ? 4 : 2;  // an element
 
   void Begin() {
+    const TileShape shape = decode_shape(p_);
     ranges_.resize(count_);
     std::fill_n(q_, count_ * q_stride_, 0.0f);
     std::fill_n(o_, count_ * o_stride_, 0.0f);
@@ -219,7 +233,7 @@ class DecodeHead {
       if (r >= count_) continue;
       ranges_[r] = p_.row_keys(tile_, r);
       rows_differ_ |= ranges_[r].begin != ranges_[0].begin || ranges_[r].end != ranges_[0].end;
-      below_[r] = static_cast<float>(p_.skip_below(tile_.request, tile_.head_of(r)) / unit_scale_);
+      below_[r] = static_cast<float>(p_.skip_below(tile_, tile_.head_of(r), shape) / unit_scale_);
       A::Stage(p_.query(tile_.request, tile_.position_of(r), tile_.head_of(r)), p_.head_dim,
                q_ + r * q_stride_);
     }
@@ -495,10 +509,8 @@ void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scr
   }
   for (int64_t i = unit.visit.begin; i < unit.visit.end; ++i) {
     const int64_t j = attention::nth_tile(p.order, unit.key_tiles, i);
-    const int64_t next =
-        i + 1 < unit.visit.end ? attention::nth_tile(p.order, unit.key_tiles, i + 1) : -1;
     for (DecodeHead<A>& head : heads)
-      if (head.Visits(j)) head.Visit(j, next);
+      if (head.Visits(j)) head.Visit(j, head.NextVisited({i + 1, unit.visit.end}));
   }
   for (size_t i = 0; i < heads.size(); ++i) {
     heads[i].AddPending();

@@ -43,9 +43,10 @@ struct TileState {
   Range key_tiles;  // that it may visit
   Range inner;      // keys that every row sees
   std::array<Range, kQueryRows> keys;
-  float magnitude;  // of its queries
-  float* q;         // [panels][head_dim / kPack][kPanel] words
-  float* o;         // [value_dim][kQueryRows]
+  float skip_below;  // what the tile test compares with, in units of score / unit
+  float magnitude;   // of its queries
+  float* q;          // [panels][head_dim / kPack][kPanel] words
+  float* o;          // [value_dim][kQueryRows]
   RowState rows;
 };
 
@@ -87,12 +88,10 @@ class PrefillWalk {
       tiles_[i].o = take(kQueryRows * p.value_dim);
     }
     const QueryTile& first = unit.tiles.front();
-    const double below = p.skip_below(first.request, first.head);
     // Without soft cap the running maximum is kept in raw dot products, so that skipped tiles are
     // never scaled.
     unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
     log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
-    skip_below_ = static_cast<float>(below / unit_scale_);
     kv_head_ = first.head / p.group();
   }
 
@@ -117,6 +116,8 @@ class PrefillWalk {
   // Transposes the queries and resets the state.
   void Begin(const QueryTile& tile, TileState& state) {
     state.tile = &tile;
+    state.skip_below =
+        static_cast<float>(p_.skip_below(tile, tile.head, prefill_shape()) / unit_scale_);
     state.inner = {0, p_.max_keys};
     for (int64_t r = 0; r < kQueryRows; ++r) {
       state.keys[r] = r < tile.rows() ? p_.row_keys(tile, r) : Range{};
@@ -202,8 +203,9 @@ class PrefillWalk {
     } else if (!capped) {
       for (V& x : t) x = SoftCap(hn::Mul(x, hn::Set(f, p_.scale)), hn::Set(f, p_.softcap));
     }
-    const bool kept = Keep(tile.rows, t, tile.tile->rows()) || nan;
+    const bool kept = Keep(tile, t) || nan;
     totals_.count(*tile.tile, j, kept, totals_.wants_gaps() ? Gap(tile, t, nan) : 0);
+    if (totals_.wants_maxima()) totals_.record(*tile.tile, j, Maximum(tile, t, nan));
     if (!kept) {
       if (p_.report.dropped_mass_bound) AddBound(tile, t, keys);
       return;
@@ -271,11 +273,12 @@ class PrefillWalk {
   }
 
   // The tile test: kept unless every row with a valid score lies below.
-  bool Keep(const RowState& rows, const V* t, int64_t count) const {
-    const V below = hn::Set(f, skip_below_), none = hn::Set(f, -kInf);
+  bool Keep(const TileState& tile, const V* t) const {
+    const V below = hn::Set(f, tile.skip_below), none = hn::Set(f, -kInf);
+    const int64_t count = tile.tile->rows();
     bool keep = false;
     for (int v = 0; v * kLanes < count; ++v) {
-      const V m = hn::Load(f, rows.m + v * kLanes);
+      const V m = hn::Load(f, tile.rows.m + v * kLanes);
       const V tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t[v] : hn::Sub(t[v], m);
       // A row's first keys are never skipped: with m = -inf the relative test is false by itself.
       const M low = hn::And(hn::Lt(tested, below), hn::Gt(m, none));
@@ -295,6 +298,14 @@ class PrefillWalk {
       if (most[r] > -kInf) gap = std::max(gap, double{most[r]} - tile.rows.m[r]);
     }
     return gap * unit_scale_;
+  }
+
+  // The tile's largest valid score.
+  float Maximum(const TileState& tile, const V* t, bool nan) const {
+    if (nan) return std::numeric_limits<float>::quiet_NaN();
+    alignas(64) float most[kQueryRows];
+    for (int v = 0; v < kRowVectors; ++v) hn::Store(t[v], f, most + v * kLanes);
+    return *std::max_element(most, most + tile.tile->rows()) * unit_scale_;
   }
 
   void AddBound(TileState& tile, const V* t, Range keys) const {
@@ -414,7 +425,7 @@ class PrefillWalk {
   Totals& totals_;
   int64_t depth_;  // words a query or key
   int64_t kv_head_;
-  float unit_scale_, log2_scale_, skip_below_;
+  float unit_scale_, log2_scale_;
   float *scores_, *probabilities_, *k_, *v_, *row_words_;
   int64_t staged_keys_ = 0;
   int64_t next_key_tile_ = -1;

@@ -27,6 +27,9 @@ void check_supported(const DecodeParams& p) {
         "most",
         p.heads / p.kv_heads, p.query_length, rows, kMaxRows);
   if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
+  if (p.test.places != 1)
+    refuse("test.places is {}; its thresholds do not depend on the query tile", p.test.places);
+  if (p.report.tile_maxima) refuse("report.tile_maxima is set; it does not report them");
   if (p.mask.bands) refuse("mask.bands is set; decode has no bands");
   if (p.threads != 0) refuse("threads is {}; it must be 0", p.threads);
 }

@@ -23,6 +23,9 @@ void check_supported(const PrefillParams& p) {
     refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", p.head_dim,
            p.value_dim);
   if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
+  if (p.test.places != 1)
+    refuse("test.places is {}; its thresholds do not depend on the query tile", p.test.places);
+  if (p.report.tile_maxima) refuse("report.tile_maxima is set; it does not report them");
   if (p.threads != 0) refuse("threads is {}; it must be 0", p.threads);
 }
 
