@@ -13,7 +13,8 @@ __all__ = ["Result", "TileCounts", "TileShape", "attention", "tile_shape"]
 
 if find_spec("transformers"):
     from blasst.calibration import Calibration, calibrate
-    from blasst.huggingface import Recording, Threshold, configure, record
+    from blasst.huggingface import Recording, Threshold, configure, record, set_policy
+    from blasst.policies import Bands
 
     __all__ += ["Calibration", "calibrate"]
-    __all__ += ["Recording", "Threshold", "configure", "record"]
+    __all__ += ["Bands", "Recording", "Threshold", "configure", "record", "set_policy"]

@@ -27,6 +27,7 @@ from transformers import (
 from blasst.attention import Result, attention, tile_shape
 from blasst.config import parsed, thresholds_for
 from blasst.operators import GAP_BINS
+from blasst.policies import Call, Visit, VisitPolicy, from_dict
 
 NAME = "blasst"
 PHASES = ("prefill", "decode")
@@ -71,6 +72,32 @@ def configure(
     Raises:
         ValueError: the model runs another attention, or has no such layer.
     """
+    for module in _chosen_modules(model, layers):
+        module.blasst_thresholds = {"prefill": prefill, "decode": decode}
+
+
+def set_policy(
+    model: PreTrainedModel, policy: VisitPolicy | None, layers: Iterable[int] | None = None
+) -> None:
+    """Say which tiles a model's attention may visit; its thresholds stay as they are.
+
+    A whole model can also carry its policy in its configuration: `blasst_policy`, a mapping with a
+    "kind", for example `LlamaConfig(..., blasst_policy={"kind": "bands", "length": 2048})`.
+
+    Args:
+        model: loaded with `attn_implementation="blasst"`.
+        policy: of these layers; None: what the configuration says.
+        layers: default: all.
+
+    Raises:
+        ValueError: the model runs another attention, or has no such layer.
+    """
+    for module in _chosen_modules(model, layers):
+        module.blasst_policy = policy
+
+
+def _chosen_modules(model: PreTrainedModel, layers: Iterable[int] | None) -> list[nn.Module]:
+    """The attention modules of these layers, of a model that runs blasst."""
     used = model.config._attn_implementation
     if used != NAME:
         raise ValueError(f"the model's attn_implementation is {used!r}; load it with {NAME!r}")
@@ -79,9 +106,7 @@ def configure(
     wanted = set(modules) if layers is None else set(layers)
     if unknown := wanted - set(modules):
         raise ValueError(f"no attention layer {sorted(unknown)}; the model has {sorted(modules)}")
-    for layer in wanted:
-        for module in modules[layer]:
-            module.blasst_thresholds = {"prefill": prefill, "decode": decode}
+    return [module for layer in wanted for module in modules[layer]]
 
 
 def _attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
@@ -124,6 +149,30 @@ def _threshold(
         inputs = (t.transpose(1, 2) for t in (query, key, value))
         parsed(entry).tell_tiles(phase, lambda: tile_shape(*inputs, phase=phase)[:2])
     return Threshold(rule.threshold, order=rule.order)
+
+
+def _visit(module: nn.Module, call: Call, ranges: Tensor | None, causal: bool) -> Visit:
+    """What the layer's policy, or the configuration's, lets the call visit."""
+    policy = getattr(module, "blasst_policy", None)
+    if policy is None:
+        entry = getattr(module.config, "blasst_policy", None)
+        if entry is None:
+            return Visit()
+        policy = from_dict(entry)
+    if not causal:
+        raise ValueError(
+            f"{type(module).__name__} is not causal; blasst_policy needs causal layers"
+        )
+    visit = policy.visit(call)
+    if visit.longest is not None:
+        keys = call.key.shape[1]
+        longest = torch.tensor(keys) if ranges is None else (ranges[:, 1] - ranges[:, 0]).max()
+        _require(
+            longest <= visit.longest,
+            f"blasst_policy is {policy.to_dict()}, which is for at most {visit.longest} keys; a "
+            f"request has more (the cache has room for {keys})",
+        )
+    return visit
 
 
 class Recording:
@@ -357,10 +406,15 @@ def attention_forward(
     phase = "decode" if query.shape[2] == 1 else "prefill"
     thresholds = _threshold(module, phase, ranges, query, key, value)
     starts, lengths, query_lengths = (None,) * 3 if ranges is None else ranges[:, :3].unbind(1)
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    call = Call(_layer(module), phase, query, key, lengths)
+    visit = _visit(module, call, ranges, causal)
     result = attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query,
+        key,
+        value,
+        bands=visit.bands,
+        blocks=visit.blocks,
         threshold=thresholds.threshold,
         threshold_scale_factor=thresholds.threshold_scale_factor,
         absolute_threshold=thresholds.absolute_threshold,
