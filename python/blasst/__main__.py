@@ -14,9 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     from blasst.console import console, log_to_console
 
-    log_to_console()
     try:
-        options.run(options)
+        with log_to_console():
+            options.run(options)
     except KeyboardInterrupt:
         more = "; the same command goes on from there" if options.resumes else ""
         console.print(f"\nblasst: stopped{more}")
@@ -43,13 +43,8 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("calibrate", help="find a model's thresholds and write them")
     command.set_defaults(run=_calibrate, resumes=False)
     _add_model(command)
-    command.add_argument(
-        "--target-sparsity",
-        type=_fraction,
-        nargs="+",
-        default=[0.5],
-        metavar="S",
-        help="shares of the tiles to skip; the first becomes the configuration's (default: 0.5)",
+    _add_targets(
+        command, [0.5], "shares of the tiles to skip; the first becomes the configuration's"
     )
     command.add_argument(
         "--lengths", type=_positive, nargs="+", metavar="TOKENS", help="default: 1024 2048 4096"
@@ -75,14 +70,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("evaluate", help="compare a calibrated model with dense")
     command.set_defaults(run=_evaluate, resumes=True)
     _add_model(command)
-    command.add_argument(
-        "--target-sparsity",
-        type=_fraction,
-        nargs="+",
-        default=[0.0, 0.5, 0.75],
-        metavar="S",
-        help="default: 0 0.5 0.75",
-    )
+    _add_targets(command, [0.0, 0.5, 0.75], "shares of the tiles to skip; 0: dense")
     command.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help="of lm-eval")
     command.add_argument(
         "--limit", type=_positive, default=10, metavar="N", help="documents a task (default: 10)"
@@ -95,6 +83,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="texts for perplexity (default: five that come with Python and its packages)",
     )
     command.add_argument("--length", type=_positive, default=4096, help="tokens (default: 4096)")
+    command.add_argument(
+        "--other-lengths",
+        type=_positive,
+        nargs="*",
+        metavar="TOKENS",
+        help="where only sparsity is measured (default: four shorter ones)",
+    )
     command.add_argument(
         "--needles", type=int, default=3, metavar="N", help="facts to find (default: 3)"
     )
@@ -114,6 +109,17 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="smollm2, gemma3, a folder or a hub name")
+
+
+def _add_targets(command: argparse.ArgumentParser, default: list[float], description: str) -> None:
+    command.add_argument(
+        "--target-sparsity",
+        type=_fraction,
+        nargs="+",
+        default=default,
+        metavar="S",
+        help=f"{description} (default: {' '.join(f'{s:g}' for s in default)})",
+    )
 
 
 def _positive(text: str) -> int:
@@ -137,10 +143,8 @@ def _calibrate(options: argparse.Namespace) -> None:
     from blasst.console import console, show, shown_progress
 
     text = None if options.text is None else prompts.read_text(options.text)
-    loaded = models.load(options.model)
-    is_folder = Path(options.model).is_dir()
-    out = options.out or Path(options.model if is_folder else f"{loaded.title}-blasst")
     with shown_progress() as progress:
+        loaded = models.load(options.model, progress=progress)
         found = calibration.calibrate(
             loaded.model,
             loaded.tokenizer,
@@ -158,6 +162,8 @@ def _calibrate(options: argparse.Namespace) -> None:
             f"note: at {length} tokens threshold 1 skips {highest:.1%} in {phase}, "
             f"below the target of {target:.0%}"
         )
+    is_folder = Path(options.model).is_dir()
+    out = options.out or Path(options.model if is_folder else f"{loaded.title}-blasst")
     models.save_config(loaded.model, loaded.folder, out)
     console.print(f"Calibrated model: {out.resolve()}")
 
@@ -172,8 +178,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         texts = {path.name: prompts.read_text(path) for path in options.text}
     else:
         texts = prompts.evaluation_texts()
-    loaded = models.load(options.model)
+    other_lengths = options.other_lengths
+    if other_lengths is None:
+        other_lengths = evaluation.shorter_lengths(options.length)
     with shown_progress() as progress:
+        loaded = models.load(options.model, progress=progress)
         results = evaluation.evaluate(
             loaded,
             targets=options.target_sparsity,
@@ -182,7 +191,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             needles=options.needles,
             tasks=options.tasks,
             limit=options.limit,
-            check_lengths=True,
+            other_lengths=other_lengths,
             out=options.out,
             progress=progress,
         )

@@ -79,12 +79,18 @@ def show(table: report.Table) -> None:
     console.print(printed)
 
 
-def log_to_console() -> None:
+@contextmanager
+def log_to_console() -> Iterator[None]:
     """The package's warnings, as lines between the bars; each once."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     handler.addFilter(_Once())
-    logging.getLogger("blasst").addHandler(handler)
+    log = logging.getLogger("blasst")
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 class _Once(logging.Filter):

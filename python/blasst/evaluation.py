@@ -30,8 +30,6 @@ ANSWER_TOKENS = 32
 DENSE, CALIBRATED, PAPER = "dense", "calibrated", "forward, one threshold"
 """PAPER: the paper's scheme, and the only one that the ecosystem's keys can express."""
 NEEDLE_SEED = 10**5
-LENGTH_SHARES = (0.25, 0.375, 0.5, 0.75)
-"""Of the evaluated length: where sparsity against length is measured besides it."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,11 @@ class Results:
                 yield tuple(rest), value
 
 
+def shorter_lengths(length: int) -> list[int]:
+    """Four, from a quarter of the evaluated length on: where sparsity is measured besides it."""
+    return [length * eighths // 8 for eighths in (2, 3, 4, 6)]
+
+
 def fingerprint(model: PreTrainedModel, *rest: Any) -> str:
     """Changes whenever results would."""
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
@@ -124,7 +127,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     limit: int = 10,
     compare_paper: bool = False,
-    check_lengths: bool = False,
+    other_lengths: Sequence[int] = (),
     out: Path,
     progress: Progress | None = None,
 ) -> Results:
@@ -139,7 +142,7 @@ def evaluate(
         tasks: names of lm-eval tasks.
         limit: documents of each task.
         compare_paper: measure texts under the paper's scheme too.
-        check_lengths: measure the sparsity at shorter lengths too.
+        other_lengths: where only sparsity is measured.
         out: folder; results.jsonl in it is continued if it is there.
         progress: told what is being done: see `blasst.progress`.
 
@@ -147,7 +150,7 @@ def evaluate(
         ValueError: no calibration, a target outside 0 to 1, a text or context too short.
     """
     return _Evaluation(loaded, targets, length, compare_paper, out, progress).run(
-        texts, needles, tasks, limit, check_lengths
+        texts, needles, tasks, limit, other_lengths
     )
 
 
@@ -192,15 +195,17 @@ class _Evaluation:
         needles: int,
         tasks: Sequence[str],
         limit: int,
-        check_lengths: bool,
+        other_lengths: Sequence[int],
     ) -> Results:
+        for other in other_lengths:
+            check_length(self.model, other, "a prompt")
         try:
             self._time_sdpa()
             self._texts(texts)
             if needles:
                 self._needles(needles)
-            if check_lengths:
-                self._lengths()
+            if other_lengths:
+                self._lengths(other_lengths)
             if tasks:
                 self._tasks(tasks, limit)
         finally:
@@ -321,12 +326,8 @@ class _Evaluation:
 
     # Sparsity by length
 
-    def _lengths(self) -> None:
-        work = [
-            (round(share * self.length), setting)
-            for share in LENGTH_SHARES
-            for setting in self.settings[1:]
-        ]
+    def _lengths(self, lengths: Sequence[int]) -> None:
+        work = [(length, setting) for length in lengths for setting in self.settings[1:]]
         for done, (length, setting) in enumerate(work):
             if self.results.get("length", length, *key(setting)) is not None:
                 continue

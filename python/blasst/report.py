@@ -45,7 +45,7 @@ class Table:
 def tables(results: Results, calibration: Calibration | None) -> list[Table]:
     """Everything that was measured, in the order of the report."""
     found = [_agreement_table(results), _needle_table(results), _task_table(results)]
-    found += [_answer_table(results)]
+    found += [_answer_table(results), _length_table(results)]
     found = [table for table in found if table.rows]
     return found + (calibration_tables(calibration) if calibration else [])
 
@@ -216,6 +216,18 @@ def _task_table(results: Results) -> Table:
                 f"{1e3 * statistics.fmean(v['decode_seconds'] for v in values):.1f} ms a token",
             )
             for (task, setting), values in groups.items()
+        ),
+    )
+
+
+def _length_table(results: Results) -> Table:
+    found = sorted(results.all("length"), key=lambda item: item[0][::2])
+    return Table(
+        "Sparsity at other lengths",
+        ("tokens", "target", "sparsity of prefill", "off by"),
+        tuple(
+            (str(length), f"{target:.0%}", f"{value:.1%}", f"{100 * (value - target):+.1f} points")
+            for (length, _, target), value in found
         ),
     )
 

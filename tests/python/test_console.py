@@ -34,13 +34,10 @@ def test_without_a_terminal_a_step_prints_its_beginning_its_end_and_a_line_now_a
 
 def test_a_note_that_is_logged_again_is_shown_once(capsys):
     log = logging.getLogger("blasst")
-    handlers = list(log.handlers)
-    try:
-        console.log_to_console()
+    with console.log_to_console():
         for length in (1024, 1024, 2048):
             log.warning("%d keys are too many", length)
-    finally:
-        log.handlers = handlers
+    log.warning("nobody hears this")
     assert capsys.readouterr().err.splitlines() == [
         "note: 1024 keys are too many",
         "note: 2048 keys are too many",

@@ -8,10 +8,10 @@ from recency_model import make_loaded
 def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     tmp_path, monkeypatch, capsys
 ):
-    plan = demo.Plan((400, 800), held_out=(600,), prompts=1, texts=1, needles=1)
+    plan = demo.Plan((400, 800), (600,), (500,), prompts=1, texts=1, needles=1)
     monkeypatch.setitem(demo.PLANS, "smollm2", plan)
     monkeypatch.setattr(demo, "TARGETS", (0.1, 0.15))
-    monkeypatch.setattr(models, "load", lambda name: make_loaded())
+    monkeypatch.setattr(models, "load", lambda name, progress: make_loaded())
     assert main(["demo", "--out", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     for title in (

@@ -46,7 +46,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    return run(out, needles=2, compare_paper=True, check_lengths=True)
+    return run(out, needles=2, compare_paper=True, other_lengths=(300, 600))
 
 
 def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
@@ -72,7 +72,7 @@ def test_every_prompt_was_answered_in_every_setting(results):
 def test_a_second_run_does_nothing_again(results, out, monkeypatch):
     monkeypatch.setattr(evaluation, "generate", None)
     monkeypatch.setattr(evaluation, "DenseRun", None)
-    again = run(out, needles=2, compare_paper=True, check_lengths=True)
+    again = run(out, needles=2, compare_paper=True, other_lengths=(300, 600))
     assert sorted(map(str, again.all("text"))) == sorted(map(str, results.all("text")))
 
 
