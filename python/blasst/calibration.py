@@ -272,20 +272,22 @@ class _Job:
         self.shapes: dict[str, tuple[int, int]] = {}
 
     def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int] | None) -> Calibration:
+        if held_out is None:
+            held_out = self._default_held_out()
+        # Made first: a text that is too short is found before hours of work.
+        fresh = {length: self._held_out_prompts(length, prompts) for length in held_out}
+        validation = self.maker.make("needle", self.lengths[-1], seed=10**6).tokens
         self._measure(prompts, swept_prompts)
         for phase, targets in self.targets.items():
             for target in targets:
                 self._check_reachable(phase, target)
-        validation = self.maker.make("needle", self.lengths[-1], seed=10**6).tokens
         candidates = self._choose(validation)
         chosen = {(c.phase, c.target): c for c in candidates if c.chosen}
         self._measure_drift(chosen)
         result = Calibration(self._config(chosen), candidates, ecosystem=self._ecosystem())
         result.saturated = self._saturated(chosen)
-        if held_out is None:
-            held_out = self._default_held_out()
         self.model.config.sparse_attention_config = result.config.to_dict()
-        result.held_out = self._held_out(result, held_out, prompts)
+        result.held_out = self._held_out(result, fresh)
         self.model.config.sparse_attention_config = result.config.to_dict()
         return result
 
@@ -670,18 +672,22 @@ class _Job:
         double = 2 * self.lengths[-1]
         return between + ([double] if double <= context_length(self.model) else [])
 
-    def _held_out(self, result: Calibration, lengths: Sequence[int], prompts: int) -> list[HeldOut]:
-        """Sparsity on new prompts of other lengths, of the kinds that were calibrated on."""
+    def _held_out_prompts(self, length: int, prompts: int) -> list[Tensor]:
+        """New ones, of the kinds that are calibrated on."""
+        check_length(self.model, length, "a held-out prompt")
+        return [self.maker.make(kind, length, seed=10**7).tokens for kind in KINDS[:prompts]]
+
+    def _held_out(
+        self, result: Calibration, fresh: Mapping[int, Sequence[Tensor]]
+    ) -> list[HeldOut]:
+        """Sparsity on new prompts of other lengths."""
         found = []
         targets = sorted({t for some in self.targets.values() for t in some})
-        kinds = KINDS[: min(prompts, len(KINDS))]
-        steps, done = len(lengths) * len(kinds) * (1 + len(targets)), 0
-        for length in lengths:
-            check_length(self.model, length, "a held-out prompt")
+        steps, done = sum(map(len, fresh.values())) * (1 + len(targets)), 0
+        for length, some_tokens in fresh.items():
             reached: dict[tuple[str, float], list[float]] = {}
-            for kind in kinds:
+            for tokens in some_tokens:
                 self.progress("Held-out lengths", done / steps, f"{length} tokens, dense")
-                tokens = self.maker.make(kind, length, seed=10**7).tokens
                 with self._collecting(length, sweep=False):
                     self._read(tokens)
                 done += 1

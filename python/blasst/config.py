@@ -75,6 +75,34 @@ class Rule(NamedTuple):
 DENSE = Rule(None, "sink_first")
 
 
+class Schedule(NamedTuple):
+    """Thresholds at every length, for one target."""
+
+    order: str
+    lengths: Tensor
+    """[lengths] float64, ascending; beyond them thresholds fall with `power` of the length."""
+    ln_threshold: Tensor
+    """[lengths, layers, heads] or [lengths, 1, 1] float32."""
+    power: float
+
+    def at(self, lengths: Tensor) -> Tensor:
+        """[requests] keys -> [requests, layers, heads] float32: thresholds, 0 to 1."""
+        ln_length, points = lengths.double().log(), self.lengths.log()
+        nearest = ln_length.clamp(points[0], points[-1])
+        if len(points) == 1:
+            ln = self.ln_threshold
+        else:
+            right = torch.searchsorted(points, nearest).clamp(min=1)
+            left = right - 1
+            share = (nearest - points[left]) / (points[right] - points[left])
+            ln = self.ln_threshold[left].lerp(
+                self.ln_threshold[right], share.float()[:, None, None]
+            )
+        beyond = self.power * (ln_length - nearest)
+        ln = ln - beyond.float()[:, None, None]
+        return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()
+
+
 @dataclass(frozen=True)
 class Law:
     """threshold = min(1, a * exp(b * target) / length ** power), for all heads."""
@@ -85,9 +113,16 @@ class Law:
 
     def ln_threshold(self, target: float, length: float) -> float:
         """Natural log of the threshold, at most 0."""
-        if self.a == 0:
-            return LOWEST_LN_THRESHOLD
-        return min(0.0, math.log(self.a) + self.b * target - self.power * math.log(length))
+        return min(0.0, self._at_one(target) - self.power * math.log(length))
+
+    def schedule(self, target: float) -> Schedule:
+        """The thresholds for this target sparsity, tiles visited forward."""
+        ln = torch.tensor([[[self._at_one(target)]]])
+        return Schedule("forward", torch.ones(1, dtype=torch.float64), ln, self.power)
+
+    def _at_one(self, target: float) -> float:
+        """Of the ln threshold, for a length of 1: may be above threshold 1."""
+        return math.log(self.a) + self.b * target if self.a else LOWEST_LN_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -104,13 +139,15 @@ class Policy:
     ln_threshold: Tensor = field(compare=False)
     """[lengths, targets, layers, heads] float32, or [lengths, targets, 1, 1]: one for all."""
 
-    def at(self, target: float, length: float) -> Tensor:
-        """[layers, heads] or [1, 1]: thresholds, 0 to 1, for this target sparsity and key count."""
+    def schedule(self, target: float) -> Schedule:
+        """The thresholds for this target sparsity."""
         by_length = _interpolate(self.ln_threshold.movedim(1, 0), self.targets, target)
-        nearest = min(max(length, self.lengths[0]), self.lengths[-1])
-        ln = _interpolate(by_length, [math.log(n) for n in self.lengths], math.log(nearest))
-        ln = ln - self.law.power * math.log(length / nearest)
-        return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()
+        lengths = torch.tensor(self.lengths, dtype=torch.float64)
+        return Schedule(self.order, lengths, by_length, self.law.power)
+
+    def at(self, target: float, length: int) -> Tensor:
+        """[layers, heads] or [1, 1]: thresholds, 0 to 1, for this target sparsity and key count."""
+        return self.schedule(target).at(torch.tensor([length]))[0]
 
 
 def _interpolate(table: Tensor, points: Sequence[float], x: float) -> Tensor:
@@ -181,28 +218,59 @@ class SparseAttention:
 
     def rule(self, attention_class: str, layer: int, phase: str, lengths: Iterable[int]) -> Rule:
         """The thresholds and the order of one layer: see `thresholds_for`."""
-        target = self.target_sparsity.get(phase, 0.0)
-        has_threshold = phase in self.measured or phase in self.laws
-        if target == 0 or not has_threshold or layer in self.dense_layers:
+        if not self._is_sparse(attention_class, layer, phase):
             return DENSE
+        # Every layer of a pass asks for the same lengths, so the whole model's table is kept.
+        target = self.target_sparsity[phase]
+        key = (target, *lengths)
+        if self._tables.get(phase, (None,))[0] != key:
+            schedule = self._schedule(phase)
+            for length in key[1:]:
+                self._tell_outside(phase, target, length)
+            self._tables[phase] = (key, schedule.order, schedule.at(torch.tensor(key[1:])))
+        _, order, table = self._tables[phase]
+        return Rule(table[:, self._row(table.shape[1], layer)], order)
+
+    def schedule(self, attention_class: str, layer: int, phase: str) -> Schedule | None:
+        """One layer's thresholds at every length, [lengths, 1, heads]; None: dense."""
+        if not self._is_sparse(attention_class, layer, phase):
+            return None
+        whole = self._schedule(phase)
+        row = self._row(whole.ln_threshold.shape[1], layer)
+        return whole._replace(ln_threshold=whole.ln_threshold[:, row : row + 1])
+
+    def _is_sparse(self, attention_class: str, layer: int, phase: str) -> bool:
+        has_threshold = phase in self.measured or phase in self.laws
+        if not self.target_sparsity.get(phase) or not has_threshold or layer in self.dense_layers:
+            return False
         if attention_class not in self.targets and self.targets != GENERIC_TARGETS:
             raise ValueError(
                 f"sparse_attention_config targets {', '.join(self.targets)}; layer {layer} is a "
                 f"{attention_class}: list it under targets, or the layer under ignore"
             )
-        # Every layer of a pass asks for the same lengths, so the whole model's table is kept.
-        key = (target, *lengths)
-        if self._tables.get(phase, (None,))[0] != key:
-            self._tables[phase] = (key, *self._model_table(phase, target, key[1:]))
-        _, order, table = self._tables[phase]
-        if table.shape[1] == 1:
-            return Rule(table[:, 0], order)
-        if layer >= table.shape[1]:
+        return True
+
+    def _schedule(self, phase: str) -> Schedule:
+        """The whole model's."""
+        target = self.target_sparsity[phase]
+        if not self._has_table(phase):
+            return self.laws[phase].schedule(target)
+        return self.measured[phase].policy(target).schedule(target)
+
+    def _has_table(self, phase: str) -> bool:
+        return phase in self.measured and bool(self.measured[phase].policies)
+
+    @staticmethod
+    def _row(layers: int, layer: int) -> int:
+        """Of a table with so many layers, or with one for all."""
+        if layers == 1:
+            return 0
+        if layer >= layers:
             raise ValueError(
-                f"sparse_attention_config holds thresholds for {table.shape[1]} layers; the model "
-                f"asks for layer {layer}"
+                f"sparse_attention_config holds thresholds for {layers} layers; the model asks "
+                f"for layer {layer}"
             )
-        return Rule(table[:, layer], order)
+        return layer
 
     def tell_tiles(self, phase: str, running: Callable[[], tuple[int, int]]) -> None:
         """Say, once a phase, that the kernel that runs has other tiles than the thresholds."""
@@ -218,19 +286,11 @@ class SparseAttention:
                 *(phase, *measured, *runs, more),
             )
 
-    def _model_table(self, phase: str, target: float, lengths: Sequence[int]) -> tuple[str, Tensor]:
-        """Order, and [requests, layers, heads] or [requests, 1, 1] thresholds."""
-        if phase not in self.measured or not self.measured[phase].policies:
-            law = self.laws[phase]
-            ln = torch.tensor([law.ln_threshold(target, n) for n in lengths])
-            return "forward", ln.exp()[:, None, None]
-        policy = self.measured[phase].policy(target)
-        for length in lengths:
-            self._tell_outside(phase, policy, target, length)
-        return policy.order, torch.stack([policy.at(target, n) for n in lengths])
-
-    def _tell_outside(self, phase: str, policy: Policy, target: float, length: int) -> None:
+    def _tell_outside(self, phase: str, target: float, length: int) -> None:
         """Say, once a phase, how far a request or the target is outside what was measured."""
+        if not self._has_table(phase):
+            return
+        policy = self.measured[phase].policy(target)
         low, high = self.measured[phase].policies[0], self.measured[phase].policies[-1]
         messages = []
         if length > NEAR * policy.lengths[-1]:

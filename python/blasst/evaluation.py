@@ -197,11 +197,18 @@ class _Evaluation:
         limit: int,
         other_lengths: Sequence[int],
     ) -> Results:
-        for other in other_lengths:
-            check_length(self.model, other, "a prompt")
+        # Made first: what is too short or too long is found before hours of work.
+        tokens = {
+            name: text_tokens(self.tokenizer, text, self.length, name)
+            for name, text in texts.items()
+        }
+        for length in other_lengths:
+            check_length(self.model, length, "a prompt")
+            self._needle(0, length)
         try:
             self._time_sdpa()
-            self._texts(texts)
+            if tokens:
+                self._texts(tokens)
             if needles:
                 self._needles(needles)
             if other_lengths:
@@ -251,17 +258,15 @@ class _Evaluation:
 
     # Perplexity and agreement
 
-    def _texts(self, texts: Mapping[str, str]) -> None:
+    def _texts(self, texts: Mapping[str, Tensor]) -> None:
         work = [(name, s) for name in texts for s in self.text_settings]
         done, dense = 0, None
-        for name, text in texts.items():
+        for name, tokens in texts.items():
             missing = [
                 s for s in self.text_settings if self.results.get("text", name, *key(s)) is None
             ]
-            if missing:
-                tokens = text_tokens(self.tokenizer, text, self.length, name)
-                if missing[0].scheme != DENSE:
-                    missing.insert(0, Setting(DENSE, 0.0))
+            if missing and missing[0].scheme != DENSE:
+                missing.insert(0, Setting(DENSE, 0.0))
             for setting in missing:
                 self.progress("Perplexity", done / len(work), f"{name}, {setting.name}")
                 with self._set(setting) as recording:

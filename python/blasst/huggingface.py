@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from blasst.attention import Result, attention, tile_shape
-from blasst.config import parsed, thresholds_for
+from blasst.config import Schedule, parsed, thresholds_for
 from blasst.operators import GAP_BINS
 from blasst.policies import Call, Visit, VisitPolicy, from_dict
 
@@ -118,6 +119,18 @@ def _attention_modules(model: PreTrainedModel) -> dict[int, list[nn.Module]]:
     return modules
 
 
+_OUTER = "blasst_outer_config"
+
+
+def _note_outer(outer: nn.Module, _name: str, inner: nn.Module | None) -> None:
+    """Torch calls this when a module gets a submodule: tell a text model's layers of the whole."""
+    if isinstance(outer, PreTrainedModel) and isinstance(inner, PreTrainedModel):
+        text = outer.config.get_text_config()
+        for module in inner.modules() if text is not outer.config else ():
+            if hasattr(module, "is_causal") and module.config is text:
+                setattr(module, _OUTER, outer.config)
+
+
 @cache
 def _check_model(config_class: type) -> None:
     """An error for a model that computes attention itself, whatever implementation it is given."""
@@ -137,28 +150,52 @@ def _threshold(
     configured = getattr(module, "blasst_thresholds", None)
     if configured is not None:
         return configured[phase]
-    entry = getattr(module.config, "sparse_attention_config", None)
-    if entry is None:
+    holder = _holder(module, "sparse_attention_config")
+    if holder is None:
         return DENSE
+    name, layer = type(module).__name__, _layer(module)
+    if torch.compiler.is_compiling():
+        schedule = _schedule(holder, name, layer, phase)
+        if schedule is None:
+            return DENSE
+        thresholds = schedule.at((ranges[:, 1] - ranges[:, 0]).cpu())[:, 0]
+        return Threshold(thresholds, order=schedule.order)
     if ranges is None:
         lengths = [key.shape[2]] * key.shape[0]
     else:
         lengths = (ranges[:, 1] - ranges[:, 0]).tolist()
-    rule = thresholds_for(entry, type(module).__name__, _layer(module), phase, lengths)
+    entry = holder.sparse_attention_config
+    rule = thresholds_for(entry, name, layer, phase, lengths)
     if rule.threshold is not None:
         inputs = (t.transpose(1, 2) for t in (query, key, value))
         parsed(entry).tell_tiles(phase, lambda: tile_shape(*inputs, phase=phase)[:2])
     return Threshold(rule.threshold, order=rule.order)
 
 
+def _holder(module: nn.Module, key: str) -> PreTrainedConfig | None:
+    """The configuration that holds this key: the layer's, else that of the model around it."""
+    for config in (module.config, getattr(module, _OUTER, None)):
+        if getattr(config, key, None) is not None:
+            return config
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _schedule(
+    holder: PreTrainedConfig, attention_class: str, layer: int, phase: str
+) -> Schedule | None:
+    """What a compiled pass computes thresholds from; it keeps what held when it was compiled."""
+    return parsed(holder.sparse_attention_config).schedule(attention_class, layer, phase)
+
+
 def _visit(module: nn.Module, call: Call, ranges: Tensor | None, causal: bool) -> Visit:
     """What the layer's policy, or the configuration's, lets the call visit."""
     policy = getattr(module, "blasst_policy", None)
     if policy is None:
-        entry = getattr(module.config, "blasst_policy", None)
-        if entry is None:
+        holder = _holder(module, "blasst_policy")
+        if holder is None:
             return Visit()
-        policy = from_dict(entry)
+        policy = from_dict(holder.blasst_policy)
     if not causal:
         raise ValueError(
             f"{type(module).__name__} is not causal; blasst_policy needs causal layers"
@@ -508,5 +545,6 @@ _UNSUPPORTED = (
 """Arguments that change what a layer computes, under the names that Transformers gives them."""
 
 
+register_module_module_registration_hook(_note_outer)
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, key_ranges)

@@ -8,6 +8,7 @@ import argparse
 import ast
 import inspect
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from itertools import pairwise
@@ -172,8 +173,9 @@ class PromptMaker:
                 f"a prompt of {length} tokens is too short; at least {shortest} are needed"
             )
         if kind in ("needle", "chain"):
-            facts = self._in_prose(rng, facts, room)
-        body = self._encode("".join(facts))[:room]
+            body = self._in_prose(rng, facts, room)
+        else:
+            body = self._encode("".join(facts))[:room]
         if len(body) < room:
             raise ValueError(f"{self._what} has too few tokens for a prompt of {length}")
         return Prompt(kind, torch.tensor([[*head, *body, *tail]]), question, answers)
@@ -195,29 +197,39 @@ class PromptMaker:
         head, tail = whole.split(mark)
         return self._encode(head), self._encode(tail)
 
-    def _in_prose(self, rng: random.Random, facts: list[str], room: int) -> list[str]:
-        """Lines of the haystack from a random place on, with the facts spread among them."""
+    def _in_prose(self, rng: random.Random, facts: list[str], room: int) -> list[int]:
+        """Up to `room` tokens of the haystack from a random place on, the facts spread in them."""
         total = sum(self._counts)
-        # Pieces tokenised together can have fewer tokens than apart: take a few more.
-        wanted = room + room // 16 + 64
-        if total < wanted:
-            raise ValueError(f"{self._what} has {total} tokens; {wanted} are needed")
-        first, skipped = 0, 0
-        offset = rng.randrange(total - wanted + 1)
-        while skipped + self._counts[first] <= offset:
-            skipped += self._counts[first]
-            first += 1
-        lines, count = [], 0
         places = sorted(rng.uniform(0.05, 0.9) * room for _ in facts)
-        for line, tokens in zip(self._lines[first:], self._counts[first:], strict=True):
-            while places and count >= places[0]:
-                lines.append(facts.pop(0))
-                places.pop(0)
-            lines.append(line)
+        start = rng.random()
+        # Lines tokenised together can have fewer tokens than apart: take more, as many as it needs.
+        for spare in (room // 16, room // 4, room):
+            wanted = room + spare + 64
+            if total < wanted:
+                raise ValueError(f"{self._what} has {total} tokens; {wanted} are needed")
+            offset = int(start * (total - wanted + 1))
+            lines = self._lines_from(offset, wanted, [*zip(places, facts, strict=True)])
+            body = self._encode("".join(lines))[:room]
+            if len(body) == room:
+                break
+        return body
+
+    def _lines_from(
+        self, offset: int, wanted: int, places: list[tuple[float, str]]
+    ) -> Iterator[str]:
+        """Lines from the one at token `offset` on, and each fact after so many tokens of them."""
+        waiting = list(places)
+        skipped = count = 0
+        for line, tokens in zip(self._lines, self._counts, strict=True):
+            skipped += tokens
+            if skipped <= offset:
+                continue
+            while waiting and count >= waiting[0][0]:
+                yield waiting.pop(0)[1]
+            yield line
             count += tokens
             if count >= wanted:
-                break
-        return lines
+                return
 
     def _needle(self, rng: random.Random, _length: int) -> tuple[list[str], str, tuple[str, ...]]:
         place, phrase = _place(rng), _phrase(rng)

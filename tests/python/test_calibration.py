@@ -1,12 +1,15 @@
 """Calibration of a small random model, through to what it does at run time."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 import blasst
+from blasst import calibration
 from blasst.calibration import Calibration, calibrate
 from blasst.config import parse
 from blasst.curves import UnreachableError
@@ -131,6 +134,19 @@ def test_bad_input_is_an_error_that_names_it(options, message):
         calibrate(make_recency_model(), make_tokenizer(), prompts=1, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"held_out": [2048]}, "a held-out prompt is 2048 tokens; the model's context is 1024"),
+        ({"held_out": [1000], "text": "word " * 150}, r"text has \d+ tokens; \d+ are needed"),
+    ],
+)
+def test_what_is_held_out_is_checked_before_the_first_pass(options, message, monkeypatch):
+    monkeypatch.setattr(calibration._Job, "_measure", None)
+    with pytest.raises(ValueError, match=message):
+        calibrate(make_recency_model(), make_tokenizer(), lengths=[256], prompts=1, **options)
+
+
 def test_another_attention_is_an_error():
     model = make_recency_model()
     model.set_attn_implementation("sdpa")
@@ -149,6 +165,21 @@ def test_a_prompt_has_the_length_and_holds_its_answer(kind):
     assert prompt.question in text
     assert not torch.equal(prompt.tokens, maker.make(kind, 2000, seed=2).tokens)
     assert torch.equal(prompt.tokens, maker.make(kind, 2000, seed=1).tokens)
+
+
+def test_lines_that_have_fewer_tokens_together_than_apart_are_enough():
+    class Merging:
+        """Tokens of one byte, but a run of line ends is one token."""
+
+        chat_template, bos_token = None, None
+
+        def __call__(self, text, add_special_tokens=True):
+            texts = [text] if isinstance(text, str) else text
+            ids = [list(re.sub("\n+", "\n", t).encode()) for t in texts]
+            return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
+
+    maker = PromptMaker(Merging(), "a\n\n\n\n\nb" * 400, "text")
+    assert maker.make("needle", 500, seed=1).tokens.shape == (1, 500)
 
 
 def test_a_text_too_short_is_an_error():

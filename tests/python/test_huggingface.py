@@ -8,10 +8,12 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BartConfig,
     BertConfig,
     BloomConfig,
     DynamicCache,
+    Gemma3Config,
     Llama4TextConfig,
     StaticCache,
     T5Config,
@@ -19,6 +21,7 @@ from transformers import (
 
 import blasst
 from blasst import Threshold
+from blasst.config import LENGTH_FORMULA
 from blasst.huggingface import key_ranges
 from tiny_models import MODELS, QUIET, VOCABULARY, make_model, with_quiet_tokens
 
@@ -303,6 +306,76 @@ def test_configuration_survives_saving(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="blasst")
     assert loaded.config.sparse_attention_config == CONFIG
+
+
+TABLE = {
+    "version": 1,
+    "prefill": {
+        "tile_shape": [64, 64],
+        "policies": [
+            {
+                "order": "reverse",
+                "heads": "equal_mass",
+                "law": {"formula": LENGTH_FORMULA, "a": 1.0, "b": 1.0, "power": 1.2},
+                "lengths": [100, 200],
+                "target_sparsity": [0.5],
+                # [2 lengths, 1 target, 2 layers, 4 heads]
+                "ln_threshold": [[[[-1, -2, -1, -1], [-2, -1, 1, 0]]], [[[-3, -2, -1, -3]] * 2]],
+            }
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("ours", [{}, {"blasst": TABLE}], ids=["law", "table"])
+@torch.no_grad()
+def test_compiled_passes_follow_the_models_configuration_for_each_requests_length(ours):
+    config = copy.deepcopy(CONFIG) | ours
+    factors = config["config_groups"]["group_0"]["threshold_scale_factor"]
+    factors["decode"] = {"a": 0.5, "b": 6.0}
+    model = with_quiet_tokens(make_model("llama", sparse_attention_config=config))
+    ids, mask = prompts((400, 150))
+    expected = model(ids, attention_mask=mask, use_cache=False).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids, attention_mask=mask, use_cache=False).logits, expected)
+    cache = StaticCache(config=model.config, max_cache_len=512)
+    token = model(ids, attention_mask=mask, cache=cache).logits[:, -1:].argmax(-1)
+    mask = torch.cat([mask, torch.ones_like(token)], 1)
+    step = model(token, attention_mask=mask, cache=copy.deepcopy(cache)).logits
+    assert torch.equal(compiled(token, attention_mask=mask, cache=cache).logits, step)
+    dense = make_dense(model)
+    assert not torch.equal(expected, dense(*prompts((400, 150)), use_cache=False).logits)
+
+
+def make_dense(model):
+    model = copy.deepcopy(model)
+    del model.config.sparse_attention_config
+    return model
+
+
+@torch.inference_mode()
+def test_a_multimodal_models_own_configuration_reaches_its_text_layers():
+    text = make_model("gemma3_sliding_and_global").config
+    config = Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    config.sparse_attention_config = copy.deepcopy(CONFIG)
+    group = config.sparse_attention_config["config_groups"]["group_0"]
+    group |= {"targets": ["Gemma3Attention"], "ignore": ["model.language_model.layers.0.self_attn"]}
+    group["threshold_scale_factor"]["prefill"]["a"] = 20.0
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="blasst").eval()
+    ids = prompts((400,))[0]
+    with blasst.record() as r:
+        model.model.language_model(ids)
+    assert r.by_layer("prefill")[0] == 0
+    assert r.by_layer("prefill")[1] > 0
+    group["target_sparsity"]["prefill"] = 0
+    with blasst.record() as r:
+        model.model.language_model(ids)
+    assert r.sparsity("prefill") == 0
 
 
 # Statistics
