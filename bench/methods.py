@@ -7,6 +7,7 @@ so that a machine that slows down slows all; medians are printed, and the tiles 
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from blasst import attention
+from blasst.bsfa import thresholds_of
+from blasst.curves import ln_threshold_at
 from blasst.policies import head_bands
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
@@ -64,6 +67,29 @@ def bands(length: int, rounds: int) -> None:
     print(f"  forward, backward {dense:8.1f} ms {banded:8.1f} ms {dense / banded:6.2f}x")
 
 
+def absolute(length: int, rounds: int) -> None:
+    """The absolute test against the relative one, at equal sparsity: forward."""
+    q, k, v = random_inputs(length)
+    dense = attention(q, k, v, causal=True, order="reverse", return_tile_maxima=True,
+                      return_gaps=True)  # fmt: skip
+    tiles = -(-length // 64)
+    keep = tiles // 8
+    rule = thresholds_of(dense.tile_maxima[0], (keep,))[0].float()[None]
+
+    def run(**test: object) -> object:
+        return attention(q, k, v, causal=True, order="reverse", **test)
+
+    sparsity = run(absolute_threshold=rule, return_stats=True).stats.sparsity
+    relative = math.exp(ln_threshold_at(dense.gaps.sum(0).numpy(), sparsity))
+    reached = run(threshold=relative, return_stats=True).stats.sparsity
+    plain, by_maximum, by_gap = median_ms(
+        [run, lambda: run(absolute_threshold=rule), lambda: run(threshold=relative)], rounds
+    )
+    print(f"tests, {length} tokens, forward: dense {plain:.1f} ms")
+    print(f"  absolute, {keep} tiles kept: {sparsity:.1%} skipped {by_maximum:8.1f} ms")
+    print(f"  relative, one threshold: {reached:.1%} skipped {by_gap:8.1f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=8192)
@@ -73,6 +99,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(f"{HEADS}/{KV_HEADS} heads, d {DIM}, float32, {options.threads} threads")
     bands(options.length, options.rounds)
+    absolute(options.length, options.rounds)
 
 
 if __name__ == "__main__":

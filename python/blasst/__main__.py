@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_evaluate(commands)
     _add_demo(commands)
+    _add_bsfa(commands)
+    _add_pretrain(commands)
     return parser
 
 
@@ -104,6 +106,51 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     command.add_argument("model", nargs="?", default="smollm2", help="smollm2 (default) or gemma3")
     command.add_argument(
         "--out", type=Path, metavar="FOLDER", help="of the report (default: blasst-demo/MODEL)"
+    )
+
+
+def _add_bsfa(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("bsfa", help="find a model's absolute thresholds")
+    command.set_defaults(run=_bsfa, resumes=False)
+    _add_model(command)
+    command.add_argument(
+        "--keep",
+        type=_positive,
+        nargs="+",
+        metavar="K",
+        help="tiles that a query tile keeps besides its diagonal's (default: 1 to 128)",
+    )
+    command.add_argument("--length", type=_positive, metavar="TOKENS", help="default: 4096")
+    command.add_argument(
+        "--prompts", type=_positive, default=16, metavar="N", help="how many (default: 16)"
+    )
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="make the prompts from this text"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where to write them (default: NAME-bsfa.safetensors)",
+    )
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "pretrain", help="train a small model from scratch, dense and with bands"
+    )
+    command.set_defaults(run=_pretrain, resumes=True)
+    command.add_argument(
+        "--steps", type=_positive, default=400, metavar="N", help="of each (default: 400)"
+    )
+    command.add_argument(
+        "--length", type=_positive, default=2048, metavar="TOKENS", help="a step (default: 2048)"
+    )
+    command.add_argument(
+        "--every", type=_positive, default=50, metavar="N", help="steps a checkpoint (default: 50)"
+    )
+    command.add_argument(
+        "--out", type=Path, default=Path("blasst-pretraining"), metavar="FOLDER", help="of results"
     )
 
 
@@ -201,6 +248,49 @@ def _evaluate(options: argparse.Namespace) -> None:
     for table in report.tables(results, None):
         show(table)
     console.print(f"Report: {path.resolve()}")
+
+
+def _bsfa(options: argparse.Namespace) -> None:
+    from blasst import bsfa, models, prompts
+    from blasst.console import console, show, shown_progress
+
+    text = None if options.text is None else prompts.read_text(options.text)
+    loaded = models.load(options.model)
+    with shown_progress() as progress:
+        found = bsfa.calibrate(
+            loaded.model,
+            loaded.tokenizer,
+            length=options.length,
+            keeps=options.keep or bsfa.KEEPS,
+            prompts=options.prompts,
+            text=text,
+            progress=progress,
+        )
+    out = options.out or Path(f"{loaded.title}-bsfa.safetensors")
+    found.save(out)
+    show(bsfa.table_of(found))
+    console.print(f"Absolute thresholds: {out.resolve()}")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from blasst import pretraining, report
+    from blasst.console import console, show, shown_progress
+
+    plan = pretraining.Plan(length=options.length, steps=options.steps, every=options.every)
+    with shown_progress() as progress:
+        runs = pretraining.pretrain(plan, options.out, progress)
+    parameters = sum(p.numel() for p in runs[0].model.parameters())
+    show(
+        report.Table(
+            f"{parameters / 1e6:.1f}M parameters, {plan.length} tokens a step",
+            ("attention", "steps", "held-out loss", "tokens/s"),
+            tuple(
+                (r.method, str(r.step), f"{r.held_out[-1][1]:.3f}", f"{r.tokens_per_second:.0f}")
+                for r in runs
+            ),
+        )
+    )
+    console.print(f"Loss curves: {(options.out / 'losses.png').resolve()}")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -51,6 +51,7 @@ from blasst.curves import (
 )
 from blasst.huggingface import record
 from blasst.models import attention_layers, check_length, context_length
+from blasst.policies import Call
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
 from blasst.scoring import Agreement, DenseRun
@@ -353,6 +354,9 @@ class _Job:
                 "sinks": kwargs.get("s_aux"),
                 "phase": phase,
             }
+            call = Call(layer, phase, inputs[0], inputs[1], None)
+            visit = huggingface.visit_of(module, call, None, causal=True)
+            options |= {"bands": visit.bands, "blocks": visit.blocks}
             self.shapes[phase] = tuple(tile_shape(*inputs, phase=phase)[:2])
             # The ecosystem's law is for the forward order, at one threshold: no sweep.
             for order in dict.fromkeys([*self.orders, "forward"]):

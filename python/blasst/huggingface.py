@@ -188,7 +188,7 @@ def _schedule(
     return parsed(holder.sparse_attention_config).schedule(attention_class, layer, phase)
 
 
-def _visit(module: nn.Module, call: Call, ranges: Tensor | None, causal: bool) -> Visit:
+def visit_of(module: nn.Module, call: Call, ranges: Tensor | None, causal: bool) -> Visit:
     """What the layer's policy, or the configuration's, lets the call visit."""
     policy = getattr(module, "blasst_policy", None)
     if policy is None:
@@ -214,6 +214,9 @@ def _visit(module: nn.Module, call: Call, ranges: Tensor | None, causal: bool) -
 
 class Recording:
     """What `record` collected while it was active, by phase, layer and head."""
+
+    wants_maxima = False
+    """Whether results shall have their tile maxima."""
 
     def __init__(self, gaps: bool = False) -> None:
         self.wants_gaps = gaps
@@ -278,7 +281,13 @@ def record(*, gaps: bool = False) -> Iterator[Recording]:
     ...     model.generate(**inputs)
     >>> r.sparsity("prefill"), r.by_layer("prefill"), r.by_head("decode")
     """
-    recording = Recording(gaps)
+    with recording_with(Recording(gaps)) as recording:
+        yield recording
+
+
+@contextmanager
+def recording_with(recording: Recording) -> Iterator[Recording]:
+    """Every attention call of `blasst` models inside is added to this recording."""
     _active.append(recording)
     try:
         yield recording
@@ -445,7 +454,7 @@ def attention_forward(
     starts, lengths, query_lengths = (None,) * 3 if ranges is None else ranges[:, :3].unbind(1)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     call = Call(_layer(module), phase, query, key, lengths)
-    visit = _visit(module, call, ranges, causal)
+    visit = visit_of(module, call, ranges, causal)
     result = attention(
         query,
         key,
@@ -467,6 +476,7 @@ def attention_forward(
         query_lengths=query_lengths,
         return_stats=bool(_active),
         return_gaps=any(recording.wants_gaps for recording in _active),
+        return_tile_maxima=any(recording.wants_maxima for recording in _active),
     )
     if not isinstance(result, Result):
         return result, None

@@ -81,9 +81,13 @@ class Bands:
         if not isinstance(self.length, int) or self.length < 1:
             raise ValueError(f"length of bands is {self.length!r}; it must be a positive integer")
 
+    def of(self, heads: int) -> Tensor:
+        """[heads, 2] int64: first and last distance of each head."""
+        return head_bands(heads, self.length)
+
     def visit(self, call: Call) -> Visit:
         """The same bands in every layer and phase."""
-        return Visit(bands=head_bands(call.query.shape[2], self.length), longest=self.length)
+        return Visit(bands=self.of(call.query.shape[2]), longest=self.length)
 
     def to_dict(self) -> dict[str, Any]:
         """For `from_dict`."""

@@ -232,14 +232,14 @@ class PromptMaker:
                 return
 
     def _needle(self, rng: random.Random, _length: int) -> tuple[list[str], str, tuple[str, ...]]:
-        place, phrase = _place(rng), _phrase(rng)
+        place, phrase = a_place(rng), a_phrase(rng)
         fact = f"\n{NEEDLE.format(place=place, phrase=phrase)}\n\n"
         return [fact], QUESTION.format(place=place), (phrase,)
 
     def _pairs(self, rng: random.Random, length: int) -> tuple[list[str], str, tuple[str, ...]]:
         codes = {}
         while len(codes) < length // 8:
-            codes[f"{_place(rng)} {rng.randrange(10**4)}"] = str(rng.randrange(10**6, 10**7))
+            codes[f"{a_place(rng)} {rng.randrange(10**4)}"] = str(rng.randrange(10**6, 10**7))
         facts = [f"The number of the {place} is {number}.\n" for place, number in codes.items()]
         # Asked for one that the cut to length cannot have taken.
         asked = rng.choice(list(codes)[: length // 32])
@@ -261,9 +261,11 @@ class PromptMaker:
         return facts, "Which three words appear most often in this list?", tuple(frequent)
 
 
-def _place(rng: random.Random) -> str:
+def a_place(rng: random.Random) -> str:
+    """A place that a fact can be about."""
     return f"{rng.choice(PLACES)} {rng.choice(THINGS)}"
 
 
-def _phrase(rng: random.Random) -> str:
+def a_phrase(rng: random.Random) -> str:
+    """A passphrase."""
     return f"{rng.choice(COLOURS)} {rng.choice(OBJECTS)}"

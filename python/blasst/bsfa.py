@@ -1,0 +1,355 @@
+"""Block sparse flash attention: absolute thresholds by layer, head and place of the query tile.
+
+A key tile is kept if its largest score reaches a threshold that was calibrated for "keep the k best
+tiles besides the diagonal's": the midpoint between the k-th and the (k + 1)-th largest tile maximum
+of a prompt, averaged over prompts. Where a query tile has no more than k such tiles it keeps all.
+Tiles are visited from the diagonal back ("reverse"), and the first keys of a row are never dropped,
+so the diagonal's tiles are always kept.
+
+One dense pass a prompt gives all k at once, for the kernel reports the largest score of every tile.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from blasst.attention import Result
+from blasst.huggingface import Recording, Threshold, configure, recording_with
+from blasst.models import attention_layers, check_length, context_length, replace_file
+from blasst.operators import KEYS, QUERY_ROWS
+from blasst.progress import Progress, silent
+from blasst.prompts import KINDS, PromptMaker, reference_text
+from blasst.report import Table
+
+KEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+DEFAULT_LENGTH = 4096
+PROMPTS = 16
+VERSION = 1
+COEFFICIENTS = 3
+LEAST_POINTS = 2 * COEFFICIENTS
+"""Places that a fit needs; a head with fewer keeps its table."""
+
+
+def thresholds_of(maxima: Tensor, keeps: Sequence[int]) -> Tensor:
+    """The thresholds that one prompt asks for.
+
+    Args:
+        maxima: [..., query tiles, key tiles] largest score of each tile, -inf where none is
+            visited. The diagonal's is the last visited tile of each query tile.
+        keeps: numbers of tiles to keep besides the diagonal's, ascending.
+
+    Returns:
+        [keeps, ..., query tiles] float64, -inf where there are no more than k tiles.
+    """
+    visited = maxima > -math.inf
+    last = visited.shape[-1] - 1 - visited.flip(-1).int().argmax(-1, keepdim=True)
+    others = maxima.double().scatter(-1, last, -math.inf)
+    best = others.sort(-1, descending=True).values
+    best = torch.nn.functional.pad(best, (0, max(0, keeps[-1] + 1 - best.shape[-1])),
+                                   value=-math.inf)  # fmt: skip
+    return torch.stack([(best[..., k - 1] + best[..., k]) / 2 for k in keeps])
+
+
+def basis(places: Tensor) -> Tensor:
+    """[places] -> [places, 3]: what a threshold is fitted with.
+
+    The best of n scores grows with ln n, at a rate that itself changes as the tail gets thin.
+    """
+    ln = torch.log(places.double() + 1)
+    return torch.stack([torch.ones_like(ln), ln, ln.square()], -1)
+
+
+@dataclass(frozen=True)
+class AbsoluteThresholds:
+    """Thresholds of a model, and what is known of how good they are."""
+
+    model: dict[str, Any]
+    """What they belong to: see `identity`."""
+    layers: tuple[int, ...]
+    """Layers that have some; the others (sliding windows) stay dense."""
+    keeps: tuple[int, ...]
+    table: Tensor
+    """[keeps, layers, heads, places] float32 scores; -inf: every tile is kept."""
+    spread: Tensor
+    """The same shape: standard deviation between prompts; NaN where fewer than two prompts are so
+    long."""
+    prompts: int
+    tile_shape: tuple[int, int] = (QUERY_ROWS, KEYS)
+
+    @property
+    def fit(self) -> Tensor:
+        """[keeps, layers, heads, 3] float64: coefficients of `basis` over the finite places.
+
+        NaN for a head with too few of them.
+        """
+        result = torch.full((*self.table.shape[:3], COEFFICIENTS), math.nan, dtype=torch.float64)
+        for index, (used, points) in self._fittable():
+            result[index] = torch.linalg.lstsq(points, used[:, None]).solution[:, 0]
+        return result
+
+    def _fittable(self) -> Iterator[tuple[tuple[int, int, int], tuple[Tensor, Tensor]]]:
+        """Index of each head that a fit can be made for, its finite thresholds, their basis."""
+        columns = basis(torch.arange(self.table.shape[-1]))
+        for keep in range(len(self.keeps)):
+            # Which places have more than k tiles depends on the mask: not on head or prompt.
+            for layer in range(len(self.layers)):
+                for head in range(self.table.shape[2]):
+                    row = self.table[keep, layer, head].double()
+                    finite = row.isfinite()
+                    if finite.sum() >= LEAST_POINTS:
+                        yield (keep, layer, head), (row[finite], columns[finite])
+
+    def fitted(self) -> Tensor:
+        """The table from its fit, -inf where the table is; heads without a fit as they are."""
+        values = torch.einsum("klhc,pc->klhp", self.fit, basis(torch.arange(self.table.shape[-1])))
+        use = self.table.isfinite() & values.isfinite()
+        return torch.where(use, values.float(), self.table)
+
+    def fit_error(self) -> Tensor:
+        """[keeps, layers, heads]: root mean square over the places, in scores; NaN: no fit."""
+        error = torch.full(self.table.shape[:3], math.nan)
+        difference = (self.fitted() - self.table).double()
+        for index, _ in self._fittable():
+            error[index] = difference[index][self.table[index].isfinite()].square().mean().sqrt()
+        return error
+
+    def mean_spread(self) -> Tensor:
+        """[keeps, layers, heads]: root mean square over the places of the spread; NaN: none."""
+        known = self.spread.isfinite()
+        total = torch.where(known, self.spread, 0.0).double().square().sum(-1)
+        return (total / known.sum(-1)).sqrt().float()
+
+    def sparsity(self, keep: int, length: int) -> float:
+        """Share of the causal tiles of so many tokens that is dropped if each keeps k exactly."""
+        tiles = -(-length // KEYS)
+        kept = sum(min(t, keep) + 1 for t in range(tiles))
+        return 1 - kept / (tiles * (tiles + 1) // 2)
+
+    def keep_for(self, sparsity: float, length: int) -> int:
+        """The k whose sparsity at this length is nearest."""
+        return min(self.keeps, key=lambda k: abs(self.sparsity(k, length) - sparsity))
+
+    def apply(self, model: PreTrainedModel, keep: int, *, fitted: bool = False) -> None:
+        """Set a model's prefill thresholds: keep about k tiles besides the diagonal's.
+
+        Args:
+            model: loaded with `attn_implementation="blasst"`; its decode becomes dense.
+            keep: one of `keeps`.
+            fitted: from the fit, not from the table.
+
+        Raises:
+            ValueError: a k that was not calibrated, or another model.
+        """
+        if keep not in self.keeps:
+            raise ValueError(f"keep is {keep}; it must be one of {', '.join(map(str, self.keeps))}")
+        other = identity(model)
+        if other != self.model:
+            raise ValueError(
+                f"these thresholds are of a model with {_described(self.model)}; this one has "
+                f"{_described(other)}"
+            )
+        table = (self.fitted() if fitted else self.table)[self.keeps.index(keep)]
+        configure(model)
+        for layer, thresholds in zip(self.layers, table, strict=True):
+            rule = Threshold(absolute_threshold=thresholds[None], order="reverse")
+            configure(model, prefill=rule, layers=[layer])
+
+    def save(self, path: Path) -> None:
+        """Into a safetensors file, whole or not at all."""
+        about = {
+            "version": VERSION,
+            "model": self.model,
+            "layers": self.layers,
+            "keeps": self.keeps,
+            "prompts": self.prompts,
+            "tile_shape": self.tile_shape,
+        }
+        tensors = {
+            "table": self.table.contiguous(),
+            "spread": self.spread.contiguous(),
+            "fit": self.fit.float().contiguous(),
+            "fit_error": self.fit_error().contiguous(),
+        }
+        replace_file(path, save(tensors, metadata={"blasst_bsfa": json.dumps(about)}))
+
+    @classmethod
+    def load(cls, path: Path) -> "AbsoluteThresholds":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: another file, or thresholds for tiles that this build does not use.
+        """
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("blasst_bsfa", "null"))
+            if about is None or about["version"] != VERSION:
+                raise ValueError(f"{path} holds no absolute thresholds of version {VERSION}")
+            table, spread = file.get_tensor("table"), file.get_tensor("spread")
+        if tuple(about["tile_shape"]) != (QUERY_ROWS, KEYS):
+            raise ValueError(
+                f"{path} is for tiles of {about['tile_shape']}, this build decides on "
+                f"{[QUERY_ROWS, KEYS]}; calibrate again"
+            )
+        return cls(
+            about["model"],
+            tuple(about["layers"]),
+            tuple(about["keeps"]),
+            table,
+            spread,
+            about["prompts"],
+        )
+
+
+def table_of(found: AbsoluteThresholds) -> Table:
+    """What the command line prints: root mean squares over layers, heads and places, in scores."""
+
+    def rms(values: Tensor) -> str:
+        known = values[values.isfinite()].double()
+        return f"{known.square().mean().sqrt():.3f}" if len(known) else "-"
+
+    spread, error = found.mean_spread(), found.fit_error()
+    places = found.table.shape[-1]
+    rows = [
+        (str(keep), f"{found.sparsity(keep, places * KEYS):.1%}", rms(spread[i]), rms(error[i]))
+        for i, keep in enumerate(found.keeps)
+    ]
+    return Table(
+        f"Absolute thresholds from {found.prompts} prompts of {places} tiles",
+        ("tiles kept", "sparsity", "between prompts", "error of the fit"),
+        tuple(rows),
+        "Standard deviation between prompts and error of the fit: root mean square, in scores.",
+    )
+
+
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What distinguishes a model: its shape, and a few of its weights."""
+    config = model.config.get_text_config()
+    weight = next(p for name, p in model.named_parameters() if p.dim() == 2).detach()
+    return {
+        "type": config.model_type,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "weights": f"{weight[:16, :16].double().abs().sum().item():.6g}",
+    }
+
+
+def _described(model: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in model.items())
+
+
+class _Prompts(Recording):
+    """Sums of the thresholds that prompts ask for, as the passes run."""
+
+    wants_maxima = True
+
+    def __init__(self, layers: Sequence[int], keeps: Sequence[int]) -> None:
+        super().__init__()
+        self._layers, self._keeps = layers, keeps
+        self._sums: dict[int, list[Tensor]] = {}
+
+    def add(self, phase: str, layer: int, result: Result) -> None:
+        if layer not in self._layers:
+            return
+        found = thresholds_of(result.tile_maxima[0], self._keeps)
+        new = torch.stack([found, found.square(), torch.ones_like(found)])
+        new[1] = torch.where(found.isfinite(), new[1], 0.0)
+        known = self._sums.get(layer)
+        if known is not None:  # prompts may differ in length
+            longest = max(new.shape[-1], known.shape[-1])
+            new, known = (
+                torch.nn.functional.pad(t, (0, longest - t.shape[-1])) for t in (new, known)
+            )
+            new = new + known
+        self._sums[layer] = new
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, [keeps, layers, heads, places] float32."""
+        total, squares, count = torch.stack([self._sums[i] for i in self._layers], 2)
+        mean = total / count
+        variance = (squares - count * mean.square()) / (count - 1)
+        spread = torch.where(mean.isfinite() & (count > 1), variance.clamp(min=0).sqrt(), math.nan)
+        return mean.float(), spread.float()
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int | None = None,
+    keeps: Sequence[int] = KEEPS,
+    prompts: int = PROMPTS,
+    text: str | None = None,
+    progress: Progress = silent,
+) -> AbsoluteThresholds:
+    """Thresholds of a model, from one dense pass a prompt; under the model's policy, if it has one.
+
+    Args:
+        model: loaded with `attn_implementation="blasst"`. What was set on it stays set.
+        tokenizer: its tokenizer.
+        length: tokens a prompt; default: 4,096, or the model's context if that is shorter.
+        keeps: numbers of tiles to keep besides the diagonal's.
+        prompts: how many.
+        text: prose to make prompts from; default: `prompts.reference_text()`.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: a k that no query tile of this length can drop anything for, a length beyond the
+            context, a text too short, or a model that runs another attention.
+    """
+    length = length or min(DEFAULT_LENGTH, context_length(model))
+    check_length(model, length, "a calibration prompt")
+    keeps = tuple(sorted(set(keeps)))
+    most = -(-length // KEYS) - 2
+    if text is None:
+        text = reference_text()
+        keeps = tuple(k for k in keeps if k <= most) if keeps == KEEPS else keeps
+    if not keeps or keeps[0] < 1 or keeps[-1] > most:
+        raise ValueError(
+            f"tiles to keep are {list(keeps)}; each must be 1 to {most}, less than the last of "
+            f"{length} tokens has besides its diagonal's"
+        )
+    if prompts < 1:
+        raise ValueError(f"prompts is {prompts}; at least one is needed")
+    maker = PromptMaker(tokenizer, text, "the calibration text")
+    modules = attention_layers(model)
+    layers = [i for i, m in modules.items() if not getattr(m, "sliding_window", None)]
+    if not layers:
+        raise ValueError("every layer has a sliding window; there is nothing to calibrate")
+    sums = _Prompts(layers, keeps)
+    with _dense(model), recording_with(sums):
+        for i in range(prompts):
+            progress("Absolute thresholds", i / prompts, f"prompt {i + 1} of {prompts}")
+            tokens = maker.make(KINDS[i % len(KINDS)], length, seed=i).tokens
+            model.base_model(tokens, cache=DynamicCache(config=model.config))
+    progress("Absolute thresholds", 1.0, "")
+    return AbsoluteThresholds(identity(model), tuple(layers), keeps, *sums.table(), prompts)
+
+
+@contextmanager
+def _dense(model: PreTrainedModel) -> Iterator[None]:
+    """The model drops nothing, and afterwards what it did before."""
+    modules = [m for m in model.modules() if hasattr(m, "blasst_thresholds")]
+    before = [m.blasst_thresholds for m in modules]
+    entry = model.config.__dict__.pop("sparse_attention_config", None)
+    configure(model)
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            module.__dict__.pop("blasst_thresholds", None)
+        for module, thresholds in zip(modules, before, strict=True):
+            module.blasst_thresholds = thresholds
+        if entry is not None:
+            model.config.sparse_attention_config = entry

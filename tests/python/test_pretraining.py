@@ -1,0 +1,94 @@
+"""Training from scratch, dense and with bands: the same steps, resumable, errors."""
+
+import json
+
+import pytest
+import torch
+
+from blasst import pretraining
+from blasst.__main__ import main
+from blasst.pretraining import Plan, Run, pretrain
+
+TINY = {"length": 40, "every": 2, "hidden": 64, "heads": 4, "layers": 1}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """One thread, for models this small, and a text to match."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    words = ["one", "two", "three", "four", "five", "six"]
+    text = " ".join(words[i * i % 6] + words[i % 5] for i in range(6000))
+    monkeypatch.setattr(pretraining, "corpus", lambda seed: text)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_model_has_about_ten_million_parameters():
+    counts = [
+        sum(p.numel() for p in pretraining.make_model(Plan(), method).parameters())
+        for method in pretraining.METHODS
+    ]
+    assert counts[0] == counts[1]
+    assert 8e6 < counts[0] < 12e6
+
+
+def test_both_methods_train_and_are_plotted(tmp_path):
+    runs = pretrain(Plan(steps=6, **TINY), tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [r["method"] for r in results] == ["dense", "bands"]
+    for run, result in zip(runs, results, strict=True):
+        assert [step for step, _ in run.held_out] == [0, 2, 4, 6]
+        assert result["loss"] < run.held_out[0][1]
+        assert result["tokens_per_second"] > 0
+    assert runs[0].losses[0] != runs[1].losses[0]
+    assert (tmp_path / "losses.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
+    whole = pretrain(Plan(steps=6, **TINY), tmp_path / "whole")
+
+    def stop(step, share, what):
+        if what.startswith("step 3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(Plan(steps=6, **TINY), tmp_path / "parts", stop)
+    assert not (tmp_path / "parts/results.json").exists()
+    parts = pretrain(Plan(steps=6, **TINY), tmp_path / "parts")
+    for a, b in zip(whole, parts, strict=True):
+        assert a.losses == b.losses
+        assert a.held_out == b.held_out
+        weights = zip(a.model.parameters(), b.model.parameters(), strict=True)
+        assert all(torch.equal(x, y) for x, y in weights)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    pretrain(Plan(steps=2, **TINY), tmp_path)
+    with pytest.raises(ValueError, match="is a checkpoint of another run"):
+        pretrain(Plan(steps=2, **{**TINY, "length": 48}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "hidden is 64 for 3 heads; each needs a multiple of 8 from 16"),
+        ({"length": 3}, "4 heads cannot have bands of 3 distances"),
+        ({"layers": 0}, "layers is 0; it must be at least 1"),
+    ],
+)
+def test_bad_plans(options, message):
+    with pytest.raises(ValueError, match=message):
+        Plan(steps=2, **{**TINY, **options})
+
+
+def test_too_little_text(tmp_path):
+    with pytest.raises(ValueError, match="sequences of 40 need at least 49 held out"):
+        Run(Plan(steps=2, **TINY), "dense", torch.zeros(500, dtype=torch.long), tmp_path)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    tiny = Plan(steps=2, **TINY)
+    monkeypatch.setattr(pretraining, "Plan", lambda **_: tiny)
+    assert main(["pretrain", "--steps", "2", "--out", str(tmp_path)]) == 0
+    assert "Loss curves:" in capsys.readouterr().out
