@@ -15,6 +15,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The same value, of which the compiler knows nothing: it is kept, not computed again.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- mbarrier -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -111,12 +117,8 @@ __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Whether `vote` holds in every one of the `threads`. The result is the same everywhere, but the
-// assembler cannot know: pass it through warp_uniform before a branch around wgmma.
+// assembler cannot know: pass it through a vote of the warp before a branch around wgmma.
 __device__ __forceinline__ bool named_barrier_all(int id, int threads, bool vote) {
   uint32_t all;
   asm volatile(
@@ -175,6 +177,13 @@ __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
   return y;
 }
 
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address));
+}
+
 // --- wgmma --------------------------------------------------------------------------------------
 
 // Descriptor of an operand in shared memory, in rows of 128 bytes with the 128-byte swizzle, its
@@ -185,6 +194,12 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t 
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
          static_cast<uint64_t>(panel_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 |
          uint64_t{1} << 62;
+}
+
+// The same operand `bytes` further on. Addresses stay in the lower word: no carry.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  const uint32_t low = static_cast<uint32_t>(descriptor) + (bytes >> 4);
+  return (descriptor & 0xFFFFFFFF00000000) | low;
 }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -208,6 +223,7 @@ __device__ __forceinline__ void pin(float (&registers)[kCount]) {
 // One k = 16 step for the 64 rows of a warpgroup, d [64, kN] in float32:
 //   first       d = a * b^T, both operands K-major in shared memory
 //   more        d += a * b^T
+//   first_registers, more_registers   the same with a in registers
 //   registers   d += a * b, a in registers, b [16, kN] MN-major in shared memory
 template <typename T, int kN>
 struct Wgmma;
@@ -244,31 +260,49 @@ struct Wgmma;
 #define BLASST_OUT_128(d, i) BLASST_OUT_64(d, i), BLASST_OUT_64(d, i + 64)
 
 // n and its half; the operand numbers after the accumulators; PTX's and C++'s element types.
-#define BLASST_WGMMA(n, half, A0, A1, A2, A3, A4, ptx_type, type)                            \
-  template <>                                                                                \
-  struct Wgmma<type, n> {                                                                    \
-    static __device__ __forceinline__ void first(float (&d)[half], uint64_t a, uint64_t b) { \
-      asm volatile(                                                                          \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                         \
-          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type            \
-          " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", p, 1, 1, 0, 0;\n}"                   \
-          : BLASST_OUT_##half(d, 0)                                                          \
-          : "l"(a), "l"(b));                                                                 \
-    }                                                                                        \
-    static __device__ __forceinline__ void more(float (&d)[half], uint64_t a, uint64_t b) {  \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type   \
-                   " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", 1, 1, 1, 0, 0;"             \
-                   : BLASST_INOUT_##half(d, 0)                                               \
-                   : "l"(a), "l"(b));                                                        \
-    }                                                                                        \
-    static __device__ __forceinline__ void registers(float (&d)[half], const uint32_t* a,    \
-                                                     uint64_t b) {                           \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type   \
-                   " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4   \
-                                           ", 1, 1, 1, 1;"                                   \
-                   : BLASST_INOUT_##half(d, 0)                                               \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                    \
-    }                                                                                        \
+#define BLASST_WGMMA(n, half, A0, A1, A2, A3, A4, ptx_type, type)                               \
+  template <>                                                                                   \
+  struct Wgmma<type, n> {                                                                       \
+    static __device__ __forceinline__ void first(float (&d)[half], uint64_t a, uint64_t b) {    \
+      asm volatile(                                                                             \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                            \
+          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type               \
+          " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", p, 1, 1, 0, 0;\n}"                      \
+          : BLASST_OUT_##half(d, 0)                                                             \
+          : "l"(a), "l"(b));                                                                    \
+    }                                                                                           \
+    static __device__ __forceinline__ void more(float (&d)[half], uint64_t a, uint64_t b) {     \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type      \
+                   " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", 1, 1, 1, 0, 0;"                \
+                   : BLASST_INOUT_##half(d, 0)                                                  \
+                   : "l"(a), "l"(b));                                                           \
+    }                                                                                           \
+    static __device__ __forceinline__ void first_registers(float (&d)[half], const uint32_t* a, \
+                                                           uint64_t b) {                        \
+      asm volatile(                                                                             \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                            \
+          "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type               \
+          " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4               \
+                                  ", p, 1, 1, 0;\n}"                                            \
+          : BLASST_OUT_##half(d, 0)                                                             \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                \
+    }                                                                                           \
+    static __device__ __forceinline__ void more_registers(float (&d)[half], const uint32_t* a,  \
+                                                          uint64_t b) {                         \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type      \
+                   " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4      \
+                                           ", 1, 1, 1, 0;"                                      \
+                   : BLASST_INOUT_##half(d, 0)                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
+    }                                                                                           \
+    static __device__ __forceinline__ void registers(float (&d)[half], const uint32_t* a,       \
+                                                     uint64_t b) {                              \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." ptx_type "." ptx_type      \
+                   " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4      \
+                                           ", 1, 1, 1, 1;"                                      \
+                   : BLASST_INOUT_##half(d, 0)                                                  \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                       \
+    }                                                                                           \
   };
 
 #define BLASST_WGMMA_SHAPES(ptx_type, type)                           \

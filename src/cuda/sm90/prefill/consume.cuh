@@ -3,6 +3,7 @@
 
 #include <cfloat>
 #include <cmath>
+#include <cstddef>
 
 #include "blasst/blasst.h"
 #include "cuda/sm90/prefill/config.cuh"
@@ -30,24 +31,35 @@ struct ThreadPlace {
   __device__ __forceinline__ int column() const { return 2 * (lane() % 4); }
 };
 
+// The largest of a thread's scores in each of its two rows.
 template <int kCount>
 __device__ __forceinline__ void tile_maxima(const float (&s)[kCount], float (&maximum)[2]) {
+  // Eight chains side by side: one after the other they would wait for their own results.
+  float part[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) part[e] = s[e];
+#pragma unroll
+  for (int j = 8; j < kCount; j += 8) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) part[e] = ptx::max_nan(part[e], s[j + e]);
+  }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float part[4] = {s[2 * r], s[2 * r + 1], s[2 * r + 4], s[2 * r + 5]};
-#pragma unroll
-    for (int j = 8; j < kCount; j += 8) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        part[e] = ptx::max_nan(part[e], s[j + 2 * r + (e & 1) + 2 * (e & 2)]);
-    }
-    maximum[r] = ptx::max_nan(ptx::max_nan(part[0], part[1]), ptx::max_nan(part[2], part[3]));
+    maximum[r] = ptx::max_nan(ptx::max_nan(part[2 * r], part[2 * r + 1]),
+                              ptx::max_nan(part[2 * r + 4], part[2 * r + 5]));
   }
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+// Of the four threads that share a row.
+__device__ __forceinline__ void quad_maxima(float (&x)[2]) {
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes *= 2) {
+    float other[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) other[r] = __shfl_xor_sync(0xffffffffu, x[r], lanes);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) x[r] = fmaxf(x[r], other[r]);
+  }
 }
 
 __device__ __forceinline__ float quad_sum(float x) {
@@ -60,12 +72,14 @@ __device__ __forceinline__ float tanh_exact(float x) {
   return 1 - __fdividef(2, 1 + ptx::exp2_approx(2 * kLog2e * x));
 }
 
-// One consumer warpgroup. What the loop over tiles needs is in registers, which are scarce: two
-// tiles of scores and the outputs take 192 of 240. The rest is read from `work` when needed.
+// One consumer warpgroup. What the loop over tiles needs is in registers: queries, a tile's scores
+// and probabilities, outputs. The rest is read from `work` when needed. Nothing hides what stands
+// between two products, so that is kept short: addresses come from one base, a tile from the last.
 template <typename C>
 class Consumer {
  public:
-  __device__ Consumer(const Params& p, typename C::Shared& s) : p_(p), s_(s) {}
+  __device__ Consumer(const Params& p, typename C::Shared& s)
+      : p_(p), s_(s), base_(ptx::opaque(ptx::shared_address(&s))) {}
 
   __device__ void run() {
     Ring<2> works;
@@ -74,21 +88,24 @@ class Consumer {
       const Work& work = s_.work[works.stage];
       if (ptx::warp_uniform(work.rows) == 0) return;
       attend(work);
-      arrive(s_.barriers.work_empty[works.stage]);
+      arrive(address(s_.barriers.work_empty[works.stage]));
       works.next();
     }
   }
 
  private:
   using L = typename C::Layout;
+  using Shared = typename C::Shared;
   using Element = typename C::Element;
   static constexpr int kScores = C::kKeys / 2;  // a thread's share of a tile's scores
   static constexpr int kOutputs = C::kDim / 2;
-  static constexpr int kParts = 2;  // of a tile's keys, from scores to outputs
+  static constexpr int kParts = 2;  // of a tile's keys: what is summed together
   static constexpr int kPart = kScores / kParts;
+  // With a tile test, two tiles of scores take these registers.
+  static constexpr bool kQueriesInRegisters = !C::kTests && C::kDim <= 128;
 
-  __device__ __forceinline__ void arrive(uint64_t& barrier) {
-    ptx::mbarrier_arrive_if(address(barrier), at_.lane() == 0);
+  __device__ __forceinline__ void arrive(uint32_t barrier) const {
+    ptx::mbarrier_arrive_if(barrier, at_.lane() == 0);
   }
 
   // This warpgroup's rows of the block; may be negative.
@@ -112,14 +129,14 @@ class Consumer {
   __device__ __forceinline__ void begin(const Work& work) {
     tile_begin_ = ptx::warp_uniform(work.tile_begin);
     tile_end_ = ptx::warp_uniform(work.tile_end);
-    const int first = position(work), count = rows(work), last = first + max(count, 1) - 1;
-    // Keys that every row sees; rows beyond the request see none.
-    const int begin = max(0, last - work.most), end = min(work.keys, first - work.least + 1);
-    const bool all = count == kRowsPerWarpgroup && begin < end;
-    whole_begin_ = ptx::warp_uniform(all ? (begin + C::kKeys - 1) / C::kKeys : kUnlimited);
-    whole_end_ = ptx::warp_uniform(all ? end / C::kKeys : 0);
+    const KeyRange whole = whole_tiles(work);
+    plain_begin_ = ptx::warp_uniform(whole.begin);
+    plain_count_ = ptx::warp_uniform(p_.softcap > 0 ? 0 : whole.end - whole.begin);
+    direction_ = p_.order == 0 ? 1 : -1;
+    tile_ = tile_at(p_.order, tile_begin_, tile_end_, 0);
+    next_tile_ = tile_at(p_.order, tile_begin_, tile_end_, 1);
     if constexpr (C::kReports) {
-      if (p_.tile_bits && threadIdx.x % 128 == 0 && count > 0)
+      if (p_.tile_bits && threadIdx.x % 128 == 0 && rows(work) > 0)
         for (int word = 0; word < p_.tile_words; ++word) bits_of(work)[word] = 0;
     }
     if constexpr (C::kTests) {
@@ -139,49 +156,82 @@ class Consumer {
     for (int j = 0; j < kOutputs; ++j) o_[j] = 0;
   }
 
-  __device__ __forceinline__ int tile(int i) const {
-    return tile_at(p_.order, tile_begin_, tile_end_, i);
-  }
-
   // s = Q K^T of the next key stage.
   __device__ __forceinline__ void start_scores(float (&s)[kScores]) {
-    ptx::mbarrier_wait(address(s_.barriers.key_full[keys_.stage]), keys_.phase);
-    const uint64_t q = ptx::wgmma_descriptor(ptx::shared_address(s_.query[at_.warpgroup]));
-    const uint64_t k = ptx::wgmma_descriptor(ptx::shared_address(s_.key[keys_.stage]));
+    ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.key_full) + 8 * keys_.stage, keys_.phase);
+    const uint64_t q = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, query)),
+                                    at_.warpgroup * L::kQueryBytes);
+    const uint64_t k = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, key)),
+                                    keys_.stage * L::kTileBytes);
+    using Product = ptx::Wgmma<Element, C::kKeys>;
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < C::kDim / 16; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
-      const uint64_t a = q + ((panel * L::kQueryPanelBytes + within) >> 4);
-      const uint64_t b = k + ((panel * L::kKeyPanelBytes + within) >> 4);
-      if (step == 0)
-        ptx::Wgmma<Element, C::kKeys>::first(s, a, b);
+      const uint64_t a = ptx::advance(q, panel * L::kQueryPanelBytes + within);
+      const uint64_t b = ptx::advance(k, panel * L::kKeyPanelBytes + within);
+      if constexpr (kQueriesInRegisters)
+        step == 0 ? Product::first_registers(s, q_[step], b)
+                  : Product::more_registers(s, q_[step], b);
       else
-        ptx::Wgmma<Element, C::kKeys>::more(s, a, b);
+        step == 0 ? Product::first(s, a, b) : Product::more(s, a, b);
     }
     ptx::wgmma_commit();
     keys_.next();
   }
 
-  // The oldest scores are there: their keys may be overwritten.
-  __device__ __forceinline__ void release_keys() {
-    arrive(s_.barriers.key_empty[scored_.stage]);
+  // This warpgroup's queries, from shared memory, as the first operand of wgmma: for each 16
+  // elements of d, 16 x 16 in four 8 x 8 matrices a warp.
+  __device__ __forceinline__ void load_queries() {
+    const int lane = at_.lane(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const uint32_t base = ptx::shared_address(s_.query[at_.warpgroup]) + row * kPanelRowBytes;
+#pragma unroll
+    for (int step = 0; step < C::kDim / 16; ++step) {
+      const int vector = (step % 4 * 2 + lane / 16) ^ (row % 8);  // the copy engine's swizzle
+      ptx::load_matrices(q_[step], base + step / 4 * L::kQueryPanelBytes + 16 * vector);
+    }
+    __syncwarp();
+    arrive(address(s_.barriers.query_empty));
+  }
+
+  // The scores are there: their keys may be overwritten.
+  __device__ __forceinline__ void finish_scores(float (&s)[kScores]) {
+    ptx::pin(s);
+    arrive(base_ + offsetof(Shared, barriers.key_empty) + 8 * scored_.stage);
     scored_.next();
   }
 
-  // This warp no longer needs the values of visit i.
-  __device__ __forceinline__ void release_values(int i) {
-    arrive(s_.barriers.value_done[(visit_ + i) % L::kValueBarriers]);
+  // This warp no longer needs the values of a visit.
+  __device__ __forceinline__ void release_values(int visit) {
+    arrive(base_ + offsetof(Shared, barriers.value_done) + 8 * (visit % L::kValueBarriers));
+  }
+
+  // Keys that every row of this warpgroup sees, in whole tiles. Rows beyond the request see none.
+  __device__ __forceinline__ KeyRange whole_tiles(const Work& work) const {
+    const int first = position(work), count = rows(work), last = first + max(count, 1) - 1;
+    const int begin = max(0, last - work.most), end = min(work.keys, first - work.least + 1);
+    const KeyRange tiles = {(begin + C::kKeys - 1) / C::kKeys, end / C::kKeys};
+    return count == kRowsPerWarpgroup && tiles.begin < tiles.end ? tiles : KeyRange{0, 0};
+  }
+
+  // Caps the scores, and masks what a row does not see.
+  __device__ __forceinline__ void treat(float (&s)[kScores], const Work& work) {
+    if (p_.softcap > 0) {
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) s[j] = tanh_exact(s[j] * p_.softcap_scale);
+    }
+    const KeyRange whole = whole_tiles(work);
+    if (tile_ < whole.begin || tile_ >= whole.end) mask(s, work);
   }
 
   // Scores of keys that a row does not see become -inf.
-  __device__ __forceinline__ void mask(float (&s)[kScores], const Work& work, int tile) {
+  __device__ __forceinline__ void mask(float (&s)[kScores], const Work& work) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = at_.row(r);
       const int at = position(work) + row;
       const KeyRange seen = keys_of(at, at, work.least, work.most, work.keys);
-      const int first = tile * C::kKeys + at_.column();
+      const int first = tile_ * C::kKeys + at_.column();
       const int begin = seen.begin - first, end = (row < rows(work) ? seen.end : 0) - first;
 #pragma unroll
       for (int j = 0; j < kScores / 4; ++j) {
@@ -194,39 +244,34 @@ class Consumer {
     }
   }
 
-  // Masks the scores of visit i, takes their maxima, and decides. Returns whether the tile is kept.
-  __device__ __forceinline__ bool decide(float (&s)[kScores], const Work& work, int i) {
-    const int tile = this->tile(i);
-    if (p_.softcap > 0) {
-#pragma unroll
-      for (int j = 0; j < kScores; ++j) s[j] = tanh_exact(s[j] * p_.softcap_scale);
-    }
-    if (tile < whole_begin_ || tile >= whole_end_) mask(s, work, tile);
+  // Completes the scores of visit_, takes their maxima, and decides. Returns whether the tile is
+  // kept.
+  __device__ __forceinline__ bool decide(float (&s)[kScores], const Work& work) {
+    special_ = static_cast<unsigned>(tile_ - plain_begin_) >= static_cast<unsigned>(plain_count_);
+    if (special_) [[unlikely]]
+      treat(s, work);
     tile_maxima(s, tile_maximum_);
     if constexpr (!C::kTests) {
-      // Never stored. It keeps the assembler from moving the wait for the outputs, which follows,
-      // to before the maxima. (With a tile test, the vote does.)
-      ptx::store_shared_if(ptx::shared_address(&s_.decision[0][0]),
-                           __float_as_int(fmaxf(tile_maximum_[0], tile_maximum_[1])), p_.order < 0);
       return true;
     } else {
       bool vote = true;
 #pragma unroll
       for (int r = 0; r < 2; ++r) vote = vote && tile_maximum_[r] < skip_below(maximum_[r]);
-      if constexpr (C::kReports) offer_gap(i);
-      const bool keep = !ptx::warp_uniform(ptx::named_barrier_all(1 + at_.warpgroup, 128, vote));
+      if constexpr (C::kReports) offer_gap();
+      const bool keep =
+          __any_sync(0xffffffffu, !ptx::named_barrier_all(1 + at_.warpgroup, 128, vote));
       ptx::store_shared_if(
-          ptx::shared_address(&s_.decision[(visit_ + i) % L::kValueStages][at_.warpgroup]),
-          2 * (visit_ + i) + keep, at_.lane() == 0);
-      if constexpr (C::kReports) report_tile(work, i, keep);
+          base_ + offsetof(Shared, decision) + 8 * (visit_ % L::kValueStages) + 4 * at_.warpgroup,
+          2 * visit_ + keep, at_.lane() == 0);
+      if constexpr (C::kReports) report_tile(work, keep);
       kept_ += keep;
-      if (!keep) release_values(i);
+      if (!keep) release_values(visit_);
       return keep;
     }
   }
 
   // The largest gap of each warp's rows, in natural logarithms, for report_tile after the vote.
-  __device__ __forceinline__ void offer_gap(int i) {
+  __device__ __forceinline__ void offer_gap() {
     float gap = -INFINITY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -240,7 +285,7 @@ class Consumer {
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2)
       gap = fmaxf(gap, __shfl_xor_sync(0xffffffffu, gap, lanes));
-    if (at_.lane() == 0) s_.gap[i % 2][at_.warpgroup][threadIdx.x % 128 / 32] = gap;
+    if (at_.lane() == 0) s_.gap[visit_ % 2][at_.warpgroup][threadIdx.x % 128 / 32] = gap;
   }
 
   // The tile bits of this warpgroup's rows.
@@ -249,22 +294,23 @@ class Consumer {
     return p_.tile_bits + row * p_.tile_words;
   }
 
-  __device__ __forceinline__ void report_tile(const Work& work, int i, bool keep) {
-    const int tile = this->tile(i);
+  __device__ __forceinline__ void report_tile(const Work& work, bool keep) {
+    const int tile = tile_;
     const KeyRange visible = visible_tiles(work);
     if (tile < visible.begin || tile >= visible.end) return;
     if (threadIdx.x % 128 == 0) {
       if (p_.tile_bits && keep) atomicOr(bits_of(work) + tile / 32, 1u << tile % 32);
       if (p_.gap_histogram) {
-        const float(&warps)[4] = s_.gap[i % 2][at_.warpgroup];
+        const float(&warps)[4] = s_.gap[visit_ % 2][at_.warpgroup];
         const float gap = fmaxf(fmaxf(warps[0], warps[1]), fmaxf(warps[2], warps[3]));
         atomicAdd(p_.gap_histogram + work.head * BLASST_GAP_BINS + gap_bin(gap), 1ull);
       }
     }
     if (keep) return;
+    quad_maxima(tile_maximum_);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float maximum = quad_max(tile_maximum_[r]);
+      const float maximum = tile_maximum_[r];
       const int at = position(work) + at_.row(r);
       const KeyRange seen = keys_of(at, at, work.least, work.most, work.keys);
       const int keys = min(seen.end, (tile + 1) * C::kKeys) - max(seen.begin, tile * C::kKeys);
@@ -281,19 +327,22 @@ class Consumer {
     return fmaxf(below, -FLT_MAX);
   }
 
-  // Moves the running maxima and scales what was summed under the old ones.
-  __device__ __forceinline__ void move_maxima(float (&minus_maximum)[2]) {
+  // The running maximum as a base-2 logarithm; 0 if there is none.
+  __device__ __forceinline__ float log2_maximum(int r) const {
+    return maximum_[r] == -INFINITY ? 0.f : __fmul_rn(maximum_[r], p_.score_to_log2);
+  }
+
+  // Moves the running maxima to those of a kept tile, and scales what was summed under the old
+  // ones.
+  __device__ __forceinline__ void move_maxima() {
     float alpha[2];
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float old = maximum_[r];
-      const float maximum = fmaxf(old, quad_max(tile_maximum_[r]));
-      moved |= maximum != old;
-      const float scaled = maximum == -INFINITY ? 0.f : __fmul_rn(maximum, p_.score_to_log2);
-      alpha[r] = ptx::exp2_approx(__fmul_rn(old, p_.score_to_log2) - scaled);
-      minus_maximum[r] = -scaled;
-      maximum_[r] = maximum;
+      maximum_[r] = fmaxf(old, tile_maximum_[r]);
+      moved |= maximum_[r] != old;
+      alpha[r] = ptx::exp2_approx(__fmul_rn(old, p_.score_to_log2) - log2_maximum(r));
     }
     if (!__any_sync(0xffffffffu, moved)) return;
 #pragma unroll
@@ -306,10 +355,9 @@ class Consumer {
     }
   }
 
-  // Probabilities of a part of the tile's keys, in the element type, from its scores.
-  __device__ __forceinline__ void exponentials(const float (&s)[kScores], int part,
-                                               const float (&minus_maximum)[2],
-                                               uint32_t (&p)[kPart / 2]) {
+  // Probabilities, in the element type, from the scores of a part of a tile's keys.
+  __device__ __forceinline__ void exponentials(const float (&s)[kScores], int part, uint32_t* p) {
+    const float minus_maximum[2] = {-log2_maximum(0), -log2_maximum(1)};
     float sums[2][2] = {};
 #pragma unroll
     for (int j = 0; j < kPart / 4; ++j) {
@@ -329,34 +377,37 @@ class Consumer {
     for (int r = 0; r < 2; ++r) sum_[r] += sums[r][0] + sums[r][1];
   }
 
-  // o += P V from the scores of visit i. A part's products start while the next part's
-  // exponentials are still to come.
-  __device__ __forceinline__ void start_outputs(float (&s)[kScores], const Work& work, int i) {
-    float minus_maximum[2];
-    move_maxima(minus_maximum);
-    const int visit = visit_ + i;
-    const uint32_t stage = ptx::shared_address(s_.value[visit % L::kValueStages]);
-    const uint64_t v = ptx::wgmma_descriptor(stage, L::kKeyPanelBytes);
-    uint32_t p[kParts][kPart / 2];
+  // The values of visit_ are there.
+  __device__ __forceinline__ void wait_values(const Work& work) {
+    ptx::mbarrier_wait(
+        base_ + offsetof(Shared, barriers.value_full) + 8 * (visit_ % L::kValueBarriers),
+        visit_ / L::kValueBarriers & 1);
+    if (special_) [[unlikely]]
+      clear_values(base_ + offsetof(Shared, value) + visit_ % L::kValueStages * L::kTileBytes,
+                   work.keys - tile_ * C::kKeys);
+  }
+
+  // o += P V of visit_, for its keys from `key` on.
+  template <int kCount>
+  __device__ __forceinline__ void start_outputs(const uint32_t (&p)[kCount], int key) {
+    const uint64_t v =
+        ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, value), L::kKeyPanelBytes),
+                     visit_ % L::kValueStages * L::kTileBytes);
+    ptx::pin(o_);
+    ptx::wgmma_fence();
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      exponentials(s, part, minus_maximum, p[part]);
-      if (part == 0) {
-        ptx::mbarrier_wait(address(s_.barriers.value_full[visit % L::kValueBarriers]),
-                           visit / L::kValueBarriers & 1);
-        const int tile = this->tile(i);
-        if (tile >= whole_end_) clear_values(stage, work.keys - tile * C::kKeys);
-      }
-      ptx::pin(o_);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int step = 0; step < kPart / 8; ++step) {
-        const int row = (part * kPart / 8 + step) * 16;
-        ptx::Wgmma<Element, C::kDim>::registers(o_, p[part] + 4 * step,
-                                                v + (row * kPanelRowBytes >> 4));
-      }
-      ptx::wgmma_commit();
+    for (int step = 0; step < kCount / 4; ++step) {
+      ptx::Wgmma<Element, C::kDim>::registers(o_, p + 4 * step,
+                                              ptx::advance(v, (key + 16 * step) * kPanelRowBytes));
     }
+    ptx::wgmma_commit();
+  }
+
+  // The outputs are there, those of `visit` the newest.
+  __device__ __forceinline__ void finish_outputs(int visit) {
+    ptx::wgmma_wait<0>();
+    ptx::pin(o_);
+    release_values(visit);
   }
 
   // What lies behind the last key may be anything, NaN too, and 0 * NaN is not 0.
@@ -374,84 +425,136 @@ class Consumer {
     ptx::named_barrier_sync(1 + at_.warpgroup, 128);
   }
 
-  // `current` holds the scores of visit i, whose fate is `keep`; those of visit i + 1 are on their
-  // way to `next` and are there on return, those of i + 2 (if kMore) on their way to `current`.
-  // Returns whether visit i + 1 is kept.
+  __device__ __forceinline__ void next_visit() {
+    ++visit_;
+    tile_ = next_tile_;
+    next_tile_ += direction_;
+  }
+
+  __device__ __forceinline__ void take_probabilities(const float (&s)[kScores],
+                                                     uint32_t (&p)[kScores / 2]) {
+    move_maxima();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) exponentials(s, part, p + part * kPart / 2);
+  }
+
+  // Without a tile test. The scores of the next tile and the outputs of this one are computed
+  // together; then come the next tile's exponentials, under the products of the other warpgroup.
+  __device__ __forceinline__ void attend_dense(const Work& work, int count) {
+    float s[kScores];
+    uint32_t p[kScores / 2];
+    start_scores(s);
+    ptx::wgmma_wait<0>();
+    finish_scores(s);
+    decide(s, work);
+    quad_maxima(tile_maximum_);
+    take_probabilities(s, p);
+#pragma unroll 1
+    for (int i = 1; i < count; ++i) {
+      start_scores(s);
+      wait_values(work);
+      start_outputs(p, 0);
+      next_visit();
+      ptx::wgmma_wait<1>();
+      finish_scores(s);
+      decide(s, work);
+      quad_maxima(tile_maximum_);
+      hold(tile_maximum_[0] + tile_maximum_[1]);
+      finish_outputs(visit_ - 1);
+      take_probabilities(s, p);
+    }
+    if constexpr (!kQueriesInRegisters) arrive(address(s_.barriers.query_empty));
+    wait_values(work);
+    start_outputs(p, 0);
+    finish_outputs(visit_);
+  }
+
+  // With a tile test: `current` holds the scores of visit_, whose fate is `keep`, and those of the
+  // next visit are on their way to `next`. Decides on the next and starts the scores after it
+  // (kMore) in `current`: under this tile's exponentials and outputs, or at once if it is skipped.
   template <bool kMore>
   __device__ __forceinline__ bool step(float (&current)[kScores], float (&next)[kScores],
-                                       const Work& work, int i, bool keep) {
-    if (!C::kTests || keep) {
-      start_outputs(current, work, i);
+                                       const Work& work, bool keep) {
+    if (keep) {
+      start_kept(current, work);
       ptx::wgmma_wait<kParts>();
-      ptx::pin(next);
-      release_keys();
-      // Under the tensor cores' work on this tile's outputs.
-      const bool keep_next = decide(next, work, i + 1);
-      ptx::wgmma_wait<0>();
-      ptx::pin(o_);
-      release_values(i);
+      finish_scores(next);
+      next_visit();
+      keep = decide(next, work);
+      finish_outputs(visit_ - 1);
       if constexpr (kMore) start_scores(current);
-      return keep_next;
+      return keep;
     }
-    // Under the tensor cores' work on the scores after the next.
     if constexpr (kMore) start_scores(current);
-    ptx::wgmma_wait<kMore ? 1 : 0>();
-    ptx::pin(next);
-    release_keys();
-    return decide(next, work, i + 1);
+    ptx::wgmma_wait<kMore>();
+    finish_scores(next);
+    next_visit();
+    return decide(next, work);
   }
 
-  // The last visit: its scores are in `current`.
-  __device__ __forceinline__ void last(float (&current)[kScores], const Work& work, int i,
-                                       bool keep) {
-    if (C::kTests && !keep) return;
-    start_outputs(current, work, i);
+  // o += P V of visit_ from its scores. A part's products start while the next part's exponentials
+  // are still to come.
+  __device__ __forceinline__ void start_kept(float (&s)[kScores], const Work& work) {
+    quad_maxima(tile_maximum_);
+    move_maxima();
+    uint32_t p[kParts][kPart / 2];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      exponentials(s, part, p[part]);
+      if (part == 0) wait_values(work);
+      start_outputs(p[part], part * C::kKeys / kParts);
+    }
+  }
+
+  __device__ __forceinline__ void last(float (&s)[kScores], const Work& work, bool keep) {
+    arrive(address(s_.barriers.query_empty));
+    if (!keep) return;
+    start_kept(s, work);
+    finish_outputs(visit_);
+  }
+
+  __device__ __forceinline__ void attend_sparse(const Work& work, int count) {
+    float even[kScores], odd[kScores];
+    start_scores(even);
     ptx::wgmma_wait<0>();
-    ptx::pin(o_);
-    release_values(i);
-  }
-
-  // The last two visits, from where step would find nothing more to start.
-  __device__ __forceinline__ void last_two(float (&current)[kScores], float (&next)[kScores],
-                                           const Work& work, int i, bool keep) {
-    keep = step<false>(current, next, work, i, keep);
-    arrive(s_.barriers.query_empty);
-    last(next, work, i + 1, keep);
+    finish_scores(even);
+    bool keep = decide(even, work);
+    if (count == 1) return last(even, work, keep);
+    start_scores(odd);
+    for (;; count -= 2) {
+      if (count == 2) {
+        keep = step<false>(even, odd, work, keep);
+        return last(odd, work, keep);
+      }
+      keep = step<true>(even, odd, work, keep);
+      if (count == 3) {
+        keep = step<false>(odd, even, work, keep);
+        return last(even, work, keep);
+      }
+      keep = step<true>(odd, even, work, keep);
+    }
   }
 
   __device__ __forceinline__ void attend(const Work& work) {
     begin(work);
     const int count = tile_end_ - tile_begin_;
     if (count > 0) {
-      float even[kScores], odd[kScores];
       ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
       query_phase_ ^= 1;
-      start_scores(even);
-      ptx::wgmma_wait<0>();
-      ptx::pin(even);
-      release_keys();
-      bool keep = decide(even, work, 0);
-      if (count == 1) {
-        arrive(s_.barriers.query_empty);
-        last(even, work, 0, keep);
-      } else {
-        start_scores(odd);
-        for (int i = 0;;) {
-          if (i + 2 == count) {
-            last_two(even, odd, work, i, keep);
-            break;
-          }
-          keep = step<true>(even, odd, work, i++, keep);
-          if (i + 2 == count) {
-            last_two(odd, even, work, i, keep);
-            break;
-          }
-          keep = step<true>(odd, even, work, i++, keep);
-        }
-      }
-      visit_ += count;
+      if constexpr (kQueriesInRegisters) load_queries();
+      if constexpr (C::kTests)
+        attend_sparse(work, count);
+      else
+        attend_dense(work, count);
+      ++visit_;
     }
     finish(work);
+  }
+
+  // Never stores. It keeps the assembler from moving a wait that follows to before `x` is there.
+  // (With a tile test, the vote does.)
+  __device__ __forceinline__ void hold(float x) const {
+    ptx::store_shared_if(base_, __float_as_int(x), p_.order < 0);
   }
 
   // Normalises and writes the rows.
@@ -461,15 +564,14 @@ class Consumer {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float maximum = maximum_[r];
       float sum = quad_sum(sum_[r]);
-      const bool empty = maximum == -INFINITY && sum == 0;
-      const float log2_maximum = maximum == -INFINITY ? 0.f : maximum * p_.score_to_log2;
-      if (p_.sinks && !empty) sum += ptx::exp2_approx(p_.sinks[work.head] * kLog2e - log2_maximum);
+      const bool empty = maximum_[r] == -INFINITY && sum == 0;
+      if (p_.sinks && !empty)
+        sum += ptx::exp2_approx(p_.sinks[work.head] * kLog2e - log2_maximum(r));
       inverse[r] = empty ? 0.f : 1 / sum;
       if (p_.lse && at_.lane() % 4 == 0 && at_.row(r) < count) {
         p_.lse[int64_t{work.head} * p_.rows + output_row + at_.row(r)] =
-            empty ? -INFINITY : log2_maximum * kLn2 + logf(sum);
+            empty ? -INFINITY : log2_maximum(r) * kLn2 + logf(sum);
       }
       if constexpr (C::kReports) {
         if (p_.dropped_mass_bound && at_.lane() % 4 == 0 && at_.row(r) < count) {
@@ -530,23 +632,27 @@ class Consumer {
   }
 
   const Params& p_;
-  typename C::Shared& s_;
+  Shared& s_;
+  const uint32_t base_;  // address of s_
   const ThreadPlace at_;
-  int tile_begin_, tile_end_;    // visited by the block
-  int whole_begin_, whole_end_;  // tiles whose keys all rows of this warpgroup see
-  float threshold_;              // as a difference of raw scores
+  int tile_begin_, tile_end_;      // visited by the block
+  int plain_begin_, plain_count_;  // tiles whose scores are final as they come
+  int tile_, next_tile_, direction_;
+  bool special_;     // tile_ is not one of those
+  int visit_ = 0;    // of tile_, among all that this warpgroup has seen
+  int kept_;         // tiles of this item
+  float threshold_;  // as a difference of raw scores
+  uint32_t q_[C::kDim / 16][4];
   // Online softmax of this thread's two rows. Maxima are of raw scores; times score_to_log2 they
   // are base-2 logarithms.
   float maximum_[2];       // running
   float sum_[2];           // of this thread's keys
-  float tile_maximum_[2];  // of this thread's keys in the newest tile
+  float tile_maximum_[2];  // of the rows in tile_
+  float dropped_[2];  // upper bound on the skipped probabilities, scaled like sum_; reports only
   float o_[kOutputs];
   Ring<L::kKeyStages> keys_;    // the next to score
   Ring<L::kKeyStages> scored_;  // the next to give back
   uint32_t query_phase_ = 0;
-  int visit_ = 0;     // tiles before this item
-  int kept_;          // tiles of this item
-  float dropped_[2];  // upper bound on the skipped probabilities, scaled like sum_; reports only
 };
 
 }  // namespace blasst::cuda::prefill
