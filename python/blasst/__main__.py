@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_calibrate(commands)
     _add_evaluate(commands)
+    _add_finetune(commands)
     _add_demo(commands)
     _add_bsfa(commands)
     _add_pretrain(commands)
@@ -97,6 +98,41 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--out", type=Path, default=Path("blasst-evaluation"), metavar="FOLDER", help="of results"
+    )
+
+
+def _add_finetune(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "finetune", help="train with sparsity, compare with training without"
+    )
+    command.set_defaults(run=_finetune, resumes=True)
+    _add_model(command)
+    for option, kind, default, what in (
+        ("--target-sparsity", _fraction, 0.75, "share of the tiles to skip at the end"),
+        ("--start-sparsity", _fraction, 0.4, "share at the first step"),
+        ("--ramp", _positive, 8, "steps from one to the other"),
+        ("--steps", _positive, 30, "of training"),
+        ("--length", _positive, 2048, "tokens of a sample"),
+        ("--batch", _positive, 1, "samples a step"),
+        ("--learning-rate", float, 1e-4, "at its highest"),
+        ("--save-every", _positive, 5, "steps between checkpoints"),
+    ):
+        letter = "S" if kind is _fraction else "N"
+        command.add_argument(
+            option, type=kind, default=default, metavar=letter, help=f"{what} (default: {default})"
+        )
+    command.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="train on this text, without its last fifth, which is held out",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("blasst-finetuning"),
+        metavar="FOLDER",
+        help="of all results",
     )
 
 
@@ -291,6 +327,34 @@ def _pretrain(options: argparse.Namespace) -> None:
         )
     )
     console.print(f"Loss curves: {(options.out / 'losses.png').resolve()}")
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    from blasst import finetuning, finetuning_report, prompts
+    from blasst.console import console, progress_bar, show
+    from blasst.demo import about_run
+
+    plan = finetuning.Plan(
+        target=options.target_sparsity,
+        start=options.start_sparsity,
+        ramp=options.ramp,
+        steps=options.steps,
+        length=options.length,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        save_every=options.save_every,
+    )
+    text = None if options.text is None else prompts.read_text(options.text)
+    with progress_bar("Fine-tuning") as progress:
+        cases = finetuning.fine_tune(
+            options.model, plan, text=text, out=options.out, progress=progress
+        )
+    show(finetuning_report.table(cases, plan))
+    title = f"{options.model}: {plan.steps} steps dense and sparse"
+    path = finetuning_report.write(
+        title, about_run(finetuning_report.about(plan)), cases, plan, options.out
+    )
+    console.print(f"Report: {path.resolve()}")
 
 
 def _demo(options: argparse.Namespace) -> None:

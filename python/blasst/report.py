@@ -30,6 +30,8 @@ img { max-width: 100%; margin: 1rem 0 }
 """
 COLOURS = {CALIBRATED: "tab:blue", PAPER: "tab:orange", DENSE: "tab:gray"}
 NEEDLES_SHOWN = 3
+Plot = tuple[str, str, Callable[[Axes], None]]
+"""File name without its suffix, caption, and what draws it."""
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,12 @@ def write(
 ) -> Path:
     """Write report.html, its plots as PNG and results.json into a folder; the report's path."""
     every = tables(results, calibration)
-    images = []
-    for name, caption, draw in _plots(results, calibration):
-        picture = _png(draw)
-        replace_file(out / f"{name}.png", picture)
-        encoded = base64.b64encode(picture).decode()
-        images.append(
-            f'<h2>{html.escape(caption)}</h2>\n<img alt="{html.escape(caption)}" '
-            f'src="data:image/png;base64,{encoded}">'
-        )
     write_json(
         out / "results.json",
         {
             "title": title,
             "about": subtitle,
-            "tables": {
-                t.title: [dict(zip(t.columns, row, strict=True)) for row in t.rows] for t in every
-            },
+            "tables": tables_to_dict(every),
             "results": [
                 {"key": [kind, *key], "value": value}
                 for kind in ("sdpa", "text", "needle", "length", "task")
@@ -85,6 +76,27 @@ def write(
             ],
         },
     )
+    return write_page(title, subtitle, every, _plots(results, calibration), out)
+
+
+def tables_to_dict(every: Sequence[Table]) -> dict[str, list[dict[str, str]]]:
+    """Rows by column, by title."""
+    return {t.title: [dict(zip(t.columns, row, strict=True)) for row in t.rows] for t in every}
+
+
+def write_page(
+    title: str, subtitle: str, every: Sequence[Table], plots: Sequence[Plot], out: Path
+) -> Path:
+    """Write report.html with tables and plots, and the plots as PNG beside it; its path."""
+    images = []
+    for name, caption, draw in plots:
+        picture = _png(draw)
+        replace_file(out / f"{name}.png", picture)
+        encoded = base64.b64encode(picture).decode()
+        images.append(
+            f'<h2>{html.escape(caption)}</h2>\n<img alt="{html.escape(caption)}" '
+            f'src="data:image/png;base64,{encoded}">'
+        )
     page = "\n".join(
         [
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}'
@@ -282,15 +294,13 @@ def _held_out_table(calibration: Calibration) -> Table:
     )
 
 
-def _plots(
-    results: Results, calibration: Calibration | None
-) -> list[tuple[str, str, Callable[[Axes], None]]]:
-    """Name, caption and drawing of each plot that there are numbers for."""
+def _plots(results: Results, calibration: Calibration | None) -> list[Plot]:
+    """The plots that there are numbers for."""
     found = rows(results)
     by_scheme: dict[str, list[Row]] = {}
     for row in found:
         by_scheme.setdefault(row.setting.scheme, []).append(row)
-    plots: list[tuple[str, str, Callable[[Axes], None]]] = []
+    plots: list[Plot] = []
     if len(found) > 1:
         plots += [
             ("agreement", "Agreement with dense against sparsity", _draw_agreement(by_scheme)),
