@@ -122,6 +122,9 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
             option, type=kind, default=default, metavar=letter, help=f"{what} (default: {default})"
         )
     command.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16 (weights stay float32)"
+    )
+    command.add_argument(
         "--text",
         type=Path,
         metavar="FILE",
@@ -331,7 +334,7 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 def _finetune(options: argparse.Namespace) -> None:
     from blasst import finetuning, finetuning_report, prompts
-    from blasst.console import console, progress_bar, show
+    from blasst.console import console, show, shown_progress
     from blasst.demo import about_run
 
     plan = finetuning.Plan(
@@ -342,10 +345,11 @@ def _finetune(options: argparse.Namespace) -> None:
         length=options.length,
         batch=options.batch,
         learning_rate=options.learning_rate,
+        bf16=options.bf16,
         save_every=options.save_every,
     )
     text = None if options.text is None else prompts.read_text(options.text)
-    with progress_bar("Fine-tuning") as progress:
+    with shown_progress() as progress:
         cases = finetuning.fine_tune(
             options.model, plan, text=text, out=options.out, progress=progress
         )

@@ -246,6 +246,11 @@ class _Job:
             raise ValueError(
                 f"the model's attn_implementation is {used!r}; load it with {huggingface.NAME!r}"
             )
+        if huggingface.is_sharded(model):
+            raise ValueError(
+                "the model is split over processes; calibrate it in one process: the thresholds "
+                "that its configuration then holds are those of all heads"
+            )
         self.model = model
         self.lengths = sorted(lengths or [n for n in DEFAULT_LENGTHS if n <= context_length(model)])
         for length in self.lengths:

@@ -34,16 +34,17 @@ from blasst.calibration import calibrate
 from blasst.config import SparseAttention, parse
 from blasst.evaluation import Results, fingerprint
 from blasst.huggingface import record
+from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, evaluation_texts, reference_text, text_tokens
 from blasst.scoring import PIECE, log_probabilities
 from blasst.training import PHASE, FiniteGradients, SparsitySchedule
 
-Progress = Callable[[str, float], None]
 UNTRAINED, DENSE, SPARSE = "untrained", "dense", "sparse"
 WAYS = (DENSE, SPARSE)
 ORDERS = ("sink_first", "reverse")
 SCHEMES = ("one_threshold", "water_filling")
 """What the calibrations before and after training choose from."""
+CALIBRATION_PROMPTS = 2
 HELD_OUT_SHARE = 0.2
 """Of a given text, its end: for the measurement."""
 ANSWER_ROOM = 32
@@ -70,6 +71,8 @@ class Plan:
     """Samples a step."""
     learning_rate: float = 1e-4
     """At its highest; it falls to 0 along a cosine."""
+    bf16: bool = False
+    """Compute in bfloat16; weights, optimizer and, measuring, the last layer stay float32."""
     save_every: int = 5
     """Steps between checkpoints."""
     windows: int = 2
@@ -120,13 +123,13 @@ def fine_tune(
         text: prose to train on, whose end is held out; default: `reference_text()`, and
             `evaluation_texts()` are held out.
         out: folder; what it holds of an earlier run is continued.
-        progress: told what is being done.
+        progress: told what is being done: see `blasst.progress`.
 
     Raises:
         ValueError: a folder of another run, a length beyond the model's context, a text too short,
             a target that cannot be reached, gradients that are not finite.
     """
-    return _Run(name, plan, text, out, progress or (lambda what, share: None)).run()
+    return _Run(name, plan, text, out, progress or silent).run()
 
 
 class _Run:
@@ -162,10 +165,11 @@ class _Run:
                 lengths=[self.plan.length],
                 target_sparsity={PHASE: self.plan.target},
                 text=self.prose,
+                prompts=CALIBRATION_PROMPTS,
                 held_out=[],
                 orders=ORDERS,
                 schemes=SCHEMES,
-                progress=lambda what, share: self.progress(f"calibrating {way}: {what}", share),
+                progress=lambda step, share, what: self.progress(f"{step}, {way}", share, what),
             )
             self.results.put(found.config.to_dict(), "calibration", way)
         return parse(self.results.get("calibration", way))
@@ -185,7 +189,7 @@ class _Run:
             plan,
             schedule,
             self.out / way,
-            lambda what, share: self.progress(f"training {way}: {what}", share),
+            lambda share, what: self.progress(f"Training, {way}", share, what),
         )
         models.save_config(model, self.folder, self.out / way / "model")
         for checkpoint in checkpoints(self.out / way):
@@ -241,9 +245,10 @@ class _Run:
         layers = [i for i in models.attention_layers(model) if i not in config.dense_layers]
         with record() as recording:
             for done, (name, tokens) in enumerate(self.windows):
-                what = f"{way}-trained, {name} at target {target:.1%}"
-                self.progress(f"measuring {what}", done / len(self.windows))
-                losses.setdefault(name, []).append(loss_of(model, tokens))
+                step = f"Measuring, {way} at target {target:.1%}"
+                self.progress(step, done / len(self.windows), name)
+                losses.setdefault(name, []).append(loss_of(model, tokens, self.plan.bf16))
+            self.progress(step, 1.0, "")
         by_text = {name: sum(some) / len(some) for name, some in losses.items()}
         found = {
             "sparsity": recording.sparsity(PHASE, layers),
@@ -253,9 +258,10 @@ class _Run:
         return self.results.put(found, "measured", way, target)
 
 
-def loss_of(model: PreTrainedModel, tokens: Tensor) -> float:
-    """Mean negative log-likelihood of [1, length] tokens, nats."""
-    hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0]
+def loss_of(model: PreTrainedModel, tokens: Tensor, bf16: bool) -> float:
+    """Mean negative log-likelihood of [1, length] tokens, nats; the last layer is float32."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0].float()
     total = 0.0
     for piece in torch.arange(tokens.shape[1] - 1).split(PIECE):
         found = log_probabilities(model, hidden[piece])
@@ -323,7 +329,7 @@ def train(
     plan: Plan,
     schedule: SparsitySchedule,
     out: Path,
-    progress: Progress,
+    progress: Callable[[float, str], None],
 ) -> None:
     """Train, from the last checkpoint in `out` if there is one.
 
@@ -335,7 +341,7 @@ def train(
         plan: how.
         schedule: of the target sparsity.
         out: folder of log.jsonl and of the checkpoint.
-        progress: told step and loss.
+        progress: told the share that is done, and the last step's loss.
     """
     working = out / ".working"
     shutil.rmtree(working, ignore_errors=True)  # what a run that was killed left half-written
@@ -352,6 +358,7 @@ def train(
         logging_steps=1,
         save_steps=plan.save_every,
         seed=plan.seed,
+        bf16=plan.bf16,
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
@@ -391,7 +398,7 @@ class _Checkpoints(TrainerCallback):
 class _Log(TrainerCallback):
     """Writes a line for each step, and tells the progress."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
+    def __init__(self, path: Path, progress: Callable[[float, str], None]) -> None:
         self._path, self._progress = path, progress
         self._since = perf_counter()
 
@@ -425,9 +432,8 @@ class _Log(TrainerCallback):
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._progress(
-            f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}, sparsity "
-            f"{logs['sparsity']:.1%}",
             state.global_step / state.max_steps,
+            f"step {state.global_step}, loss {logs['loss']:.3f}, sparsity {logs['sparsity']:.1%}",
         )
 
 

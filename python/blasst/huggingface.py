@@ -38,7 +38,8 @@ PHASES = ("prefill", "decode")
 class Threshold:
     """When a layer drops a key tile, and in which order it visits them: see `blasst.attention`.
 
-    At most one of the three thresholds; each a number, one per head, or a tensor. None: dense.
+    At most one of the three thresholds; each a number, one per head, or a tensor. None: dense. Of
+    a tensor-parallel model: one per head of the whole model.
     """
 
     threshold: float | tuple[float, ...] | Tensor | None = None
@@ -212,8 +213,73 @@ def visit_of(module: nn.Module, call: Call, ranges: Tensor | None, causal: bool)
     return visit
 
 
+@dataclass(frozen=True)
+class _Share:
+    """The heads of a layer that this process holds under tensor parallelism."""
+
+    first: int
+    end: int
+    total: int
+    """Heads of the whole model."""
+    group: "torch.distributed.ProcessGroup"
+    """The processes that hold the others."""
+
+    def of_thresholds(self, values: Any) -> Any:
+        """This process's part of thresholds that `Threshold` takes for the whole model."""
+        if values is None:
+            return None
+        values = torch.as_tensor(values, dtype=torch.float32)
+        if values.dim() == 0 or values.shape[-1] == 1:
+            return values
+        if values.shape[-1] != self.total:
+            raise ValueError(
+                f"thresholds are {list(values.shape)}; the last dimension must be 1 or the "
+                f"model's {self.total} heads (not only those of this process)"
+            )
+        return values[..., self.first : self.end]
+
+    def spread(self, own: Tensor, dim: int) -> Tensor:
+        """This process's heads among zeros for the others, along `dim`."""
+        shape = list(own.shape)
+        shape[dim] = self.total
+        whole = own.new_zeros(shape)
+        whole.narrow(dim, self.first, self.end - self.first).copy_(own)
+        return whole
+
+
+def _share(module: nn.Module, heads: int) -> _Share | None:
+    """Which of the layer's heads the `heads` are that this process has; None: all of them."""
+    total = getattr(module.config, "num_attention_heads", heads)
+    if heads == total or not is_sharded(module):
+        return None
+    projection = getattr(getattr(module, "q_proj", None), "weight", None)
+    mesh = getattr(projection, "device_mesh", None)
+    name = type(module).__name__
+    if mesh is None:
+        raise ValueError(
+            f"{name} is split over processes and has no q_proj that is; blasst cannot tell which "
+            "heads this process holds"
+        )
+    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+    if heads * mesh.size() != total:
+        raise ValueError(
+            f"{name} has {heads} of {total} heads on one of {mesh.size()} processes; blasst needs "
+            "the same number on each"
+        )
+    first = heads * mesh.get_local_rank()
+    return _Share(first, first + heads, total, mesh.get_group())
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters of this module are split over processes."""
+    return any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
+
+
 class Recording:
-    """What `record` collected while it was active, by phase, layer and head."""
+    """What `record` collected while it was active, by phase, layer and head.
+
+    Of a tensor-parallel model: of all its heads, on every process, once the block has ended there.
+    """
 
     wants_maxima = False
     """Whether results shall have their tile maxima."""
@@ -222,14 +288,29 @@ class Recording:
         self.wants_gaps = gaps
         self._counts: dict[tuple[str, int], Tensor] = {}
         self._gaps: dict[tuple[str, int], Tensor] = {}
+        self._partial: dict[tuple[str, int], _Share] = {}
 
-    def add(self, phase: str, layer: int, result: Result) -> None:
+    def add(self, phase: str, layer: int, result: Result, share: _Share | None) -> None:
         """Count one attention call."""
         key = (phase, layer)
         counts = torch.stack([result.stats.visitable.sum(0), result.stats.skipped.sum(0)])
+        gaps = result.gaps
+        if share is not None:
+            self._partial[key] = share
+            counts = share.spread(counts, 1)
+            gaps = None if gaps is None else share.spread(gaps, 0)
         self._counts[key] = self._counts[key] + counts if key in self._counts else counts
         if self.wants_gaps:
-            self._gaps[key] = self._gaps[key] + result.gaps if key in self._gaps else result.gaps
+            self._gaps[key] = self._gaps[key] + gaps if key in self._gaps else gaps
+
+    def gather(self) -> None:
+        """Add up what the processes counted, each its own heads; all of them must call it."""
+        for key in sorted(self._partial):
+            group = self._partial[key].group
+            for counted in (self._counts, self._gaps):
+                if key in counted:
+                    torch.distributed.all_reduce(counted[key], group=group)
+        self._partial.clear()
 
     def gaps(self, phase: str) -> Tensor:
         """[layers, heads, 514] int64: visited tiles by gap, see `Result.gaps`."""
@@ -242,6 +323,11 @@ class Recording:
         """Layers that ran in this phase."""
         if phase not in PHASES:
             raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
+        if self._partial:
+            raise ValueError(
+                "the recording of a tensor-parallel model can be read after the block of "
+                "blasst.record has ended, which is when its processes add up their heads"
+            )
         return sorted(layer for p, layer in self._counts if p == phase)
 
     def tiles(self, phase: str) -> Tensor:
@@ -274,6 +360,8 @@ _active: list[Recording] = []
 def record(*, gaps: bool = False) -> Iterator[Recording]:
     """Count visitable and skipped tiles of every attention call of `blasst` models inside.
 
+    Of a tensor-parallel model every process must record: at the end they add up their heads.
+
     Args:
         gaps: count the visited tiles by gap as well: what calibration reads thresholds from.
 
@@ -293,6 +381,7 @@ def recording_with(recording: Recording) -> Iterator[Recording]:
         yield recording
     finally:
         _active.remove(recording)
+    recording.gather()
 
 
 def key_ranges(
@@ -451,6 +540,8 @@ def attention_forward(
     _check_agreement(module, ranges, window, causal, query.shape[2])
     phase = "decode" if query.shape[2] == 1 else "prefill"
     thresholds = _threshold(module, phase, ranges, query, key, value)
+    share = _share(module, query.shape[1])
+    own = share.of_thresholds if share else lambda values: values
     starts, lengths, query_lengths = (None,) * 3 if ranges is None else ranges[:, :3].unbind(1)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     call = Call(_layer(module), phase, query, key, lengths)
@@ -461,9 +552,9 @@ def attention_forward(
         value,
         bands=visit.bands,
         blocks=visit.blocks,
-        threshold=thresholds.threshold,
-        threshold_scale_factor=thresholds.threshold_scale_factor,
-        absolute_threshold=thresholds.absolute_threshold,
+        threshold=own(thresholds.threshold),
+        threshold_scale_factor=own(thresholds.threshold_scale_factor),
+        absolute_threshold=own(thresholds.absolute_threshold),
         order=thresholds.order,
         phase=phase,
         causal=causal,
@@ -481,7 +572,7 @@ def attention_forward(
     if not isinstance(result, Result):
         return result, None
     for recording in _active:
-        recording.add(phase, _layer(module), result)
+        recording.add(phase, _layer(module), result, share)
     return result.out, None
 
 

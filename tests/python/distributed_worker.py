@@ -1,0 +1,128 @@
+"""One of the processes that test_distributed.py starts: distributed_worker.py JOB FOLDER."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import blasst
+from blasst.training import SparsitySchedule
+
+NEW_TOKENS = 8
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the first step."""
+
+    def __init__(self):
+        self.first = None
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        if self.first is None:
+            self.first = {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def fine_tune(model, samples, batch, folder, **options):
+    """Two steps; gradients of the first, and the log."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=batch,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-3,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+        **options,
+    )
+    kept = Gradients()
+    schedule = SparsitySchedule(0.1, 0.2, ramp=1)
+    trainer = Trainer(model, arguments, train_dataset=samples, callbacks=[schedule, kept])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return kept.first, [line for line in trainer.state.log_history if "loss" in line]
+
+
+def data_parallel(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="blasst")
+    tokens = torch.load(folder / "tokens.pt")
+    samples = [{"input_ids": sample, "labels": sample} for sample in tokens]
+    gradients, log = fine_tune(model, samples, 1, folder, ddp_backend="gloo")
+    torch.save((gradients, log), folder / f"rank{dist.get_rank()}.pt")
+
+
+def generated(model, tokens):
+    """Greedy tokens, and what was recorded: [layers, 2, heads] by phase, and gaps of prefill."""
+    with blasst.record(gaps=True) as recording:
+        new = model.generate(tokens, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return {
+        "tokens": new,
+        "prefill": recording.tiles("prefill"),
+        "decode": recording.tiles("decode"),
+        "gaps": recording.gaps("prefill"),
+        "by_head": recording.by_head("prefill"),
+    }
+
+
+def cases(model, tokens, thresholds):
+    """Under the configuration's thresholds, and under those of `configure`."""
+    from_config = generated(model, tokens)
+    setting = blasst.Threshold(tuple(thresholds.tolist()))
+    blasst.configure(model, prefill=setting, decode=setting)
+    return {"config": from_config, "configured": generated(model, tokens)}
+
+
+def tensor_parallel(folder):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "model", attn_implementation="blasst", tp_plan="auto"
+    )
+    attention = model.model.layers[0].self_attn
+    own = attention.q_proj.weight.to_local().shape[0] // attention.head_dim
+    assert own == model.config.num_attention_heads // dist.get_world_size(), "heads are split"
+    tokens, thresholds = torch.load(folder / "inputs.pt")
+    found = cases(model, tokens, thresholds)
+    found["errors"] = errors(model, tokens)
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+
+
+def errors(model, tokens):
+    """What is said about one threshold a local head, and about reading too early."""
+    messages = []
+    blasst.configure(
+        model, prefill=blasst.Threshold((0.5,) * (model.config.num_attention_heads - 1))
+    )
+    try:
+        model(tokens)
+    except ValueError as error:
+        messages.append(str(error))
+    blasst.configure(model)
+    with blasst.record() as recording:
+        model(tokens)
+        try:
+            recording.sparsity("prefill")
+        except ValueError as error:
+            messages.append(str(error))
+    try:
+        blasst.calibrate(model, None)
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    job, place = sys.argv[1:]
+    dist.init_process_group("gloo")
+    {"data_parallel": data_parallel, "tensor_parallel": tensor_parallel}[job](Path(place))
+    dist.destroy_process_group()

@@ -1,0 +1,133 @@
+"""Several processes give what one gives. Needs torch.distributed with gloo."""
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import distributed_worker
+from blasst.config import Law, Measured, Policy, SparseAttention
+from distributed_worker import cases, fine_tune
+from recency_model import make_recency_model
+
+SECONDS = 300
+LENGTH = 400
+
+
+def run(job: str, processes: int, folder: Path) -> list:
+    """What each process left in the folder."""
+    here = Path(__file__).parent
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1] / "python"), str(here)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launched = subprocess.run(
+        [sys.executable, *launcher, distributed_worker.__file__, job, str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert launched.returncode == 0, launched.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+
+
+def configuration(heads: int, decoding: int | None = None) -> SparseAttention:
+    """A threshold of its own for every head of two layers; `decoding` heads decide together."""
+    generator = torch.Generator().manual_seed(3)
+    low = torch.rand((1, 1, 2, heads), generator=generator) * 6 - 7
+    table = torch.cat([low, low + 1], 1)  # of targets 0.1 and 0.2
+    policy = Policy("sink_first", "water_filling", Law(9.0, 2.0, 1.0), (LENGTH,), (0.1, 0.2), table)
+    rows = {"prefill": 64, "decode": decoding}
+    measured = {phase: Measured((n, 64), (policy,)) for phase, n in rows.items() if n}
+    return SparseAttention(
+        targets=("LlamaAttention",),
+        laws={},
+        target_sparsity=dict.fromkeys(measured, 0.2),
+        measured=measured,
+    )
+
+
+def test_data_parallel_gradients_are_those_of_the_joined_batch(tmp_path):
+    model = make_recency_model()
+    model.config.sparse_attention_config = configuration(4).to_dict()
+    model.save_pretrained(tmp_path / "model")
+    tokens = torch.randint(1, 257, (4, LENGTH), generator=torch.Generator().manual_seed(5))
+    torch.save(tokens, tmp_path / "tokens.pt")
+    ranks = run("data_parallel", 2, tmp_path)
+
+    samples = [{"input_ids": sample, "labels": sample} for sample in tokens]
+    gradients, log = fine_tune(model, samples, 2, tmp_path)
+    for found, found_log in ranks:
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        for line, expected in zip(found_log, log, strict=True):
+            assert line["target_sparsity"] == expected["target_sparsity"]
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert found_log[0]["sparsity"] == log[0]["sparsity"] > 0, "tiles of both processes"
+        assert found_log[1]["sparsity"] == pytest.approx(log[1]["sparsity"], abs=0.01)
+
+
+def llama(heads: int, kv_heads: int) -> LlamaForCausalLM:
+    """Random; heads of 64, as SmolLM2 has them, that prefer near keys, some more than others."""
+    torch.manual_seed(heads)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=heads * 64,
+        intermediate_size=24 * heads,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        attention_bias=True,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="blasst",
+    )
+    model = LlamaForCausalLM(config).eval()
+    strength = torch.linspace(0.5, 2.5, heads)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.copy_(strength.repeat_interleave(64))
+            layer.self_attn.k_proj.bias.fill_(1)
+    model.config.sparse_attention_config = configuration(heads, heads // kv_heads).to_dict()
+    return model
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "processes"), [(9, 3, 3), (8, 4, 2)])
+def test_tensor_parallel_gives_the_tokens_and_statistics_of_one_process(
+    heads, kv_heads, processes, tmp_path
+):
+    model = llama(heads, kv_heads)
+    model.save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(96, (2, LENGTH), generator=generator)
+    thresholds = torch.rand(heads, generator=generator)
+    torch.save((tokens, thresholds), tmp_path / "inputs.pt")
+    ranks = run("tensor_parallel", processes, tmp_path)
+
+    expected = cases(model, tokens, thresholds)
+    for case, one in expected.items():
+        parts = one["by_head"].unflatten(1, (processes, -1)).unbind(1)
+        assert not any(torch.equal(a, b) for a, b in pairwise(parts)), "a wrong place is seen"
+        for found in (rank[case] for rank in ranks):
+            assert torch.equal(found["tokens"], one["tokens"])
+            torch.testing.assert_close(found["by_head"], one["by_head"], rtol=0, atol=0.03)
+            torch.testing.assert_close(found["decode"], one["decode"], rtol=0, atol=2)
+            assert torch.equal(found["prefill"][:, 0], one["prefill"][:, 0]), "visitable tiles"
+            assert torch.equal(found["gaps"].sum(-1), one["gaps"].sum(-1)), "visited tiles"
+    for found in ranks:
+        threshold, early, calibration = found["errors"]
+        assert f"the last dimension must be 1 or the model's {heads} heads" in threshold
+        assert "can be read after the block of blasst.record has ended" in early
+        assert "calibrate it in one process" in calibration
