@@ -9,6 +9,7 @@ for each measurement.
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -127,7 +128,7 @@ def fine_tune(
 
     Raises:
         ValueError: a folder of another run, a length beyond the model's context, a text too short,
-            a target that cannot be reached, gradients that are not finite.
+            a target that cannot be reached, gradients that are not finite, a process of several.
     """
     return _Run(name, plan, text, out, progress or silent).run()
 
@@ -138,6 +139,12 @@ class _Run:
     def __init__(
         self, name: str, plan: Plan, text: str | None, out: Path, progress: Progress
     ) -> None:
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1":
+            raise ValueError(
+                f"started as one of {processes} processes; fine_tune runs in one (for more, use "
+                "Transformers' Trainer with blasst.training.SparsitySchedule)"
+            )
         self.name, self.plan, self.out, self.progress = name, plan, out, progress
         loaded = models.load(name)
         models.check_length(loaded.model, plan.length, "a sample")

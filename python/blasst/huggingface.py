@@ -546,6 +546,11 @@ def attention_forward(
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     call = Call(_layer(module), phase, query, key, lengths)
     visit = visit_of(module, call, ranges, causal)
+    if share is not None and any(part is not None for part in visit):
+        raise ValueError(
+            "a policy (blasst.set_policy, blasst_policy) is not supported for a tensor-parallel "
+            "model: it would count the heads of this process only"
+        )
     result = attention(
         query,
         key,

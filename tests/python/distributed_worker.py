@@ -97,27 +97,37 @@ def tensor_parallel(folder):
 
 
 def errors(model, tokens):
-    """What is said about one threshold a local head, and about reading too early."""
-    messages = []
-    blasst.configure(
-        model, prefill=blasst.Threshold((0.5,) * (model.config.num_attention_heads - 1))
-    )
-    try:
+    """What is said about thresholds of too few heads, a policy, calibration, and reading early."""
+    heads = model.config.num_attention_heads
+
+    def too_few():
+        blasst.configure(model, prefill=blasst.Threshold((0.5,) * (heads - 1)))
         model(tokens)
-    except ValueError as error:
-        messages.append(str(error))
-    blasst.configure(model)
-    with blasst.record() as recording:
+
+    def policy():
+        blasst.configure(model)
+        blasst.set_policy(model, blasst.Bands(512))
         model(tokens)
-        try:
+
+    def early():
+        blasst.set_policy(model, None)
+        with blasst.record() as recording:
+            model(tokens)
             recording.sparsity("prefill")
-        except ValueError as error:
-            messages.append(str(error))
+
+    return [message_of(call) for call in (too_few, policy, early, lambda: calibrate(model))]
+
+
+def calibrate(model):
+    blasst.calibrate(model, tokenizer=None)
+
+
+def message_of(call):
     try:
-        blasst.calibrate(model, None)
+        call()
     except ValueError as error:
-        messages.append(str(error))
-    return messages
+        return str(error)
+    return "no error"
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def test_tensor_parallel_gives_the_tokens_and_statistics_of_one_process(
             assert torch.equal(found["prefill"][:, 0], one["prefill"][:, 0]), "visitable tiles"
             assert torch.equal(found["gaps"].sum(-1), one["gaps"].sum(-1)), "visited tiles"
     for found in ranks:
-        threshold, early, calibration = found["errors"]
+        threshold, policy, early, calibration = found["errors"]
         assert f"the last dimension must be 1 or the model's {heads} heads" in threshold
+        assert "is not supported for a tensor-parallel model" in policy
         assert "can be read after the block of blasst.record has ended" in early
         assert "calibrate it in one process" in calibration

@@ -380,3 +380,10 @@ def test_a_text_too_short_is_one_clear_message(tmp_path, capsys):
     (tmp_path / "note.txt").write_text("a\nshort\nnote\nof\nfive lines\n")
     assert command(folder, tmp_path / "out", "--text", tmp_path / "note.txt") == 1
     assert "end of the text has" in capsys.readouterr().err
+
+
+def test_several_processes_are_sent_to_the_trainer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command(tmp_path, tmp_path / "out") == 1
+    assert "one of 2 processes; fine_tune runs in one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
