@@ -374,7 +374,8 @@ def train(
     trainer = Trainer(model, arguments, train_dataset=samples, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     cached, model.config.use_cache = model.config.use_cache, False
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    with models.quiet():
+        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
     model.config.use_cache = cached
     model.eval()
     shutil.rmtree(working)

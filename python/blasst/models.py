@@ -80,7 +80,7 @@ def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) 
     packaged = PACKAGED.get(name)
     folder = str(cached(name, progress)) if packaged else name
     title = packaged.title if packaged else Path(name).name
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model, about = AutoModelForCausalLM.from_pretrained(
@@ -151,7 +151,7 @@ def _convert(
         for part in parts:
             _append_checked(part, packaged.suffix, whole)
     converted = working / "converted"
-    with _quiet():
+    with quiet():
         progress(step, 0.1, "tokenizer")
         AutoTokenizer.from_pretrained(working, gguf_file=file.name).save_pretrained(converted)
         progress(step, 0.4, "weights")
@@ -211,7 +211,7 @@ def save_config(model: PreTrainedModel, source: str, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        with _quiet():
+        with quiet():
             model.save_pretrained(working)
             AutoTokenizer.from_pretrained(source).save_pretrained(working)
         working.rename(target)
@@ -261,7 +261,7 @@ def check_length(model: PreTrainedModel, length: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Neither Transformers' progress bars nor its advice; what goes wrong is raised."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
