@@ -7,20 +7,23 @@ so that a machine that slows down slows all; medians are printed, and the tiles 
 """
 
 import argparse
-import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from run import planted
 from torch import Tensor
 
 from blasst import attention
-from blasst.bsfa import thresholds_of
-from blasst.curves import ln_threshold_at
-from blasst.policies import head_bands
+from blasst.dhsa import Dhsa
+from blasst.policies import Call, head_bands
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
+THRESHOLD = 1e-3
+PLANTED_HALF = 12.0
+"""Half of what a planted match scores."""
+CHUNKS = {"least": 16, "most": 64, "threshold": -0.1}
 
 
 def median_ms(calls: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -67,39 +70,96 @@ def bands(length: int, rounds: int) -> None:
     print(f"  forward, backward {dense:8.1f} ms {banded:8.1f} ms {dense / banded:6.2f}x")
 
 
-def absolute(length: int, rounds: int) -> None:
+def planted_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs in which three of four tiles miss by far."""
+    q, k, v = planted(length, HEADS, DIM, 0.75)
+    group = HEADS // KV_HEADS
+    return q, k[:, :, ::group].contiguous(), v[:, :, ::group].contiguous()
+
+
+def tests(length: int, rounds: int) -> None:
     """The absolute test against the relative one, at equal sparsity: forward."""
-    q, k, v = random_inputs(length)
-    dense = attention(q, k, v, causal=True, order="reverse", return_tile_maxima=True,
-                      return_gaps=True)  # fmt: skip
-    tiles = -(-length // 64)
-    keep = tiles // 8
-    rule = thresholds_of(dense.tile_maxima[0], (keep,))[0].float()[None]
+    q, k, v = planted_inputs(length)
 
     def run(**test: object) -> object:
-        return attention(q, k, v, causal=True, order="reverse", **test)
+        return attention(q, k, v, causal=True, **test)
 
-    sparsity = run(absolute_threshold=rule, return_stats=True).stats.sparsity
-    relative = math.exp(ln_threshold_at(dense.gaps.sum(0).numpy(), sparsity))
-    reached = run(threshold=relative, return_stats=True).stats.sparsity
-    plain, by_maximum, by_gap = median_ms(
-        [run, lambda: run(absolute_threshold=rule), lambda: run(threshold=relative)], rounds
+    relative, absolute = {"threshold": THRESHOLD}, {"absolute_threshold": PLANTED_HALF}
+    dense, by_gap, by_maximum = median_ms(
+        [run, lambda: run(**relative), lambda: run(**absolute)], rounds
     )
-    print(f"tests, {length} tokens, forward: dense {plain:.1f} ms")
-    print(f"  absolute, {keep} tiles kept: {sparsity:.1%} skipped {by_maximum:8.1f} ms")
-    print(f"  relative, one threshold: {reached:.1%} skipped {by_gap:8.1f} ms")
+    print(f"tests, {length} tokens, forward: dense {dense:.1f} ms")
+    for name, test, time_ in (("relative", relative, by_gap), ("absolute", absolute, by_maximum)):
+        sparsity = run(return_stats=True, **test).stats.sparsity
+        print(f"  {name}: {sparsity:6.1%} skipped {time_:8.1f} ms {dense / time_:6.2f}x")
+
+
+def chunk_prefill(length: int, rounds: int, budget: float, chunker: str) -> None:
+    """Chunks chosen before scoring against dense, prediction included."""
+    q, k, v = planted_inputs(length)
+
+    def predict() -> Tensor:
+        policy = Dhsa(budget, chunker=chunker, **CHUNKS)
+        return policy.visit(Call(0, "prefill", q, k, None)).blocks
+
+    def run(sparse: bool = True, **options: object) -> object:
+        return attention(q, k, v, causal=True, blocks=predict() if sparse else None, **options)
+
+    calls = [lambda: run(False), run, predict, lambda: run(threshold=THRESHOLD)]
+    dense, by_chunks, alone, tested = median_ms(calls, rounds)
+    tiles = run(return_stats=True, threshold=THRESHOLD).stats
+    share = tiles.visitable.sum() / run(False, return_stats=True).stats.visitable.sum()
+    print(f"chunks ({chunker}), {length} tokens, {budget:.0%} of the keys seen, prefill")
+    print(f"  {share:.1%} of the tiles visited: dense {dense:.1f} ms, chunks {by_chunks:.1f} ms")
+    print(f"  ({alone:.1f} ms of them prediction), {dense / by_chunks:.2f}x")
+    print(f"  and threshold {THRESHOLD}: {tiles.sparsity:.1%} of these skipped, {tested:.1f} ms")
+
+
+def chunk_decode(length: int, rounds: int, budget: float, chunker: str) -> None:
+    """The same for one token more at each step."""
+    rounds *= 10
+    q, k, v = random_inputs(length + rounds + 1)  # what is read does not depend on the numbers
+    policies = [Dhsa(budget, chunker=chunker, **CHUNKS) for _ in range(2)]
+    for policy in policies:
+        policy.visit(Call(0, "prefill", q[:, :length], k[:, :length], None))
+    counts = [iter(range(length + 1, length + rounds + 2)) for _ in range(3)]
+
+    def predict(policy: Dhsa, keys: int) -> Tensor:
+        return policy.visit(Call(0, "decode", q[:, keys - 1 : keys], k[:, :keys], None)).blocks
+
+    def step(count: Iterator[int], policy: Dhsa | None) -> object:
+        n = next(count)
+        blocks = None if policy is None else predict(policy, n)
+        return attention(q[:, n - 1 : n], k[:, :n], v[:, :n], causal=True, blocks=blocks)
+
+    dense, by_chunks, alone = median_ms(
+        [
+            lambda: step(counts[0], None),
+            lambda: step(counts[1], policies[0]),
+            lambda: predict(policies[1], next(counts[2])),
+        ],
+        rounds,
+    )
+    print(f"chunks ({chunker}), {length} tokens, {budget:.0%} of the keys seen, decode")
+    print(f"  dense {dense:.3f} ms, chunks {by_chunks:.3f} ms ({alone:.3f} ms of them prediction), "
+          f"{dense / by_chunks:.2f}x")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{HEADS}/{KV_HEADS} heads, d {DIM}, float32, {options.threads} threads")
     bands(options.length, options.rounds)
-    absolute(options.length, options.rounds)
+    tests(options.length, options.rounds)
+    with torch.inference_mode():
+        for chunker in ("fixed", "shift"):
+            for run in (chunk_prefill, chunk_decode):
+                run(options.length, options.rounds, options.budget, chunker)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,6 @@
 #include <cstring>
 #include <limits>
 #include <optional>
-#include <span>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -27,66 +24,12 @@
 #include <vector>
 
 #include "blasst/blasst.hpp"
+#include "check.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace blasst::binding;
 using OptionalTensor = std::optional<Tensor>;
-
-void put(std::ostream& s, std::string_view text) { s << text; }
-void put(std::ostream& s, int64_t number) { s << number; }
-void put(std::ostream& s, ScalarType type) { s << torch::headeronly::toString(type); }
-void put(std::ostream& s, std::span<const int64_t> shape) {
-  s << '[';
-  for (size_t i = 0; i < shape.size(); ++i) s << (i == 0 ? "" : ", ") << shape[i];
-  s << ']';
-}
-void put(std::ostream& s, const Tensor& t) {
-  put(s, std::span(t.sizes().data(), t.sizes().size()));
-}
-
-template <typename... Args>
-[[noreturn]] void fail(const Args&... args) {
-  std::ostringstream message;
-  (put(message, args), ...);
-  throw std::runtime_error(message.str());
-}
-
-template <typename... Args>
-void check(bool ok, const Args&... args) {
-  if (!ok) fail(args...);
-}
-
-void check_shape(std::string_view name, const Tensor& t, std::string_view meaning,
-                 const std::vector<int64_t>& shape) {
-  check(std::ranges::equal(t.sizes(), shape), name, " is ", t, "; it must be ", meaning, " = ",
-        std::span(shape));
-}
-
-blasst::DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return BLASST_FLOAT32;
-    case ScalarType::Half:
-      return BLASST_FLOAT16;
-    case ScalarType::BFloat16:
-      return BLASST_BFLOAT16;
-    default:
-      fail("q is ", t.scalar_type(), "; blasst takes float32, float16 and bfloat16");
-  }
-}
-
-template <typename Enum, size_t n>
-Enum choose(std::string_view name, std::string_view value,
-            const std::array<std::pair<std::string_view, Enum>, n>& choices) {
-  std::string accepted;
-  for (const auto& [choice, result] : choices) {
-    if (choice == value) return result;
-    accepted.append(accepted.empty() ? "" : ", ").append(choice);
-  }
-  fail(name, " is '", value, "'; it must be one of ", accepted);
-}
 
 blasst::Order order_of(std::string_view name) {
   return choose("order", name,
@@ -116,11 +59,6 @@ void* current_stream(int32_t device) {
   void* stream = nullptr;
   check(get(device, &stream) == AOTI_TORCH_SUCCESS, "torch has no current CUDA stream");
   return stream;
-}
-
-// Tensors whose last dimension is not contiguous are copied; everything else is read in place.
-Tensor readable(const Tensor& t) {
-  return t.numel() == 0 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
 // [request, token, head, element] of a 4-d tensor, [token, head, element] of a 3-d one.

@@ -13,8 +13,9 @@ __all__ = ["Result", "TileCounts", "TileShape", "attention", "tile_shape"]
 
 if find_spec("transformers"):
     from blasst.calibration import Calibration, calibrate
+    from blasst.dhsa import Dhsa
     from blasst.huggingface import Recording, Threshold, configure, record, set_policy
     from blasst.policies import Bands
 
     __all__ += ["Calibration", "calibrate"]
-    __all__ += ["Bands", "Recording", "Threshold", "configure", "record", "set_policy"]
+    __all__ += ["Bands", "Dhsa", "Recording", "Threshold", "configure", "record", "set_policy"]

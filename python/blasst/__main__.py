@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands)
     _add_demo(commands)
     _add_bsfa(commands)
+    _add_chunks(commands)
     _add_pretrain(commands)
     return parser
 
@@ -171,6 +172,27 @@ def _add_bsfa(commands: argparse._SubParsersAction) -> None:
         type=Path,
         metavar="FILE",
         help="where to write them (default: NAME-bsfa.safetensors)",
+    )
+
+
+def _add_chunks(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("chunks", help="train the predictors of chunk boundaries")
+    command.set_defaults(run=_chunks, resumes=True)
+    _add_model(command)
+    command.add_argument(
+        "--size", type=_positive, default=32, metavar="KEYS", help="a chunk has (default: 32)"
+    )
+    command.add_argument(
+        "--length", type=_positive, default=2048, metavar="TOKENS", help="default: 2048"
+    )
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="prose to train on (default: Python's reference)"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where to write them (default: NAME-chunks.safetensors)",
     )
 
 
@@ -309,6 +331,36 @@ def _bsfa(options: argparse.Namespace) -> None:
     found.save(out)
     show(bsfa.table_of(found))
     console.print(f"Absolute thresholds: {out.resolve()}")
+
+
+def _chunks(options: argparse.Namespace) -> None:
+    from statistics import mean
+
+    from blasst import chunk_training, models, prompts, report
+    from blasst.console import console, show, shown_progress
+
+    plan = chunk_training.Plan(size=options.size, length=options.length)
+    text = None if options.text is None else prompts.read_text(options.text)
+    loaded = models.load(options.model)
+    out = options.out or Path(f"{loaded.title}-chunks.safetensors")
+    with shown_progress() as progress:
+        trained = chunk_training.train(
+            loaded.model, loaded.tokenizer, out, plan, text, progress
+        ).values()
+    show(
+        report.Table(
+            f"Boundary predictors of {len(trained)} layers, on positions not trained on",
+            ("", "mean", "lowest"),
+            tuple(
+                (name, f"{mean(values):.0%}", f"{min(values):.0%}")
+                for name, values in (
+                    ("precision", [t.precision for t in trained]),
+                    ("recall", [t.recall for t in trained]),
+                )
+            ),
+        )
+    )
+    console.print(f"Boundary predictors: {out.resolve()}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:

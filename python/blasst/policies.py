@@ -95,6 +95,8 @@ class Bands:
 
 
 KINDS: dict[str, type] = {"bands": Bands}
+_made: dict[str, VisitPolicy] = {}
+"""Policies of configurations: a layer asks at each call, and some remember the calls before."""
 
 
 def from_dict(entry: Any) -> VisitPolicy:
@@ -108,8 +110,12 @@ def from_dict(entry: Any) -> VisitPolicy:
             f"blasst_policy is {entry!r}; it must be a mapping whose kind is one of "
             f"{', '.join(KINDS)}"
         )
-    options = {name: value for name, value in entry.items() if name != "kind"}
-    try:
-        return KINDS[entry["kind"]](**options)
-    except TypeError as error:
-        raise ValueError(f"blasst_policy is {dict(entry)!r}: {error}") from None
+    known = _made.get(key := repr(sorted(entry.items())))
+    if known is None:
+        options = {name: value for name, value in entry.items() if name != "kind"}
+        try:
+            known = KINDS[entry["kind"]](**options)
+        except TypeError as error:
+            raise ValueError(f"blasst_policy is {dict(entry)!r}: {error}") from None
+        _made[key] = known
+    return known

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "attention/problem.h"
@@ -10,6 +11,20 @@
 #include "cpu/totals.h"
 
 namespace blasst::cpu {
+
+// Row operations in float32; counts and dimensions are multiples of 8.
+struct ChunkKernels {
+  // Stored elements to floats.
+  void (*widen)(const std::byte* row, int64_t count, float* to);
+  void (*add)(const float* row, int64_t count, float* sum);
+  // out[i] = q . rows[i], rows `stride` floats apart.
+  void (*dots)(const float* q, const float* rows, int64_t stride, int64_t count, int64_t dim,
+               float* out);
+  // y [rows, outputs] = x [rows, inputs] weight [inputs, outputs] + bias (null: 0); outputs: a
+  // multiple of 32.
+  void (*affine)(const float* x, int64_t rows, int64_t inputs, const float* weight,
+                 const float* bias, int64_t outputs, float* y);
+};
 
 struct Kernels {
   // Visit the unit's key tiles and write its output rows. `scratch`: prefill_scratch_floats,
@@ -27,6 +42,8 @@ struct Kernels {
   void (*backward_delta)(const BackwardPlan& plan, const QueryTile& tile);
   void (*backward)(const BackwardPlan& plan, const BackwardUnit& unit, float* scratch);
   void (*backward_finish)(const BackwardPlan& plan, const QueryTile& tile);
+
+  ChunkKernels chunks;
 };
 
 // One per storage type, in the order of blasst_dtype.

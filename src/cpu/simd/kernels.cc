@@ -18,6 +18,7 @@
 #define BLASST_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
 #if HWY_TARGET != HWY_SCALAR
 #include "cpu/simd/backward-inl.h"
+#include "cpu/simd/chunks-inl.h"
 #include "cpu/simd/decode-inl.h"
 #include "cpu/simd/prefill-inl.h"
 #endif
@@ -28,7 +29,13 @@ namespace blasst::cpu::BLASST_ISA {
 #if HWY_TARGET != HWY_SCALAR
 template <typename A>
 Kernels AllKernels() {
-  return {&Prefill<A>, &Decode<A>, &Combine, &BackwardDelta<A>, &Backward<A>, &BackwardFinish<A>};
+  return {&Prefill<A>,
+          &Decode<A>,
+          &Combine,
+          &BackwardDelta<A>,
+          &Backward<A>,
+          &BackwardFinish<A>,
+          AllChunkKernels<A::kDType>()};
 }
 #endif
 

@@ -17,6 +17,7 @@
 #define BLASST_ISA_BF16_DOT 1
 #define BLASST_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
 #include "cpu/simd/backward-inl.h"
+#include "cpu/simd/chunks-inl.h"
 #include "cpu/simd/decode-inl.h"
 #include "cpu/simd/prefill-inl.h"
 
@@ -27,8 +28,13 @@ Kernels avx512_bf16_kernels() {
   using namespace N_AVX512_BF16;
   // Backward keeps probabilities and their gradients in float32.
   using Stored = Float32<BLASST_BFLOAT16>;
-  return {&Prefill<BFloat16Dot>,  &Decode<BFloat16Dot>, &Combine,
-          &BackwardDelta<Stored>, &Backward<Stored>,    &BackwardFinish<Stored>};
+  return {&Prefill<BFloat16Dot>,
+          &Decode<BFloat16Dot>,
+          &Combine,
+          &BackwardDelta<Stored>,
+          &Backward<Stored>,
+          &BackwardFinish<Stored>,
+          AllChunkKernels<BLASST_BFLOAT16>()};
 }
 
 }  // namespace blasst::cpu

@@ -1,0 +1,163 @@
+// torch.ops.blasst.chunks_*: chunks of keys and the choice among them, as blasst/chunks.hpp has
+// them. State goes in and comes out as tensors. On the CPU.
+#include "blasst/chunks.hpp"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <cstring>
+#include <optional>
+#include <tuple>
+
+#include "check.h"
+
+namespace {
+
+using namespace blasst::binding;
+using OptionalTensor = std::optional<Tensor>;
+
+int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+blasst::HeadRows rows_of(std::string_view name, Tensor& t) {
+  check(t.dim() == 3, name, " is ", t, "; it must be [rows, heads, head_dim] of one request");
+  t = readable(t);
+  return {.dtype = dtype_of(t),
+          .data = t.data_ptr(),
+          .rows = t.size(0),
+          .heads = t.size(1),
+          .head_dim = t.size(2),
+          .stride_row = t.stride(0),
+          .stride_head = t.stride(1)};
+}
+
+// The predictor's arrays follow each other in one tensor, in the order of the struct.
+blasst::BoundaryPredictor predictor_of(Tensor& weights, int64_t inputs, int64_t window,
+                                       int64_t features, int64_t hidden) {
+  const std::array sizes{
+      inputs * features, window, window, (4 * features + 1) * hidden, hidden, hidden, int64_t{1}};
+  int64_t total = 0;
+  for (const int64_t size : sizes) total += size;
+  check(
+      weights.scalar_type() == ScalarType::Float && weights.dim() == 1 && weights.size(0) == total,
+      "predictor is ", weights, " of ", weights.scalar_type(), "; for inputs ", inputs, ", window ",
+      window, ", features ", features, ", hidden ", hidden, " it must be float32 [", total, "]");
+  weights = torch::stable::contiguous(weights);
+  const auto* at = static_cast<const float*>(weights.const_data_ptr());
+  std::array<const float*, sizes.size()> parts{};
+  for (size_t i = 0; i < sizes.size(); ++i) parts[i] = std::exchange(at, at + sizes[i]);
+  return {inputs,   window,   features, hidden,   parts[0], parts[1],
+          parts[2], parts[3], parts[4], parts[5], *parts[6]};
+}
+
+struct Rule {
+  blasst::BoundaryPredictor predictor;
+  blasst::ChunkRule rule;
+};
+
+void read_rule(Rule& r, std::string_view chunker, int64_t least, int64_t most, double threshold,
+               OptionalTensor& predictor, const std::vector<int64_t>& shape) {
+  r.rule.chunker =
+      choose("chunker", chunker,
+             std::array{std::pair{std::string_view("fixed"), blasst::Chunker::kFixed},
+                        std::pair{std::string_view("shift"), blasst::Chunker::kShift},
+                        std::pair{std::string_view("trained"), blasst::Chunker::kTrained}});
+  r.rule.least = least;
+  r.rule.most = most;
+  r.rule.threshold = static_cast<float>(threshold);
+  check(predictor.has_value() == (r.rule.chunker == blasst::Chunker::kTrained),
+        "predictor goes with the chunker 'trained', and with no other");
+  if (!predictor) return;
+  check(shape.size() == 4, "predictor_shape must be [inputs, window, features, hidden]");
+  for (const int64_t size : shape)
+    check(size > 0 && size < (1 << 20), "predictor_shape is ", std::span(shape),
+          "; each must be positive");
+  r.predictor = predictor_of(*predictor, shape[0], shape[1], shape[2], shape[3]);
+  r.rule.predictor = &r.predictor;
+}
+
+blasst::Chunks chunks_of(Tensor starts, Tensor sums, int64_t keys) {
+  check(starts.scalar_type() == ScalarType::Int && starts.dim() == 1, "starts is ", starts, " of ",
+        starts.scalar_type(), "; it must be int32 [chunks]");
+  check(
+      sums.scalar_type() == ScalarType::Float && sums.dim() == 3 && sums.size(0) == starts.size(0),
+      "sums is ", sums, " of ", sums.scalar_type(),
+      "; it must be float32 [chunks, kv_heads, head_dim] with chunks ", starts.size(0));
+  starts = torch::stable::contiguous(starts);
+  sums = torch::stable::contiguous(sums);
+  const auto* first = static_cast<const int32_t*>(starts.const_data_ptr());
+  const auto* values = static_cast<const float*>(sums.const_data_ptr());
+  return {keys, {first, first + starts.numel()}, {values, values + sums.numel()}};
+}
+
+std::tuple<Tensor, Tensor> extend_chunks_of(Tensor key, Tensor starts, Tensor sums, int64_t keys,
+                                            std::string chunker, int64_t least, int64_t most,
+                                            double threshold, OptionalTensor predictor,
+                                            std::vector<int64_t> shape) {
+  Rule rule;
+  read_rule(rule, chunker, least, most, threshold, predictor, shape);
+  const blasst::HeadRows rows = rows_of("key", key);
+  blasst::Chunks chunks = chunks_of(starts, sums, keys);
+  blasst::extend_chunks(chunks, rule.rule, rows, threads());
+  const auto count = static_cast<int64_t>(chunks.starts.size());
+  Tensor new_starts = torch::stable::new_empty(key, std::vector<int64_t>{count}, ScalarType::Int);
+  Tensor new_sums = torch::stable::new_empty(
+      key, std::vector<int64_t>{count, rows.heads, rows.head_dim}, ScalarType::Float);
+  if (count > 0) {
+    std::memcpy(new_starts.mutable_data_ptr(), chunks.starts.data(), count * sizeof(int32_t));
+    std::memcpy(new_sums.mutable_data_ptr(), chunks.sums.data(),
+                chunks.sums.size() * sizeof(float));
+  }
+  return {new_starts, new_sums};
+}
+
+Tensor boundary_scores_of(Tensor key, std::string chunker, OptionalTensor predictor,
+                          std::vector<int64_t> shape) {
+  Rule rule;
+  read_rule(rule, chunker, 1, 1, 0, predictor, shape);
+  const blasst::HeadRows rows = rows_of("key", key);
+  const std::vector<float> found =
+      blasst::boundary_scores(rule.rule, rows, 0, rows.rows, threads());
+  Tensor result = torch::stable::new_empty(key, std::vector<int64_t>{rows.rows}, ScalarType::Float);
+  if (!found.empty())
+    std::memcpy(result.mutable_data_ptr(), found.data(), found.size() * sizeof(float));
+  return result;
+}
+
+Tensor select_chunks(Tensor query, Tensor starts, Tensor sums, int64_t keys, bool decode,
+                     int64_t budget_keys, double budget_share) {
+  const blasst::HeadRows rows = rows_of("query", query);
+  const blasst::Chunks chunks = chunks_of(starts, sums, keys);
+  check(sums.size(2) == rows.head_dim, "sums is ", sums, ", but query is ", query);
+  const auto tiles = [](int64_t count) { return (count + 63) / 64; };
+  const int64_t kv_heads = sums.size(1);
+  Tensor blocks =
+      torch::stable::new_empty(query,
+                               std::vector<int64_t>{decode ? kv_heads : rows.heads,
+                                                    decode ? 1 : tiles(rows.rows), tiles(keys)},
+                               ScalarType::Byte);
+  blasst::select_tiles(chunks, kv_heads, rows, decode, {budget_keys, budget_share},
+                       static_cast<uint8_t*>(blocks.mutable_data_ptr()), threads());
+  return blocks;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(blasst, m) {
+  m.def(
+      "chunks_extend(Tensor key, Tensor starts, Tensor sums, int keys, str chunker, int least,"
+      " int most, float threshold, Tensor? predictor, int[] predictor_shape)"
+      " -> (Tensor starts, Tensor sums)");
+  m.def(
+      "chunks_scores(Tensor key, str chunker, Tensor? predictor, int[] predictor_shape) -> "
+      "Tensor");
+  m.def(
+      "chunks_select(Tensor query, Tensor starts, Tensor sums, int keys, bool decode,"
+      " int budget_keys, float budget_share) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
+  m.impl("chunks_extend", TORCH_BOX(extend_chunks_of));
+  m.impl("chunks_scores", TORCH_BOX(boundary_scores_of));
+  m.impl("chunks_select", TORCH_BOX(select_chunks));
+}

@@ -1,0 +1,223 @@
+"""Dynamic hierarchical sparse attention: each query tile reads the chunks of keys most like it.
+
+`Dhsa` is a policy: it cuts each layer's keys into chunks as they arrive, and chooses among them
+before anything is scored, in prefill for every query tile of a head and in decode for every step.
+What the cut and the choice are is in `include/blasst/chunks.hpp`; both run in the library.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import blasst.operators  # noqa: F401, loads torch.ops.blasst
+from blasst.policies import KINDS, Call, Visit
+
+CHUNKERS = ("fixed", "shift", "trained")
+VERSION = 1
+SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A trained boundary predictor of one layer."""
+
+    weights: Tensor
+    """float32, flat: projection, left, right, weight1, bias1, weight2, bias2, in that order."""
+    shape: tuple[int, int, int, int]
+    """Elements of a token's keys (all KV heads), window, features, hidden."""
+
+
+def load_predictors(path: Path) -> dict[int, Predictor]:
+    """Predictors by layer, as `blasst.chunk_training.train` writes them.
+
+    Raises:
+        ValueError: another file.
+    """
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {}).get("blasst_chunks", "null"))
+        if about is None or about["version"] != VERSION:
+            raise ValueError(f"{path} holds no boundary predictors of version {VERSION}")
+        shape = tuple(about["shape"])
+        return {int(n): Predictor(file.get_tensor(n), shape) for n in file.keys()}  # noqa: SIM118
+
+
+@dataclass
+class _State:
+    """The chunks of one request in one layer."""
+
+    keys: int
+    starts: Tensor
+    sums: Tensor
+    sample: Tensor
+    """Some of the keys, to know the request by: a cache may hold another one by now."""
+
+
+@dataclass
+class Dhsa:
+    """The policy.
+
+    The model stays frozen. Batches must have no padding; a request that is shorter than the budget
+    is read whole. On the CPU, and not in compiled passes.
+    """
+
+    budget: float
+    """Keys that a query tile may read: a number, or (below or equal to 1.0, a float) the share of
+    those its last row sees. Key tile 0 and the tile's own are always read, and count."""
+    chunker: str = "fixed"
+    """"fixed": every `most` keys; "shift": where a key's cosine to the one before is below
+    `threshold`; "trained": where the predictor's score is above it."""
+    least: int = 1
+    """Fewest keys of a chunk, the last aside."""
+    most: int = 64
+    """Most keys of a chunk; a trained chunk that is still growing may have a window more."""
+    threshold: float = 0.0
+    predictors: str | None = None
+    """File of the trained chunker's predictors."""
+    _predictors: dict[int, Predictor] = field(default_factory=dict, init=False, repr=False)
+    _states: dict[tuple[int, int], _State] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
+        if not (self.budget >= 1 if whole else 0 < self.budget <= 1):
+            raise ValueError(
+                f"budget is {self.budget!r}; it must be a whole number of keys from 1 on, or a "
+                "share above 0.0 and at most 1.0"
+            )
+        if self.chunker not in CHUNKERS:
+            raise ValueError(f"chunker is {self.chunker!r}; it must be one of {CHUNKERS}")
+        if not 1 <= self.least <= self.most:
+            raise ValueError(
+                f"chunks have {self.least} to {self.most} keys; at least 1, and no more least than "
+                "most"
+            )
+        if math.isnan(self.threshold):
+            raise ValueError("threshold is nan; it must be a number")
+        if (self.predictors is None) == (self.chunker == "trained"):
+            raise ValueError(
+                f"chunker is {self.chunker!r} and predictors is {self.predictors!r}; 'trained' "
+                "needs a file of predictors, the others take none"
+            )
+        if self.predictors is not None:
+            self._predictors = load_predictors(Path(self.predictors))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `policies.from_dict`."""
+        names = ("budget", "chunker", "least", "most", "threshold", "predictors")
+        return {"kind": "dhsa"} | {name: getattr(self, name) for name in names}
+
+    @torch.no_grad()
+    def visit(self, call: Call) -> Visit:
+        """The chosen tiles; takes up the keys that are new since the last call of the layer."""
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("the dhsa policy does not run in a compiled pass")
+        if call.query.device.type != "cpu":
+            raise NotImplementedError(f"the dhsa policy runs on: cpu; q is on {call.query.device}")
+        blocks = [self._of_request(call, request) for request in range(call.query.shape[0])]
+        most = max(b.shape[-1] for b in blocks)
+        blocks = [torch.nn.functional.pad(b, (0, most - b.shape[-1])) for b in blocks]
+        return Visit(blocks=torch.cat(blocks, 1))
+
+    def _of_request(self, call: Call, request: int) -> Tensor:
+        """[heads, query tiles, key tiles], decode [kv_heads, 1, key tiles] uint8."""
+        key, query = call.key[request], call.query[request]
+        if call.lengths is not None:
+            key = key[: int(call.lengths[request])]
+        state = self._extended((call.layer, request), key, query.shape[0])
+        whole = isinstance(self.budget, int)
+        return torch.ops.blasst.chunks_select(
+            query,
+            state.starts,
+            state.sums,
+            state.keys,
+            call.phase == "decode",
+            min(self.budget, state.keys) if whole else 0,
+            0.0 if whole else self.budget,
+        )
+
+    def _extended(self, place: tuple[int, int], key: Tensor, new: int) -> _State:
+        """The chunks of all the keys: those of the last call go on if it was the same request's."""
+        known = self._states.get(place)
+        goes_on = known is not None and known.keys == len(key) - new > 0
+        if not (goes_on and torch.equal(known.sample, _sample(key[: known.keys]))):
+            none = torch.empty(0, dtype=torch.int32)
+            known = _State(0, none, torch.empty(0, *key.shape[1:]), key[:0])
+        starts, sums = extend(
+            key, known.starts, known.sums, known.keys, self.rule(), self._predictor(place[0])
+        )
+        state = _State(len(key), starts, sums, _sample(key))
+        self._states[place] = state
+        return state
+
+    def rule(self) -> Mapping[str, Any]:
+        """How `extend` cuts."""
+        return {
+            "chunker": self.chunker,
+            "least": self.least,
+            "most": self.most,
+            "threshold": float(self.threshold),
+        }
+
+    def _predictor(self, layer: int) -> Predictor | None:
+        if self.chunker != "trained":
+            return None
+        if layer not in self._predictors:
+            raise ValueError(
+                f"{self.predictors} has no boundary predictor for layer {layer}; it has some for "
+                f"{sorted(self._predictors)}"
+            )
+        return self._predictors[layer]
+
+
+def _sample(key: Tensor) -> Tensor:
+    """Up to SAMPLED keys spread over all, the last among them; a copy."""
+    step = -(-len(key) // SAMPLED)
+    return key[(len(key) - 1) % step :: step].clone()
+
+
+def extend(
+    key: Tensor,
+    starts: Tensor,
+    sums: Tensor,
+    keys: int,
+    rule: Mapping[str, Any],
+    predictor: Predictor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Chunks of a request's keys, of which the first `keys` have been cut already.
+
+    Args:
+        key: [keys, kv_heads, head_dim] all of the request's.
+        starts: [chunks] int32 first key of each chunk so far.
+        sums: [chunks, kv_heads, head_dim] float32 sum of the keys of each.
+        keys: that these cover.
+        rule: chunker, least, most, threshold: see `Dhsa`.
+        predictor: of the trained chunker.
+
+    Returns:
+        starts and sums of all chunks.
+
+    Raises:
+        RuntimeError: chunks that do not cover their keys, a predictor for other keys.
+    """
+    weights, shape = (None, []) if predictor is None else (predictor.weights, predictor.shape)
+    return torch.ops.blasst.chunks_extend(
+        key,
+        starts,
+        sums,
+        keys,
+        rule["chunker"],
+        rule["least"],
+        rule["most"],
+        rule["threshold"],
+        weights,
+        list(shape),
+    )
+
+
+KINDS["dhsa"] = Dhsa
