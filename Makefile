@@ -78,7 +78,16 @@ format: check-packages $(VENV)/.complete ## rewrite the sources in the project's
 .PHONY: gpu-test
 gpu-test: build ## kernels and operator against the reference and the CPU
 	build/release/tests/cuda/cuda_tests $(ARGS)
-	$(python) -m pytest tests/python/test_cuda.py
+	$(python) -m pytest tests/python/test_cuda.py tests/python/test_cuda_huggingface.py
+
+SANITIZED := DecodeRandom.*/0:Calls.*:DecodeKernels.G*
+
+.PHONY: gpu-sanitize
+gpu-sanitize: build ## kernels on small problems under compute-sanitizer: memory, barriers
+	compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  build/release/tests/cuda/cuda_tests --gtest_filter='PrefillRandom.*/0:$(SANITIZED)'
+	compute-sanitizer --tool synccheck --error-exitcode 1 \
+	  build/release/tests/cuda/cuda_tests --gtest_filter='$(SANITIZED)'
 
 .PHONY: gpu-bench
 gpu-bench: build ## measure the kernels, beside FlashAttention-3 where it is installed

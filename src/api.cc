@@ -1,6 +1,7 @@
 // The public C++ entry points: check the parameters, hand the problem to the backend.
 #include <fmt/format.h>
 
+#include "attention/checks.h"
 #include "attention/problem.h"
 #include "blasst/blasst.hpp"
 #include "cpu/backend.h"
@@ -71,6 +72,25 @@ void decode(const DecodeParams& params) {
 void backward(const BackwardParams& params) {
   cpu::backward(attention::make_problem(on_cpu(params)), threads_of(params),
                 {params.workspace, params.workspace_bytes});
+}
+
+void merge(const MergeParams& params) {
+  dispatch(
+      params,
+      [&] {
+        attention::check_merge(params);
+        cpu::merge(params, threads_of(params));
+      },
+      BLASST_ON_CUDA(merge(params)));
+}
+
+void check_pages([[maybe_unused]] const KeysValues& kv, [[maybe_unused]] int64_t batch,
+                 [[maybe_unused]] int32_t* found, [[maybe_unused]] void* stream) {
+#if BLASST_CUDA
+  cuda::check_pages(kv, batch, found, stream);
+#else
+  throw Error(BLASST_UNSUPPORTED, "check_pages needs a CUDA backend, which is not in this build");
+#endif
 }
 
 std::size_t workspace_bytes(const PrefillParams& params) {

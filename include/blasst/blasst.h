@@ -92,7 +92,9 @@ typedef struct blasst_keys_values {
   /* Dense: tokens a request has room for. cuda, ragged or paged: no request has more keys; 0: what
    * fits in k or in the page table. */
   int64_t key_length BLASST_DEFAULT(0);
-  const int32_t* lengths BLASST_DEFAULT(nullptr); /* [batch] keys in use */
+  const int32_t* lengths BLASST_DEFAULT(nullptr); /* [batch] end of the keys in use */
+  /* cuda, dense: [batch] first key in use: padding on the left. Positions count from it. */
+  const int32_t* starts BLASST_DEFAULT(nullptr);
   const int32_t* cu_seqlens
       BLASST_DEFAULT(nullptr); /* [batch + 1] first key of each request, from 0 */
   const int32_t* page_table BLASST_DEFAULT(nullptr); /* [batch, page_table_stride] page ids */
@@ -193,6 +195,10 @@ typedef struct blasst_prefill_params {
   size_t workspace_bytes BLASST_DEFAULT(0); /* at least blasst_prefill_workspace_bytes */
   int64_t rows BLASST_DEFAULT(0);           /* cuda, ragged q: the last of cu_seqlens_q */
   void* stream BLASST_DEFAULT(nullptr);     /* cuda: a cudaStream_t */
+  /* cuda, dense q: [batch] rows in use of each request, from the first; null: all. With this or
+   * kv.starts, rows not in use, and causal rows before every key, are padding: they get output 0
+   * and LSE -inf, and query tiles begin at the first row that is none. */
+  const int32_t* query_lengths BLASST_DEFAULT(nullptr);
 } blasst_prefill_params;
 
 /* Decode: the last query_length (1 to 16) positions of each request, q [batch, query_length, heads,
@@ -272,14 +278,54 @@ typedef struct blasst_tile_shape {
   int64_t most_splits BLASST_DEFAULT(0);
 } blasst_tile_shape;
 
+/* One attention over two sets of keys, from an attention over each: a prompt in chunks, or KV in
+ * two places. Row by row, in float32:
+ *   lse = ln(e^lse_a + e^lse_b)
+ *   out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
+ * A row without keys (LSE -inf) adds nothing; two of them give output 0 and LSE -inf. Each call
+ * decides on its own tiles. A sink belongs in one of the two only. Rows are [batch, query_length],
+ * or all of a ragged q with batch 1. */
+typedef struct blasst_merge_params {
+  blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_CPU);
+  blasst_dtype dtype BLASST_DEFAULT(BLASST_FLOAT32); /* of out_a, out_b and out */
+  int64_t batch BLASST_DEFAULT(1);
+  int64_t query_length BLASST_DEFAULT(0);
+  int64_t heads BLASST_DEFAULT(0);
+  int64_t value_dim BLASST_DEFAULT(0);
+  blasst_view out_a;
+  blasst_view out_b;
+  const float* lse_a BLASST_DEFAULT(nullptr); /* [heads, batch * query_length] as reported */
+  const float* lse_b BLASST_DEFAULT(nullptr);
+  blasst_view out;                      /* may be out_a or out_b, exactly */
+  float* lse BLASST_DEFAULT(nullptr);   /* a buffer of its own; null: not wanted */
+  int32_t threads BLASST_DEFAULT(0);    /* cpu: 0: all processors */
+  void* stream BLASST_DEFAULT(nullptr); /* cuda: a cudaStream_t */
+} blasst_merge_params;
+
+/* What blasst_check_pages found, and which three numbers come with it. */
+typedef BLASST_ENUM(blasst_page_fault){
+    BLASST_PAGES_GOOD = 0, BLASST_PAGE_ID = 1, /* request, index in its page table, page id */
+    BLASST_PAGE_LENGTH = 2, /* request, its length, the most keys that it has room for */
+} blasst_page_fault;
+
 /* Fill *params with the defaults above. */
 BLASST_API void blasst_prefill_params_init(blasst_prefill_params* params);
 BLASST_API void blasst_decode_params_init(blasst_decode_params* params);
 BLASST_API void blasst_backward_params_init(blasst_backward_params* params);
+BLASST_API void blasst_merge_params_init(blasst_merge_params* params);
 
 BLASST_API blasst_status blasst_prefill(const blasst_prefill_params* params);
 BLASST_API blasst_status blasst_decode(const blasst_decode_params* params);
 BLASST_API blasst_status blasst_backward(const blasst_backward_params* params);
+BLASST_API blasst_status blasst_merge(const blasst_merge_params* params);
+
+/* cuda: looks on the device for what an attention call over paged keys cannot report: a page id
+ * that is none of the pages (it reads as zeros) and a length beyond the page table (it is cut).
+ * Enqueues on `stream`, a cudaStream_t, a kernel that writes to `found`, on the device, a
+ * blasst_page_fault and three numbers that describe the first fault, by request, then by index. On
+ * the cpu every call checks its pages itself. */
+BLASST_API blasst_status blasst_check_pages(const blasst_keys_values* kv, int64_t batch,
+                                            int32_t* found, void* stream);
 
 BLASST_API blasst_status blasst_prefill_workspace_bytes(const blasst_prefill_params* params,
                                                         size_t* bytes);

@@ -27,6 +27,7 @@ using Report = blasst_report;
 using PrefillParams = blasst_prefill_params;
 using DecodeParams = blasst_decode_params;
 using BackwardParams = blasst_backward_params;
+using MergeParams = blasst_merge_params;
 using TileShape = blasst_tile_shape;
 
 // Thrown by every function below. what() says what was passed and what is accepted.
@@ -49,6 +50,13 @@ BLASST_API void decode(const DecodeParams& params);
 
 // Gradients of prefill, from the lse and the tile bits that it reported.
 BLASST_API void backward(const BackwardParams& params);
+
+// One attention over two sets of keys, from an attention over each.
+BLASST_API void merge(const MergeParams& params);
+
+// Looks on the current CUDA device for page ids and lengths that paged keys do not have; writes
+// four numbers to `found`, on the device (blasst_check_pages).
+BLASST_API void check_pages(const KeysValues& kv, int64_t batch, int32_t* found, void* stream);
 
 // Bytes that the call needs beyond its inputs and outputs.
 BLASST_API std::size_t workspace_bytes(const PrefillParams& params);

@@ -130,4 +130,31 @@ void check_not_shared(std::string_view out_name, const View& out, std::string_vi
     fail("{} and {} share memory; {} needs a buffer of its own", out_name, name, out_name);
 }
 
+void check_merge(const MergeParams& p) {
+  if (p.dtype < BLASST_FLOAT32 || p.dtype > BLASST_BFLOAT16)
+    fail("dtype is {}; it must be a blasst_dtype: float32 (0), float16 (1) or bfloat16 (2)",
+         static_cast<int>(p.dtype));
+  check_range("batch", p.batch, 0, 1 << 20);
+  check_range("query_length", p.query_length, 0, kMaxCount);
+  check_range("batch * query_length", p.batch * p.query_length, 0, kMaxCount);
+  check_range("heads", p.heads, 1, 1 << 20);
+  check_dim("value_dim", p.value_dim);
+  check_range("threads", p.threads, 0, 4096);
+  for (const auto& [name, view] :
+       {std::pair{"out_a", &p.out_a}, std::pair{"out_b", &p.out_b}, std::pair{"out", &p.out}})
+    check_view(name, *view, p.dtype, p.batch, p.query_length, p.heads, p.value_dim);
+  if (p.batch == 0 || p.query_length == 0) return;
+  check_no_overlap("out", p.out, p.batch, p.query_length, p.heads, p.value_dim);
+  for (const auto& [name, view] : {std::pair{"out_a", &p.out_a}, std::pair{"out_b", &p.out_b}}) {
+    const bool same = view->data == p.out.data && view->stride_request == p.out.stride_request &&
+                      view->stride_token == p.out.stride_token &&
+                      view->stride_head == p.out.stride_head;
+    if (!same) check_not_shared("out", p.out, name, *view, p.dtype);
+  }
+  for (const auto& [name, lse] : {std::pair{"lse_a", p.lse_a}, std::pair{"lse_b", p.lse_b}}) {
+    if (!lse) fail("{} is null; it must be what the call reported", name);
+    if (lse == p.lse) fail("lse and {} are the same memory; lse needs a buffer of its own", name);
+  }
+}
+
 }  // namespace blasst::attention

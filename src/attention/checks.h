@@ -38,4 +38,7 @@ void check_no_overlap(std::string_view name, const View& view, int64_t outer, in
 void check_not_shared(std::string_view out_name, const View& out, std::string_view name,
                       const View& input, DType dtype);
 
+// Everything about a merge.
+void check_merge(const MergeParams& params);
+
 }  // namespace blasst::attention

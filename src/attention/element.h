@@ -46,4 +46,20 @@ inline double load_element(DType dtype, const std::byte* address) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
+// Rounds to the nearest bfloat16, ties to even.
+inline uint16_t bfloat16_bits(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 64);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void store_element(DType dtype, std::byte* address, float value) {
+  if (dtype == BLASST_FLOAT32) {
+    std::memcpy(address, &value, sizeof value);
+    return;
+  }
+  const uint16_t bits = dtype == BLASST_FLOAT16 ? half_bits(value) : bfloat16_bits(value);
+  std::memcpy(address, &bits, sizeof bits);
+}
+
 }  // namespace blasst::attention

@@ -20,6 +20,11 @@ concept HasRaggedQueries = requires(const T& p) {
   p.cu_seqlens_q;
 };
 
+template <typename T>
+concept HasQueryLengths = requires(const T& p) {
+  p.query_lengths;
+};
+
 // Prefix sums: from 0, never falling, at most kMaxCount.
 void check_cu_seqlens(std::string_view name, const int32_t* cu, int64_t batch) {
   if (cu[0] != 0) fail("{}[0] is {}; it must be 0", name, cu[0]);
@@ -59,6 +64,9 @@ void check_thresholds(const TileTest& test, int64_t batch, int64_t heads) {
 // Fills requests' keys; checks lengths, cu_seqlens, page table, and the K and V views.
 void resolve_keys(Problem& p) {
   const KeysValues& kv = p.kv;
+  if (kv.starts)
+    throw Error(BLASST_UNSUPPORTED,
+                "kv.starts is set; on the cpu a padded request is a call of its own");
   int64_t outer = p.batch, tokens = kv.key_length;
   if (kv.cu_seqlens) {
     if (kv.page_table || kv.lengths)
@@ -144,6 +152,11 @@ void check_mask(const Problem& p) {
 template <typename Params>
 Problem resolve(const Params& params, bool decode) {
   check_scalars(params);
+  if constexpr (HasQueryLengths<Params>) {
+    if (params.query_lengths)
+      throw Error(BLASST_UNSUPPORTED,
+                  "query_lengths is set; on the cpu a padded request is a call of its own");
+  }
 
   Problem p{
       .dtype = params.dtype,
@@ -211,7 +224,8 @@ PrefillParams forward_of(const BackwardParams& b) {
           .workspace = b.workspace,
           .workspace_bytes = b.workspace_bytes,
           .rows = 0,
-          .stream = nullptr};
+          .stream = nullptr,
+          .query_lengths = nullptr};
 }
 
 }  // namespace

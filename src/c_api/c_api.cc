@@ -67,6 +67,10 @@ void blasst_backward_params_init(blasst_backward_params* params) {
   if (params) *params = {};
 }
 
+void blasst_merge_params_init(blasst_merge_params* params) {
+  if (params) *params = {};
+}
+
 blasst_status blasst_prefill(const blasst_prefill_params* params) {
   return guarded([&] {
     require(params, "params");
@@ -85,6 +89,21 @@ blasst_status blasst_backward(const blasst_backward_params* params) {
   return guarded([&] {
     require(params, "params");
     blasst::backward(*params);
+  });
+}
+
+blasst_status blasst_merge(const blasst_merge_params* params) {
+  return guarded([&] {
+    require(params, "params");
+    blasst::merge(*params);
+  });
+}
+
+blasst_status blasst_check_pages(const blasst_keys_values* kv, int64_t batch, int32_t* found,
+                                 void* stream) {
+  return guarded([&] {
+    require(kv, "kv");
+    blasst::check_pages(*kv, batch, found, stream);
   });
 }
 

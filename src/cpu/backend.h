@@ -21,4 +21,7 @@ void prefill(const attention::Problem& p, int threads, Workspace workspace);
 void decode(const attention::Problem& p, int threads, Workspace workspace);
 void backward(const attention::BackwardProblem& p, int threads, Workspace workspace);
 
+// Parameters as check_merge leaves them.
+void merge(const MergeParams& params, int threads);
+
 }  // namespace blasst::cpu

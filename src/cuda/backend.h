@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "blasst/blasst.hpp"
 
@@ -14,6 +15,9 @@ TileShape tile_shape(const PrefillParams& params);
 void run(const DecodeParams& params);
 std::size_t workspace_bytes(const DecodeParams& params);
 TileShape tile_shape(const DecodeParams& params);
+
+void merge(const MergeParams& params);
+void check_pages(const KeysValues& kv, int64_t batch, int32_t* found, void* stream);
 
 BackendInfo info();
 

@@ -45,6 +45,23 @@ inline int64_t tokens_in(const View& view, int64_t heads, int64_t dim) {
   return 1 + (view.elements - first) / view.stride_token;
 }
 
+// What is the same for all requests of a page table. Returns the most keys of a request.
+inline int64_t check_page_table(const KeysValues& kv, int64_t limit) {
+  using attention::check_range;
+  using attention::fail;
+  if (!kv.lengths) fail("kv.lengths is null; paged keys need the length of each request");
+  check_range("kv.page_size", kv.page_size, 1, 256);
+  if (kv.page_size < 16 || (kv.page_size & (kv.page_size - 1)) != 0)
+    refuse("kv.page_size is {}; it does 16, 32, 64, 128 and 256", kv.page_size);
+  check_range("kv.pages", kv.pages, 0, limit);
+  check_range("kv.page_table_stride", kv.page_table_stride, 0, limit);
+  check_range("kv.key_length", kv.key_length, 0, limit);
+  const int64_t table = kv.page_table_stride * kv.page_size;
+  if (kv.key_length > table)
+    fail("kv.key_length is {}; the page table has room for {}", kv.key_length, table);
+  return kv.key_length > 0 ? kv.key_length : table;
+}
+
 // Layout and views of the keys and values; no count above `limit`.
 template <typename Params>
 KeyRoom check_keys(const Params& params, int64_t limit) {
@@ -53,6 +70,8 @@ KeyRoom check_keys(const Params& params, int64_t limit) {
   const KeysValues& kv = params.kv;
   check_range("kv.key_length", kv.key_length, 0, limit);
   KeyRoom room{params.batch, kv.key_length, kv.key_length};
+  if (kv.starts && (kv.cu_seqlens || kv.page_table))
+    fail("kv.starts is set together with kv.cu_seqlens or kv.page_table; it is for dense keys");
   if (kv.cu_seqlens) {
     if (kv.page_table || kv.lengths)
       fail("kv.cu_seqlens is set together with kv.page_table or kv.lengths; choose one layout");
@@ -61,16 +80,7 @@ KeyRoom check_keys(const Params& params, int64_t limit) {
                            tokens_in(kv.v, params.kv_heads, params.value_dim));
     if (room.most == 0) room.most = room.tokens;
   } else if (kv.page_table) {
-    if (!kv.lengths) fail("kv.lengths is null; paged keys need the length of each request");
-    check_range("kv.page_size", kv.page_size, 1, 256);
-    if (kv.page_size < 16 || (kv.page_size & (kv.page_size - 1)) != 0)
-      refuse("kv.page_size is {}; it does 16, 32, 64, 128 and 256", kv.page_size);
-    check_range("kv.pages", kv.pages, 0, limit);
-    check_range("kv.page_table_stride", kv.page_table_stride, 0, limit);
-    const int64_t table = kv.page_table_stride * kv.page_size;
-    if (room.most > table)
-      fail("kv.key_length is {}; the page table has room for {}", room.most, table);
-    if (room.most == 0) room.most = table;
+    room.most = check_page_table(kv, limit);
     room.outer = kv.pages;
     room.tokens = kv.page_size;
   }

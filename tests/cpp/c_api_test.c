@@ -145,12 +145,38 @@ static void test_backward(void) {
   check(blasst_backward(NULL) == BLASST_INVALID_ARGUMENT, "null parameters");
 }
 
+static void test_merge(void) {
+  const float lse_a[kHeads] = {0, -INFINITY}, lse_b[kHeads] = {0, 3};
+  float a[kHeads * kDim], b[kHeads * kDim], merged[kHeads * kDim], lse[kHeads];
+  for (int i = 0; i < kHeads * kDim; ++i) a[i] = 1, b[i] = 3;
+  blasst_merge_params p;
+  blasst_merge_params_init(&p);
+  p.query_length = 1;
+  p.heads = kHeads;
+  p.value_dim = kDim;
+  p.out_a = view(a, 1, kHeads);
+  p.out_b = view(b, 1, kHeads);
+  p.out = view(merged, 1, kHeads);
+  p.lse_a = lse_a;
+  p.lse_b = lse_b;
+  p.lse = lse;
+  check(blasst_merge(&p) == BLASST_OK, "merge");
+  check(merged[0] == 2 && merged[kDim] == 3, "merged output");
+  check(fabsf(lse[0] - logf(2)) < 1e-6f && lse[1] == 3, "merged lse");
+  p.lse_b = NULL;
+  check(blasst_merge(&p) == BLASST_INVALID_ARGUMENT, "null lse_b");
+  check(strstr(blasst_last_error(), "lse_b is null") != NULL, "message of null lse_b");
+  int32_t found[4];
+  check(blasst_check_pages(NULL, 1, found, NULL) == BLASST_INVALID_ARGUMENT, "null kv");
+}
+
 int main(void) {
   for (int i = 0; i < kHeads * kDim; ++i) q[i] = 1;
   for (int i = 0; i < kKeys * kDim; ++i) v[i] = (float)(i / kDim);
   test_prefill();
   test_decode();
   test_backward();
+  test_merge();
   int major, minor, patch;
   check(sscanf(blasst_version(), "%d.%d.%d", &major, &minor, &patch) == 3, "version");
   return failures != 0;

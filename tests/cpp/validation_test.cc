@@ -82,6 +82,18 @@ std::vector<Bad> bad_inputs() {
        [](Problem& p) { p.params.kv.lengths = nullptr; },
        {"kv.lengths", "null"}},
 
+      // Padding, which only the GPU does inside a call.
+      {"Starts",
+       dense(),
+       [](Problem& p) { p.params.kv.starts = p.lengths.data(); },
+       {"kv.starts"},
+       BLASST_UNSUPPORTED},
+      {"QueryLengths",
+       dense(),
+       [](Problem& p) { p.params.query_lengths = p.lengths.data(); },
+       {"query_lengths"},
+       BLASST_UNSUPPORTED},
+
       // Sizes.
       {"NegativeBatch", all, [](Problem& p) { p.params.batch = -1; }, {"batch", "-1"}},
       {"HugeBatch",

@@ -1,5 +1,4 @@
 // The cuda-sm90 prefill on a GPU, through the library: against the reference and against itself.
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -8,22 +7,16 @@
 
 #include "check/compare.h"
 #include "check/device.h"
+#include "on_gpu.h"
 
 namespace blasst::check {
 namespace {
 
-class PrefillOnGpu : public testing::Test {
- protected:
-  void SetUp() override {
-    for (const BackendInfo& backend : backends())
-      if (backend.backend == BLASST_BACKEND_CUDA_SM90 && !backend.usable)
-        GTEST_SKIP() << backend.detail;
-  }
-};
+class PrefillOnGpu : public OnGpu {};
 
 Comparison compare_on_gpu(Problem& problem) {
-  run_on_gpu(problem);
-  return compare(problem, blasst::tile_shape(gpu_params(problem)), kTensorCoreRoundoff);
+  DeviceProblem(problem).run();
+  return compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff);
 }
 
 // Cut into parts that can run side by side.
@@ -61,7 +54,10 @@ Case long_case(DType dtype, int64_t dim) {
 
 std::vector<std::byte> bits(Case c, int repeats = 1) {
   Problem problem(c);
-  run_on_gpu(problem, repeats);
+  DeviceProblem device(problem);
+  device.mark();
+  for (int i = 0; i < repeats; ++i) device.launch();
+  device.download();
   return problem.out_bits();
 }
 

@@ -8,13 +8,13 @@
 #include <cstdio>
 #include <memory>
 #include <numeric>
-#include <span>
 #include <utility>
 
 #include "check/element.h"
 #include "check/problem.h"
 #include "commands.h"
 #include "measure.h"
+#include "target.h"
 
 namespace blasst::command {
 namespace {
@@ -44,9 +44,8 @@ Problem make_problem(const BenchOptions& options, int64_t length, double sparsit
   // The tile shape decides which density gives the sparsity; it does not depend on the lengths.
   check::Case small = c;
   small.requests = {{1, 1}};
-  Problem tiny(small);
-  tiny.params.backend = options.backend;
-  const TileShape shape = check::tile_shape(tiny.params, decode);
+  const TileShape shape = tile_shape_on(Problem(small), options.backend);
+  c.block_rows = shape.query_rows, c.block_keys = shape.keys;
   const auto key_tiles = [&](int64_t keys) { return (keys + shape.keys - 1) / shape.keys; };
   int64_t tiles = 0, query_tiles = 0;
   for (int64_t end = decode ? length : std::min(length, shape.query_rows);;
@@ -56,14 +55,18 @@ Problem make_problem(const BenchOptions& options, int64_t length, double sparsit
     if (end == length) break;
   }
   c.density = check::planted_density(sparsity, tiles, query_tiles);
-  Problem problem(c);
-  problem.params.backend = options.backend;
-  return problem;
+  return Problem(c);
 }
 
 double visible_pairs(const BenchOptions& options, int64_t length) {
   const auto queries = static_cast<double>(options.phase == Phase::kDecode ? 1 : length);
   return queries * (static_cast<double>(length) - (queries - 1) / 2);  // causal
+}
+
+// On a GPU none.
+int threads_of(const BenchOptions& options) {
+  if (options.backend != BLASST_BACKEND_CPU) return 0;
+  return options.threads > 0 ? options.threads : default_threads();
 }
 
 nlohmann::ordered_json common_fields(const Problem& problem, const BenchOptions& options,
@@ -78,8 +81,8 @@ nlohmann::ordered_json common_fields(const Problem& problem, const BenchOptions&
           {"heads", p.heads},
           {"kv_heads", p.kv_heads},
           {"head_dim", p.head_dim},
-          {"threads", options.threads > 0 ? options.threads : default_threads()},
-          {"isa", cpu_isa()},
+          {"threads", threads_of(options)},
+          {"isa", processor(options.backend)},
           {"sparsity", sparsity}};
 }
 
@@ -87,10 +90,9 @@ namespace {
 
 // Relative error of a few query tiles against the reference, which would take hours for all. A
 // query tile of prefill is a problem of its own: its rows, over the keys up to its last row.
-double relative_error(const Problem& problem) {
+double relative_error(const Problem& problem, TileShape shape) {
   const bool decode = problem.description.decode;
   const Access access(problem.params);
-  const TileShape shape = check::tile_shape(problem.params, decode);
   const int64_t group = problem.params.heads / problem.params.kv_heads;
   const int64_t length = access.requests()[0].keys;
   const int64_t last = decode ? 0 : (length - 1) / shape.query_rows;
@@ -142,27 +144,25 @@ int64_t sum(const std::vector<int64_t>& counts) {
   return std::accumulate(counts.begin(), counts.end(), int64_t{0});
 }
 
-std::span<const std::byte> bytes_of(const View& view, DType dtype) {
-  return {static_cast<const std::byte*>(view.data),
-          static_cast<size_t>(view.elements * check::element_bytes(dtype))};
-}
-
 // One line of results, as JSON fields.
 nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t length,
                                        double wanted_sparsity) {
   const bool decode = options.phase == Phase::kDecode;
   Problem problem = make_problem(options, length, wanted_sparsity);
-  const PrefillParams& p = problem.params;
-  const int threads = options.threads > 0 ? options.threads : default_threads();
+  const std::unique_ptr<Target> target = make_target(problem, options.backend, false);
+  const TileShape shape = tile_shape_on(problem, options.backend);
+  PrefillParams& p = target->params;
 
   // First the results: a fast wrong kernel is of no interest.
   fmt::print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
-  const TileTest test = std::exchange(problem.params.test, TileTest{});
-  problem.run();
-  double error = relative_error(problem);
-  problem.params.test = test;
-  problem.run();
-  error = std::max(error, relative_error(problem));
+  const TileTest test = std::exchange(p.test, TileTest{});
+  const TileTest reference_test = std::exchange(problem.params.test, TileTest{});
+  target->run();
+  double error = relative_error(problem, shape);
+  p.test = test;
+  problem.params.test = reference_test;
+  target->run();
+  error = std::max(error, relative_error(problem, shape));
   const double sparsity = static_cast<double>(sum(problem.tiles_skipped)) /
                           static_cast<double>(sum(problem.tiles_visitable));
 
@@ -171,13 +171,12 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
   sparse.report = {};
   PrefillParams dense = sparse;
   dense.test = {};
-  const std::span<const std::byte> caches[] = {bytes_of(p.kv.k, p.dtype),
-                                               bytes_of(p.kv.v, p.dtype)};
-  volatile unsigned long long sink = 0;
+  size_t moved = 0;
   std::vector<std::function<void()>> calls = {[&] { check::call(dense, decode); },
                                               [&] { check::call(sparse, decode); }};
-  if (decode) calls.emplace_back([&] { sink = read_all(caches, threads); });
-  const std::vector<double> ms = median_ms(calls, options.repeat);
+  if (decode)
+    calls.emplace_back([&] { moved = target->move_keys_and_values(threads_of(options)); });
+  const std::vector<double> ms = median_ms(calls, options.repeat, 20, [&] { target->finish(); });
   fmt::print(stderr, "\n");
 
   const double flops = 2 * visible_pairs(options, length) *
@@ -192,9 +191,11 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
                  {"workspace_mb", check::workspace_bytes(sparse, decode) / 1e6},
                  {"peak_rss_mb", peak_rss_mb()}});
   if (decode) {
-    const double bytes = static_cast<double>(caches[0].size() + caches[1].size());
-    fields["gb_per_s"] = bytes / ms[0] / 1e6;       // dense reads all of K and V
-    fields["read_gb_per_s"] = bytes / ms[2] / 1e6;  // of the same buffers, by a plain loop
+    const auto bytes =
+        static_cast<double>((p.kv.k.elements + p.kv.v.elements) * check::element_bytes(p.dtype));
+    fields["gb_per_s"] = bytes / ms[0] / 1e6;  // dense reads all of K and V
+    // Of the same buffers, by a plain loop; on a GPU by a copy, reads and writes.
+    fields["read_gb_per_s"] = static_cast<double>(moved) / ms[2] / 1e6;
   }
   return fields;
 }
@@ -251,7 +252,8 @@ void add_options(CLI::App& app, BenchOptions& options) {
     app.add_option(name, value, help)->check(CLI::PositiveNumber)->capture_default_str();
   };
   add_choice(app, "--backend", options.backend, kBackends, "where to run");
-  add_choice(app, "--dtype", options.dtype, kDTypes, "of q, k, v and out");
+  add_choice(app, "--dtype", options.dtype, kDTypes,
+             "of q, k, v and out; on a GPU bfloat16 unless it is given");
   add_choice(app, "--order", options.order, kOrders, "of the key tiles");
   positive("--batch", options.batch, "requests");
   positive("--length", options.lengths, "tokens; several give a row each");
@@ -289,8 +291,15 @@ Run add_bench(CLI::App& app) {
       {.phase = Phase::kDecode, .dtype = BLASST_BFLOAT16, .lengths = {65536}, .heads = 32});
   add("backward", "gradients of the prefill", {.phase = Phase::kBackward});
   return [=] {
-    return bench(
-        std::ranges::find_if(*choices, [](const Choice& c) { return c.app->parsed(); })->options);
+    Choice& chosen =
+        *std::ranges::find_if(*choices, [](const Choice& c) { return c.app->parsed(); });
+    BenchOptions& options = chosen.options;
+    check_usable(options.backend);
+    if (options.phase == Phase::kBackward && options.backend != BLASST_BACKEND_CPU)
+      throw Error(BLASST_UNSUPPORTED, "there is no backward on a GPU; --backend must be cpu");
+    if (options.backend != BLASST_BACKEND_CPU && chosen.app->count("--dtype") == 0)
+      options.dtype = BLASST_BFLOAT16;
+    return bench(options);
   };
 }
 

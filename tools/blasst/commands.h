@@ -18,11 +18,21 @@ Run add_verify(CLI::App& app);
 Run add_bench(CLI::App& app);
 
 inline const std::map<std::string, Backend> kBackends = {{"cpu", BLASST_BACKEND_CPU},
-                                                         {"cuda-sm90", BLASST_BACKEND_CUDA_SM90}};
+                                                         {"cuda", BLASST_BACKEND_CUDA_SM90}};
 inline const std::map<std::string, DType> kDTypes = {
     {"float32", BLASST_FLOAT32}, {"float16", BLASST_FLOAT16}, {"bfloat16", BLASST_BFLOAT16}};
 inline const std::map<std::string, Order> kOrders = {
     {"forward", BLASST_FORWARD}, {"reverse", BLASST_REVERSE}, {"sink_first", BLASST_SINK_FIRST}};
+
+// An error unless this build has the backend and this machine can run it.
+inline void check_usable(Backend backend) {
+  for (const BackendInfo& info : backends()) {
+    if (info.backend != backend) continue;
+    if (info.usable) return;
+    throw Error(BLASST_UNSUPPORTED, info.name + " is not usable here: " + info.detail);
+  }
+  throw Error(BLASST_UNSUPPORTED, "this build has no CUDA backend; it was built without nvcc");
+}
 
 template <typename T>
 std::string name_of(const std::map<std::string, T>& names, T value) {

@@ -13,9 +13,10 @@
 namespace blasst::command {
 namespace {
 
-double time_ms(const std::function<void()>& call, int count) {
+double time_ms(const std::function<void()>& call, int count, const std::function<void()>& finish) {
   const auto start = std::chrono::steady_clock::now();
   for (int i = 0; i < count; ++i) call();
+  finish();
   const std::chrono::duration<double, std::milli> elapsed =
       std::chrono::steady_clock::now() - start;
   return elapsed.count() / count;
@@ -43,15 +44,17 @@ uint64_t read_slice(std::span<const std::byte> bytes) {
 }  // namespace
 
 std::vector<double> median_ms(const std::vector<std::function<void()>>& calls, int rounds,
-                              double least_ms) {
+                              double least_ms, const std::function<void()>& finish) {
   std::vector<int> counts;
   for (const auto& call : calls) {  // also warms up
-    const double once = std::max(1e-3, time_ms(call, 1));
+    time_ms(call, 1, finish);
+    const double once = std::max(1e-3, time_ms(call, 1, finish));
     counts.push_back(std::max(1, static_cast<int>(std::ceil(least_ms / once))));
   }
   std::vector<std::vector<double>> times(calls.size());
   for (int round = 0; round < rounds; ++round)
-    for (size_t i = 0; i < calls.size(); ++i) times[i].push_back(time_ms(calls[i], counts[i]));
+    for (size_t i = 0; i < calls.size(); ++i)
+      times[i].push_back(time_ms(calls[i], counts[i], finish));
   std::vector<double> medians;
   for (const auto& samples : times) medians.push_back(median(samples));
   return medians;

@@ -7,9 +7,7 @@
 #include "check/backward.h"
 #include "check/compare.h"
 #include "commands.h"
-#if BLASST_CUDA
-#include "check/device.h"
-#endif
+#include "target.h"
 
 namespace blasst::command {
 namespace {
@@ -21,31 +19,10 @@ struct Options {
   std::string isa;
 };
 
-#if BLASST_CUDA
 check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
-  if (backend == BLASST_BACKEND_CUDA_SM90) {
-    check::run_on_gpu(problem);
-    const TileShape shape =
-        check::tile_shape(check::gpu_params(problem), problem.description.decode);
-    return check::compare(problem, shape, check::kTensorCoreRoundoff);
-  }
-  problem.run();
-  return check::compare(problem);
+  make_target(problem, backend, true)->run();
+  return check::compare(problem, tile_shape_on(problem, backend), sum_roundoff_on(backend));
 }
-
-check::Case case_for(uint64_t seed, Backend backend) {
-  const check::Case c = check::random_case(seed);
-  return backend == BLASST_BACKEND_CUDA_SM90 ? check::for_gpu(c) : c;
-}
-#else
-check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
-  problem.params.backend = backend;
-  problem.run();
-  return check::compare(problem);
-}
-
-check::Case case_for(uint64_t seed, Backend) { return check::random_case(seed); }
-#endif
 
 // Whether all cases agree on the backend, `name` of it or an instruction set. Case i has the seed
 // first + i.
@@ -55,7 +32,7 @@ bool verify(const Options& options, const std::string& name) {
   const bool show_progress = isatty(STDERR_FILENO);
   for (int64_t i = 0; i < options.cases; ++i) {
     const uint64_t seed = options.seed + static_cast<uint64_t>(i);
-    check::Problem problem(case_for(seed, options.backend));
+    check::Problem problem(case_for(check::random_case(seed), options.backend));
     check::Comparison comparison = run_and_compare(problem, options.backend);
     const check::Case& c = problem.description;
     const bool has_backward =
@@ -104,6 +81,7 @@ Run add_verify(CLI::App& app) {
   app.add_option("--isa", options->isa,
                  "one instruction set; default: all that `blasst info` lists");
   return [options] {
+    check_usable(options->backend);
     if (options->backend != BLASST_BACKEND_CPU)
       return verify(*options, name_of(kBackends, options->backend)) ? 0 : 1;
     bool agree = true;

@@ -31,6 +31,8 @@ struct Case {
 
   Inputs inputs = Inputs::kDrift;
   double density = 0.25;  // planted inputs: share of tiles that match
+  // Planted inputs: rows and keys that match together; 0: those of the CPU's tiles.
+  int64_t block_rows = 0, block_keys = 0;
 
   Layout layout = Layout::kDense;  // of keys and values
   bool ragged_queries = false;     // otherwise all requests have as many queries

@@ -3,8 +3,8 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <memory>
-#include <vector>
+
+#include "check/element.h"
 
 namespace blasst::check {
 namespace {
@@ -13,47 +13,22 @@ void must(cudaError_t status) {
   if (status != cudaSuccess) throw Error(BLASST_INTERNAL, cudaGetErrorString(status));
 }
 
-// Device memory of one call.
-class Arena {
- public:
-  template <typename T>
-  T* allocate(size_t count) {
-    void* data = nullptr;
-    must(cudaMalloc(&data, std::max<size_t>(1, count) * sizeof(T)));
-    buffers_.emplace_back(data);
-    return static_cast<T*>(data);
-  }
-
-  // A copy on the device; null stays null.
-  template <typename T>
-  T* copy(const T* host, size_t count) {
-    if (!host) return nullptr;
-    T* device = allocate<T>(count);
-    must(cudaMemcpy(device, host, count * sizeof(T), cudaMemcpyHostToDevice));
-    return device;
-  }
-  template <typename T>
-  T* copy(const std::vector<T>& host) {
-    return host.empty() ? nullptr : copy(host.data(), host.size());
-  }
-
-  View copy(View view, int64_t element_bytes) {
-    view.data = copy(static_cast<const std::byte*>(view.data),
-                     static_cast<size_t>(view.elements * element_bytes));
-    return view;
-  }
-
- private:
-  struct Free {
-    void operator()(void* data) const { cudaFree(data); }
-  };
-  std::vector<std::unique_ptr<void, Free>> buffers_;
-};
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 void download(std::vector<T>& host, const void* device) {
-  if (device)
-    must(cudaMemcpy(host.data(), device, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+  if (device) DeviceMemory::read(host.data(), device, host.size() * sizeof(T));
+}
+
+template <typename T>
+void upload(const std::vector<T>& host, void* device) {
+  if (device) DeviceMemory::write(device, host.data(), host.size() * sizeof(T));
+}
+
+int64_t most_keys(const Problem& problem) {
+  int64_t most = 0;
+  for (const Lengths& r : problem.description.requests) most = std::max(most, r.keys);
+  return most;
 }
 
 }  // namespace
@@ -78,76 +53,130 @@ PrefillParams gpu_params(const Problem& problem) {
   PrefillParams p = problem.params;
   p.backend = BLASST_BACKEND_CUDA_SM90;
   p.threads = 0;
-  int64_t rows = 0, most_rows = 0, most_keys = 0;
+  p.report.tile_maxima = nullptr;  // not reported there
+  int64_t rows = 0, most_rows = 0;
   for (const Lengths& r : problem.description.requests) {
     rows += r.queries;
     most_rows = std::max(most_rows, r.queries);
-    most_keys = std::max(most_keys, r.keys);
   }
   if (p.cu_seqlens_q) p.query_length = most_rows, p.rows = rows;
-  if (p.kv.cu_seqlens || p.kv.page_table) p.kv.key_length = most_keys;
+  if (p.kv.cu_seqlens || p.kv.page_table) p.kv.key_length = most_keys(problem);
   return p;
 }
 
-void run_on_gpu(Problem& problem, int repeats) {
-  problem.mark_outputs();
-  PrefillParams p = gpu_params(problem);
-  const auto batch = static_cast<size_t>(p.batch), heads = static_cast<size_t>(p.heads);
-  Arena arena;
-  p.q = arena.copy(p.q, 2);
-  p.out = arena.copy(p.out, 2);
-  p.kv.k = arena.copy(p.kv.k, 2);
-  p.kv.v = arena.copy(p.kv.v, 2);
-  p.cu_seqlens_q = arena.copy(p.cu_seqlens_q, batch + 1);
-  p.kv.cu_seqlens = arena.copy(p.kv.cu_seqlens, batch + 1);
-  p.kv.lengths = arena.copy(p.kv.lengths, batch);
-  p.kv.page_table = arena.copy(p.kv.page_table, problem.page_table.size());
-  p.test.values = arena.copy(p.test.values, problem.thresholds.size());
-  p.sinks = arena.copy(p.sinks, heads);
-  p.mask.bands = arena.copy(p.mask.bands, 2 * heads);
-  p.report.tile_maxima = problem.params.report.tile_maxima = nullptr;
-  p.report.lse = arena.copy(problem.lse);
-  p.report.dropped_mass_bound = arena.copy(problem.dropped_mass_bound);
-  p.report.tiles_visitable = arena.copy(problem.tiles_visitable);
-  p.report.tiles_skipped = arena.copy(problem.tiles_skipped);
+TileShape gpu_tile_shape(const Problem& problem) {
+  return tile_shape(gpu_params(problem), problem.description.decode);
+}
+
+void DeviceMemory::Free::operator()(void* data) const { cudaFree(data); }
+
+void* DeviceMemory::allocate(size_t bytes) {
+  void* data = nullptr;
+  must(cudaMalloc(&data, std::max<size_t>(1, bytes)));
+  buffers_.emplace_back(data);
+  return data;
+}
+
+View DeviceMemory::copy(View view, DType dtype) {
+  view.data = copy(static_cast<const std::byte*>(view.data),
+                   static_cast<size_t>(view.elements * element_bytes(dtype)));
+  return view;
+}
+
+void DeviceMemory::write(void* device, const void* host, size_t bytes) {
+  must(cudaMemcpy(device, host, bytes, cudaMemcpyHostToDevice));
+}
+
+void DeviceMemory::read(void* host, const void* device, size_t bytes) {
+  must(cudaMemcpy(host, device, bytes, cudaMemcpyDeviceToHost));
+}
+
+void synchronize() { must(cudaDeviceSynchronize()); }
+
+DeviceProblem::DeviceProblem(Problem& problem, Reports reports)
+    : params(gpu_params(problem)), problem_(problem) {
+  PrefillParams& p = params;
   const bool decode = problem.description.decode;
-  const TileShape shape = tile_shape(p, decode);
-  const auto words_of = [&](int64_t keys) {
-    return ((keys + shape.keys - 1) / shape.keys + 31) / 32;
-  };
-  int64_t query_tiles = 0, most_keys = 0;
-  for (const Lengths& r : problem.description.requests) {
-    query_tiles += (r.queries + shape.query_rows - 1) / shape.query_rows;
-    most_keys = std::max(most_keys, r.keys);
+  const auto batch = static_cast<size_t>(p.batch), heads = static_cast<size_t>(p.heads);
+  const auto copy = [&](const auto& host) { return memory_.copy(host.data(), host.size()); };
+  p.q = memory_.copy(p.q, p.dtype);
+  p.out = memory_.copy(p.out, p.dtype);
+  p.kv.k = memory_.copy(p.kv.k, p.dtype);
+  p.kv.v = memory_.copy(p.kv.v, p.dtype);
+  p.cu_seqlens_q = memory_.copy(p.cu_seqlens_q, batch + 1);
+  p.kv.cu_seqlens = memory_.copy(p.kv.cu_seqlens, batch + 1);
+  p.kv.lengths = memory_.copy(p.kv.lengths, batch);
+  p.kv.page_table = memory_.copy(p.kv.page_table, problem.page_table.size());
+  p.test.values = memory_.copy(p.test.values, problem.thresholds.size());
+  p.sinks = memory_.copy(p.sinks, heads);
+  p.mask.bands = memory_.copy(p.mask.bands, 2 * heads);
+  p.report = {};
+  problem.params.report.tile_maxima = nullptr;
+  if (reports != Reports::kNone) {
+    p.report.lse = copy(problem.lse);
+    p.report.tiles_visitable = copy(problem.tiles_visitable);
+    p.report.tiles_skipped = copy(problem.tiles_skipped);
   }
-  const int64_t words = words_of(p.kv.key_length);
-  std::vector<uint32_t> bits((decode ? p.kv_heads * p.batch : p.heads * query_tiles) * words,
-                             0xffffffff);
-  p.report.tile_bits = arena.copy(bits.data(), bits.size());
-  p.report.gap_histogram = arena.copy(problem.gap_histogram);
+  if (reports == Reports::kAll) {
+    p.report.dropped_mass_bound = copy(problem.dropped_mass_bound);
+    p.report.gap_histogram = copy(problem.gap_histogram);
+    const TileShape shape = tile_shape(p, decode);
+    int64_t query_tiles = 0;
+    for (const Lengths& r : problem.description.requests)
+      query_tiles += ceil_div(r.queries, shape.query_rows);
+    words_ = ceil_div(ceil_div(p.kv.key_length, shape.keys), 32);
+    bits_.assign((decode ? p.kv_heads * p.batch : p.heads * query_tiles) * words_, 0);
+    p.report.tile_bits = copy(bits_);
+  }
   p.workspace_bytes = 0;
   p.workspace = nullptr;
   p.workspace_bytes = workspace_bytes(p, decode);
-  p.workspace = arena.allocate<std::byte>(p.workspace_bytes);
-  for (int i = 0; i < repeats; ++i) call(p, decode);
-  must(cudaDeviceSynchronize());
-  must(cudaMemcpy(problem.params.out.data, p.out.data, static_cast<size_t>(p.out.elements) * 2,
-                  cudaMemcpyDeviceToHost));
-  download(problem.lse, p.report.lse);
-  download(problem.dropped_mass_bound, p.report.dropped_mass_bound);
-  download(problem.tiles_visitable, p.report.tiles_visitable);
-  download(problem.tiles_skipped, p.report.tiles_skipped);
-  // The caller's words are of the longest request's keys, the GPU's of key_length.
-  download(bits, p.report.tile_bits);
-  problem.tile_bits.clear();
-  for (size_t i = 0; i < bits.size(); ++i) {
-    if (static_cast<int64_t>(i) % words < words_of(most_keys))
-      problem.tile_bits.push_back(bits[i]);
-    else if (bits[i] != 0)
+  p.workspace = memory_.allocate(p.workspace_bytes);
+  must(cudaMemset(p.workspace, 0xff, p.workspace_bytes));
+}
+
+void DeviceProblem::mark() {
+  problem_.mark_outputs();
+  DeviceMemory::write(params.out.data, problem_.params.out.data,
+                      static_cast<size_t>(params.out.elements * element_bytes(params.dtype)));
+  const Report& r = params.report;
+  upload(problem_.lse, r.lse);
+  upload(problem_.dropped_mass_bound, r.dropped_mass_bound);
+  upload(problem_.tiles_visitable, r.tiles_visitable);
+  upload(problem_.tiles_skipped, r.tiles_skipped);
+  std::ranges::fill(bits_, 0xffffffff);
+  upload(bits_, r.tile_bits);
+  upload(problem_.gap_histogram, r.gap_histogram);
+}
+
+void DeviceProblem::launch() { call(params, problem_.description.decode); }
+
+void DeviceProblem::download() {
+  synchronize();
+  DeviceMemory::read(problem_.params.out.data, params.out.data,
+                     static_cast<size_t>(params.out.elements * element_bytes(params.dtype)));
+  const Report& r = params.report;
+  check::download(problem_.lse, r.lse);
+  check::download(problem_.dropped_mass_bound, r.dropped_mass_bound);
+  check::download(problem_.tiles_visitable, r.tiles_visitable);
+  check::download(problem_.tiles_skipped, r.tiles_skipped);
+  check::download(problem_.gap_histogram, r.gap_histogram);
+  if (r.tile_bits) download_bits();
+}
+
+// The problem's words are of the longest request's keys, the GPU's of key_length.
+void DeviceProblem::download_bits() {
+  check::download(bits_, params.report.tile_bits);
+  const TileShape shape = tile_shape(params, problem_.description.decode);
+  const int64_t used = ceil_div(ceil_div(most_keys(problem_), shape.keys), 32);
+  problem_.tile_bits.clear();
+  for (size_t i = 0; i < bits_.size(); ++i) {
+    if (static_cast<int64_t>(i) % words_ < used)
+      problem_.tile_bits.push_back(bits_[i]);
+    else if (bits_[i] != 0)
       throw Error(BLASST_INTERNAL, "a tile behind the last key is kept");
   }
-  problem.params.report.tile_bits = problem.tile_bits.data();
-  download(problem.gap_histogram, p.report.gap_histogram);
+  problem_.params.report.tile_bits = problem_.tile_bits.data();
 }
 
 }  // namespace blasst::check

@@ -1,6 +1,11 @@
 // The same problems on a GPU, through the library's interface.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
 #include "check/problem.h"
 
 namespace blasst::check {
@@ -11,8 +16,68 @@ Case for_gpu(Case c);
 // Parameters of the problem as the GPU is called with: backend and limits, host pointers still.
 PrefillParams gpu_params(const Problem& problem);
 
-// Fills the outputs with marks, copies everything to the current device, calls the library
-// `repeats` times, and copies the outputs back. Throws Error.
-void run_on_gpu(Problem& problem, int repeats = 1);
+// Memory of the current device. Throws Error, as does everything here.
+class DeviceMemory {
+ public:
+  void* allocate(size_t bytes);
+
+  // A copy of a host array; null stays null.
+  template <typename T>
+  T* copy(const T* host, size_t count) {
+    if (!host) return nullptr;
+    auto* device = static_cast<T*>(allocate(count * sizeof(T)));
+    write(device, host, count * sizeof(T));
+    return device;
+  }
+  View copy(View view, DType dtype);
+
+  static void write(void* device, const void* host, size_t bytes);
+  static void read(void* host, const void* device, size_t bytes);
+
+ private:
+  struct Free {
+    void operator()(void* data) const;
+  };
+  std::vector<std::unique_ptr<void, Free>> buffers_;
+};
+
+// What a call on the device reports.
+enum class Reports {
+  kNone,
+  kCounts,  // LSE and statistics
+  kAll,
+};
+
+// A problem's copy on the current device.
+class DeviceProblem {
+ public:
+  explicit DeviceProblem(Problem& problem, Reports reports = Reports::kAll);
+
+  PrefillParams params;  // pointers into the device; a test may change what it wants
+
+  void mark();      // fills the outputs with marks
+  void launch();    // calls the library
+  void download();  // waits for the device and copies the outputs into the problem
+  void run() { mark(), launch(), download(); }
+
+  // Overwrites an input with a host array of its size.
+  template <typename T>
+  static void put(const T* device, const std::vector<T>& host) {
+    DeviceMemory::write(const_cast<T*>(device), host.data(), host.size() * sizeof(T));
+  }
+
+ private:
+  void download_bits();
+
+  Problem& problem_;
+  DeviceMemory memory_;
+  int64_t words_ = 0;  // of tile bits, a query tile: of params.kv.key_length keys
+  std::vector<uint32_t> bits_;
+};
+
+// Decides on the tiles of this shape on the GPU.
+TileShape gpu_tile_shape(const Problem& problem);
+
+void synchronize();  // waits for the current device
 
 }  // namespace blasst::check

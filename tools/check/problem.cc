@@ -227,8 +227,9 @@ void Problem::fill() {
   const Numbers numbers{.inputs = description.inputs,
                         .seed = description.seed,
                         .group = params.heads / params.kv_heads,
-                        .block_rows = std::max<int64_t>(shape.query_rows, 1),
-                        .block_keys = shape.keys,
+                        .block_rows = std::max<int64_t>(
+                            description.block_rows ? description.block_rows : shape.query_rows, 1),
+                        .block_keys = description.block_keys ? description.block_keys : shape.keys,
                         .density = description.density};
   const Access access(params);
   std::vector<float> row;

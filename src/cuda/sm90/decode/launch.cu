@@ -1,4 +1,3 @@
-#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -9,58 +8,18 @@
 #include "cuda/sm90/decode/launch.h"
 #include "cuda/sm90/decode/layout.cuh"
 #include "cuda/sm90/decode/schedule.h"
+#include "cuda/sm90/runtime.h"
 
 namespace blasst::cuda::decode {
 namespace {
 
-[[noreturn]] void fail(const std::string& what) { throw Error(BLASST_INTERNAL, what); }
-
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) fail(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-EncodeTiled encode_tiled() {
-  static const EncodeTiled encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &found),
-          "cuTensorMapEncodeTiled");
-    if (found != cudaDriverEntryPointSuccess)
-      fail("the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or later is needed");
-    return reinterpret_cast<EncodeTiled>(function);
-  }();
-  return encode;
-}
-
-// Boxes of one panel by `heads` by `tokens`, swizzled.
-CUtensorMap tensor_map(const Tensor& t, Element element, int dim, int heads, int tokens) {
-  const auto bytes = [&](int64_t stride, int64_t size) {
-    return static_cast<cuuint64_t>(size > 1 ? stride * 2 : dim * 2);  // of no use where size is 1
-  };
-  // A tensor without tokens is never read, but a map needs them.
-  const auto size_of = [](int64_t size) {
-    return static_cast<cuuint64_t>(std::max<int64_t>(1, size));
-  };
-  const cuuint64_t size[] = {size_of(dim), size_of(t.heads), size_of(t.tokens), size_of(t.outer)};
-  const cuuint64_t strides[] = {bytes(t.stride_head, t.heads), bytes(t.stride_token, t.tokens),
-                                bytes(t.stride_outer, t.outer)};
-  const cuuint32_t box[] = {kPanel, static_cast<cuuint32_t>(heads), static_cast<cuuint32_t>(tokens),
-                            1};
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult status =
-      encode_tiled()(&map,
-                     element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                     4, const_cast<void*>(t.data), size, strides, box, steps,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    fail("cuTensorMapEncodeTiled refused a tensor: CUresult " + std::to_string(status));
-  return map;
+// Boxes of one panel by `heads` by `tokens`.
+CUtensorMap map_of(const Tensor& t, const Launch& l, int heads, int tokens) {
+  return tensor_map(t.data, l.element, l.dim,
+                    {{{t.heads, t.stride_head, heads},
+                      {t.tokens, t.stride_token, tokens},
+                      {t.outer, t.stride_outer, 1}}},
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
 
 // The part of the plan that the shapes decide.
@@ -74,8 +33,9 @@ Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_len
   plan.item_slots = ceil_div(splits, plan.item_splits);
   const int64_t items = int64_t{batch} * kv_heads * plan.item_slots;
   if (items > 1 << 30)
-    fail("decode of batch " + std::to_string(batch) + " has " + std::to_string(items) +
-         " work items; at most " + std::to_string(1 << 30) + " are supported");
+    throw Error(BLASST_UNSUPPORTED, "decode of batch " + std::to_string(batch) + " has " +
+                                        std::to_string(items) + " work items; at most " +
+                                        std::to_string(1 << 30) + " are supported");
   plan.items = static_cast<int>(items);
   return plan;
 }
@@ -102,15 +62,10 @@ Variant variant_of(const Params& p) {
 }
 
 void clear_report(const Params& p, cudaStream_t stream) {
-  if (p.tile_bits)
-    check(cudaMemsetAsync(p.tile_bits, 0,
-                          sizeof(unsigned) * p.kv_heads * p.batch * std::size_t(p.tile_words),
-                          stream),
-          "cudaMemsetAsync");
-  if (p.gap_histogram)
-    check(cudaMemsetAsync(p.gap_histogram, 0,
-                          sizeof(unsigned long long) * p.heads * BLASST_GAP_BINS, stream),
-          "cudaMemsetAsync");
+  const auto heads = static_cast<std::size_t>(p.heads);
+  clear(p.tile_bits, sizeof(*p.tile_bits) * p.kv_heads * p.batch * std::size_t(p.tile_words),
+        stream);
+  clear(p.gap_histogram, sizeof(*p.gap_histogram) * heads * BLASST_GAP_BINS, stream);
 }
 
 }  // namespace
@@ -134,22 +89,18 @@ void launch(const Launch& l) {
   plan.box_tokens = p.page_table ? std::min(p.page_size, kTileKeys) : kTileKeys;
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
 
-  const CUtensorMap q = tensor_map(l.q, l.element, l.dim, p.heads / p.kv_heads, p.query_length);
-  const CUtensorMap k = tensor_map(l.k, l.element, l.dim, 1, plan.box_tokens);
-  const CUtensorMap v = tensor_map(l.v, l.element, l.dim, 1, plan.box_tokens);
+  const CUtensorMap q = map_of(l.q, l, p.heads / p.kv_heads, p.query_length);
+  // Without keys nothing is copied; any tensor will do.
+  const bool keys_at_all = p.key_length > 0 && l.k.tokens > 0 && l.k.outer > 0;
+  const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, l, 1, plan.box_tokens);
+  const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l, 1, plan.box_tokens);
 
-  int device, multiprocessors;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
   const Kernels kernels = find_kernels(l.element, l.dim, plan.rows, variant_of(p));
-  check(cudaFuncSetAttribute(kernels.attend, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             kernels.shared_bytes),
-        "cudaFuncSetAttribute");
-  const int blocks = std::min(plan.items, multiprocessors * kernels.blocks);
+  allow_shared_memory(kernels.attend, kernels.shared_bytes);
+  const int blocks = std::min(plan.items, multiprocessors() * kernels.blocks);
   plan.chunk = chunk_items(plan.items, blocks);
   if (blocks * plan.chunk < plan.items) {
-    check(cudaMemsetAsync(plan.next_item, 0, sizeof(int), stream), "cudaMemsetAsync");
+    clear(plan.next_item, sizeof(int), stream);
   } else {
     plan.next_item = nullptr;
   }

@@ -5,18 +5,9 @@
 #include <cstdint>
 
 #include "cuda/sm90/decode/params.h"
+#include "cuda/sm90/tensor.h"
 
 namespace blasst::cuda::decode {
-
-// A tensor [outer, tokens, heads, dim] on the device, read through the copy engine: data 16-byte
-// aligned, strides in elements that make every row 16-byte aligned, too.
-struct Tensor {
-  const void* data;
-  int64_t outer, tokens, heads;
-  int64_t stride_outer, stride_token, stride_head;
-};
-
-enum class Element { kBFloat16, kHalf };
 
 struct Launch {
   Params params;

@@ -21,7 +21,7 @@ struct Item {
   int request, kv_head;
   int slot;                  // of its result
   int keys;                  // of the request
-  int first_key;             // of a ragged request
+  int first_key;             // where the request begins in the tensor
   int tile_begin, tile_end;  // of the whole visit
   int split_tiles;
   int begin, end;  // positions in the visit

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/sm90/tensor.h"
+
 namespace blasst::cuda::decode {
 
 // One launch handles every request of a batch. Strides and sizes count elements, lengths count
@@ -16,7 +18,8 @@ struct Params {
 
   // Keys and values.
   int key_length;           // the most tokens of a request; longer lengths are cut to it
-  const int* lengths;       // [batch]; null: key_length each
+  const int* starts;        // [batch] first key in use, of dense keys; null: 0
+  const int* lengths;       // [batch] end of the keys in use; null: key_length each
   const int* cu_seqlens_k;  // [batch + 1]; null: not ragged
   const int* page_table;    // [batch, page_table_stride]; null: not paged
   int64_t page_table_stride;
@@ -47,10 +50,6 @@ struct Params {
   unsigned* tile_bits;            // [kv_heads, batch, tile_words]
   int tile_words;
   unsigned long long* gap_histogram;  // [heads, BLASST_GAP_BINS]
-
-  // Null, or four zeros: the first page id out of range is noted as 1, request, index in the
-  // request's page table, id. Such a page reads as zeros.
-  int* page_error;
 };
 
 // What launch() adds: the split rule and where partial results lie (schedule.h).
@@ -77,7 +76,6 @@ enum class Variant {
   kReport,  // the same with tile bits, gaps and dropped mass
 };
 
-inline constexpr int kUnlimited = 1 << 29;
 inline constexpr int kTileKeys = 64;
 inline constexpr int kMaxRows = 64;  // query rows of a KV head
 

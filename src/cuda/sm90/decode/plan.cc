@@ -1,119 +1,40 @@
 #include "cuda/sm90/decode/plan.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <utility>
 
 #include "attention/checks.h"
-#include "attention/tiles.h"
 #include "cuda/checks.h"
 #include "cuda/sm90/decode/schedule.h"
+#include "cuda/sm90/plan.h"
 
 namespace blasst::cuda::decode {
 namespace {
 
 using attention::fail;
 
-void check_supported(const DecodeParams& p) {
-  if (p.dtype == BLASST_FLOAT32) refuse("dtype is float32; it does bfloat16 and float16");
-  if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256))
-    refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", p.head_dim,
-           p.value_dim);
+void check_rows(const DecodeParams& p) {
   const int64_t rows = p.heads / p.kv_heads * p.query_length;
   if (rows > kMaxRows)
     refuse(
         "decode of {} query heads for each KV head at {} positions, {} rows; it does {} rows at "
         "most",
         p.heads / p.kv_heads, p.query_length, rows, kMaxRows);
-  if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
-  if (p.test.places != 1)
-    refuse("test.places is {}; its thresholds do not depend on the query tile", p.test.places);
-  if (p.report.tile_maxima) refuse("report.tile_maxima is set; it does not report them");
   if (p.mask.bands) refuse("mask.bands is set; decode has no bands");
-  if (p.threads != 0) refuse("threads is {}; it must be 0", p.threads);
-}
-
-Tensor tensor(const View& view, int64_t outer, int64_t tokens, int64_t heads) {
-  return {view.data,         outer,           tokens, heads, view.stride_request,
-          view.stride_token, view.stride_head};
-}
-
-void plan_queries(Launch& l, const DecodeParams& params) {
-  Params& p = l.params;
-  for (const auto& [name, view] : {std::pair{"q", &params.q}, std::pair{"out", &params.out}}) {
-    attention::check_view(name, *view, params.dtype, params.batch, params.query_length,
-                          params.heads, params.head_dim);
-    check_aligned(name, *view);
-  }
-  if (params.batch > 0)
-    attention::check_no_overlap("out", params.out, params.batch, params.query_length, params.heads,
-                                params.value_dim);
-  attention::check_not_shared("out", params.out, "q", params.q, params.dtype);
-  attention::check_not_shared("out", params.out, "k", params.kv.k, params.dtype);
-  attention::check_not_shared("out", params.out, "v", params.kv.v, params.dtype);
-  l.q = tensor(params.q, params.batch, params.query_length, params.heads);
-  p.query_length = static_cast<int>(params.query_length);
-  p.out = params.out.data;
-  p.out_stride_request = params.out.stride_request;
-  p.out_stride_token = params.out.stride_token;
-  p.out_stride_head = params.out.stride_head;
-}
-
-void plan_keys(Launch& l, const DecodeParams& params) {
-  Params& p = l.params;
-  const KeysValues& kv = params.kv;
-  const KeyRoom room = check_keys(params, kUnlimited - 1);
-  l.k = tensor(kv.k, room.outer, room.tokens, params.kv_heads);
-  l.v = tensor(kv.v, room.outer, room.tokens, params.kv_heads);
-  p.key_length = static_cast<int>(room.most);
-  p.lengths = kv.lengths;
-  p.cu_seqlens_k = kv.cu_seqlens;
-  p.page_table = kv.page_table;
-  p.page_table_stride = kv.page_table_stride;
-  p.page_size = static_cast<int>(kv.page_size);
-  p.pages = static_cast<int>(kv.pages);
-}
-
-void plan_scores(Params& p, const DecodeParams& params) {
-  p.scale = params.scale > 0 ? params.scale : 1 / std::sqrt(static_cast<float>(params.head_dim));
-  p.softcap = params.softcap;
-  p.sinks = params.sinks;
-  const attention::Distances d = attention::allowed_distances(params.mask, nullptr);
-  constexpr int64_t limit = kUnlimited;
-  p.least_distance = static_cast<int>(std::clamp(d.least, -limit, limit));
-  p.most_distance = static_cast<int>(std::clamp(d.most, -limit, limit));
-  p.order = params.order;
-  p.test = params.test.kind;
-  p.thresholds = params.test.values;
-  p.threshold_stride_request = params.test.stride_request;
-  p.threshold_stride_head = params.test.stride_head;
-}
-
-void plan_report(Params& p, const Report& report) {
-  p.lse = report.lse;
-  p.dropped_mass_bound = report.dropped_mass_bound;
-  p.visitable = reinterpret_cast<unsigned long long*>(report.tiles_visitable);
-  p.skipped = reinterpret_cast<unsigned long long*>(report.tiles_skipped);
-  p.tile_bits = report.tile_bits;
-  p.tile_words = ceil_div(ceil_div(p.key_length, kTileKeys), 32);
-  p.gap_histogram = reinterpret_cast<unsigned long long*>(report.gap_histogram);
 }
 
 Launch plan_all(const DecodeParams& params) {
   attention::check_scalars(params);
-  check_supported(params);
+  cuda::check_supported(params);
+  check_rows(params);
   Launch l{};
-  l.element = params.dtype == BLASST_FLOAT16 ? Element::kHalf : Element::kBFloat16;
-  l.dim = static_cast<int>(params.head_dim);
-  l.params.batch = static_cast<int>(params.batch);
-  l.params.heads = static_cast<int>(params.heads);
-  l.params.kv_heads = static_cast<int>(params.kv_heads);
-  plan_queries(l, params);
+  plan_shapes(l, params);
+  plan_queries(l, params, params.batch, params.query_length);
   plan_keys(l, params);
-  plan_scores(l.params, params);
-  plan_report(l.params, params.report);
-  l.stream = params.stream;
+  l.params.scale =
+      params.scale > 0 ? params.scale : 1 / std::sqrt(static_cast<float>(params.head_dim));
+  plan_mask_and_test(l.params, params);
+  plan_report(l.params, params.report, kTileKeys);
   return l;
 }
 

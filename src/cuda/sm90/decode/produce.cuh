@@ -16,12 +16,18 @@ __device__ __forceinline__ uint32_t address(const uint64_t& barrier) {
   return ptx::shared_address(&barrier);
 }
 
+// Where the request's first key is: in all keys of a ragged tensor, else in the request's.
+__device__ __forceinline__ int first_key_of(const Params& p, int request) {
+  if (p.cu_seqlens_k) return p.cu_seqlens_k[request];
+  return p.starts ? max(0, p.starts[request]) : 0;
+}
+
 // Tokens of the request that are there to be read.
 __device__ __forceinline__ int keys_of(const Params& p, int request) {
-  int keys = p.key_length;
-  if (p.cu_seqlens_k) keys = p.cu_seqlens_k[request + 1] - p.cu_seqlens_k[request];
-  if (p.lengths) keys = p.lengths[request];
-  return max(0, min(keys, p.key_length));
+  if (p.cu_seqlens_k)
+    return max(0, min(p.cu_seqlens_k[request + 1] - p.cu_seqlens_k[request], p.key_length));
+  const int end = p.lengths ? min(p.lengths[request], p.key_length) : p.key_length;
+  return max(0, end - first_key_of(p, request));
 }
 
 // The index-th item of the launch; false if the request has no such item.
@@ -32,7 +38,7 @@ __device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int
   item.request = place.request;
   item.kv_head = place.kv_head;
   item.keys = keys_of(p, item.request);
-  item.first_key = p.cu_seqlens_k ? p.cu_seqlens_k[item.request] : 0;
+  item.first_key = first_key_of(p, item.request);
   const Range tiles = visit(item.keys, p.query_length, p.least_distance, p.most_distance);
   item.tile_begin = tiles.begin, item.tile_end = tiles.end;
   const int count = tiles.end - tiles.begin;
@@ -66,9 +72,9 @@ __device__ __forceinline__ void copy_tile(const Params& p, const Plan& plan, con
   if (p.page_table) {
     token %= p.page_size;
     outer = page;
-  } else if (p.cu_seqlens_k) {
+  } else {
     token += item.first_key;
-    outer = 0;
+    if (p.cu_seqlens_k) outer = 0;
   }
   ptx::copy_box(destination + panel * kPanelBytes + box * plan.box_tokens * kPanel * 2, map,
                 address(barrier), panel * kPanel, item.kv_head, token, outer, hint);
@@ -217,11 +223,7 @@ class Producer {
 
   __device__ __forceinline__ int page_of(const Item& item, int tile) {
     const int index = (tile * kTileKeys + lane_ * plan_.box_tokens) / p_.page_size;
-    const int page = p_.page_table[item.request * p_.page_table_stride + index];
-    if (p_.page_error && (page < 0 || page >= p_.pages) && atomicCAS(p_.page_error, 0, 1) == 0) {
-      p_.page_error[1] = item.request, p_.page_error[2] = index, p_.page_error[3] = page;
-    }
-    return page;
+    return p_.page_table[item.request * p_.page_table_stride + index];
   }
 
   const Params& p_;

@@ -7,6 +7,7 @@
 
 #include "blasst/blasst.h"
 #include "cuda/sm90/prefill/config.cuh"
+#include "cuda/sm90/prefill/request.cuh"
 #include "cuda/sm90/prefill/schedule.h"
 
 namespace blasst::cuda::prefill {
@@ -589,13 +590,9 @@ class Consumer {
         if (p_.skipped) atomicAdd(p_.skipped + cell, 1ull * (visitable - kept_));
       }
     }
-    auto* out = static_cast<Element*>(p_.out) + work.head * p_.out_stride_head;
-    if (p_.cu_seqlens_q) {
-      out += output_row * p_.out_stride_token;
-    } else {
-      out += work.request * p_.out_stride_request +
-             (work.first_row + at_.warpgroup * kRowsPerWarpgroup) * p_.out_stride_token;
-    }
+    auto* out = static_cast<Element*>(p_.out) + work.head * p_.out_stride_head +
+                row_in_tensor(p_, work.request, output_row) * p_.out_stride_token;
+    if (!p_.cu_seqlens_q) out += work.request * p_.out_stride_request;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = at_.row(r);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/sm90/tensor.h"
+
 namespace blasst::cuda::prefill {
 
 // One launch handles every request of a batch. Strides and sizes count elements, lengths count
@@ -11,15 +13,17 @@ struct Params {
   // Queries and output: dense [batch, query_length, heads, dim] or, with cu_seqlens_q,
   // ragged [rows, heads, dim].
   int batch, heads, kv_heads;
-  int query_length;         // dense: rows a request; ragged: the most rows of a request
-  int rows;                 // of all requests
-  const int* cu_seqlens_q;  // [batch + 1]; null: dense
-  void* out;                // 16-byte aligned, as are its rows
+  int query_length;          // dense: rows a request; ragged: the most rows of a request
+  int rows;                  // of all requests
+  const int* cu_seqlens_q;   // [batch + 1]; null: dense
+  const int* query_lengths;  // [batch] dense: rows in use, from the first; null: all
+  void* out;                 // 16-byte aligned, as are its rows
   int64_t out_stride_request, out_stride_token, out_stride_head;
 
   // Keys and values.
   int key_length;           // dense: tokens a request has room for
-  const int* lengths;       // [batch]; null: key_length each
+  const int* starts;        // [batch] first key in use, of dense keys; null: 0
+  const int* lengths;       // [batch] end of the keys in use; null: key_length each
   const int* cu_seqlens_k;  // [batch + 1]; null: not ragged
   const int* page_table;    // [batch, page_table_stride]; null: not paged
   int64_t page_table_stride;
@@ -67,7 +71,6 @@ enum class Variant {
   kReport,  // the same with tile bits, gaps and dropped mass
 };
 
-inline constexpr int kUnlimited = 1 << 29;
 inline constexpr int kRowsPerWarpgroup = 64;  // rows that decide together: a query tile
 inline constexpr int kWarpgroups = 2;
 inline constexpr int kRowsPerBlock = kWarpgroups * kRowsPerWarpgroup;

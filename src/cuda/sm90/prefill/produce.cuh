@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/sm90/prefill/config.cuh"
+#include "cuda/sm90/prefill/request.cuh"
 #include "cuda/sm90/prefill/schedule.h"
 
 namespace blasst::cuda::prefill {
@@ -13,22 +14,12 @@ __device__ Work describe(const Params& p, const Item& item) {
   w.request = item.request;
   w.head = item.head;
   w.first_row = item.block * kRowsPerBlock;
-  int first_of_request, rows;
-  if (p.cu_seqlens_q) {
-    first_of_request = p.cu_seqlens_q[item.request];
-    rows = p.cu_seqlens_q[item.request + 1] - first_of_request;
-  } else {
-    first_of_request = item.request * p.query_length;
-    rows = p.query_length;
-  }
-  w.rows = max(0, rows - w.first_row);
-  w.output_row = first_of_request + w.first_row;
-  if (p.cu_seqlens_k) {
-    w.keys = p.cu_seqlens_k[item.request + 1] - p.cu_seqlens_k[item.request];
-  } else {
-    w.keys = p.lengths ? p.lengths[item.request] : p.key_length;
-  }
-  w.offset = w.keys - rows;
+  const Span keys = keys_of_request(p, item.request);
+  const Span rows = rows_of_request(p, item.request, keys.count);
+  w.rows = max(0, rows.count - w.first_row);
+  w.output_row = rows.first + w.first_row;
+  w.keys = keys.count;
+  w.offset = keys.count - rows.count;
   w.least = p.least_distance, w.most = p.most_distance;
   if (p.bands) {
     const int64_t limit = kUnlimited;
@@ -47,10 +38,10 @@ __device__ Work describe(const Params& p, const Item& item) {
   }
   const int first = w.first_row + w.offset;
   const int last = first + min(w.rows, kRowsPerBlock) - 1;
-  const KeyRange keys = keys_of(first, last, w.least, w.most, w.keys);
-  const bool any = keys.begin < keys.end && w.least <= w.most;
-  w.tile_begin = any ? keys.begin / C::kKeys : 0;
-  w.tile_end = any ? (keys.end + C::kKeys - 1) / C::kKeys : 0;
+  const KeyRange seen = keys_of(first, last, w.least, w.most, w.keys);
+  const bool any = seen.begin < seen.end && w.least <= w.most;
+  w.tile_begin = any ? seen.begin / C::kKeys : 0;
+  w.tile_end = any ? (seen.end + C::kKeys - 1) / C::kKeys : 0;
   return w;
 }
 
@@ -61,7 +52,7 @@ struct KeySource {
   int page_count;    // of the request
 
   __device__ KeySource(const Params& p, const Work& w)
-      : first_token(p.cu_seqlens_k ? p.cu_seqlens_k[w.request] : 0),
+      : first_token(keys_of_request(p, w.request).first),
         outer(p.cu_seqlens_k ? 0 : w.request),
         pages(p.page_table ? p.page_table + w.request * p.page_table_stride : nullptr),
         page_count(p.page_table ? (w.keys + p.page_size - 1) / p.page_size : 0) {}
@@ -132,7 +123,7 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
       ptx::mbarrier_wait(address(b.query_empty), query_phase ^ 1);
       query_phase ^= 1;
       ptx::mbarrier_arrive_expect(address(b.query_full), kWarpgroups * L::kQueryBytes);
-      const int row = p.cu_seqlens_q ? w.output_row : w.first_row;
+      const int row = row_in_tensor(p, w.request, w.output_row);
       const int outer = p.cu_seqlens_q ? 0 : w.request;
       for (int wg = 0; wg < kWarpgroups; ++wg) {
         for (int panel = 0; panel < L::kPanels; ++panel) {

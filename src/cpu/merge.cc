@@ -1,0 +1,55 @@
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+
+#include "attention/element.h"
+#include "cpu/backend.h"
+#include "cpu/thread_pool.h"
+
+namespace blasst::cpu {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+std::byte* row_of(const View& view, DType dtype, int64_t request, int64_t token, int64_t head) {
+  return static_cast<std::byte*>(view.data) +
+         attention::element_bytes(dtype) *
+             (request * view.stride_request + token * view.stride_token + head * view.stride_head);
+}
+
+void merge_row(const MergeParams& p, int64_t row, int64_t head) {
+  const int64_t cell = head * p.batch * p.query_length + row;
+  const float a = p.lse_a[cell], b = p.lse_b[cell];
+  const float most = std::max(a, b);
+  const bool empty = most == -kInf && !std::isnan(a) && !std::isnan(b);
+  float share_a = empty ? 0 : std::exp(a - most), share_b = empty ? 0 : std::exp(b - most);
+  const float sum = share_a + share_b;
+  if (p.lse) p.lse[cell] = empty ? -kInf : most + std::log(sum);
+  if (!empty) share_a /= sum, share_b /= sum;
+
+  const int64_t request = row / p.query_length, token = row % p.query_length;
+  const std::byte* from_a = row_of(p.out_a, p.dtype, request, token, head);
+  const std::byte* from_b = row_of(p.out_b, p.dtype, request, token, head);
+  std::byte* to = row_of(p.out, p.dtype, request, token, head);
+  const int64_t bytes = attention::element_bytes(p.dtype);
+  for (int64_t d = 0; d < p.value_dim; ++d) {
+    const auto part = [&](float share, const std::byte* row) {
+      // What has no share adds nothing, whatever it is.
+      if (share == 0) return 0.0f;
+      return share * static_cast<float>(attention::load_element(p.dtype, row + d * bytes));
+    };
+    attention::store_element(p.dtype, to + d * bytes,
+                             part(share_a, from_a) + part(share_b, from_b));
+  }
+}
+
+}  // namespace
+
+void merge(const MergeParams& params, int threads) {
+  parallel_for(params.batch * params.query_length, threads, [&](int64_t row, int) {
+    for (int64_t head = 0; head < params.heads; ++head) merge_row(params, row, head);
+  });
+}
+
+}  // namespace blasst::cpu

@@ -1,0 +1,34 @@
+// Whether a machine can run the kernels.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <string>
+
+namespace blasst::cuda {
+
+// What the driver says. Versions as CUDA writes them: 1000 * major + 10 * minor.
+struct Machine {
+  int runtime = 0;  // version that this build is for
+  int driver = 0;   // newest version that the driver does; 0: no driver
+  int devices = 0;
+  int device = 0;  // the current one, and its compute capability
+  int major = 0, minor = 0;
+  std::string error;  // of asking
+};
+
+// What keeps the current device from being used; empty: nothing.
+inline std::string obstacle(const Machine& m) {
+  if (m.driver == 0) return "no NVIDIA driver";
+  if (m.driver / 1000 < m.runtime / 1000)
+    return fmt::format("the driver does CUDA {}.{}; this build needs a driver of CUDA {}",
+                       m.driver / 1000, m.driver % 1000 / 10, m.runtime / 1000);
+  if (!m.error.empty()) return m.error;
+  if (m.devices == 0) return "no GPU";
+  if (m.major != 9 || m.minor != 0)
+    return fmt::format("device {} has compute capability {}.{}; the kernels are for 9.0", m.device,
+                       m.major, m.minor);
+  return "";
+}
+
+}  // namespace blasst::cuda

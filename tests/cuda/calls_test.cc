@@ -1,0 +1,265 @@
+// Calls on a GPU beside the plain ones: padded batches, merging, page checks, wrong memory.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "check/compare.h"
+#include "check/device.h"
+#include "check/element.h"
+#include "on_gpu.h"
+
+namespace blasst::check {
+namespace {
+
+class Calls : public OnGpu {};
+
+Case paged_case(bool decode) {
+  return {.seed = 3,
+          .decode = decode,
+          .dtype = BLASST_BFLOAT16,
+          .requests = {{2, 900}, {2, 0}, {2, 3000}, {2, 1}},
+          .heads = 8,
+          .kv_heads = 2,
+          .head_dim = 128,
+          .value_dim = 128,
+          .layout = Layout::kPaged,
+          .page_size = 64,
+          .causal = true};
+}
+
+std::vector<int32_t> check(const DeviceProblem& device) {
+  DeviceMemory memory;
+  const std::vector<int32_t> marks(4, -7);
+  std::vector<int32_t> found(4);
+  int32_t* on_device = memory.copy(marks.data(), 4);
+  check_pages(device.params.kv, device.params.batch, on_device, nullptr);
+  synchronize();
+  DeviceMemory::read(found.data(), on_device, sizeof(int32_t) * 4);
+  return found;
+}
+
+TEST_F(Calls, PageCheckNamesTheFirstFault) {
+  Problem problem(paged_case(true));
+  const KeysValues& kv = problem.params.kv;
+  const auto pages = static_cast<int32_t>(kv.pages), room = int32_t{3000};
+  DeviceProblem device(problem);
+  EXPECT_EQ(check(device), std::vector<int32_t>(4, 0));
+  const std::vector<int32_t> table = problem.page_table;
+  for (const int32_t id : {pages, pages + 7, -3}) {
+    std::vector<int32_t> bad = table;
+    bad[2 * kv.page_table_stride + 5] = bad[2 * kv.page_table_stride + 40] = id;
+    DeviceProblem::put(device.params.kv.page_table, bad);
+    EXPECT_EQ(check(device), (std::vector<int32_t>{BLASST_PAGE_ID, 2, 5, id}));
+    device.run();  // and the call stays inside its memory
+  }
+  for (const int32_t length : {room + 1, -1}) {
+    std::vector<int32_t> lengths = problem.lengths;
+    lengths[1] = length;
+    DeviceProblem::put(device.params.kv.lengths, lengths);
+    EXPECT_EQ(check(device), (std::vector<int32_t>{BLASST_PAGE_LENGTH, 1, length, room}));
+  }
+}
+
+// As if they were as long as there is room.
+TEST_F(Calls, LengthsBeyondThePageTableAreCut) {
+  for (const bool decode : {false, true}) {
+    Problem problem(paged_case(decode));
+    DeviceProblem device(problem, Reports::kCounts);
+    device.run();
+    const std::vector<std::byte> bits = problem.out_bits();
+    std::vector<int32_t> lengths = problem.lengths;
+    lengths[2] = 1 << 30;  // the longest request's
+    DeviceProblem::put(device.params.kv.lengths, lengths);
+    device.run();
+    EXPECT_EQ(problem.out_bits(), bits);
+  }
+}
+
+// Keys from the middle of the room on, and rows that are no request's: the bits of each request
+// alone, and zeros.
+TEST_F(Calls, PaddedRequestsAreAsAlone) {
+  constexpr int64_t kRows = 300, kKeys = 700, kHeads = 4, kKvHeads = 2, kDim = 64;
+  const std::vector<int32_t> starts = {0, 130, 600, 0}, ends = {700, 700, 690, 50},
+                             used = {300, 300, 200, 40};
+  Case c{.seed = 5,
+         .dtype = BLASST_BFLOAT16,
+         .requests = {{kRows, kKeys}, {kRows, kKeys}, {kRows, kKeys}, {kRows, kKeys}},
+         .heads = kHeads,
+         .kv_heads = kKvHeads,
+         .head_dim = kDim,
+         .value_dim = kDim,
+         .causal = true,
+         .test = BLASST_TEST_RELATIVE,
+         .threshold = 0.05f};
+  Problem problem(c);
+  DeviceProblem device(problem, Reports::kCounts);
+  DeviceMemory memory;
+  PrefillParams& p = device.params;
+  p.kv.starts = memory.copy(starts.data(), 4);
+  p.query_lengths = memory.copy(used.data(), 4);
+  DeviceProblem::put(p.kv.lengths, ends);
+  device.run();
+  const std::vector<std::byte> batch = problem.out_bits();
+  const std::vector<float> lse = problem.lse;
+  const std::vector<int64_t> skipped = problem.tiles_skipped;
+  const int64_t row_bytes = kHeads * kDim * 2;
+  for (int64_t b = 0; b < 4; ++b) {
+    const int64_t keys = ends[b] - starts[b], rows = std::min<int64_t>(used[b], keys);
+    const int64_t first = used[b] - rows;
+    PrefillParams alone = p;
+    const auto from = [](View& view, int64_t offset) {
+      view.elements -= offset;
+      view.data = static_cast<std::byte*>(view.data) + 2 * offset;
+    };
+    alone.batch = 1, alone.query_length = rows, alone.query_lengths = nullptr;
+    from(alone.q, b * p.q.stride_request + first * p.q.stride_token);
+    from(alone.out, b * p.out.stride_request + first * p.out.stride_token);
+    from(alone.kv.k, b * p.kv.k.stride_request + starts[b] * p.kv.k.stride_token);
+    from(alone.kv.v, b * p.kv.v.stride_request + starts[b] * p.kv.v.stride_token);
+    alone.kv.key_length = keys;
+    alone.kv.lengths = alone.kv.starts = nullptr;
+    alone.report = {.tiles_skipped = p.report.tiles_skipped};
+    device.mark();
+    prefill(alone);
+    device.download();
+    const std::vector<std::byte> wanted = problem.out_bits();
+    const auto part = [&](const std::vector<std::byte>& bits, int64_t row, int64_t count) {
+      const auto begin = bits.begin() + (b * kRows + row) * row_bytes;
+      return std::vector<std::byte>(begin, begin + count * row_bytes);
+    };
+    EXPECT_EQ(part(batch, first, rows), part(wanted, first, rows)) << b;
+    EXPECT_EQ(part(batch, 0, first), std::vector<std::byte>(first * row_bytes)) << b;
+    EXPECT_EQ(part(batch, used[b], kRows - used[b]),
+              std::vector<std::byte>((kRows - used[b]) * row_bytes))
+        << b;
+    for (int64_t i = 0; i < kRows; ++i)
+      EXPECT_EQ(std::isinf(lse[b * kRows + i]), i < first || i >= used[b]) << b << ' ' << i;
+    for (int64_t h = 0; h < kHeads; ++h)
+      EXPECT_EQ(skipped[b * kHeads + h], problem.tiles_skipped[h]) << b << ' ' << h;
+  }
+}
+
+TEST_F(Calls, DecodeFromAStart) {
+  Case c{.seed = 5,
+         .decode = true,
+         .dtype = BLASST_FLOAT16,
+         .requests = {{1, 3000}, {1, 3000}, {1, 3000}},
+         .heads = 8,
+         .kv_heads = 2,
+         .head_dim = 128,
+         .value_dim = 128,
+         .causal = true,
+         .test = BLASST_TEST_RELATIVE,
+         .threshold = 0.05f};
+  Problem problem(c);
+  DeviceProblem device(problem, Reports::kCounts);
+  const std::vector<int32_t> starts = {0, 100, 2999}, ends = {3000, 2000, 2999};
+  DeviceMemory memory;
+  PrefillParams& p = device.params;
+  p.kv.starts = memory.copy(starts.data(), 3);
+  DeviceProblem::put(p.kv.lengths, ends);
+  device.run();
+  const std::vector<std::byte> batch = problem.out_bits();
+  // The second request's keys, moved to the first place.
+  p.kv.starts = nullptr;
+  const int64_t offset = p.kv.k.stride_request + 100 * p.kv.k.stride_token;
+  for (View* view : {&p.kv.k, &p.kv.v}) {
+    view->data = static_cast<std::byte*>(view->data) + 2 * (offset - p.kv.k.stride_request);
+    view->elements -= 100 * view->stride_token;
+  }
+  p.kv.key_length -= 100;
+  DeviceProblem::put(p.kv.lengths, std::vector<int32_t>{2900, 1900, 0});
+  device.run();
+  const std::vector<std::byte> moved = problem.out_bits();
+  const auto row = [&](const std::vector<std::byte>& bits, int64_t b) {
+    const auto size = static_cast<int64_t>(bits.size()) / 3;
+    return std::vector<std::byte>(bits.begin() + b * size, bits.begin() + (b + 1) * size);
+  };
+  EXPECT_EQ(row(batch, 1), row(moved, 1));
+  EXPECT_EQ(row(batch, 2), std::vector<std::byte>(batch.size() / 3));
+}
+
+TEST_F(Calls, MergeIsExactUpToRounding) {
+  constexpr int64_t kBatch = 2, kRows = 37, kHeads = 3, kDim = 72;
+  constexpr int64_t kCells = kHeads * kBatch * kRows, kElements = kCells * kDim;
+  for (const DType dtype : {BLASST_FLOAT16, BLASST_BFLOAT16}) {
+    SeededChoices choose(9);
+    const auto number = [&] { return static_cast<float>(choose.between(-1000, 1000)) / 200; };
+    std::vector<std::byte> a(2 * kElements), b(2 * kElements), out(2 * kElements);
+    for (int64_t i = 0; i < kElements; ++i) {
+      store_element(dtype, &a[2 * i], number());
+      store_element(dtype, &b[2 * i], number());
+    }
+    std::vector<float> lse_a(kCells), lse_b(kCells), lse(kCells);
+    for (int64_t i = 0; i < kCells; ++i) {
+      lse_a[i] = i % 7 == 0 ? -INFINITY : 4 * number();
+      lse_b[i] = i % 5 == 0 ? -INFINITY : 4 * number();
+    }
+    DeviceMemory memory;
+    const auto view = [&](const std::vector<std::byte>& host) {
+      return View{memory.copy(host.data(), host.size()), kElements, kRows * kHeads * kDim,
+                  kHeads * kDim, kDim};
+    };
+    MergeParams p{.backend = BLASST_BACKEND_CUDA_SM90,
+                  .dtype = dtype,
+                  .batch = kBatch,
+                  .query_length = kRows,
+                  .heads = kHeads,
+                  .value_dim = kDim};
+    p.out_a = view(a), p.out_b = view(b), p.out = view(out);
+    p.lse_a = memory.copy(lse_a.data(), lse_a.size());
+    p.lse_b = memory.copy(lse_b.data(), lse_b.size());
+    p.lse = memory.copy(lse.data(), lse.size());
+    merge(p);
+    synchronize();
+    DeviceMemory::read(out.data(), p.out.data, out.size());
+    DeviceMemory::read(lse.data(), p.lse, lse.size() * sizeof(float));
+    for (int64_t row = 0; row < kBatch * kRows; ++row) {
+      for (int64_t h = 0; h < kHeads; ++h) {
+        const int64_t cell = h * kBatch * kRows + row;
+        const double x = std::exp(double{lse_a[cell]}), y = std::exp(double{lse_b[cell]});
+        if (x + y == 0)
+          EXPECT_EQ(lse[cell], -INFINITY);
+        else
+          EXPECT_NEAR(lse[cell], std::log(x + y), 1e-5);
+        for (int64_t d = 0; d < kDim; ++d) {
+          const int64_t at = 2 * ((row * kHeads + h) * kDim + d);
+          const double wanted =
+              x + y == 0
+                  ? 0
+                  : (x * load_element(dtype, &a[at]) + y * load_element(dtype, &b[at])) / (x + y);
+          EXPECT_NEAR(load_element(dtype, &out[at]), wanted,
+                      1e-5 + unit_roundoff(dtype) * std::abs(wanted));
+        }
+      }
+    }
+    // In place.
+    p.out = p.out_a;
+    merge(p);
+    synchronize();
+    DeviceMemory::read(a.data(), p.out.data, a.size());
+    EXPECT_EQ(a, out);
+  }
+}
+
+TEST_F(Calls, MemoryOfTheHostIsRefused) {
+  for (const bool decode : {false, true}) {
+    Problem problem(paged_case(decode));
+    DeviceProblem device(problem);
+    device.params.kv.k = problem.params.kv.k;
+    try {
+      device.launch();
+      FAIL() << "accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.status(), BLASST_INVALID_ARGUMENT);
+      EXPECT_NE(std::string(error.what()).find("k.data is host memory"), std::string::npos)
+          << error.what();
+    }
+  }
+}
+
+}  // namespace
+}  // namespace blasst::check

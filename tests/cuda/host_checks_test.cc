@@ -1,0 +1,94 @@
+// Whether a machine is fit, and checks that both phases share with nothing else. No GPU needed.
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "cuda/backend.h"
+#include "cuda/pages.h"
+#include "cuda/usable.h"
+#include "plan_cases.h"
+
+namespace blasst::cuda {
+namespace {
+
+Machine hopper() {
+  Machine m;
+  m.runtime = m.driver = 13000;
+  m.devices = 1;
+  m.major = 9;
+  return m;
+}
+
+TEST(Usable, SaysWhatIsMissing) {
+  EXPECT_EQ(obstacle(hopper()), "");
+  Machine m = hopper();
+  m.driver = 13020;
+  EXPECT_EQ(obstacle(m), "");
+  m.driver = 12040;
+  EXPECT_EQ(obstacle(m), "the driver does CUDA 12.4; this build needs a driver of CUDA 13");
+  m.driver = 0;
+  EXPECT_EQ(obstacle(m), "no NVIDIA driver");
+  m = hopper();
+  m.devices = 0;
+  EXPECT_EQ(obstacle(m), "no GPU");
+  m.error = "unknown error";
+  EXPECT_EQ(obstacle(m), "unknown error");
+  for (const auto& [major, minor] : {std::pair{8, 0}, {9, 1}, {10, 0}, {12, 1}}) {
+    m = hopper();
+    m.device = 2, m.major = major, m.minor = minor;
+    EXPECT_EQ(obstacle(m), fmt::format("device 2 has compute capability {}.{}; the kernels are for "
+                                       "9.0",
+                                       major, minor));
+  }
+}
+
+template <typename Call>
+std::string refusal(const Call& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+TEST(PageCheck, IsOfPages) {
+  KeysValues kv = paged_call(dense_call<DecodeParams>(1)).kv;
+  int32_t found[4];
+  const auto plan = [&] { return plan_page_check(kv, 3, found, nullptr); };
+  EXPECT_EQ(plan().room, 960);
+  kv.key_length = 100;
+  EXPECT_EQ(plan().room, 100);
+  EXPECT_NE(refusal([&] { plan_page_check(kv, 3, nullptr, nullptr); }).find("found is null"),
+            std::string::npos);
+  kv.lengths = nullptr;
+  EXPECT_NE(refusal(plan).find("kv.lengths is null"), std::string::npos);
+  kv.page_table = nullptr;
+  EXPECT_NE(refusal(plan).find("kv.page_table is null"), std::string::npos);
+}
+
+TEST(Merge, SaysWhatItDoesNotDo) {
+  const PrefillParams rows = dense_call<PrefillParams>(100);
+  MergeParams p{.backend = BLASST_BACKEND_CUDA_SM90,
+                .dtype = BLASST_BFLOAT16,
+                .batch = 3,
+                .query_length = 100,
+                .heads = kHeads,
+                .value_dim = kDim};
+  p.out_a = p.out_b = p.out = rows.out;
+  p.lse_a = p.lse_b = array<float>(0x60000000);
+  MergeParams bad = p;
+  bad.dtype = BLASST_FLOAT32;
+  EXPECT_NE(refusal([&] { merge(bad); }).find("float32"), std::string::npos);
+  bad = p;
+  bad.threads = 2;
+  EXPECT_NE(refusal([&] { merge(bad); }).find("threads is 2"), std::string::npos);
+  bad = p;
+  bad.out_b.stride_token += 4;
+  bad.out_b.elements *= 2;
+  bad.out_b.data = device(0x90000000);
+  EXPECT_NE(refusal([&] { merge(bad); }).find("out_b.stride_token"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace blasst::cuda

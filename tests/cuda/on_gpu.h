@@ -1,0 +1,56 @@
+// What tests on a GPU share.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+
+#include "blasst/blasst.hpp"
+
+namespace blasst::check {
+
+inline void must(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+// Skipped where there is no GPU that the kernels run on.
+class OnGpu : public testing::Test {
+ protected:
+  void SetUp() override {
+    for (const BackendInfo& backend : backends())
+      if (backend.backend == BLASST_BACKEND_CUDA_SM90 && !backend.usable)
+        GTEST_SKIP() << backend.detail;
+  }
+};
+
+// What a call enqueues on a stream, captured.
+class Graph {
+ public:
+  template <typename Call>
+  explicit Graph(const Call& call) {
+    must(cudaStreamCreate(&stream_));
+    must(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    call(stream_);
+    must(cudaStreamEndCapture(stream_, &graph_));
+    must(cudaGraphInstantiate(&replay_, graph_, 0));
+  }
+  Graph(const Graph&) = delete;
+  ~Graph() {
+    cudaGraphExecDestroy(replay_);
+    cudaGraphDestroy(graph_);
+    cudaStreamDestroy(stream_);
+  }
+
+  void replay() {
+    must(cudaGraphLaunch(replay_, stream_));
+    must(cudaStreamSynchronize(stream_));
+  }
+
+ private:
+  cudaStream_t stream_;
+  cudaGraph_t graph_;
+  cudaGraphExec_t replay_;
+};
+
+}  // namespace blasst::check

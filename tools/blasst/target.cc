@@ -1,0 +1,115 @@
+#include "target.h"
+
+#include <span>
+
+#include "check/compare.h"
+#include "check/element.h"
+#include "measure.h"
+#if BLASST_CUDA
+#include <cuda_runtime_api.h>
+
+#include "check/device.h"
+#endif
+
+namespace blasst::command {
+namespace {
+
+size_t bytes_of(const View& view, DType dtype) {
+  return static_cast<size_t>(view.elements * check::element_bytes(dtype));
+}
+
+class OnCpu : public Target {
+ public:
+  explicit OnCpu(check::Problem& problem) : problem_(problem) { params = problem.params; }
+
+  void run() override {
+    problem_.mark_outputs();
+    check::call(params, problem_.description.decode);
+  }
+  void finish() override {}
+
+  size_t move_keys_and_values(int threads) override {
+    const auto bytes = [&](const View& view) {
+      return std::span(static_cast<const std::byte*>(view.data), bytes_of(view, params.dtype));
+    };
+    const std::span<const std::byte> caches[] = {bytes(params.kv.k), bytes(params.kv.v)};
+    sink_ = read_all(caches, threads);
+    return caches[0].size() + caches[1].size();
+  }
+
+ private:
+  check::Problem& problem_;
+  volatile unsigned long long sink_ = 0;
+};
+
+#if BLASST_CUDA
+class OnGpu : public Target {
+ public:
+  OnGpu(check::Problem& problem, bool everything)
+      : device_(problem, everything ? check::Reports::kAll : check::Reports::kCounts) {
+    params = device_.params;
+  }
+
+  void run() override {
+    device_.params = params;
+    device_.run();
+  }
+  void finish() override { check::synchronize(); }
+
+  size_t move_keys_and_values(int) override {
+    size_t moved = 0;
+    for (const View& view : {params.kv.k, params.kv.v}) {
+      const size_t bytes = bytes_of(view, params.dtype);
+      if (!copy_) copy_ = memory_.allocate(bytes);
+      if (const cudaError_t status =
+              cudaMemcpyAsync(copy_, view.data, bytes, cudaMemcpyDeviceToDevice);
+          status != cudaSuccess)
+        throw Error(BLASST_INTERNAL, cudaGetErrorString(status));
+      moved += 2 * bytes;
+    }
+    return moved;
+  }
+
+ private:
+  check::DeviceProblem device_;
+  check::DeviceMemory memory_;
+  void* copy_ = nullptr;
+};
+#endif
+
+}  // namespace
+
+std::unique_ptr<Target> make_target(check::Problem& problem, Backend backend,
+                                    [[maybe_unused]] bool everything) {
+#if BLASST_CUDA
+  if (backend == BLASST_BACKEND_CUDA_SM90) return std::make_unique<OnGpu>(problem, everything);
+#endif
+  problem.params.backend = backend;
+  return std::make_unique<OnCpu>(problem);
+}
+
+check::Case case_for(check::Case c, [[maybe_unused]] Backend backend) {
+#if BLASST_CUDA
+  if (backend == BLASST_BACKEND_CUDA_SM90) return check::for_gpu(c);
+#endif
+  return c;
+}
+
+TileShape tile_shape_on(const check::Problem& problem, [[maybe_unused]] Backend backend) {
+#if BLASST_CUDA
+  if (backend == BLASST_BACKEND_CUDA_SM90) return check::gpu_tile_shape(problem);
+#endif
+  return check::tile_shape(problem.params, problem.description.decode);
+}
+
+double sum_roundoff_on(Backend backend) {
+  return backend == BLASST_BACKEND_CPU ? check::kFloatRoundoff : check::kTensorCoreRoundoff;
+}
+
+std::string processor(Backend backend) {
+  for (const BackendInfo& info : backends())
+    if (info.backend == backend && backend != BLASST_BACKEND_CPU) return info.detail;
+  return cpu_isa();
+}
+
+}  // namespace blasst::command

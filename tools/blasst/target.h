@@ -1,0 +1,34 @@
+// Where the command runs a problem: on the CPU, or on its copy on a GPU.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "blasst/blasst.hpp"
+#include "check/problem.h"
+
+namespace blasst::command {
+
+class Target {
+ public:
+  virtual ~Target() = default;
+
+  PrefillParams params;  // what the backend is called with; a command may change what it wants
+
+  virtual void run() = 0;     // calls, and leaves the outputs in the problem
+  virtual void finish() = 0;  // waits for calls that were made with `params`
+  // Moves all keys and values through memory once; returns the bytes that were read and written.
+  virtual size_t move_keys_and_values(int threads) = 0;
+};
+
+// On a GPU the call reports everything that the problem has room for, or only LSE and statistics.
+std::unique_ptr<Target> make_target(check::Problem& problem, Backend backend, bool everything);
+
+check::Case case_for(check::Case c, Backend backend);  // like `c`, within what the backend does
+TileShape tile_shape_on(const check::Problem& problem, Backend backend);
+double sum_roundoff_on(Backend backend);  // for check::compare
+std::string processor(Backend backend);   // the CPU's instruction set, or the GPU
+
+}  // namespace blasst::command
