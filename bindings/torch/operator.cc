@@ -520,9 +520,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   }
 
   if (cuda) {
-    check(!starts && !query_lengths,
-          "starts or query_lengths is given; on a CUDA device requests cannot be padded: use "
-          "lengths, cu_seqlens_q and cu_seqlens_k");
+    p.kv.starts = indices("starts", starts, "[batch]", {p.batch});
+    const int32_t* used = indices("query_lengths", query_lengths, "[batch]", {p.batch});
+    if constexpr (requires { p.query_lengths; })
+      p.query_lengths = used;
+    else
+      check(!used, "query_lengths is given; decode on a CUDA device has none");
     // Freed at the end of this call, and reused by torch only behind it on the stream.
     p.workspace_bytes = blasst::workspace_bytes(p);
     const Tensor workspace = torch::stable::new_empty(
@@ -652,6 +655,72 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
   return {dq, dk, dv, dsinks};
 }
 
+// Rows are [batch, query_length] or ragged; lse [heads, rows].
+std::tuple<Tensor, Tensor> merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+  check(out_a.dim() == 3 || out_a.dim() == 4, "out_a is ", out_a,
+        "; it must be [batch, query_length, heads, value_dim] or [rows, heads, value_dim]");
+  check(std::ranges::equal(out_b.sizes(), out_a.sizes()), "out_b is ", out_b, ", but out_a is ",
+        out_a);
+  check(out_b.scalar_type() == out_a.scalar_type(), "out_b is ", out_b.scalar_type(),
+        ", but out_a is ", out_a.scalar_type(), "; they must be of one type");
+  blasst::MergeParams p;
+  p.dtype = dtype_of(out_a);
+  const bool ragged = out_a.dim() == 3;
+  p.batch = ragged ? 1 : out_a.size(0);
+  p.query_length = out_a.size(out_a.dim() - 3);
+  p.heads = out_a.size(out_a.dim() - 2);
+  p.value_dim = out_a.size(out_a.dim() - 1);
+  for (const auto& [name, lse] : {std::pair{"lse_a", &lse_a}, std::pair{"lse_b", &lse_b}}) {
+    check_shape(name, *lse, "[heads, rows]", {p.heads, p.batch * p.query_length});
+    check(lse->scalar_type() == ScalarType::Float, name, " is ", lse->scalar_type(),
+          "; it must be float32");
+    *lse = torch::stable::contiguous(*lse);
+  }
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (out_a.is_cuda()) {
+    guard.emplace(out_a.get_device_index());
+    p.backend = BLASST_BACKEND_CUDA_SM90;
+    p.stream = current_stream(out_a.get_device_index());
+  } else {
+    p.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  }
+  out_a = readable(out_a);
+  out_b = readable(out_b);
+  const auto like = [](const Tensor& t) {
+    return torch::stable::new_empty(t, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
+  };
+  Tensor out = like(out_a), lse = like(lse_a);
+  p.out_a = view_of(out_a);
+  p.out_b = view_of(out_b);
+  p.out = view_of(out);
+  p.lse_a = static_cast<const float*>(lse_a.const_data_ptr());
+  p.lse_b = static_cast<const float*>(lse_b.const_data_ptr());
+  p.lse = lse.mutable_data_ptr<float>();
+  blasst::merge(p);
+  return {out, lse};
+}
+
+// What blasst_check_pages finds, int32 [4] on the device.
+Tensor check_pages(Tensor page_table, Tensor lengths, int64_t page_size, int64_t pages) {
+  check(page_table.dim() == 2, "page_table is ", page_table,
+        "; it must be [batch, pages a request]");
+  OptionalTensor table = page_table, ends = lengths;
+  blasst::KeysValues kv;
+  const int64_t batch = page_table.size(0);
+  kv.page_table_stride = page_table.size(1);
+  kv.page_table =
+      indices("page_table", table, "[batch, pages a request]", {batch, kv.page_table_stride});
+  kv.lengths = indices("lengths", ends, "[batch]", {batch});
+  kv.page_size = page_size;
+  kv.pages = pages;
+  const int32_t device = page_table.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor found = torch::stable::new_empty(page_table, std::vector<int64_t>{4}, ScalarType::Int);
+  blasst::check_pages(kv, batch, static_cast<int32_t*>(found.mutable_data_ptr()),
+                      current_stream(device));
+  return found;
+}
+
 // The tile that decisions are taken on: query rows, keys, tiles a split (0: one split).
 template <typename Params>
 std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
@@ -694,6 +763,9 @@ STABLE_TORCH_LIBRARY(blasst, m) {
       " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, Tensor? sinks,"
       " bool causal, int window_left, int window_right, Tensor? bands, Tensor? blocks)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+  m.def(
+      "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");
+  m.def("check_pages(Tensor page_table, Tensor lengths, int page_size, int pages) -> Tensor");
   m.def("prefill_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
   m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
 }
@@ -701,6 +773,7 @@ STABLE_TORCH_LIBRARY(blasst, m) {
 #define BLASST_IMPLEMENT(m)                                                   \
   m.impl("prefill", TORCH_BOX(attention<blasst::PrefillParams>));             \
   m.impl("decode", TORCH_BOX(attention<blasst::DecodeParams>));               \
+  m.impl("merge", TORCH_BOX(merge));                                          \
   m.impl("prefill_tile_shape", TORCH_BOX(tile_shape<blasst::PrefillParams>)); \
   m.impl("decode_tile_shape", TORCH_BOX(tile_shape<blasst::DecodeParams>))
 
@@ -708,4 +781,7 @@ STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
   BLASST_IMPLEMENT(m);
   m.impl("prefill_backward", TORCH_BOX(prefill_backward));
 }
-STABLE_TORCH_LIBRARY_IMPL(blasst, CUDA, m) { BLASST_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(blasst, CUDA, m) {
+  BLASST_IMPLEMENT(m);
+  m.impl("check_pages", TORCH_BOX(check_pages));
+}

@@ -1,15 +1,16 @@
 """Long-context attention made sparse by softmax thresholding (BLASST).
 
-`attention` is the operator. With Transformers installed, importing this package also makes
-`attn_implementation="blasst"` available; `configure` sets a model's thresholds and `record`
-collects the sparsity that it reaches; `calibrate` finds thresholds and writes them into its config.
+`attention` is the operator, `merge` puts two calls over different keys together. With Transformers
+installed, importing this package also makes `attn_implementation="blasst"` available; `configure`
+sets a model's thresholds and `record` collects the sparsity that it reaches; `calibrate` finds
+thresholds and writes them into its config.
 """
 
 from importlib.util import find_spec
 
-from blasst.attention import Result, TileCounts, TileShape, attention, tile_shape
+from blasst.attention import Result, TileCounts, TileShape, attention, merge, tile_shape
 
-__all__ = ["Result", "TileCounts", "TileShape", "attention", "tile_shape"]
+__all__ = ["Result", "TileCounts", "TileShape", "attention", "merge", "tile_shape"]
 
 if find_spec("transformers"):
     from blasst.calibration import Calibration, calibrate

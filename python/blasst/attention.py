@@ -84,6 +84,7 @@ def attention(
     return_error_bound: bool = False,
     return_gaps: bool = False,
     return_tile_maxima: bool = False,
+    check_pages: bool = False,
 ) -> Tensor | Result:
     """Softmax attention that drops the key tiles whose scores lie far below the best so far.
 
@@ -135,6 +136,9 @@ def attention(
         return_error_bound: fill Result.dropped_mass_bound.
         return_gaps: fill Result.gaps.
         return_tile_maxima: fill Result.tile_maxima; for q of 4 dimensions.
+        check_pages: on cuda, look for page ids and lengths out of range first, which waits for the
+            device. Without it such a page reads as zeros and such a length is cut. On the cpu they
+            are always an error.
 
     Returns:
         The output, [batch, query_length, heads, value_dim] or [rows, heads, value_dim]; a Result if
@@ -149,35 +153,31 @@ def attention(
             pass.
     """
     _check_tensors(
-        q,
-        k=k,
-        v=v,
-        sinks=sinks,
-        starts=starts,
-        lengths=lengths,
-        query_lengths=query_lengths,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        page_table=page_table,
-        blocks=blocks,
+        {"q": q, "k": k, "v": v},
+        {
+            "sinks": sinks,
+            "starts": starts,
+            "lengths": lengths,
+            "query_lengths": query_lengths,
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "page_table": page_table,
+            "blocks": blocks,
+        },
     )
     if phase is None:
         phase = "decode" if q.dim() == 4 and q.shape[1] == 1 else "prefill"
-    if phase not in ("prefill", "decode"):
-        raise ValueError(f"phase is {phase!r}; it must be 'prefill' or 'decode'")
-    if not isinstance(order, str):
-        raise TypeError(f"order is {order!r}; it must be 'forward', 'reverse' or 'sink_first'")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(
-            f"scale is {scale}; it must be positive and finite, or None for 1 / sqrt(head_dim)"
-        )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None for none")
+    _check_options(phase, order, scale, softcap)
     if q.device.type == "cuda":
-        lengths, cu_seqlens_q, cu_seqlens_k, page_table = (
+        starts, lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, page_table = (
             None if t is None else t.to(torch.int32)
-            for t in (lengths, cu_seqlens_q, cu_seqlens_k, page_table)
+            for t in (starts, lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, page_table)
         )
+        if phase == "decode" and query_lengths is not None:
+            starts, lengths = _without_idle(q, k, starts, lengths, query_lengths)
+            query_lengths = None
+        if check_pages:
+            _check_pages(k, lengths, page_table)
     left, right = _window(window)
     bands = _bands(bands, q.device)
     if blocks is not None:
@@ -247,6 +247,94 @@ def attention(
     )
 
 
+def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """One attention over two sets of keys, from an attention over each.
+
+    A prompt in chunks, say, or a cache in two places: each call sees its own keys, without a causal
+    mask if they all come before the queries. Each decides on its own tiles; sinks belong in one of
+    the two calls only.
+
+    Args:
+        out1: [batch, query_length, heads, value_dim], or ragged [rows, heads, value_dim].
+        lse1: Result.lse of that call: [batch, heads, query_length], or [heads, rows].
+        out2: like out1.
+        lse2: like lse1.
+
+    Returns:
+        The output and its lse, shaped like the inputs. A row without keys (lse -inf) adds nothing.
+
+    Raises:
+        TypeError: an argument that is no tensor.
+        ValueError: tensors on different devices.
+        RuntimeError: shapes or types that do not fit each other; the message says which.
+        NotImplementedError: in a backward pass.
+    """
+    _check_tensors({"out1": out1, "lse1": lse1, "out2": out2, "lse2": lse2}, {})
+    for name, out, lse in (("lse1", out1, lse1), ("lse2", out2, lse2)):
+        shape = (*out.shape[:-3], out.shape[-2], out.shape[-3]) if out.dim() in (3, 4) else None
+        if lse.shape != shape:
+            raise RuntimeError(
+                f"{name} is {list(lse.shape)} with an output of {list(out.shape)}; it must be "
+                "[batch, heads, query_length], or [heads, rows] for [rows, heads, value_dim]"
+            )
+
+    def by_head(lse: Tensor) -> Tensor:
+        return lse.transpose(0, 1).flatten(1) if lse.dim() == 3 else lse
+
+    out, lse = torch.ops.blasst.merge(out1, by_head(lse1), out2, by_head(lse2))
+    return out, lse.unflatten(1, out.shape[:2]).transpose(0, 1) if out.dim() == 4 else lse
+
+
+def _check_options(phase: str, order: str, scale: float | None, softcap: float | None) -> None:
+    if phase not in ("prefill", "decode"):
+        raise ValueError(f"phase is {phase!r}; it must be 'prefill' or 'decode'")
+    if not isinstance(order, str):
+        raise TypeError(f"order is {order!r}; it must be 'forward', 'reverse' or 'sink_first'")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(
+            f"scale is {scale}; it must be positive and finite, or None for 1 / sqrt(head_dim)"
+        )
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None for none")
+
+
+def _without_idle(
+    q: Tensor, k: Tensor, starts: Tensor | None, lengths: Tensor | None, query_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The starts and lengths that leave requests without a query no keys either."""
+    if q.shape[1] != 1:
+        raise ValueError(
+            f"query_lengths is given for a decode of {q.shape[1]} positions on {q.device}; there "
+            "it works with one"
+        )
+    if starts is None:
+        starts = torch.zeros_like(query_lengths)
+    if lengths is None:
+        lengths = torch.full_like(query_lengths, k.shape[1])
+    return starts, torch.where(query_lengths > 0, lengths, starts)
+
+
+def _check_pages(k: Tensor, lengths: Tensor | None, page_table: Tensor | None) -> None:
+    """An error if a page id or a length on the device is out of range."""
+    if page_table is None or lengths is None:
+        raise ValueError("check_pages is set; it needs page_table and lengths")
+    kind, request, *numbers = torch.ops.blasst.check_pages(
+        page_table, lengths, k.shape[1], k.shape[0]
+    ).tolist()
+    if kind == 1:
+        index, page = numbers
+        raise RuntimeError(
+            f"page_table[{request}, {index}] is {page}; it must be 0 to {k.shape[0] - 1}, a page "
+            "of k"
+        )
+    if kind == 2:
+        length, room = numbers
+        raise RuntimeError(
+            f"lengths[{request}] is {length}; it must be 0 to {room}, what the page table has room "
+            "for"
+        )
+
+
 def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
     """The tiles on which `attention` would decide for these dense inputs in this phase."""
     return TileShape(*getattr(torch.ops.blasst, f"{phase}_tile_shape")(q, k, v))
@@ -300,6 +388,8 @@ def _tile_test(
     if len(given) > 1:
         raise ValueError(f"{' and '.join(name for name, *_ in given)} exclude each other; give one")
     [(name, test, value)] = given
+    if isinstance(value, float | int):  # no copy from the host, so that a graph can capture it
+        return test, torch.full((1, 1, 1), value, dtype=torch.float32, device=device)
     try:
         values = torch.as_tensor(value, dtype=torch.float32, device=device)
     except (TypeError, ValueError) as error:
@@ -316,18 +406,21 @@ def _tile_test(
     return test, values
 
 
-def _check_tensors(q: Tensor, **others: Tensor | None) -> None:
+def _check_tensors(needed: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
     """An error unless all are strided tensors on one device that has a backend."""
+    [first, *_] = needed
+    q = needed[first]
     if isinstance(q, Tensor) and q.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"q is on {q.device}; blasst runs on: cpu, cuda")
-    for name, t in (("q", q), *others.items()):
-        optional = name not in ("q", "k", "v")
-        if t is None and optional:
+        raise ValueError(f"{first} is on {q.device}; blasst runs on: cpu, cuda")
+    for name, t in {**needed, **optional}.items():
+        if t is None and name in optional:
             continue
         if not isinstance(t, Tensor):
-            none = ", or None" if optional else ""
+            none = ", or None" if name in optional else ""
             raise TypeError(f"{name} is a {type(t).__name__}; it must be a torch.Tensor{none}")
         if t.layout != torch.strided:
             raise ValueError(f"{name} is {t.layout}; it must be torch.strided")
         if t.device != q.device:
-            raise ValueError(f"{name} is on {t.device}, q on {q.device}; they must share a device")
+            raise ValueError(
+                f"{name} is on {t.device}, {first} on {q.device}; they must share a device"
+            )

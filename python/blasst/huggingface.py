@@ -473,6 +473,8 @@ def _require(condition: Tensor, message: str) -> None:
 
 def _pattern(mask_function: Callable) -> tuple[bool, bool]:
     """Whether a mask pattern is causal, and sliding; an error if the operator cannot do it."""
+    if mask_function is masking_utils.causal_mask_function:
+        return True, False  # without its name, which torch 2.11 cannot trace
     names = set(_pattern_names(mask_function))
     if names == {"bidirectional_mask_function"}:
         return False, False

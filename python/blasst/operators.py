@@ -189,6 +189,23 @@ def _no_decode_backward(*_: object) -> None:
     )
 
 
+def _fake_merge(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _fake_check_pages(page_table: Tensor, lengths: Tensor, page_size: int, pages: int) -> Tensor:
+    return page_table.new_empty(4)
+
+
+def _no_merge_backward(*_: object) -> None:
+    raise NotImplementedError(
+        "blasst.merge has no backward pass: run it under torch.no_grad(), or attend to all keys in "
+        "one call"
+    )
+
+
 def _no_second_backward(*_: object) -> None:
     raise NotImplementedError("blasst.attention has no second derivative")
 
@@ -196,6 +213,9 @@ def _no_second_backward(*_: object) -> None:
 torch.library.register_fake("blasst::prefill", _fake)
 torch.library.register_fake("blasst::decode", _fake_decode)
 torch.library.register_fake("blasst::prefill_backward", _fake_backward)
+torch.library.register_fake("blasst::merge", _fake_merge)
+torch.library.register_fake("blasst::check_pages", _fake_check_pages)
+torch.library.register_autograd("blasst::merge", _no_merge_backward)
 torch.library.register_autograd("blasst::prefill", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd("blasst::decode", _no_decode_backward)
 torch.library.register_autograd("blasst::prefill_backward", _no_second_backward)

@@ -684,3 +684,55 @@ def test_result_fields_that_were_not_asked_for():
     result = attention(Q, K, V, return_lse=True)
     assert result.lse.shape == (2, 4, 20)
     assert (result.stats, result.dropped_mass_bound, result.gaps) == (None, None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", [0, 1, 100, 150])
+def test_merge_of_two_calls_is_one_call(dtype, cut):
+    q, k, v = inputs(queries=50, dtype=dtype)
+    parts = [
+        attention(q, *kv, return_lse=True)
+        for kv in ((k[:, :cut], v[:, :cut]), (k[:, cut:], v[:, cut:]))
+    ]
+    out, lse = blasst.merge(parts[0].out, parts[0].lse, parts[1].out, parts[1].lse)
+    exact = dense(q, k, v, torch.ones(50, 150, dtype=torch.bool))
+    one = attention(q, k, v, return_lse=True)
+    allowed = 2 * max((one.out - exact).norm().item(), 1e-6 * exact.norm().item())
+    assert (out - exact).norm() < allowed
+    torch.testing.assert_close(lse, one.lse, atol=1e-5, rtol=0)
+    rows = [
+        t.flatten(0, 1) if t.dim() == 4 else t.transpose(0, 1).flatten(1)
+        for p in parts
+        for t in p[:2]
+    ]
+    ragged = blasst.merge(*rows)
+    assert torch.equal(ragged[0], out.flatten(0, 1))
+    assert torch.equal(ragged[1], lse.transpose(0, 1).flatten(1))
+
+
+def test_merge_traces_and_refuses():
+    out, lse = torch.randn(2, 3, 4, 16), torch.randn(2, 4, 3)
+    compiled = torch.compile(blasst.merge, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(
+        compiled(out, lse, -out, 2 * lse), blasst.merge(out, lse, -out, 2 * lse), strict=True
+    ):
+        assert torch.equal(got, wanted)
+    with pytest.raises(
+        RuntimeError, match=r"lse2 is \[2, 3, 4\] with an output of \[2, 3, 4, 16\]"
+    ):
+        blasst.merge(out, lse, out, lse.transpose(1, 2))
+    with pytest.raises(RuntimeError, match=r"out_b is \[2, 3, 4, 24\], but out_a is"):
+        blasst.merge(out, lse, torch.randn(2, 3, 4, 24), lse)
+    with pytest.raises(RuntimeError, match=r"lse_b is (float64|Double)"):
+        blasst.merge(out, lse, out, lse.double())
+    with pytest.raises(TypeError, match=r"lse1 is a NoneType; it must be a torch\.Tensor$"):
+        blasst.merge(out, None, out, lse)
+    with pytest.raises(NotImplementedError, match=r"blasst\.merge has no backward pass"):
+        blasst.merge(out.requires_grad_(), lse, out, lse)[0].sum().backward()
+
+
+def test_pages_are_always_checked_on_the_cpu():
+    q, k, v = inputs(queries=1, keys=64)
+    paged = {"page_table": torch.tensor([[0], [2]]), "lengths": torch.tensor([64, 64])}
+    with pytest.raises(RuntimeError, match=r"page_table\[1, 0\] is 2; kv.pages is 2"):
+        attention(q, k, v, check_pages=True, **paged)

@@ -89,7 +89,149 @@ def test_a_graph_sees_new_lengths_and_thresholds() -> None:
         assert torch.equal(out, run())
 
 
-def test_padding_is_refused() -> None:
-    q, k, v = (t.cuda() for t in inputs(2, 1, 128, 4, 2, 64))
-    with pytest.raises(RuntimeError, match="cannot be padded"):
-        blasst.attention(q, k, v, starts=torch.tensor([0, 3], device="cuda"))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prefill_agrees_with_the_cpu(side: str) -> None:
+    q, k, v = inputs(3, 200, 200, 8, 2, 64)
+    used = torch.tensor([200, 7, 130])
+    options = {"starts": 200 - used} if side == "left" else {"lengths": used, "query_lengths": used}
+    cpu, gpu = both(q, k, v, causal=True, threshold=0.01, **options)
+    assert_close(cpu, gpu)
+    assert torch.equal(gpu.out.cpu() == 0, cpu.out == 0)
+
+
+def test_padded_decode_agrees_with_the_cpu() -> None:
+    q, k, v = inputs(3, 1, 700, 8, 2, 128)
+    options = {
+        "starts": torch.tensor([0, 650, 3]),
+        "lengths": torch.tensor([700, 660, 600]),
+        "query_lengths": torch.tensor([1, 1, 0]),
+    }
+    cpu, gpu = both(q, k, v, causal=True, **options)
+    assert_close(cpu, gpu)
+    assert not gpu.out[2].any()
+    q, k, v = (t.cuda() for t in inputs(1, 2, 100, 4, 2, 64))
+    with pytest.raises(ValueError, match="a decode of 2 positions"):
+        blasst.attention(q, k, v, phase="decode", query_lengths=torch.ones(1, device="cuda"))
+
+
+def test_merge_of_two_calls_is_one_call() -> None:
+    q, k, v = inputs(2, 300, 900, 8, 2, 128)
+    whole = blasst.attention(q.float(), k.float(), v.float(), causal=True, return_lse=True)
+    q, k, v = (t.cuda() for t in (q, k, v))
+    before = blasst.attention(q, k[:, :600], v[:, :600], return_lse=True)
+    own = blasst.attention(q, k[:, 600:], v[:, 600:], causal=True, return_lse=True)
+    out, lse = blasst.merge(before.out, before.lse, own.out, own.lse)
+    assert_close(whole, own._replace(out=out, lse=lse))
+
+
+def test_pages_are_checked_where_that_is_asked_for() -> None:
+    q, k, v = (t.cuda() for t in inputs(2, 1, 512, 8, 2, 128))
+    k, v = (t.reshape(16, 64, 2, 128) for t in (k, v))
+    for phase in ("decode", "prefill"):
+        table = torch.arange(16, device="cuda").view(2, 8)
+        lengths = torch.tensor([512, 100], device="cuda")
+        paged = {"phase": phase, "page_table": table, "lengths": lengths}
+        good = blasst.attention(q, k, v, check_pages=True, **paged)
+        table[1, 1] = 16
+        with pytest.raises(RuntimeError, match=r"page_table\[1, 1\] is 16; it must be 0 to 15"):
+            blasst.attention(q, k, v, check_pages=True, **paged)
+        assert blasst.attention(q, k, v, **paged).isfinite().all()
+        table[1, 1] = 9
+        lengths[0] = 513
+        with pytest.raises(RuntimeError, match=r"lengths\[0\] is 513; it must be 0 to 512"):
+            blasst.attention(q, k, v, check_pages=True, **paged)
+        assert torch.equal(blasst.attention(q, k, v, **paged), good), "cut to the table's room"
+    with pytest.raises(ValueError, match="needs page_table"):
+        blasst.attention(q, k[:2], v[:2], check_pages=True)
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_nothing_to_do(phase: str) -> None:
+    queries = 1 if phase == "decode" else 5
+    for batch, keys in ((0, 64), (2, 0)):
+        q, k, v = (t.cuda() for t in inputs(batch, queries, keys, 4, 2, 64))
+        result = blasst.attention(q, k, v, phase=phase, return_lse=True)
+        assert result.out.shape == q.shape
+        assert not result.out.any()
+        assert torch.equal(result.lse, torch.full_like(result.lse, -torch.inf))
+    q, k, v = (t.flatten(0, 1).cuda() for t in inputs(0, queries, 0, 4, 2, 64))
+    none = torch.zeros(3, dtype=torch.int32, device="cuda")
+    assert blasst.attention(q, k, v, cu_seqlens_q=none, cu_seqlens_k=none).shape == q.shape
+
+
+def test_wrong_tensors_are_errors() -> None:
+    q, k, v = (t.cuda() for t in inputs(1, 4, 64, 4, 2, 64))
+    with pytest.raises(ValueError, match="v is on cpu, q on cuda:0"):
+        blasst.attention(q, k, v.cpu())
+    with pytest.raises(ValueError, match="lengths is on cpu, q on cuda:0"):
+        blasst.attention(q, k, v, lengths=torch.tensor([3]))
+    odd = torch.empty(k.numel() + 1, dtype=k.dtype, device="cuda")[1:].view(k.shape)
+    with pytest.raises(RuntimeError, match=r"k\.data is .*; it must be 16-byte aligned"):
+        blasst.attention(q, odd, v)
+    with pytest.raises(RuntimeError, match="float32; it does bfloat16 and float16"):
+        blasst.attention(q.float(), k.float(), v.float())
+    with pytest.raises(NotImplementedError, match="no backward pass on cuda"):
+        blasst.attention(q.requires_grad_(), k, v).sum().backward()
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_cache_over_4_gib(paged: bool) -> None:
+    batch, keys = 3, 1 << 20
+    k, v = (torch.empty(batch, keys, 8, 128, dtype=torch.bfloat16, device="cuda") for _ in "kv")
+    assert k.nbytes > 4 << 30
+    for t in (k, v):
+        t[-1].normal_()
+    q = torch.randn(batch, 1, 32, 128, device="cuda").bfloat16()
+    small = [t[-1:, -3000:].clone() for t in (k, v)]
+    if paged:
+        k, v = (t.view(-1, 64, 8, 128) for t in (k, v))
+        pages = torch.arange(47, device="cuda").flip(0)
+        table = k.shape[0] - 1 - pages[None]
+        lengths = torch.tensor([47 * 64], device="cuda")
+        small = [t[-47:].reshape(1, -1, 8, 128).clone() for t in (k, v)]
+        for queries in (q[:1], q[:1].expand(1, 70, 32, 128).contiguous()):
+            got = blasst.attention(queries, k, v, page_table=table, lengths=lengths)
+            assert torch.equal(got, blasst.attention(queries, *small))
+        return
+    starts = torch.tensor([0, 0, keys - 3000], device="cuda")
+    lengths = torch.tensor([0, 0, keys], device="cuda")
+    for queries in (q, q.expand(batch, 1, 32, 128).repeat(1, 70, 1, 1)):
+        got = blasst.attention(queries, k, v, starts=starts, lengths=lengths)
+        assert torch.equal(got[-1:], blasst.attention(queries[-1:], *small))
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_memory_is_for_outputs_and_a_workspace_that_goes_back(phase: str) -> None:
+    queries = 1 if phase == "decode" else 300
+    q, k, v = (t.cuda() for t in inputs(4, queries, 2000, 8, 2, 128))
+    threshold = torch.full((1, 8), 0.1, device="cuda")
+
+    def run() -> blasst.Result:
+        return blasst.attention(
+            q, k, v, threshold=threshold, phase=phase, return_lse=True, return_stats=True
+        )
+
+    run()
+    torch.cuda.synchronize()
+    segments = torch.cuda.memory_stats()["segment.all.allocated"]
+    before = torch.cuda.memory_allocated()
+    result = run()
+    kept = torch.cuda.memory_allocated() - before
+    tensors = (result.out, result.lse, torch.empty(2 * 4 * 8, dtype=torch.int64))
+    assert kept == sum(-(-t.nbytes // 512) * 512 for t in tensors)
+    assert torch.cuda.memory_stats()["segment.all.allocated"] == segments
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_compiled_and_captured(phase: str) -> None:
+    queries = 1 if phase == "decode" else 100
+    q, k, v = (t.cuda() for t in inputs(2, queries, 700, 8, 2, 128))
+
+    def run(q: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return 2 * blasst.attention(q, k, v, causal=True, lengths=lengths, threshold=0.1)
+
+    compiled = torch.compile(run, mode="reduce-overhead", fullgraph=True)
+    for keys in ([700, 300], [200, 650], [700, 1]):
+        lengths = torch.tensor(keys, device="cuda")
+        for _ in range(3):  # warms up, captures, replays
+            assert torch.equal(compiled(q, lengths), run(q, lengths))

@@ -52,6 +52,35 @@ def test_bench_json_has_one_object_a_line_with_the_promised_fields(phase):
     assert "length 1024" in result.stderr, "progress"
 
 
+def on_gpu() -> bool:
+    return "cuda-sm90  usable" in run("info").stdout
+
+
+@pytest.mark.parametrize("arguments", [("verify",), ("bench", "prefill"), ("bench", "decode")])
+def test_cuda_without_a_gpu_is_an_error(arguments):
+    if on_gpu():
+        pytest.skip("there is a GPU")
+    result = run(*arguments, "--backend", "cuda")
+    assert result.returncode == 2
+    assert "cuda" in result.stderr.lower()
+    assert not result.stdout
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_verify_and_bench_on_a_gpu(phase):
+    if not on_gpu():
+        pytest.skip("needs a GPU of compute capability 9.0")
+    result = run("verify", "--backend", "cuda", "--cases", "8", "--seed", "1000")
+    assert result.returncode == 0, result.stderr
+    assert "8 problems agree" in result.stdout
+    result = run("bench", phase, "--backend", "cuda", "--json", "--length", "2048")
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert BENCH_FIELDS | ({"gb_per_s"} if phase == "decode" else set()) <= row.keys()
+    assert 0.6 < row["sparsity"] < 0.9
+    assert run("bench", "backward", "--backend", "cuda").returncode == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -59,6 +88,7 @@ def test_bench_json_has_one_object_a_line_with_the_promised_fields(phase):
         (("bench", "prefill", "--head-dim", "20"), ["head_dim is 20", "multiple of 8"]),
         (("bench", "prefill", "--sparsity", "1.5"), ["1.5"]),
         (("bench", "decode", "--heads", "3", "--kv-heads", "2"), ["heads is 3", "kv_heads is 2"]),
+        (("bench", "prefill", "--backend", "gpu"), ["gpu", "cpu, cuda"]),
         (("verify", "--isa", "mmx"), ["mmx", "this machine and build have"]),
         (("frobnicate",), ["subcommand"]),
         ((), ["subcommand"]),

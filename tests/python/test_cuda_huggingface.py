@@ -1,0 +1,96 @@
+"""attn_implementation="blasst" on a GPU of compute capability 9.0, against Transformers' own."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel, StaticCache
+
+import blasst
+from blasst import Threshold
+from tiny_models import MODELS, VOCABULARY, make_model
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+
+
+def on_gpu(name: str, implementation: str, dtype: torch.dtype) -> PreTrainedModel:
+    model = make_model(name, implementation, head_dim=64).to("cuda", dtype)
+    if implementation == "blasst":
+        blasst.configure(model, prefill=Threshold(0.0), decode=Threshold(0.0))
+    return model
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, VOCABULARY, (batch, length), generator=generator).cuda()
+
+
+def errors(name: str, run) -> tuple[float, float]:
+    """Of sdpa (or eager) and of blasst in bfloat16, against the former in float32."""
+    own = MODELS[name][2]
+    exact = run(on_gpu(name, own, torch.float32))
+    return tuple(
+        (run(on_gpu(name, implementation, torch.bfloat16)).float() - exact).norm().item()
+        for implementation in (own, "blasst")
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2_softcap"])
+@torch.inference_mode()
+def test_logits_of_padded_batches(name: str, side: str) -> None:
+    ids = tokens(3, 150)
+    position = torch.arange(150, device="cuda")
+    lengths = torch.tensor([[150], [80], [147]], device="cuda")
+    mask = position >= 150 - lengths if side == "left" else position < lengths
+    own, ours = errors(name, lambda model: model(ids, attention_mask=mask.long()).logits[mask])
+    assert ours < 2 * own
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.inference_mode()
+def test_decode_with_a_static_cache(compiled: bool) -> None:
+    ids = tokens(2, 130)
+
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=256)
+        logits = [model(ids[:, :120], past_key_values=cache).logits]
+        step = model.forward
+        if compiled:
+            step = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+        for i in range(120, 130):
+            out = step(
+                ids[:, i : i + 1],
+                past_key_values=cache,
+                position_ids=torch.full((2, 1), i, device="cuda"),
+                attention_mask=torch.ones(2, i + 1, dtype=torch.long, device="cuda"),
+            )
+            logits.append(out.logits.clone())
+        return torch.cat(logits, 1)
+
+    own, ours = errors("llama", run)
+    assert ours < 2 * own
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_logits_as_close_as_sdpa(cache: str) -> None:
+    ids = tokens(2, 100)
+    exact = on_gpu("llama", "sdpa", torch.float32)
+
+    def error(implementation: str) -> float:
+        """Of the logits that generate() chose from, against those of the same tokens."""
+        out = on_gpu("llama", implementation, torch.bfloat16).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            cache_implementation=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        with torch.inference_mode():
+            wanted = exact(out.sequences[:, :-1]).logits[:, 99:]
+        return ((torch.stack(out.logits, 1).float() - wanted).norm() / wanted.norm()).item()
+
+    assert error("blasst") < 2 * error("sdpa")
