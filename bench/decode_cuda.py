@@ -1,8 +1,8 @@
 """Decode on a GPU of compute capability 9.0, dense and sparse.
 
-FlashAttention-3 (fa3-fwd) is measured beside it if it is installed. Every line checks the
-output first. Rates are bytes of the keys and values that dense attention reads, divided by the time
-of one call in a replayed graph.
+FlashAttention-3 is measured beside it if it is installed: fa3-fwd, which has no pages, and a build
+that has them (tokenspeed-fa3). Every line checks the output first. Rates are bytes of the keys and
+values that dense attention reads, divided by the time of one call in a replayed graph.
 """
 
 import argparse
@@ -19,6 +19,10 @@ try:
     from fa3_fwd_interface import flash_attn_with_kvcache
 except ImportError:
     flash_attn_with_kvcache = None
+try:
+    from flash_attn_interface import flash_attn_with_kvcache as paged_flash_attn
+except ImportError:
+    paged_flash_attn = None
 
 DIM = 128
 BLOCK = 128  # keys that score alike
@@ -102,11 +106,22 @@ class Inputs:
             return_stats=stats,
         )
 
-    def flash_attention_3(self) -> Tensor:
-        """Without pages: the same lengths of contiguous keys."""
-        return flash_attn_with_kvcache(
-            self.q, self.k, self.v, cache_seqlens=self.lengths, causal=True
-        )
+    def peers(self) -> dict[str, Callable[[], Tensor]]:
+        """FA3 without pages reads the same lengths of contiguous keys."""
+        q, k, v, lengths = self.q, self.k, self.v, self.lengths
+        runs = {}
+        if flash_attn_with_kvcache:
+            runs["FA3"] = lambda: flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=lengths, causal=True
+            )
+        if paged_flash_attn and self.table is not None:
+            runs["FA3 paged"] = lambda: paged_flash_attn(
+                *(q, self.pages(k), self.pages(v)),
+                cache_seqlens=lengths,
+                page_table=self.table,
+                causal=True,
+            )
+        return runs
 
     def error(self, out: Tensor) -> float:
         """Of some requests, relative to dense attention in float32."""
@@ -160,13 +175,10 @@ def measure(work: Work, sparsities: list[float]) -> None:
         sparse = microseconds(lambda: inputs.blasst(threshold))
         rate = inputs.bytes / 1e6
         line = f"{work.name:37} {100 * result.stats.sparsity:5.1f} % | "
-        if flash_attn_with_kvcache:
-            peer = microseconds(inputs.flash_attention_3)
-            line += (
-                f"FA3 {rate / peer:5.2f} TB/s | dense {rate / dense:5.2f} ({peer / dense:4.2f}x)"
-            )
-        else:
-            line += f"dense {rate / dense:5.2f} TB/s"
+        line += f"dense {rate / dense:5.2f} TB/s"
+        for name, run in inputs.peers().items():
+            peer = microseconds(run)
+            line += f" ({peer / dense:4.2f}x {name}'s {rate / peer:5.2f})"
         print(f"{line} | sparse {rate / sparse:5.2f} ({dense / sparse:5.3f}x dense)", flush=True)
 
 

@@ -1,14 +1,19 @@
-"""Causal prefill on a GPU of compute capability 9.0, dense and sparse.
+"""Prefill on a GPU of compute capability 9.0, dense and sparse.
 
-FlashAttention-3 (fa3-fwd) is measured beside it if it is installed. Every line checks the output
-first. Rates are the operations of dense attention divided by the time of one call, in steady state:
-the contenders take turns, each warm, in another order every round.
+FlashAttention-3 (fa3-fwd) is measured beside it if it is installed, and FlashInfer's fmha_v2 with
+skip-softmax if --fmha-v2 names its compiled module and tvm_ffi is installed. Every line checks the
+output first. Rates are the operations of dense attention divided by the time of one call, in steady
+state: the contenders take turns, each warm, in another order every round.
+
+Groups of lines: long prompts, full attention, short prompts, heads of different sparsity, and the
+recorded tensors of a real model (bench/record_qkv.py makes the file).
 """
 
 import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,11 +24,16 @@ try:
     from fa3_fwd_interface import flash_attn_func
 except ImportError:
     flash_attn_func = None
+try:
+    import tvm_ffi
+except ImportError:
+    tvm_ffi = None
 
 AMPLITUDE = 22.0  # a matching key beats another by e^43
 THRESHOLD = 1e-3
 QUERY_BLOCK = 384  # rows that match the same keys
 KEY_BLOCK = 128  # keys that score alike
+RECORDED = Path("build/qkv.pt")
 
 
 @dataclass(frozen=True)
@@ -35,24 +45,39 @@ class Work:
     heads: int
     kv_heads: int
     dim: int = 128
+    causal: bool = True
 
     @property
     def name(self) -> str:
-        return f"{self.batch} x {self.length}, {self.heads}/{self.kv_heads}, d {self.dim}"
+        full = "" if self.causal else ", full"
+        return f"{self.batch} x {self.length}, {self.heads}/{self.kv_heads}, d {self.dim}{full}"
 
     @property
     def operations(self) -> float:
-        return 2.0 * self.batch * self.length**2 * self.dim * self.heads
+        pairs = self.length**2 / (2 if self.causal else 1)
+        return 4.0 * self.batch * pairs * self.dim * self.heads
 
 
-WORKS = (
+LONG = (
     Work(1, 65536, 64, 4),
     Work(1, 16384, 64, 4),
     Work(1, 32768, 32, 8),
     Work(1, 16384, 32, 8, 64),
     Work(1, 16384, 16, 4, 256),
-    Work(4, 1024, 32, 8),
 )
+FULL = (Work(1, 16384, 64, 4, causal=False),)
+SHORT = tuple(
+    Work(batch, length, 32, 8) for length in (512, 1024, 2048, 4096) for batch in (1, 4, 8)
+)
+HEADS = (Work(1, 65536, 64, 4), Work(1, 16384, 64, 4), Work(1, 32768, 32, 8))
+
+
+def hadamard(dim: int) -> Tensor:
+    """Orthogonal rows of length 1."""
+    signs = torch.ones(1, 1)
+    while signs.shape[0] < dim:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    return signs / math.sqrt(dim)
 
 
 def planted(work: Work, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,46 +87,64 @@ def planted(work: Work, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     w = work
     ways = max(1, round(1 / (1 - sparsity)))
-    signs = torch.ones(1, 1)
-    while signs.shape[0] < w.dim:
-        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
-    directions = AMPLITUDE / math.sqrt(w.dim) * signs[1 : ways + 1].cuda()
+    directions = AMPLITUDE * hadamard(w.dim)[1 : ways + 1].cuda()
 
     def blocks(size: int) -> Tensor:
         draw = torch.randint(0, ways, (w.batch, -(-w.length // size), w.kv_heads), device="cuda")
         return draw.repeat_interleave(size, 1)[:, : w.length]
 
-    def noise(heads: int) -> Tensor:
-        return 0.5 * torch.randn(w.batch, w.length, heads, w.dim, device="cuda")
-
     group = w.heads // w.kv_heads
-    q = noise(w.heads) + directions[blocks(QUERY_BLOCK)].repeat_interleave(group, 2)
+    q = noise(w, w.heads) + directions[blocks(QUERY_BLOCK)].repeat_interleave(group, 2)
     k = directions[blocks(KEY_BLOCK)]
     k[:, :KEY_BLOCK] = directions.sum(0)
-    k += noise(w.kv_heads)
-    v = 2 * noise(w.kv_heads)
-    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+    k += noise(w, w.kv_heads)
+    return q.bfloat16(), k.bfloat16(), 4 * noise(w, w.kv_heads).bfloat16()
 
 
-def error(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> float:
-    """Of some rows of the first request, relative to dense attention in float32."""
+def planted_by_head(work: Work, sparsity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v. Query head h has a direction of its own, and a block of keys has it, too, with a
+    chance of 1 - sparsity[h], or lacks it for all queries.
+    """
+    w, group = work, work.heads // work.kv_heads
+    directions = AMPLITUDE * hadamard(w.dim)[1 : group + 1].cuda()
+    chance = 1 - sparsity.cuda().view(w.kv_heads, group)
+    shape = (w.batch, w.length // KEY_BLOCK, w.kv_heads, group)
+    match = (torch.rand(shape, device="cuda") < chance).float()
+    match[:, 0] = 1
+    k = (match @ directions).repeat_interleave(KEY_BLOCK, 1)
+    k += noise(w, w.kv_heads)
+    q = noise(w, w.heads) + directions.repeat(w.kv_heads, 1)
+    return q.bfloat16(), k.bfloat16(), 4 * noise(w, w.kv_heads).bfloat16()
+
+
+def noise(work: Work, heads: int) -> Tensor:
+    return 0.5 * torch.randn(work.batch, work.length, heads, work.dim, device="cuda")
+
+
+def error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool) -> float:
+    """Of some rows of the first request, relative to dense attention in float64."""
     group = q.shape[2] // k.shape[2]
     worst = 0.0
     for row in {0, q.shape[1] // 3, q.shape[1] - 1}:
-        keys, values = (t[0, : row + 1].float().repeat_interleave(group, 1) for t in (k, v))
-        scores = torch.einsum("hd,nhd->hn", q[0, row].float(), keys) / math.sqrt(q.shape[3])
-        exact = torch.einsum("hn,nhd->hd", scores.softmax(-1), values)
+        end = row + 1 if causal else k.shape[1]
+        keys, values = k[0, :end], v[0, :end]
+        exact = torch.empty(q.shape[2:], dtype=torch.float64, device="cuda")
+        for h in range(q.shape[2]):
+            scores = keys[:, h // group].double() @ q[0, row, h].double() / math.sqrt(q.shape[3])
+            exact[h] = scores.softmax(-1) @ values[:, h // group].double()
         worst = max(worst, ((out[0, row] - exact).norm() / exact.norm()).item())
     return worst
 
 
-def milliseconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median time of one call of each."""
+def milliseconds(
+    runs: dict[str, Callable[[], object]], rounds: int, turn: float
+) -> dict[str, float]:
+    """Median time of one call of each; a turn takes at least `turn` milliseconds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+    for shift in range(rounds):
+        for name in names[shift % len(names) :] + names[: shift % len(names)]:
             run, count = runs[name], 1
             while True:  # long enough to be steady; the first attempts warm up
                 start.record()
@@ -110,50 +153,152 @@ def milliseconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str
                 end.record()
                 end.synchronize()
                 elapsed = start.elapsed_time(end)
-                if elapsed > 100:
+                if elapsed > turn:
                     break
-                count = max(count + 1, math.ceil(150 * count / elapsed))
+                count = max(count + 1, math.ceil(1.5 * turn * count / elapsed))
             times[name].append(elapsed / count)
     return {name: sorted(samples)[rounds // 2] for name, samples in times.items()}
 
 
-def measure(work: Work, sparsities: list[float], rounds: int) -> None:
-    """Prints a line for each sparsity."""
-    threshold = torch.full((1, 1), THRESHOLD, device="cuda")
-    for sparsity in sparsities:
-        q, k, v = planted(work, sparsity)
-        dense = blasst.attention(q, k, v, causal=True)
-        sparse = blasst.attention(q, k, v, causal=True, threshold=threshold, return_stats=True)
-        off = max(error(q, k, v, dense), error(q, k, v, sparse.out))
-        if not off < 1e-2:
-            raise SystemExit(f"{work.name}: the output is off by {off:.1e}")
+class FmhaV2:
+    """FlashInfer's fmha_v2, of one compiled module for bfloat16 and head dimension 128."""
+
+    def __init__(self, module: str):
+        self.module = tvm_ffi.load_module(module)
+        self.workspace = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
+
+    def bind(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        """A causal call for one request; its threshold is factor / length."""
+        length, dim = q.shape[1], q.shape[3]
+        kv = torch.stack([k[0], v[0]], 1)
+        out = torch.empty_like(q[0])
+        ends = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+        scale = 1 / math.sqrt(dim)
+
+        def run() -> Tensor:
+            self.module.run(
+                *(q[0], kv, kv, out, self.workspace, self.workspace.numel(), None, 0),
+                *(ends[1:], ends, ends, "contiguous_q_kv", length, length, 1, "causal"),
+                *(1.0, scale, 1.0, -1, 0, False, 0.0, THRESHOLD * length, None, None),
+            )
+            return out[None]
+
+        return run
+
+
+class Table:
+    """Prints lines."""
+
+    def __init__(self, rounds: int, turn: float, fmha_v2: FmhaV2 | None):
+        self.rounds, self.turn, self.fmha_v2 = rounds, turn, fmha_v2
+
+    def line(
+        self,
+        work: Work,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        threshold: float | Tensor,
+        most: float,
+    ) -> tuple[float, float]:
+        """Sparsity, and the sparse rate; an output that is off by more than `most` ends it all."""
+        q, k, v = inputs
+        causal = work.causal
+        threshold = torch.as_tensor(threshold, dtype=torch.float32, device="cuda").view(1, -1)
+
+        def attend(threshold: Tensor | None = None, stats: bool = False):
+            return blasst.attention(
+                q, k, v, causal=causal, threshold=threshold, phase="prefill", return_stats=stats
+            )
+
+        sparse = attend(threshold, stats=True)
+        off = [error(q, k, v, out, causal) for out in (attend(), sparse.out)]
+        if not (off[0] < 1e-2 and off[1] < most):
+            raise SystemExit(f"{work.name}: the output is off by {max(off):.1e}")
         runs: dict[str, Callable[[], object]] = {
-            "dense": lambda q=q, k=k, v=v: blasst.attention(q, k, v, causal=True),
-            "sparse": lambda q=q, k=k, v=v: blasst.attention(
-                q, k, v, causal=True, threshold=threshold
-            ),
+            "dense": attend,
+            "sparse": lambda: attend(threshold),
         }
         if flash_attn_func:
-            runs["FA3"] = lambda q=q, k=k, v=v: flash_attn_func(q, k, v, causal=True)
-        rate = {n: work.operations / ms / 1e9 for n, ms in milliseconds(runs, rounds).items()}
-        line = f"{work.name:26} {100 * sparse.stats.sparsity:5.1f} % | "
-        line += " | ".join(f"{name} {tflops:6.0f} TFLOP/s" for name, tflops in rate.items())
+            runs["FA3"] = lambda: flash_attn_func(q, k, v, causal=causal)
+        if self.fmha_v2 and causal and work.batch == 1 and work.dim == 128:
+            runs["fmha_v2"] = self.fmha_v2.bind(q, k, v)
+        times = milliseconds(runs, self.rounds, self.turn)
+        rate = {name: work.operations / ms / 1e9 for name, ms in times.items()}
+        line = f"{work.name:30} {100 * sparse.stats.sparsity:5.1f} % | "
+        line += " | ".join(f"{name} {tflops:6.0f}" for name, tflops in rate.items())
+        line += (
+            f" TFLOP/s | error {off[0]:.1e}, {off[1]:.1e} | {rate['sparse'] / rate['dense']:4.2f}x"
+        )
         if flash_attn_func:
-            line += f" | {rate['dense'] / rate['FA3']:4.2f}x, {rate['sparse'] / rate['FA3']:4.2f}x"
+            line += (
+                f", of FA3 {rate['dense'] / rate['FA3']:4.2f}x {rate['sparse'] / rate['FA3']:4.2f}x"
+            )
         print(line, flush=True)
+        return sparse.stats.sparsity, rate["sparse"]
+
+    def planted(self, works: tuple[Work, ...], sparsities: list[float]) -> None:
+        for work in works:
+            for sparsity in sparsities:
+                self.line(work, planted(work, sparsity), THRESHOLD, 1e-2)
+            torch.cuda.empty_cache()
+
+    def by_head(self) -> None:
+        """Sparsities from 0 to 95 %, 60 % in the mean, beside 60 % on every head."""
+        for work in HEADS:
+            u = (torch.randperm(work.heads) + 0.5) / work.heads
+            mixed = 0.95 * u ** (0.95 / 0.6 - 1)
+            got, rate = self.line(work, planted_by_head(work, mixed), THRESHOLD, 1e-2)
+            alike = torch.full_like(mixed, mixed.mean().item())
+            of_mean, wanted = self.line(work, planted_by_head(work, alike), THRESHOLD, 1e-2)
+            # Time falls with sparsity as 2 - sparsity.
+            wanted *= (2 - of_mean) / (2 - got)
+            print(
+                f"  heads of 0 to 95 %: {rate / wanted:4.2f}x what their mean predicts", flush=True
+            )
+            torch.cuda.empty_cache()
+
+    def recorded(self, file: Path) -> None:
+        """At thresholds for 50 and 75 % on these very tensors, one for each layer."""
+        for layer, tensors in torch.load(file, weights_only=True).items():
+            q, k, v = (t.cuda() for t in tensors)
+            gaps = blasst.attention(q, k, v, causal=True, phase="prefill", return_gaps=True).gaps
+            share = gaps.sum(0).cumsum(0) / gaps.sum()
+            work = Work(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
+            for sparsity in (0.5, 0.75):
+                edge = int((share < sparsity).sum()) / 16 - 32
+                print(f"layer {layer}, threshold e^{edge:.2f}: ", end="")
+                self.line(work, (q, k, v), math.exp(min(edge, 0.0)), 1.0)
 
 
 def main() -> None:
-    """Measures every line, or those whose number is given."""
+    """Measures every group, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--lines", type=int, nargs="*", default=range(len(WORKS)))
+    groups = ("long", "full", "short", "heads", "recorded")
+    parser.add_argument("--groups", nargs="*", choices=groups, default=groups)
+    parser.add_argument("--lines", type=int, nargs="*", default=range(len(LONG)), help="of long")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turn", type=float, default=100, help="least milliseconds of a turn")
+    parser.add_argument("--recorded", type=Path, default=RECORDED, metavar="FILE")
+    parser.add_argument("--fmha-v2", metavar="SO", help="compiled module of FlashInfer's fmha_v2")
     arguments = parser.parse_args()
+    if arguments.fmha_v2 and not tvm_ffi:
+        parser.error("--fmha-v2 needs tvm_ffi (PyPI: apache-tvm-ffi)")
     print(torch.cuda.get_device_name(), flush=True)
-    for line in arguments.lines:
-        measure(WORKS[line], arguments.sparsity, arguments.rounds)
-        torch.cuda.empty_cache()
+    fmha_v2 = FmhaV2(arguments.fmha_v2) if arguments.fmha_v2 else None
+    table = Table(arguments.rounds, arguments.turn, fmha_v2)
+    if "long" in arguments.groups:
+        table.planted(tuple(LONG[line] for line in arguments.lines), arguments.sparsity)
+    if "full" in arguments.groups:
+        table.planted(FULL, arguments.sparsity)
+    if "short" in arguments.groups:
+        table.planted(SHORT, [0, 0.5])
+    if "heads" in arguments.groups:
+        table.by_head()
+    if "recorded" in arguments.groups:
+        if arguments.recorded.exists():
+            table.recorded(arguments.recorded)
+        else:
+            print(f"no {arguments.recorded}: bench/record_qkv.py makes it", flush=True)
 
 
 if __name__ == "__main__":
