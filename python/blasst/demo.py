@@ -10,8 +10,6 @@ from blasst import calibration, evaluation, models, prompts, report
 from blasst.console import console, show, shown_progress
 
 TARGETS = (0.5, 0.75)
-SCHEMES = ("one_threshold", "water_filling")
-"""Tried by the demo, for the sake of time; `calibrate` tries all."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +22,35 @@ class Plan:
     other_lengths: tuple[int, ...]
     """Of evaluation: where only sparsity is measured."""
     prompts: int
+    schemes: tuple[str, ...]
+    """To choose from; `calibrate` tries all."""
     texts: int
+    every: int
+    """Positions of a text at which predictions are compared; a large vocabulary takes time."""
     needles: int
 
 
 PLANS = {
-    "smollm2": Plan((1024, 2048, 4096), (3072,), (1024, 1536, 2048), 2, texts=5, needles=3),
-    "gemma3": Plan((2048, 4096, 8192), (6144,), (2048, 3072, 4096), 2, texts=2, needles=2),
+    "smollm2": Plan(
+        lengths=(1024, 2048, 4096),
+        held_out=(3072,),
+        other_lengths=(1024, 1536, 2048),
+        prompts=2,
+        schemes=("one_threshold", "water_filling"),
+        texts=5,
+        every=1,
+        needles=3,
+    ),
+    "gemma3": Plan(
+        lengths=(4096, 8192),
+        held_out=(6144,),
+        other_lengths=(2048, 4096),
+        prompts=1,
+        schemes=("water_filling",),
+        texts=2,
+        every=8,
+        needles=2,
+    ),
 }
 
 
@@ -53,11 +73,13 @@ def demo(name: str, out: Path) -> Path:
             needles=plan.needles,
             compare_paper=True,
             other_lengths=plan.other_lengths,
+            every=plan.every,
             out=out,
             progress=progress,
         )
     title = f"{loaded.title} at {length} tokens"
-    about = about_run(f"Texts: {', '.join(texts)}.")
+    every = f", at every {plan.every} positions" if plan.every > 1 else ""
+    about = about_run(f"Texts: {', '.join(texts)}{every}.")
     path = report.write(title, about, results, found, out)
     for table in report.tables(results, found):
         show(table)
@@ -67,7 +89,7 @@ def demo(name: str, out: Path) -> Path:
 
 def _calibration(loaded: models.Loaded, plan: Plan, kept: Path) -> calibration.Calibration:
     """The calibration of an earlier run if there is one of this model and plan, else a new one."""
-    made_by = evaluation.fingerprint(loaded.model, plan, TARGETS, SCHEMES)
+    made_by = evaluation.fingerprint(loaded.model, plan, TARGETS)
     if kept.exists():
         whole = json.loads(kept.read_text())
         if whole["made_by"] == made_by:
@@ -82,10 +104,12 @@ def _calibration(loaded: models.Loaded, plan: Plan, kept: Path) -> calibration.C
             lengths=plan.lengths,
             target_sparsity=TARGETS,
             prompts=plan.prompts,
-            schemes=SCHEMES,
+            schemes=plan.schemes,
             held_out=plan.held_out,
             progress=progress,
         )
+    # Results of an older calibration say nothing about this one.
+    (kept.parent / "results.jsonl").unlink(missing_ok=True)
     models.write_json(kept, {"made_by": made_by, "calibration": found.to_dict()})
     return found
 

@@ -128,6 +128,7 @@ def evaluate(
     limit: int = 10,
     compare_paper: bool = False,
     other_lengths: Sequence[int] = (),
+    every: int = 1,
     out: Path,
     progress: Progress | None = None,
 ) -> Results:
@@ -143,13 +144,14 @@ def evaluate(
         limit: documents of each task.
         compare_paper: measure texts under the paper's scheme too.
         other_lengths: where only sparsity is measured.
+        every: compare texts with dense at every so many positions.
         out: folder; results.jsonl in it is continued if it is there.
         progress: told what is being done: see `blasst.progress`.
 
     Raises:
         ValueError: no calibration, a target outside 0 to 1, a text or context too short.
     """
-    return _Evaluation(loaded, targets, length, compare_paper, out, progress).run(
+    return _Evaluation(loaded, targets, length, compare_paper, every, out, progress).run(
         texts, needles, tasks, limit, other_lengths
     )
 
@@ -163,10 +165,11 @@ class _Evaluation:
         targets: Sequence[float],
         length: int,
         compare_paper: bool,
+        every: int,
         out: Path,
         progress: Progress | None,
     ) -> None:
-        self.loaded, self.length = loaded, length
+        self.loaded, self.length, self.every = loaded, length, every
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.progress = progress or silent
         check_length(self.model, length, "a prompt")
@@ -179,7 +182,7 @@ class _Evaluation:
         for target in targets:
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
-        self.results = Results(out / "results.jsonl", fingerprint(self.model, length))
+        self.results = Results(out / "results.jsonl", fingerprint(self.model, length, every))
         self.config: SparseAttention | None = parse(entry) if entry is not None else None
         self.settings = [Setting(DENSE, 0.0)]
         self.settings += [Setting(CALIBRATED, t) for t in targets if t]
@@ -272,7 +275,8 @@ class _Evaluation:
                 with self._set(setting) as recording:
                     hidden, seconds = self._prefill(tokens)
                 if setting.scheme == DENSE:
-                    dense = DenseRun(self.model, hidden, tokens[0])
+                    dense = None  # the last text's may be large: not both at once
+                    dense = DenseRun(self.model, hidden, tokens[0], every=self.every)
                 found = dense.compare(hidden)
                 self.results.put(
                     {

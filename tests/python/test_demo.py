@@ -8,7 +8,11 @@ from recency_model import make_loaded
 def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     tmp_path, monkeypatch, capsys
 ):
-    plan = demo.Plan((400, 800), (600,), (500,), prompts=1, texts=1, needles=1)
+    schemes = ("one_threshold", "water_filling")
+    plan = demo.Plan(
+        (400, 800), (600,), (500,), prompts=1, schemes=schemes, texts=1, every=2, needles=1
+    )
+    (tmp_path / "results.jsonl").write_text('{"fingerprint": "of an older calibration"}\n')
     monkeypatch.setitem(demo.PLANS, "smollm2", plan)
     monkeypatch.setattr(demo, "TARGETS", (0.1, 0.15))
     monkeypatch.setattr(models, "load", lambda name, progress: make_loaded())
