@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from blasst.config import HEAD_SCHEMES
+
 # What is slow to import waits until the arguments are known to be good.
 
 
@@ -60,6 +62,14 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
         "--prompts", type=_positive, default=4, metavar="N", help="of each length (default: 4)"
     )
     command.add_argument(
+        "--schemes",
+        nargs="+",
+        default=HEAD_SCHEMES,
+        choices=HEAD_SCHEMES,
+        metavar="SCHEME",
+        help=f"ways to share thresholds out among heads: {', '.join(HEAD_SCHEMES)} (default: all)",
+    )
+    command.add_argument(
         "--text", type=Path, metavar="FILE", help="make the prompts from this text"
     )
     command.add_argument(
@@ -82,7 +92,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--text",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="FILE",
         help="texts for perplexity (default: five that come with Python and its packages)",
     )
@@ -93,6 +103,9 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         nargs="*",
         metavar="TOKENS",
         help="where only sparsity is measured (default: four shorter ones)",
+    )
+    command.add_argument(
+        "--length-prompts", type=_positive, default=1, metavar="N", help="of each (default: 1)"
     )
     command.add_argument(
         "--needles", type=int, default=3, metavar="N", help="facts to find (default: 3)"
@@ -260,6 +273,7 @@ def _calibrate(options: argparse.Namespace) -> None:
             target_sparsity=options.target_sparsity,
             held_out=options.held_out,
             prompts=options.prompts,
+            schemes=options.schemes,
             text=text,
             progress=progress,
         )
@@ -277,13 +291,13 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from blasst import evaluation, harness, models, prompts, report
-    from blasst.console import console, show, shown_progress
-    from blasst.demo import about_run
+    from blasst import evaluation, harness, models, prompts
+    from blasst.console import shown_progress
+    from blasst.demo import publish
 
     harness.check_tasks(options.tasks)
-    if options.text:
-        texts = {path.name: prompts.read_text(path) for path in options.text}
+    if options.text is not None:
+        texts = {str(path): prompts.read_text(path) for path in options.text}
     else:
         texts = prompts.evaluation_texts()
     other_lengths = options.other_lengths
@@ -300,15 +314,11 @@ def _evaluate(options: argparse.Namespace) -> None:
             tasks=options.tasks,
             limit=options.limit,
             other_lengths=other_lengths,
+            length_prompts=options.length_prompts,
             out=options.out,
             progress=progress,
         )
-    title = f"{loaded.title} at {options.length} tokens"
-    about = about_run(f"Texts: {', '.join(texts)}.")
-    path = report.write(title, about, results, None, options.out)
-    for table in report.tables(results, None):
-        show(table)
-    console.print(f"Report: {path.resolve()}")
+    publish(loaded, options.length, list(texts), results, options.out)
 
 
 def _bsfa(options: argparse.Namespace) -> None:
@@ -324,6 +334,7 @@ def _bsfa(options: argparse.Namespace) -> None:
             length=options.length,
             keeps=options.keep or bsfa.KEEPS,
             prompts=options.prompts,
+            schemes=options.schemes,
             text=text,
             progress=progress,
         )

@@ -269,6 +269,12 @@ class _Job:
         self.modules = attention_layers(model)
         # A layer with a sliding window has few tiles to skip and another length: it stays dense.
         self.layers = [i for i, m in self.modules.items() if not getattr(m, "sliding_window", None)]
+        for i in self.layers if "least_error" in schemes else ():
+            if not hasattr(self.modules[i], "o_proj"):
+                raise ValueError(
+                    f"least_error needs the output projection, and {type(self.modules[i]).__name__}"
+                    f" has no o_proj; choose from {', '.join(HEAD_SCHEMES[:-1])}"
+                )
         self.progress = progress or silent
         self.measured: dict[tuple[str, str, int], Measurement] = {}
         self.first: dict[tuple[str, int], np.ndarray] = {}

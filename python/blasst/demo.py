@@ -1,6 +1,7 @@
 """The demo: a small model is calibrated, then reads long texts densely and sparsely."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ PLANS = {
         prompts=2,
         schemes=("one_threshold", "water_filling"),
         texts=5,
-        every=1,
+        every=2,
         needles=3,
     ),
     "gemma3": Plan(
@@ -77,10 +78,27 @@ def demo(name: str, out: Path) -> Path:
             out=out,
             progress=progress,
         )
-    title = f"{loaded.title} at {length} tokens"
     every = f", at every {plan.every} positions" if plan.every > 1 else ""
-    about = about_run(f"Texts: {', '.join(texts)}{every}.")
-    path = report.write(title, about, results, found, out)
+    names = [name + every for name in texts]
+    return publish(loaded, length, names, results, out, found)
+
+
+def publish(
+    loaded: models.Loaded,
+    length: int,
+    texts: Sequence[str],
+    results: evaluation.Results,
+    out: Path,
+    found: calibration.Calibration | None = None,
+) -> Path:
+    """Write the report of a model at so many tokens, and show its tables; the report's path."""
+    read = f" Texts: {', '.join(texts)}." if texts else ""
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    about = (
+        f"{dtype} on {torch.get_num_threads()} CPU threads, torch {torch.__version__}.{read} "
+        "Sparsity: tiles skipped, of those that the causal mask leaves."
+    )
+    path = report.write(f"{loaded.title} at {length} tokens", about, results, found, out)
     for table in report.tables(results, found):
         show(table)
     console.print(f"Report: {path.resolve()}")
@@ -112,11 +130,3 @@ def _calibration(loaded: models.Loaded, plan: Plan, kept: Path) -> calibration.C
     (kept.parent / "results.jsonl").unlink(missing_ok=True)
     models.write_json(kept, {"made_by": made_by, "calibration": found.to_dict()})
     return found
-
-
-def about_run(more: str) -> str:
-    """One sentence on the machine, for the report."""
-    return (
-        f"float32 on {torch.get_num_threads()} CPU threads, torch {torch.__version__}. {more} "
-        "Sparsity: tiles skipped, of those that the causal mask leaves."
-    )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from blasst.config import SparseAttention, parse
 from blasst.huggingface import Recording, record
 from blasst.models import Loaded, attention_layers, check_length
 from blasst.progress import Progress, silent
-from blasst.prompts import Prompt, PromptMaker, reference_text, text_tokens
+from blasst.prompts import KINDS, Prompt, PromptMaker, reference_text, text_tokens
 from blasst.scoring import DenseRun
 
 ANSWER_TOKENS = 32
@@ -128,6 +129,7 @@ def evaluate(
     limit: int = 10,
     compare_paper: bool = False,
     other_lengths: Sequence[int] = (),
+    length_prompts: int = 1,
     every: int = 1,
     out: Path,
     progress: Progress | None = None,
@@ -144,6 +146,7 @@ def evaluate(
         limit: documents of each task.
         compare_paper: measure texts under the paper's scheme too.
         other_lengths: where only sparsity is measured.
+        length_prompts: prompts at each of these, of one kind after the other.
         every: compare texts with dense at every so many positions.
         out: folder; results.jsonl in it is continued if it is there.
         progress: told what is being done: see `blasst.progress`.
@@ -152,7 +155,7 @@ def evaluate(
         ValueError: no calibration, a target outside 0 to 1, a text or context too short.
     """
     return _Evaluation(loaded, targets, length, compare_paper, every, out, progress).run(
-        texts, needles, tasks, limit, other_lengths
+        texts, needles, tasks, limit, other_lengths, length_prompts
     )
 
 
@@ -199,6 +202,7 @@ class _Evaluation:
         tasks: Sequence[str],
         limit: int,
         other_lengths: Sequence[int],
+        length_prompts: int,
     ) -> Results:
         # Made first: what is too short or too long is found before hours of work.
         tokens = {
@@ -207,7 +211,8 @@ class _Evaluation:
         }
         for length in other_lengths:
             check_length(self.model, length, "a prompt")
-            self._needle(0, length)
+            for index in range(length_prompts):
+                self._any_prompt(index, length)
         try:
             self._time_sdpa()
             if tokens:
@@ -215,7 +220,7 @@ class _Evaluation:
             if needles:
                 self._needles(needles)
             if other_lengths:
-                self._lengths(other_lengths)
+                self._lengths(other_lengths, length_prompts)
             if tasks:
                 self._tasks(tasks, limit)
         finally:
@@ -301,11 +306,15 @@ class _Evaluation:
 
     # Needles
 
-    def _needle(self, index: int, length: int | None = None) -> Prompt:
-        maker = self.__dict__.setdefault(
-            "_maker", PromptMaker(self.tokenizer, reference_text(), "the reference text")
-        )
-        return maker.make("needle", length or self.length - ANSWER_TOKENS, NEEDLE_SEED + index)
+    @cached_property
+    def _maker(self) -> PromptMaker:
+        return PromptMaker(self.tokenizer, reference_text(), "the reference text")
+
+    def _needle(self, index: int) -> Prompt:
+        return self._maker.make("needle", self.length - ANSWER_TOKENS, NEEDLE_SEED + index)
+
+    def _any_prompt(self, index: int, length: int) -> Prompt:
+        return self._maker.make(KINDS[index % len(KINDS)], length, NEEDLE_SEED + index)
 
     def _needles(self, count: int) -> None:
         work = [(i, s) for i in range(count) for s in self.settings]
@@ -335,18 +344,23 @@ class _Evaluation:
 
     # Sparsity by length
 
-    def _lengths(self, lengths: Sequence[int]) -> None:
-        work = [(length, setting) for length in lengths for setting in self.settings[1:]]
-        for done, (length, setting) in enumerate(work):
-            if self.results.get("length", length, *key(setting)) is not None:
+    def _lengths(self, lengths: Sequence[int], prompts: int) -> None:
+        work = [
+            (length, index, setting)
+            for length in lengths
+            for index in range(prompts)
+            for setting in self.settings[1:]
+        ]
+        for done, (length, index, setting) in enumerate(work):
+            if self.results.get("length", length, index, *key(setting)) is not None:
                 continue
-            self.progress("Other lengths", done / len(work), f"{length} tokens, {setting.name}")
-            tokens = self._needle(0, length).tokens
+            what = f"{length} tokens, {setting.name}"
+            self.progress("Other lengths", done / len(work), what)
+            tokens = self._any_prompt(index, length).tokens
             with self._set(setting) as recording:
                 self._prefill(tokens)
-            self.results.put(
-                recording.sparsity("prefill", self.layers), "length", length, *key(setting)
-            )
+            sparsity = recording.sparsity("prefill", self.layers)
+            self.results.put(sparsity, "length", length, index, *key(setting))
         self.progress("Other lengths", 1.0, "")
 
     # lm-eval

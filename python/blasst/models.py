@@ -209,15 +209,12 @@ def save_config(model: PreTrainedModel, source: str, target: Path) -> None:
         replace_file(target / "config.json", model.config.to_json_string())
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as working:
+        written = Path(working) / "model"
         with quiet():
-            model.save_pretrained(working)
-            AutoTokenizer.from_pretrained(source).save_pretrained(working)
-        working.rename(target)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
+            model.save_pretrained(written)
+            AutoTokenizer.from_pretrained(source).save_pretrained(written)
+        written.rename(target)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

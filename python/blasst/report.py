@@ -233,15 +233,29 @@ def _task_table(results: Results) -> Table:
 
 
 def _length_table(results: Results) -> Table:
-    found = sorted(results.all("length"), key=lambda item: item[0][::2])
+    found = sorted(_sparsity_by_length(results).items())
     return Table(
         "Sparsity at other lengths",
-        ("tokens", "target", "sparsity of prefill", "off by"),
+        ("tokens", "target", "prompts", "sparsity of prefill", "off by"),
         tuple(
-            (str(length), f"{target:.0%}", f"{value:.1%}", f"{100 * (value - target):+.1f} points")
-            for (length, _, target), value in found
+            (
+                str(length),
+                f"{target:.0%}",
+                str(len(values)),
+                _with_error(mean_and_error(values), ".1%"),
+                f"{100 * (statistics.fmean(values) - target):+.1f} points",
+            )
+            for (length, target), values in found
         ),
     )
+
+
+def _sparsity_by_length(results: Results) -> dict[tuple[int, float], list[float]]:
+    """By length and target."""
+    found: dict[tuple[int, float], list[float]] = {}
+    for (length, _, _, target), value in results.all("length"):
+        found.setdefault((length, target), []).append(value)
+    return found
 
 
 def _candidate_table(calibration: Calibration) -> Table:
@@ -307,6 +321,9 @@ def _plots(results: Results, calibration: Calibration | None) -> list[Plot]:
             ("perplexity", "Perplexity against sparsity", _draw_perplexity(by_scheme)),
             ("time", "Prefill time against sparsity", _draw_time(results, by_scheme)),
         ]
+    scores = _scores(results)
+    if any(len(points) > 1 for points in scores.values()):
+        plots.append(("accuracy", "Accuracy against sparsity", _draw_accuracy(scores)))
     lengths = _by_length(results, calibration)
     if lengths:
         plots.append(("lengths", "Sparsity against length", _draw_lengths(lengths)))
@@ -383,13 +400,45 @@ def _draw_time(results: Results, by_scheme: dict[str, list[Row]]) -> Callable[[A
     return with_sdpa
 
 
+def _scores(results: Results) -> dict[str, list[tuple[float, float, float]]]:
+    """By what was to be answered: sparsity of prefill, mean score and its error, by setting."""
+    groups: dict[tuple[str, Setting], list[tuple[float, float]]] = {}
+    for (_, scheme, target), value in results.all("needle"):
+        of = ("facts found", Setting(scheme, target))
+        groups.setdefault(of, []).append((value["sparsity"], float(value["right"])))
+    for (task, _, scheme, target), value in results.all("task"):
+        of = (task, Setting(scheme, target))
+        groups.setdefault(of, []).append((value["sparsity"], value["score"]))
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for (name, _), values in groups.items():
+        sparsity, scores = zip(*values, strict=True)
+        found.setdefault(name, []).append((statistics.fmean(sparsity), *mean_and_error(scores)))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def _draw_accuracy(
+    scores: dict[str, list[tuple[float, float, float]]],
+) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        for name, points in scores.items():
+            sparsity, score, error = zip(*points, strict=True)
+            axes.errorbar(sparsity, score, yerr=error, marker="o", capsize=3, label=name)
+        axes.set(xlabel="sparsity of prefill", ylabel="right answers", ylim=(0, 1.05))
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.legend()
+        axes.grid(alpha=0.3)
+
+    return draw
+
+
 def _by_length(
     results: Results, calibration: Calibration | None
 ) -> dict[float, list[tuple[int, float]]]:
     """Length and sparsity by target."""
     found: dict[float, list[tuple[int, float]]] = {}
-    for (length, _, target), value in results.all("length"):
-        found.setdefault(target, []).append((length, value))
+    for (length, target), values in _sparsity_by_length(results).items():
+        found.setdefault(target, []).append((length, statistics.fmean(values)))
     for held in calibration.held_out if calibration else ():
         if held.phase == "prefill":
             found.setdefault(held.target, []).append((held.length, held.achieved))

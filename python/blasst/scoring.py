@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-PIECE = 512
-"""Positions scored at once: their logits are PIECE times the vocabulary."""
+PIECE = 128
+"""Positions scored at once: their logits are PIECE times the vocabulary, which should be small
+enough for malloc to use the same memory again."""
 KEPT_BYTES = 1 << 30
 """Dense predictions up to this size are kept between comparisons, larger ones computed again."""
 

@@ -1,4 +1,8 @@
-"""The demo from end to end, on a small random model."""
+"""The demo from end to end, and the README's lines, on a small random model."""
+
+import json
+import re
+from pathlib import Path
 
 from blasst import calibration, demo, models
 from blasst.__main__ import main
@@ -28,7 +32,24 @@ def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     ):
         assert title in " ".join(shown.split())
     report = (tmp_path / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 5
+    assert report.count("data:image/png;base64,") == 6
 
     monkeypatch.setattr(calibration, "calibrate", None)
     assert main(["demo", "--out", str(tmp_path)]) == 0, "from what the first run kept"
+
+
+def test_the_readmes_lines_make_a_model_sparse(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    [lines] = [block for block in blocks if "blasst.calibrate(" in block]
+    lengths, target = "lengths=[1024, 2048, 4096]", "target_sparsity=0.5"
+    assert lengths in lines
+    assert target in lines
+    loaded = make_loaded()
+    loaded.model.save_pretrained(tmp_path / "dense-model")
+    loaded.tokenizer.save_pretrained(tmp_path / "dense-model")
+    monkeypatch.chdir(tmp_path)
+    small = lines.replace(lengths, "lengths=[400, 800]").replace(target, "target_sparsity=0.1")
+    exec(small, {"name": "dense-model", "prompt": "Once upon a time"})
+    saved = json.loads((tmp_path / "sparse-model" / "config.json").read_text())
+    assert saved["sparse_attention_config"]["producer"]["name"] == "blasst"

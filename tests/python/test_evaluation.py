@@ -46,7 +46,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    return run(out, needles=2, compare_paper=True, other_lengths=(300, 600))
+    return run(out, needles=2, compare_paper=True, other_lengths=(300, 600), length_prompts=2)
 
 
 def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
@@ -69,10 +69,17 @@ def test_every_prompt_was_answered_in_every_setting(results):
     }
 
 
+def test_sparsity_at_other_lengths_is_a_mean_over_prompts(results, out):
+    table = {t.title: t for t in report.tables(results, None)}["Sparsity at other lengths"]
+    assert [row[:3] for row in table.rows] == [("300", "90%", "2"), ("600", "90%", "2")]
+    values = [v for (length, *_), v in results.all("length") if length == 600]
+    assert table.rows[1][3].startswith(f"{sum(values) / 2:.1%} ±")
+
+
 def test_a_second_run_does_nothing_again(results, out, monkeypatch):
     monkeypatch.setattr(evaluation, "generate", None)
     monkeypatch.setattr(evaluation, "DenseRun", None)
-    again = run(out, needles=2, compare_paper=True, other_lengths=(300, 600))
+    again = run(out, needles=2, compare_paper=True, other_lengths=(300, 600), length_prompts=2)
     assert sorted(map(str, again.all("text"))) == sorted(map(str, results.all("text")))
 
 
@@ -131,10 +138,11 @@ def test_the_report_is_one_page_with_its_plots_inside(results, out):
     path = report.write("Title <1>", "About", results, None, out)
     page = path.read_text()
     assert "Title &lt;1&gt;" in page
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6
     assert 'src="http' not in page
     assert "Answers side by side" in page
     assert {p.name for p in out.glob("*.png")} == {
+        "accuracy.png",
         "agreement.png",
         "perplexity.png",
         "time.png",
