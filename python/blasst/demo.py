@@ -92,12 +92,7 @@ def publish(
     found: calibration.Calibration | None = None,
 ) -> Path:
     """Write the report of a model at so many tokens, and show its tables; the report's path."""
-    read = f" Texts: {', '.join(texts)}." if texts else ""
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    about = (
-        f"{dtype} on {torch.get_num_threads()} CPU threads, torch {torch.__version__}.{read} "
-        "Sparsity: tiles skipped, of those that the causal mask leaves."
-    )
+    about = about_run(f"Texts: {', '.join(texts)}." if texts else "", loaded.model.dtype)
     path = report.write(f"{loaded.title} at {length} tokens", about, results, found, out)
     for table in report.tables(results, found):
         show(table)
@@ -130,3 +125,12 @@ def _calibration(loaded: models.Loaded, plan: Plan, kept: Path) -> calibration.C
     (kept.parent / "results.jsonl").unlink(missing_ok=True)
     models.write_json(kept, {"made_by": made_by, "calibration": found.to_dict()})
     return found
+
+
+def about_run(more: str, dtype: torch.dtype = torch.float32) -> str:
+    """One sentence on the machine, for the report."""
+    kind = str(dtype).removeprefix("torch.")
+    return (
+        f"{kind} on {torch.get_num_threads()} CPU threads, torch {torch.__version__}. {more} "
+        "Sparsity: tiles skipped, of those that the causal mask leaves."
+    )
