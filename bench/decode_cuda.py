@@ -111,9 +111,9 @@ class Inputs:
         q, k, v, lengths = self.q, self.k, self.v, self.lengths
         runs = {}
         if flash_attn_with_kvcache:
-            runs["FA3"] = lambda: flash_attn_with_kvcache(
-                q, k, v, cache_seqlens=lengths, causal=True
-            )
+            # Contiguous keys that are all in use need no lengths.
+            used = {} if self.table is None else {"cache_seqlens": lengths}
+            runs["FA3"] = lambda: flash_attn_with_kvcache(q, k, v, causal=True, **used)
         if paged_flash_attn and self.table is not None:
             runs["FA3 paged"] = lambda: paged_flash_attn(
                 *(q, self.pages(k), self.pages(v)),
