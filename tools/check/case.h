@@ -54,9 +54,8 @@ struct Case {
   float threshold = 0;       // largest of the test's values
   bool per_request = false;  // each request, each head has a value of its own
   bool per_head = false;
-  int64_t places = 1;
-
   int threads = 2;
+  int64_t places = 1;  // query tiles that have thresholds of their own
 };
 
 std::string describe(const Case& c);
