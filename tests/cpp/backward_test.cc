@@ -10,10 +10,10 @@
 #include <limits>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "check/element.h"
+#include "promises.h"
 
 namespace blasst::check {
 namespace {
@@ -41,19 +41,6 @@ int64_t skipped(const Problem& p) {
   int64_t count = 0;
   for (const int64_t tiles : p.tiles_skipped) count += tiles;
   return count;
-}
-
-Case sparse_case(DType dtype) {
-  return {.seed = 3,
-          .dtype = dtype,
-          .requests = {{200, 500}, {200, 230}},
-          .heads = 4,
-          .kv_heads = 2,
-          .head_dim = 64,
-          .value_dim = 40,
-          .causal = true,
-          .test = BLASST_TEST_RELATIVE,
-          .threshold = 0.2f};
 }
 
 std::vector<Case> sparse_cases() {
@@ -142,11 +129,8 @@ TEST(ReferenceBackward, IsTheDerivativeOfTheReference) {
   }
 }
 
-class Backward : public testing::TestWithParam<std::string> {
+class Backward : public OnEveryIsa {
  protected:
-  void SetUp() override { set_cpu_isa(GetParam()); }
-  void TearDown() override { set_cpu_isa(cpu_isas().front()); }
-
   static void expect_agreement(const Case& c) {
     const Pair pair(c);
     pair.backward->run();
@@ -350,16 +334,10 @@ TEST_P(Backward, AQueryThatCannotSeeAKeyDoesNotReachItsGradient) {
 
 TEST_P(Backward, AWorkspaceOfTheStatedSizeIsEnough) {
   for (const Case& c : sparse_cases()) {
+    SCOPED_TRACE(describe(c));
     const Pair pair(c);
-    const std::vector<std::byte> wanted = pair.run();
-    const size_t bytes = blasst::workspace_bytes(pair.backward->params);
-    std::vector<std::byte> workspace(bytes + 65, std::byte{0x5a});
-    pair.backward->params.workspace = workspace.data() + 1;  // of any alignment
-    pair.backward->params.workspace_bytes = bytes;
-    EXPECT_EQ(pair.run(), wanted) << describe(c);
-    for (size_t i = bytes + 1; i < workspace.size(); ++i)
-      ASSERT_EQ(workspace[i], std::byte{0x5a}) << "wrote beyond the workspace";
-    ASSERT_EQ(workspace[0], std::byte{0x5a}) << "wrote before the workspace";
+    BackwardParams& params = pair.backward->params;
+    expect_workspace_is_enough(params, blasst::workspace_bytes(params), [&] { return pair.run(); });
   }
 }
 
@@ -376,15 +354,7 @@ TEST_P(Backward, WorkspaceGrowsWithRowsAtMost) {
 }
 
 TEST_P(Backward, CallsFromSeveralThreadsAtOnce) {
-  const std::vector<Case> cases = sparse_cases();
-  std::vector<std::vector<std::byte>> wanted, got(cases.size());
-  for (const Case& c : cases) wanted.push_back(gradients(c));
-  {
-    std::vector<std::jthread> callers;
-    for (size_t i = 0; i < cases.size(); ++i)
-      callers.emplace_back([&, i] { got[i] = gradients(cases[i]); });
-  }
-  for (size_t i = 0; i < cases.size(); ++i) EXPECT_EQ(got[i], wanted[i]) << describe(cases[i]);
+  expect_the_same_at_once(sparse_cases(), gradients);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Backward, testing::ValuesIn(cpu_isas()),

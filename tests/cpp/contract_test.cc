@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "check/compare.h"
+#include "promises.h"
 
 namespace blasst::check {
 namespace {
@@ -40,16 +40,7 @@ Written run(const Case& c) {
 std::vector<Case> sparse_cases() {
   std::vector<Case> cases;
   for (const DType dtype : {BLASST_FLOAT32, BLASST_FLOAT16, BLASST_BFLOAT16}) {
-    Case c{.seed = 3,
-           .dtype = dtype,
-           .requests = {{200, 500}, {200, 230}},
-           .heads = 4,
-           .kv_heads = 2,
-           .head_dim = 64,
-           .value_dim = 40,
-           .causal = true,
-           .test = BLASST_TEST_RELATIVE,
-           .threshold = 0.2f};
+    Case c = sparse_case(dtype);
     cases.push_back(c);
     c.inputs = Inputs::kPlanted;
     cases.push_back(c);
@@ -71,11 +62,7 @@ int64_t tiles_of(const Case& c) {
 }
 int64_t heads_of(const Case& c) { return c.decode ? c.kv_heads : c.heads; }
 
-class Contract : public testing::TestWithParam<std::string> {
- protected:
-  void SetUp() override { set_cpu_isa(GetParam()); }
-  void TearDown() override { set_cpu_isa(cpu_isas().front()); }
-};
+class Contract : public OnEveryIsa {};
 
 TEST_P(Contract, NoThresholdAndThresholdZeroGiveTheSameBits) {
   for (Case c : sparse_cases()) {
@@ -267,18 +254,12 @@ TEST_P(Contract, TheGapHistogramOfADensePassGivesTheSparsityOfEveryThreshold) {
 
 TEST_P(Contract, AWorkspaceOfTheStatedSizeIsEnough) {
   for (const Case& c : sparse_cases()) {
+    SCOPED_TRACE(describe(c));
     Problem problem(c);
-    problem.run();
-    const Written wanted = written(problem);
-    const size_t bytes = workspace_bytes(problem.params, c.decode);
-    std::vector<std::byte> workspace(bytes + 65, std::byte{0x5a});
-    problem.params.workspace = workspace.data() + 1;  // of any alignment
-    problem.params.workspace_bytes = bytes;
-    problem.run();
-    EXPECT_EQ(written(problem), wanted) << describe(c);
-    for (size_t i = bytes + 1; i < workspace.size(); ++i)
-      ASSERT_EQ(workspace[i], std::byte{0x5a}) << "wrote beyond the workspace";
-    ASSERT_EQ(workspace[0], std::byte{0x5a}) << "wrote before the workspace";
+    expect_workspace_is_enough(problem.params, workspace_bytes(problem.params, c.decode), [&] {
+      problem.run();
+      return written(problem);
+    });
   }
 }
 
@@ -295,18 +276,7 @@ TEST_P(Contract, WorkspaceGrowsWithRowsAtMost) {
   EXPECT_LE(needed(c), small * 8) << "rows, at most";
 }
 
-TEST_P(Contract, CallsFromSeveralThreadsAtOnce) {
-  const std::vector<Case> cases = sparse_cases();
-  std::vector<Written> wanted;
-  for (const Case& c : cases) wanted.push_back(run(c));
-  std::vector<Written> got(cases.size());
-  {
-    std::vector<std::jthread> callers;
-    for (size_t i = 0; i < cases.size(); ++i)
-      callers.emplace_back([&, i] { got[i] = run(cases[i]); });
-  }
-  for (size_t i = 0; i < cases.size(); ++i) EXPECT_EQ(got[i], wanted[i]) << describe(cases[i]);
-}
+TEST_P(Contract, CallsFromSeveralThreadsAtOnce) { expect_the_same_at_once(sparse_cases(), run); }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Contract, testing::ValuesIn(cpu_isas()),
                          [](const auto& param) { return param.param; });

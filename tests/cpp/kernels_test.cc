@@ -3,15 +3,13 @@
 #include <gtest/gtest.h>
 
 #include "check/compare.h"
+#include "promises.h"
 
 namespace blasst::check {
 namespace {
 
-class Kernels : public testing::TestWithParam<std::string> {
+class Kernels : public OnEveryIsa {
  protected:
-  void SetUp() override { set_cpu_isa(GetParam()); }
-  void TearDown() override { set_cpu_isa(cpu_isas().front()); }
-
   // Runs the case and compares; returns what was seen.
   static Comparison expect_agreement(const Case& c) {
     Problem problem(c);

@@ -9,6 +9,7 @@
 
 #include "check/compare.h"
 #include "check/element.h"
+#include "promises.h"
 
 namespace blasst::check {
 namespace {
@@ -32,11 +33,8 @@ Case case_of(DType dtype, bool decode) {
   return c;
 }
 
-class SpecialValues : public testing::TestWithParam<std::string> {
+class SpecialValues : public OnEveryIsa {
  protected:
-  void SetUp() override { set_cpu_isa(GetParam()); }
-  void TearDown() override { set_cpu_isa(cpu_isas().front()); }
-
   static void for_each_case(const std::function<void(Case)>& body) {
     for (const DType dtype : {BLASST_FLOAT32, BLASST_FLOAT16, BLASST_BFLOAT16})
       for (const bool decode : {false, true}) body(case_of(dtype, decode));
