@@ -41,7 +41,10 @@ float threshold_at(const TileTest& test, int64_t request, int64_t head, int64_t 
 
 void check_thresholds(const TileTest& test, int64_t batch, int64_t heads) {
   if (test.kind == BLASST_TEST_NONE) return;
+  // Each value once, however many share it.
   const int64_t places = test.stride_place == 0 ? 1 : test.places;
+  if (test.stride_request == 0) batch = std::min<int64_t>(batch, 1);
+  if (test.stride_head == 0) heads = 1;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t place = 0; place < places; ++place) {
@@ -357,6 +360,7 @@ std::vector<QueryTile> Problem::query_tiles(int64_t query_rows) const {
       continue;
     }
     const int64_t count = ceil_div(positions, query_rows);
+    if (count == 0) continue;
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t first = i * query_rows;

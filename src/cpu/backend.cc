@@ -138,6 +138,7 @@ std::size_t backward_workspace_bytes(const attention::BackwardProblem& b, int th
 }
 
 void prefill(const Problem& p, int threads, Workspace workspace) {
+  const Kernels& kernel = kernels(p.dtype);
   attention::check_block_mask(p, prefill_shape());
   attention::check_tile_maxima(p, prefill_shape());
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
@@ -148,13 +149,13 @@ void prefill(const Problem& p, int threads, Workspace workspace) {
   const int64_t query_tiles = p.query_tile_count(kQueryRows);
   clear_report(p, query_tiles);
   Totals totals = make_totals(p, query_tiles);
-  const Kernels& kernel = kernels(p.dtype);
   parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
     kernel.prefill(p, units[i], totals, worker_scratch[worker]);
   });
 }
 
 void decode(const Problem& p, int threads, Workspace workspace) {
+  const Kernels& kernel = kernels(p.dtype);
   attention::check_block_mask(p, decode_shape(p));
   attention::check_tile_maxima(p, decode_shape(p));
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
@@ -167,7 +168,6 @@ void decode(const Problem& p, int threads, Workspace workspace) {
     partials.push_back(decode_partial(p, scratch.take(decode_partial_floats(p))));
   clear_report(p, p.batch);
   Totals totals = make_totals(p, p.batch);
-  const Kernels& kernel = kernels(p.dtype);
   parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
     kernel.decode(p, units[i], totals, worker_scratch[worker], partials.data());
   });

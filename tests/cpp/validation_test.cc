@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <string>
@@ -138,7 +139,7 @@ std::vector<Bad> bad_inputs() {
       {"LongQueries",
        dense(),
        [](Problem& p) { p.params.query_length = 1 << 30; },
-       {"q", "elements"}},
+       {"q", std::to_string(1 << 30)}},
       {"NegativeKeyLength",
        dense(),
        [](Problem& p) { p.params.kv.key_length = -1; },
@@ -400,23 +401,37 @@ std::vector<Bad> bad_inputs() {
   };
 }
 
-class Validation : public testing::TestWithParam<Bad> {};
+class Validation : public testing::TestWithParam<Bad> {
+ protected:
+  static void expect_rejection(const Bad& bad, const Case& start) {
+    Problem problem(start);
+    bad.spoil(problem);
+    // run() clears the outputs first; what they hold now must still be there afterwards.
+    try {
+      problem.run();
+      FAIL() << "accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.status(), bad.status) << error.what();
+      for (const std::string& part : bad.message)
+        EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
+            << "\"" << error.what() << "\" does not say \"" << part << "\"";
+    }
+    EXPECT_FALSE(problem.wrote_anything());
+  }
+};
 
 TEST_P(Validation, IsRejectedAndNothingIsWritten) {
-  const Bad& bad = GetParam();
-  Problem problem(bad.start);
-  bad.spoil(problem);
-  // run() clears the outputs first; what they hold now must still be there afterwards.
-  try {
-    problem.run();
-    FAIL() << "accepted";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.status(), bad.status) << error.what();
-    for (const std::string& part : bad.message)
-      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
-          << "\"" << error.what() << "\" does not say \"" << part << "\"";
-  }
-  EXPECT_FALSE(problem.wrote_anything());
+  expect_rejection(GetParam(), GetParam().start);
+}
+
+TEST_P(Validation, AndSoItIsInDecode) {
+  Case c = GetParam().start;
+  const std::string name = GetParam().name;
+  if (name.starts_with("CuQueries") || name == "QueryLengths") GTEST_SKIP() << "decode has none";
+  c.decode = true;
+  c.ragged_queries = false;
+  for (Lengths& r : c.requests) r.queries = 2;
+  expect_rejection(GetParam(), c);
 }
 
 INSTANTIATE_TEST_SUITE_P(Bad, Validation, testing::ValuesIn(bad_inputs()),
@@ -430,6 +445,16 @@ TEST(ValidInput, WhatIsNotUsedIsNotChecked) {
   empty.params.q.data = empty.params.out.data = empty.params.kv.k.data = empty.params.kv.v.data =
       nullptr;
   EXPECT_NO_THROW(empty.run());
+}
+
+TEST(ValidInput, ManyEmptyRequestsOfManyHeadsTakeNoTime) {
+  Problem problem({.requests = {{0, 0}},
+                   .test = BLASST_TEST_RELATIVE,
+                   .threshold = 0.5f});  // one value for all
+  problem.params.report = {};
+  problem.params.kv.lengths = nullptr;
+  problem.params.batch = problem.params.heads = 1 << 20;
+  EXPECT_NO_THROW(problem.run());
 }
 
 TEST(ValidInput, InputsMayOverlap) {
@@ -449,6 +474,25 @@ TEST(InstructionSet, AnUnknownOneIsRejectedWithTheList) {
     for (const std::string& isa : cpu_isas())
       EXPECT_NE(std::string(error.what()).find(isa), std::string::npos) << error.what();
   }
+}
+
+// In a process of its own, since the variable is read once.
+TEST(InstructionSetDeathTest, AnUnknownOneInTheEnvironmentIsRejectedBeforeAnythingIsWritten) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  const auto run_with_mmx = [] {
+    setenv("BLASST_CPU_ISA", "mmx", 1);
+    for (const Case& c : {dense(), decode()}) {
+      Problem problem(c);
+      try {
+        problem.run();
+        std::exit(1);
+      } catch (const Error& error) {
+        if (error.status() != BLASST_INVALID_ARGUMENT || problem.wrote_anything()) std::exit(2);
+      }
+    }
+    std::exit(0);
+  };
+  EXPECT_EXIT(run_with_mmx(), testing::ExitedWithCode(0), "");
 }
 
 }  // namespace

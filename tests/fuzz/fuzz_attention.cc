@@ -51,7 +51,7 @@ void bend(Problem& problem, check::Choices& choose) {
   View* const views[] = {&p.q, &p.out, &p.kv.k, &p.kv.v};
   View& view = *views[choose.between(0, 3)];
   const auto number = static_cast<float>(odd_number(choose));
-  switch (choose.between(0, 21)) {
+  switch (choose.between(0, 25)) {
     case 0:
       view.stride_request = odd_number(choose);
       break;
@@ -114,6 +114,19 @@ void bend(Problem& problem, check::Choices& choose) {
       break;
     case 20:
       bend(problem.page_table, choose);
+      break;
+    case 21:
+      p.kv_heads = odd_number(choose);
+      break;
+    case 22:
+      if (!problem.sinks.empty()) problem.sinks[0] = number * std::numeric_limits<float>::max();
+      break;
+    case 23:
+      if (!problem.bands.empty()) problem.bands[choose.between(0, 1)] = odd_number(choose);
+      break;
+    case 24:
+      p.dtype =
+          static_cast<DType>(odd_number(choose) | 4);  // none: another would be a larger buffer
       break;
     default:
       if (!problem.thresholds.empty()) problem.thresholds[0] = number / 8;

@@ -81,14 +81,34 @@ def test_verify_and_bench_on_a_gpu(phase):
     assert run("bench", "backward", "--backend", "cuda").returncode == 2
 
 
+def test_bench_does_what_every_option_says():
+    wanted = {"backend": "cpu", "dtype": "float16", "order": "reverse", "batch": 2, "length": 300}
+    wanted |= {"heads": 6, "kv_heads": 3, "head_dim": 40, "threads": 1}
+    options = [x for k, v in wanted.items() for x in ("--" + k.replace("_", "-"), str(v))]
+    for phase in ("prefill", "decode"):
+        result = run("bench", phase, *options, "--sparsity", "0", "--repeat", "1", "--json")
+        assert result.returncode == 0, result.stderr
+        row = json.loads(result.stdout)
+        assert {key: row[key] for key in wanted} == wanted
+        assert row["sparsity"] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("bench", "prefill", "--dtype", "int8"), ["int8", "bfloat16", "float32"]),
         (("bench", "prefill", "--head-dim", "20"), ["head_dim is 20", "multiple of 8"]),
-        (("bench", "prefill", "--sparsity", "1.5"), ["1.5"]),
+        (("bench", "prefill", "--sparsity", "1.5"), ["--sparsity", "'1.5'", "from 0 to 1"]),
+        (("bench", "prefill", "--sparsity", "nan"), ["'nan'", "from 0 to 1"]),
+        (("bench", "prefill", "--length", "0"), ["--length", "'0'", "from 1 to 2147483647"]),
+        (("bench", "prefill", "--length", "9" * 20), ["9" * 20, "from 1 to 2147483647"]),
+        (("bench", "prefill", "--length", "1k"), ["'1k'", "from 1 to 2147483647"]),
+        (("bench", "decode", "--threads", "-1"), ["'-1'", "from 0 to 4096"]),
+        (("bench", "decode", "--backend", "tpu"), ["tpu", "cpu, cuda"]),
+        (("bench", "decode", "--order", "up"), ["up", "forward, reverse, sink_first"]),
+        (("verify", "--seed", "-1"), ["'-1'", "from 0 to 18446744073709551615"]),
+        (("verify", "--backend", "cuda", "--isa", "avx2"), ["--isa avx2", "cuda"]),
         (("bench", "decode", "--heads", "3", "--kv-heads", "2"), ["heads is 3", "kv_heads is 2"]),
-        (("bench", "prefill", "--backend", "gpu"), ["gpu", "cpu, cuda"]),
         (("verify", "--isa", "mmx"), ["mmx", "this machine and build have"]),
         (("frobnicate",), ["subcommand"]),
         ((), ["subcommand"]),
@@ -99,3 +119,13 @@ def test_wrong_usage_is_one_message_and_status_2(arguments, words):
     assert result.returncode == 2
     for word in words:
         assert word in result.stderr + result.stdout
+    assert len(result.stderr + result.stdout) < 400
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_the_only_output(monkeypatch):
+    monkeypatch.setenv("BLASST_CPU_ISA", "mmx")
+    for command in ("info", "verify"):
+        result = run(command)
+        assert result.returncode == 2
+        assert "mmx" in result.stderr
+        assert not result.stdout

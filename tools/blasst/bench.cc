@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <utility>
@@ -248,27 +249,23 @@ int bench(const BenchOptions& options) {
 }
 
 void add_options(CLI::App& app, BenchOptions& options) {
-  const auto positive = [&](const char* name, auto& value, const char* help) {
-    app.add_option(name, value, help)->check(CLI::PositiveNumber)->capture_default_str();
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  const auto count = [&](const char* name, auto& value, const char* help) {
+    add_number(app, name, value, int64_t{1}, most, help);
   };
   add_choice(app, "--backend", options.backend, kBackends, "where to run");
   add_choice(app, "--dtype", options.dtype, kDTypes,
              "of q, k, v and out; on a GPU bfloat16 unless it is given");
   add_choice(app, "--order", options.order, kOrders, "of the key tiles");
-  positive("--batch", options.batch, "requests");
-  positive("--length", options.lengths, "tokens; several give a row each");
-  positive("--heads", options.heads, "query heads");
-  positive("--kv-heads", options.kv_heads, "key and value heads");
-  positive("--head-dim", options.head_dim, "of q, k and v");
-  app.add_option(
-         "--sparsity", options.sparsities,
-         "share of tiles to skip; several give a row each; 0 tests every tile and skips none")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  app.add_option("--threads", options.threads, "0: all processors")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  positive("--repeat", options.repeat, "timed rounds; medians are reported");
+  count("--batch", options.batch, "requests");
+  count("--length", options.lengths, "tokens; several give a row each");
+  count("--heads", options.heads, "query heads");
+  count("--kv-heads", options.kv_heads, "key and value heads");
+  count("--head-dim", options.head_dim, "of q, k and v");
+  add_number(app, "--sparsity", options.sparsities, 0.0, 1.0,
+             "share of tiles to skip; several give a row each; 0 tests every tile and skips none");
+  add_number(app, "--threads", options.threads, 0, 4096, "0: all processors");
+  count("--repeat", options.repeat, "timed rounds; medians are reported");
   app.add_flag("--json", options.json, "one JSON object a line");
 }
 

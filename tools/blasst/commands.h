@@ -2,10 +2,13 @@
 // parsed; that returns the exit status.
 #pragma once
 
+#include <fmt/format.h>
+
 #include <CLI/CLI.hpp>
 #include <functional>
 #include <map>
 #include <string>
+#include <type_traits>
 
 #include "blasst/blasst.hpp"
 
@@ -57,6 +60,23 @@ void add_choice(CLI::App& app, const std::string& option, T& value,
          },
          help + ": " + list)
       ->default_str(name_of(names, value));
+}
+
+// An option, of one number or several, each of a range with both ends included.
+template <typename T, typename Number>
+void add_number(CLI::App& app, const std::string& option, T& value, Number least, Number most,
+                const std::string& help) {
+  const auto validator = [least, most](const std::string& text) {
+    Number number{};
+    // A number below zero would wrap around in an unsigned type.
+    const bool negative = std::is_unsigned_v<Number> && text.starts_with('-');
+    if (!negative && CLI::detail::lexical_cast(text, number) && number >= least && number <= most)
+      return std::string();
+    return fmt::format("'{}' is no number from {} to {}", text, least, most);
+  };
+  app.add_option(option, value, help)
+      ->check(CLI::Validator(validator, fmt::format("from {} to {}", least, most)))
+      ->capture_default_str();
 }
 
 }  // namespace blasst::command

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <exception>
+#include <new>
 
 #include "commands.h"
 
@@ -27,6 +28,9 @@ int main(int argc, char** argv) {
     fmt::print(stderr, "blasst: {}\n", error.what());
     return error.status() == BLASST_INVALID_ARGUMENT || error.status() == BLASST_UNSUPPORTED ? 2
                                                                                              : 3;
+  } catch (const std::bad_alloc&) {
+    fmt::print(stderr, "blasst: not enough memory\n");
+    return 3;
   } catch (const std::exception& error) {
     fmt::print(stderr, "blasst: {}\n", error.what());
     return 3;

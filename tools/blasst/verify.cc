@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <limits>
 #include <memory>
 
 #include "check/backward.h"
@@ -73,14 +74,17 @@ bool verify(const Options& options, const std::string& name) {
 Run add_verify(CLI::App& app) {
   auto options = std::make_shared<Options>();
   add_choice(app, "--backend", options->backend, kBackends, "what to verify");
-  app.add_option("--cases", options->cases, "number of random problems")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  app.add_option("--seed", options->seed, "of the first problem; the next ones follow")
-      ->capture_default_str();
+  add_number(app, "--cases", options->cases, int64_t{1}, std::numeric_limits<int64_t>::max(),
+             "number of random problems");
+  add_number(app, "--seed", options->seed, uint64_t{0}, std::numeric_limits<uint64_t>::max(),
+             "of the first problem; the next ones follow");
   app.add_option("--isa", options->isa,
                  "one instruction set; default: all that `blasst info` lists");
   return [options] {
+    if (options->backend != BLASST_BACKEND_CPU && !options->isa.empty())
+      throw Error(BLASST_INVALID_ARGUMENT,
+                  fmt::format("--isa {} is an instruction set of the cpu; --backend is {}",
+                              options->isa, name_of(kBackends, options->backend)));
     check_usable(options->backend);
     if (options->backend != BLASST_BACKEND_CPU)
       return verify(*options, name_of(kBackends, options->backend)) ? 0 : 1;
