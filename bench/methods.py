@@ -157,17 +157,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
+    parts = ("bands", "tests", "prefill", "decode")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{HEADS}/{KV_HEADS} heads, d {DIM}, float32, {options.threads} threads")
-    bands(options.length, options.rounds)
-    tests(options.length, options.rounds)
+    if "bands" in options.parts:
+        bands(options.length, options.rounds)
+    if "tests" in options.parts:
+        tests(options.length, options.rounds)
     with torch.inference_mode():
         for chunker in ("fixed", "shift"):
-            for run in (chunk_prefill, chunk_decode):
-                run(options.length, options.rounds, options.budget, chunker)
+            if "prefill" in options.parts:
+                chunk_prefill(options.length, options.rounds, options.budget, chunker)
+            if "decode" in options.parts:
+                chunk_decode(options.length, options.rounds, options.budget, chunker)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,22 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("evaluate", help="compare a calibrated model with dense")
     command.set_defaults(run=_evaluate, resumes=True)
     _add_model(command)
+    command.add_argument(
+        "--method",
+        nargs="+",
+        default=["blasst"],
+        metavar="NAME",
+        help="blasst (default: the calibrated thresholds), bsfa, dhsa, dhsa+blasst",
+    )
+    command.add_argument(
+        "--bsfa-thresholds", type=Path, metavar="FILE", help="of `bsfa`, for the method bsfa"
+    )
+    command.add_argument(
+        "--predictors",
+        type=Path,
+        metavar="FILE",
+        help="of `chunks`, for the methods dhsa and dhsa+blasst (default: chunks of 64 keys)",
+    )
     _add_targets(command, [0.0, 0.5, 0.75], "shares of the tiles to skip; 0: dense")
     command.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help="of lm-eval")
     command.add_argument(
@@ -294,8 +310,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from blasst import evaluation, harness, models, prompts
     from blasst.console import shown_progress
     from blasst.demo import publish
+    from blasst.methods import BLASST, make_methods
 
     harness.check_tasks(options.tasks)
+    methods = make_methods(options.method, options.bsfa_thresholds, options.predictors)
     if options.text is not None:
         texts = {str(path): prompts.read_text(path) for path in options.text}
     else:
@@ -315,6 +333,8 @@ def _evaluate(options: argparse.Namespace) -> None:
             limit=options.limit,
             other_lengths=other_lengths,
             length_prompts=options.length_prompts,
+            methods=methods,
+            with_calibrated=BLASST in options.method,
             out=options.out,
             progress=progress,
         )
@@ -322,7 +342,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _bsfa(options: argparse.Namespace) -> None:
-    from blasst import bsfa, models, prompts
+    from blasst import bsfa, models, prompts, report
     from blasst.console import console, show, shown_progress
 
     text = None if options.text is None else prompts.read_text(options.text)
@@ -340,7 +360,7 @@ def _bsfa(options: argparse.Namespace) -> None:
         )
     out = options.out or Path(f"{loaded.title}-bsfa.safetensors")
     found.save(out)
-    show(bsfa.table_of(found))
+    show(report.threshold_table(found))
     console.print(f"Absolute thresholds: {out.resolve()}")
 
 

@@ -30,7 +30,6 @@ from blasst.models import attention_layers, check_length, context_length, replac
 from blasst.operators import KEYS, QUERY_ROWS
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
-from blasst.report import Table
 
 KEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DEFAULT_LENGTH = 4096
@@ -210,27 +209,6 @@ class AbsoluteThresholds:
         )
 
 
-def table_of(found: AbsoluteThresholds) -> Table:
-    """What the command line prints: root mean squares over layers, heads and places, in scores."""
-
-    def rms(values: Tensor) -> str:
-        known = values[values.isfinite()].double()
-        return f"{known.square().mean().sqrt():.3f}" if len(known) else "-"
-
-    spread, error = found.mean_spread(), found.fit_error()
-    places = found.table.shape[-1]
-    rows = [
-        (str(keep), f"{found.sparsity(keep, places * KEYS):.1%}", rms(spread[i]), rms(error[i]))
-        for i, keep in enumerate(found.keeps)
-    ]
-    return Table(
-        f"Absolute thresholds from {found.prompts} prompts of {places} tiles",
-        ("tiles kept", "sparsity", "between prompts", "error of the fit"),
-        tuple(rows),
-        "Standard deviation between prompts and error of the fit: root mean square, in scores.",
-    )
-
-
 def identity(model: PreTrainedModel) -> dict[str, Any]:
     """What distinguishes a model: its shape, and a few of its weights."""
     config = model.config.get_text_config()
@@ -258,7 +236,10 @@ class _Prompts(Recording):
         self._layers, self._keeps = layers, keeps
         self._sums: dict[int, list[Tensor]] = {}
 
-    def add(self, phase: str, layer: int, result: Result) -> None:
+    def add(self, phase: str, layer: int, result: Result, share: object | None) -> None:
+        if share is not None:
+            raise ValueError("calibrate absolute thresholds in one process: a tensor-parallel "
+                             "model has only its own heads here")  # fmt: skip
         if layer not in self._layers:
             return
         found = thresholds_of(result.tile_maxima[0], self._keeps)

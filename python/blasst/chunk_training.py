@@ -28,7 +28,7 @@ from blasst.policies import Call, Visit
 from blasst.progress import Progress, silent
 from blasst.prompts import reference_text, text_tokens
 
-BATCH = 1024
+BATCH = 512
 HELD_OUT = 0.1
 """Share of the positions, at the end, that is not trained on."""
 
@@ -42,7 +42,7 @@ class Plan:
     length: int = 2048
     """Tokens of a stretch of text that is read at once."""
     stretches: int = 4
-    steps: int = 300
+    steps: int = 200
     window: int = 8
     features: int = 32
     hidden: int = 64

@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.config import SparseAttention, parse
 from blasst.huggingface import Recording, record
+from blasst.methods import Method, made_by, saved_tiles
 from blasst.models import Loaded, attention_layers, check_length
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, Prompt, PromptMaker, reference_text, text_tokens
@@ -131,6 +132,8 @@ def evaluate(
     other_lengths: Sequence[int] = (),
     length_prompts: int = 1,
     every: int = 1,
+    methods: Mapping[str, Method] | None = None,
+    with_calibrated: bool = True,
     out: Path,
     progress: Progress | None = None,
 ) -> Results:
@@ -148,15 +151,26 @@ def evaluate(
         other_lengths: where only sparsity is measured.
         length_prompts: prompts at each of these, of one kind after the other.
         every: compare texts with dense at every so many positions.
+        methods: other sparse methods to compare, by name: see `methods.make_methods`.
+        with_calibrated: measure the calibrated thresholds alone, too.
         out: folder; results.jsonl in it is continued if it is there.
         progress: told what is being done: see `blasst.progress`.
 
     Raises:
         ValueError: no calibration, a target outside 0 to 1, a text or context too short.
     """
-    return _Evaluation(loaded, targets, length, compare_paper, every, out, progress).run(
-        texts, needles, tasks, limit, other_lengths, length_prompts
+    evaluation = _Evaluation(
+        loaded,
+        targets,
+        length,
+        compare_paper,
+        every,
+        methods or {},
+        with_calibrated,
+        out,
+        progress,
     )
+    return evaluation.run(texts, needles, tasks, limit, other_lengths, length_prompts)
 
 
 class _Evaluation:
@@ -169,6 +183,8 @@ class _Evaluation:
         length: int,
         compare_paper: bool,
         every: int,
+        methods: Mapping[str, Method],
+        with_calibrated: bool,
         out: Path,
         progress: Progress | None,
     ) -> None:
@@ -177,7 +193,8 @@ class _Evaluation:
         self.progress = progress or silent
         check_length(self.model, length, "a prompt")
         entry = getattr(self.model.config, "sparse_attention_config", None)
-        if entry is None and any(targets):
+        calibrated = with_calibrated or any(m.needs_calibration for m in methods.values())
+        if entry is None and any(targets) and calibrated:
             raise ValueError(
                 f"{loaded.title} has no sparse_attention_config: calibrate it first "
                 "(python -m blasst calibrate)"
@@ -185,12 +202,15 @@ class _Evaluation:
         for target in targets:
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
-        self.results = Results(out / "results.jsonl", fingerprint(self.model, length, every))
+        self.methods = methods
+        made = [length, every, made_by(methods)] if methods else [length, every]
+        self.results = Results(out / "results.jsonl", fingerprint(self.model, *made))
         self.config: SparseAttention | None = parse(entry) if entry is not None else None
         self.settings = [Setting(DENSE, 0.0)]
-        self.settings += [Setting(CALIBRATED, t) for t in targets if t]
+        schemes = [CALIBRATED] * with_calibrated + list(methods)
+        self.settings += [Setting(scheme, t) for scheme in schemes for t in targets if t]
         self.text_settings = list(self.settings)
-        if compare_paper and self.config and self.config.measured:
+        if compare_paper and with_calibrated and self.config and self.config.measured:
             self.text_settings += [Setting(PAPER, t) for t in targets if t]
         ignored = self.config.dense_layers if self.config else frozenset()
         self.layers = [i for i in attention_layers(self.model) if i not in ignored]
@@ -232,6 +252,14 @@ class _Evaluation:
     def _set(self, setting: Setting) -> Iterator[Recording]:
         """The model runs as the setting says, and is recorded."""
         self.model.config.__dict__.pop("sparse_attention_config", None)
+        if setting.scheme in self.methods:
+            method = self.methods[setting.scheme]
+            with (
+                method.applied(self.model, self.config, setting.target, self.length),
+                record() as recording,
+            ):
+                yield recording
+            return
         if setting.scheme != DENSE:
             config = self.config.with_targets(
                 **dict.fromkeys(self.config.target_sparsity, setting.target)
@@ -241,6 +269,12 @@ class _Evaluation:
             self.model.config.sparse_attention_config = config.to_dict()
         with record() as recording:
             yield recording
+
+    def sparsity(self, setting: Setting, recording: Recording, length: int) -> float:
+        """Share of a prefill's tiles that were dropped; of a method's, those never visited too."""
+        if setting.scheme in self.methods:
+            return saved_tiles(recording, self.model, length)
+        return recording.sparsity("prefill", self.layers)
 
     def _time_sdpa(self) -> None:
         if self.results.get("sdpa") is not None:
@@ -289,7 +323,7 @@ class _Evaluation:
                         "top1": found.top1,
                         "perplexity": found.perplexity,
                         "dense_perplexity": found.dense_perplexity,
-                        "sparsity": recording.sparsity("prefill", self.layers),
+                        "sparsity": self.sparsity(setting, recording, tokens.shape[1]),
                         "by_head": [
                             [round(s, 4) for s in layer]
                             for layer in recording.by_head("prefill").tolist()
@@ -333,7 +367,7 @@ class _Evaluation:
                     "right": prompt.is_answered_by(answer.text),
                     "prefill_seconds": answer.prefill_seconds,
                     "decode_seconds": answer.decode_seconds,
-                    "sparsity": recording.sparsity("prefill", self.layers),
+                    "sparsity": self.sparsity(setting, recording, prompt.tokens.shape[1]),
                     "decode_sparsity": recording.sparsity("decode", self.layers),
                 },
                 "needle",
@@ -359,7 +393,7 @@ class _Evaluation:
             tokens = self._any_prompt(index, length).tokens
             with self._set(setting) as recording:
                 self._prefill(tokens)
-            sparsity = recording.sparsity("prefill", self.layers)
+            sparsity = self.sparsity(setting, recording, length)
             self.results.put(sparsity, "length", length, index, *key(setting))
         self.progress("Other lengths", 1.0, "")
 

@@ -86,7 +86,7 @@ def run_task(
                 "expected": list(document["outputs"]),
                 "prefill_seconds": answer.prefill_seconds,
                 "decode_seconds": answer.decode_seconds,
-                "sparsity": recording.sparsity("prefill", evaluation.layers),
+                "sparsity": evaluation.sparsity(setting, recording, tokens.shape[1]),
                 "decode_sparsity": recording.sparsity("decode", evaluation.layers),
             },
             "task",

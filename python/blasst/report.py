@@ -14,10 +14,13 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from torch import Tensor
 
+from blasst.bsfa import AbsoluteThresholds
 from blasst.calibration import Calibration
 from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Row, Setting, mean_and_error, rows
 from blasst.models import replace_file, write_json
+from blasst.operators import KEYS
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -28,7 +31,14 @@ th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left;
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 img { max-width: 100%; margin: 1rem 0 }
 """
-COLOURS = {CALIBRATED: "tab:blue", PAPER: "tab:orange", DENSE: "tab:gray"}
+COLOURS = {
+    CALIBRATED: "tab:blue",
+    PAPER: "tab:orange",
+    DENSE: "tab:gray",
+    "bsfa": "tab:green",
+    "dhsa": "tab:red",
+    "dhsa+blasst": "tab:purple",
+}
 NEEDLES_SHOWN = 3
 Plot = tuple[str, str, Callable[[Axes], None]]
 """File name without its suffix, caption, and what draws it."""
@@ -308,6 +318,27 @@ def _held_out_table(calibration: Calibration) -> Table:
     )
 
 
+def threshold_table(found: AbsoluteThresholds) -> Table:
+    """Absolute thresholds: root mean squares over layers, heads and places, in scores."""
+
+    def rms(values: Tensor) -> str:
+        known = values[values.isfinite()].double()
+        return f"{known.square().mean().sqrt():.3f}" if len(known) else "-"
+
+    spread, error = found.mean_spread(), found.fit_error()
+    places = found.table.shape[-1]
+    rows = [
+        (str(keep), f"{found.sparsity(keep, places * KEYS):.1%}", rms(spread[i]), rms(error[i]))
+        for i, keep in enumerate(found.keeps)
+    ]
+    return Table(
+        f"Absolute thresholds from {found.prompts} prompts of {places} tiles",
+        ("tiles kept", "sparsity", "between prompts", "error of the fit"),
+        tuple(rows),
+        "Standard deviation between prompts and error of the fit: root mean square, in scores.",
+    )
+
+
 def _plots(results: Results, calibration: Calibration | None) -> list[Plot]:
     """The plots that there are numbers for."""
     found = rows(results)
@@ -320,6 +351,7 @@ def _plots(results: Results, calibration: Calibration | None) -> list[Plot]:
             ("agreement", "Agreement with dense against sparsity", _draw_agreement(by_scheme)),
             ("perplexity", "Perplexity against sparsity", _draw_perplexity(by_scheme)),
             ("time", "Prefill time against sparsity", _draw_time(results, by_scheme)),
+            ("trade", "Perplexity against prefill time", _draw_trade(by_scheme)),
         ]
     scores = _scores(results)
     if any(len(points) > 1 for points in scores.values()):
@@ -355,7 +387,7 @@ def _curve(
         marker="o",
         capsize=3,
         label=label,
-        color=COLOURS[label],
+        color=COLOURS.get(label),
     )
 
 
@@ -400,14 +432,18 @@ def _draw_time(results: Results, by_scheme: dict[str, list[Row]]) -> Callable[[A
     return with_sdpa
 
 
+def _with_method(name: str, scheme: str) -> str:
+    return name if scheme in (DENSE, CALIBRATED) else f"{name}, {scheme}"
+
+
 def _scores(results: Results) -> dict[str, list[tuple[float, float, float]]]:
     """By what was to be answered: sparsity of prefill, mean score and its error, by setting."""
     groups: dict[tuple[str, Setting], list[tuple[float, float]]] = {}
     for (_, scheme, target), value in results.all("needle"):
-        of = ("facts found", Setting(scheme, target))
+        of = (_with_method("facts found", scheme), Setting(scheme, target))
         groups.setdefault(of, []).append((value["sparsity"], float(value["right"])))
     for (task, _, scheme, target), value in results.all("task"):
-        of = (task, Setting(scheme, target))
+        of = (_with_method(task, scheme), Setting(scheme, target))
         groups.setdefault(of, []).append((value["sparsity"], value["score"]))
     found: dict[str, list[tuple[float, float, float]]] = {}
     for (name, _), values in groups.items():
@@ -426,6 +462,28 @@ def _draw_accuracy(
         axes.set(xlabel="sparsity of prefill", ylabel="right answers", ylim=(0, 1.05))
         axes.xaxis.set_major_formatter("{x:.0%}")
         axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.legend()
+        axes.grid(alpha=0.3)
+
+    return draw
+
+
+def _draw_trade(by_scheme: dict[str, list[Row]]) -> Callable[[Axes], None]:
+    """What each method's quality costs: below and to the left is better."""
+
+    def draw(axes: Axes) -> None:
+        for scheme, some in by_scheme.items():
+            points = sorted(some, key=lambda r: r.prefill_seconds)
+            axes.errorbar(
+                [r.prefill_seconds for r in points],
+                [100 * r.perplexity_change[0] for r in points],
+                yerr=[100 * r.perplexity_change[1] for r in points],
+                marker="o",
+                capsize=3,
+                label=scheme,
+                color=COLOURS.get(scheme),
+            )
+        axes.set(xlabel="prefill, s", ylabel="perplexity above dense, %")
         axes.legend()
         axes.grid(alpha=0.3)
 

@@ -160,6 +160,8 @@ def test_a_file_holds_everything(loaded, found, tmp_path):
 
 
 def test_bad_input(loaded, found, tmp_path):
+    with pytest.raises(ValueError, match="calibrate absolute thresholds in one process"):
+        bsfa._Prompts([0], (1,)).add("prefill", 0, None, share="half of the heads")
     with pytest.raises(ValueError, match="keep is 3; it must be one of 1, 2, 4"):
         found.apply(loaded.model, 3)
     other = make_loaded().model
@@ -183,7 +185,7 @@ def test_unequal_prompts_are_averaged_where_they_reach():
     for tiles, value in ((3, 1.0), (5, 3.0)):
         maxima = torch.full((1, 1, tiles, tiles), value).tril()
         maxima = maxima.masked_fill(torch.ones(tiles, tiles).triu(1).bool(), -math.inf)
-        sums.add("prefill", 0, blasst.Result(None, None, None, None, None, maxima))
+        sums.add("prefill", 0, blasst.Result(None, None, None, None, None, maxima), None)
     table, spread = sums.table()
     assert table[0, 0, 0].tolist() == [-math.inf, -math.inf, 2.0, 3.0, 3.0]
     assert spread[0, 0, 0, 2] == pytest.approx(math.sqrt(2))

@@ -32,7 +32,7 @@ def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     ):
         assert title in " ".join(shown.split())
     report = (tmp_path / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 6
+    assert report.count("data:image/png;base64,") == 7
 
     monkeypatch.setattr(calibration, "calibrate", None)
     assert main(["demo", "--out", str(tmp_path)]) == 0, "from what the first run kept"

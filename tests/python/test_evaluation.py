@@ -138,7 +138,7 @@ def test_the_report_is_one_page_with_its_plots_inside(results, out):
     path = report.write("Title <1>", "About", results, None, out)
     page = path.read_text()
     assert "Title &lt;1&gt;" in page
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == 7
     assert 'src="http' not in page
     assert "Answers side by side" in page
     assert {p.name for p in out.glob("*.png")} == {
@@ -146,6 +146,7 @@ def test_the_report_is_one_page_with_its_plots_inside(results, out):
         "agreement.png",
         "perplexity.png",
         "time.png",
+        "trade.png",
         "lengths.png",
         "heads.png",
     }

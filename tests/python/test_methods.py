@@ -1,0 +1,107 @@
+"""Evaluation of several sparse methods side by side."""
+
+import pytest
+import torch
+
+from blasst import bsfa, evaluation, report
+from blasst.__main__ import main
+from blasst.evaluation import CALIBRATED, DENSE
+from blasst.methods import make_methods, saved_tiles
+from recency_model import make_loaded
+from test_evaluation import LENGTH, TEXTS, configured
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on more threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def thresholds(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bsfa") / "thresholds.safetensors"
+    loaded = make_loaded()
+    bsfa.calibrate(
+        loaded.model, loaded.tokenizer, length=LENGTH, keeps=(1, 2, 4, 8), prompts=2
+    ).save(path)
+    return path
+
+
+def test_all_methods_in_one_evaluation(tmp_path, thresholds):
+    loaded = configured()
+    before = dict(loaded.model.config.sparse_attention_config)
+    results = evaluation.evaluate(
+        loaded,
+        targets=(0, 0.5),
+        length=LENGTH,
+        texts=TEXTS,
+        needles=1,
+        other_lengths=(600,),
+        methods=make_methods(["blasst", "bsfa", "dhsa", "dhsa+blasst"], thresholds),
+        out=tmp_path,
+    )
+    rows = {row.setting.scheme: row for row in evaluation.rows(results)}
+    assert list(rows) == [DENSE, CALIBRATED, "bsfa", "dhsa", "dhsa+blasst"]
+    assert rows[DENSE].sparsity[0] == 0
+    for name in ("bsfa", "dhsa", "dhsa+blasst"):
+        assert 0.2 < rows[name].sparsity[0] < 0.8, name
+        assert rows[name].kl[0] > 0
+    assert len({row.kl[0] for row in rows.values()}) == 5
+    # The model is as it was, and dense again without its configuration.
+    assert loaded.model.config.sparse_attention_config == before
+    del loaded.model.config.sparse_attention_config
+    ids = torch.arange(5, 305)[None] % 50
+    assert torch.equal(loaded.model(ids).logits, make_loaded().model(ids).logits)
+    path = report.write("all", "", results, None, tmp_path)
+    assert "Perplexity against prefill time" in path.read_text()
+
+
+def test_methods_without_a_calibration(tmp_path):
+    results = evaluation.evaluate(
+        make_loaded(),
+        targets=(0.5,),
+        length=LENGTH,
+        texts=TEXTS,
+        methods=make_methods(["dhsa"]),
+        with_calibrated=False,
+        out=tmp_path,
+    )
+    assert [row.setting.scheme for row in evaluation.rows(results)] == [DENSE, "dhsa"]
+    with pytest.raises(ValueError, match="calibrate it first"):
+        evaluation.evaluate(
+            make_loaded(),
+            targets=(0.5,),
+            length=LENGTH,
+            texts=TEXTS,
+            methods=make_methods(["dhsa+blasst"]),
+            with_calibrated=False,
+            out=tmp_path / "other",
+        )
+
+
+def test_tiles_that_are_not_visited_count_as_saved():
+    class Recorded:
+        def tiles(self, phase):
+            return torch.tensor([[[4, 6], [1, 0]], [[10, 10], [0, 10]]])
+
+        def layers(self, phase):
+            return [0, 1]
+
+    # Four tiles: ten causal ones in each of two heads and two layers; 3 + 6 + 10 + 0 computed.
+    assert saved_tiles(Recorded(), make_loaded().model, 256) == pytest.approx(1 - 19 / 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "spam"], "no method spam; choose from blasst, bsfa, dhsa, dhsa+blasst"),
+        (["--method", "bsfa"], "the method bsfa needs a file of thresholds"),
+        (["--predictors", "x"], "a file of predictors is for the method dhsa"),
+    ],
+)
+def test_bad_commands(arguments, message, capsys):
+    assert main(["evaluate", "tiny", *arguments]) == 1
+    assert message in capsys.readouterr().err
