@@ -354,7 +354,6 @@ def _bsfa(options: argparse.Namespace) -> None:
             length=options.length,
             keeps=options.keep or bsfa.KEEPS,
             prompts=options.prompts,
-            schemes=options.schemes,
             text=text,
             progress=progress,
         )
