@@ -168,7 +168,13 @@ def _agreement_table(results: Results) -> Table:
             )
             for row in found
         ),
-        f"Mean over {found[0].texts} texts, ± the standard error of the mean." if found else "",
+        _mean_over(found[0].texts) if found else "",
+    )
+
+
+def _mean_over(texts: int) -> str:
+    return (
+        f"Mean over {texts} texts, ± the standard error of the mean." if texts > 1 else "One text."
     )
 
 
