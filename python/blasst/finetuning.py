@@ -76,7 +76,7 @@ class Plan:
     """Compute in bfloat16; weights, optimizer and, measuring, the last layer stay float32."""
     save_every: int = 5
     """Steps between checkpoints."""
-    windows: int = 2
+    windows: int = 1
     """Pieces of each held-out text that are measured."""
     seed: int = 0
 
