@@ -7,12 +7,10 @@ so that a machine that slows down slows all; medians are printed, and the tiles 
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from run import planted
+from run import median_ms, planted
 from torch import Tensor
 
 from blasst import attention
@@ -24,18 +22,6 @@ THRESHOLD = 1e-3
 PLANTED_HALF = 12.0
 """Half of what a planted match scores."""
 CHUNKS = {"least": 16, "most": 64, "threshold": -0.1}
-
-
-def median_ms(calls: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Median milliseconds of each call; every round times all of them, one after the other."""
-    times: list[list[float]] = [[] for _ in calls]
-    for round_ in range(rounds + 1):  # the first warms up
-        for samples, call in zip(times, calls, strict=True):
-            start = time.perf_counter()
-            call()
-            if round_ > 0:
-                samples.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(samples) for samples in times]
 
 
 def random_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
