@@ -57,7 +57,7 @@ class Table:
 def tables(results: Results, calibration: Calibration | None) -> list[Table]:
     """Everything that was measured, in the order of the report."""
     found = [_agreement_table(results), _needle_table(results), _task_table(results)]
-    found += [_answer_table(results), _length_table(results)]
+    found += [_layer_table(results), _answer_table(results), _length_table(results)]
     found = [table for table in found if table.rows]
     return found + (calibration_tables(calibration) if calibration else [])
 
@@ -245,6 +245,18 @@ def _task_table(results: Results) -> Table:
             )
             for (task, setting), values in groups.items()
         ),
+    )
+
+
+def _layer_table(results: Results) -> Table:
+    """Ten layers a row, each the mean over its heads."""
+    found = _by_head(results)
+    layers = [f"{statistics.fmean(heads):.0%}" for heads in found[1]] if found else []
+    rows = (layers[i : i + 10] for i in range(0, len(layers), 10))
+    return Table(
+        f"Sparsity by layer, {found[0]}" if found else "Sparsity by layer",
+        ("layers from", *(f"+{i}" for i in range(10))),
+        tuple((str(10 * i), *row, *[""] * (10 - len(row))) for i, row in enumerate(rows)),
     )
 
 
