@@ -69,14 +69,18 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
         metavar="SCHEME",
         help=f"ways to share thresholds out among heads: {', '.join(HEAD_SCHEMES)} (default: all)",
     )
-    command.add_argument(
-        "--text", type=Path, metavar="FILE", help="make the prompts from this text"
-    )
+    _add_prompt_text(command)
     command.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
         help="where to write the model (default: MODEL if that is a folder, else NAME-blasst)",
+    )
+
+
+def _add_prompt_text(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text", type=Path, metavar="FILE", help="make the prompts from this text"
     )
 
 
@@ -193,9 +197,7 @@ def _add_bsfa(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--prompts", type=_positive, default=16, metavar="N", help="how many (default: 16)"
     )
-    command.add_argument(
-        "--text", type=Path, metavar="FILE", help="make the prompts from this text"
-    )
+    _add_prompt_text(command)
     command.add_argument(
         "--out",
         type=Path,

@@ -12,16 +12,9 @@ from blasst.chunk_training import BoundaryModel, Plan, labels_of, train, train_l
 from blasst.dhsa import load_predictors
 from recency_model import make_loaded
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = Plan(size=16, length=256, stretches=2, steps=30, window=4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

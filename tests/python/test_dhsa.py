@@ -11,17 +11,10 @@ from blasst.dhsa import Predictor, extend
 from blasst.policies import Call, from_dict
 from tiny_models import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TILE = 64
 WINDOW, FEATURES, HIDDEN = 4, 32, 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(keys=1000, queries=None, heads=4, kv_heads=2, dim=40, dtype=torch.float32):

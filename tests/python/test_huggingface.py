@@ -25,16 +25,9 @@ from blasst.config import LENGTH_FORMULA
 from blasst.huggingface import key_ranges
 from tiny_models import MODELS, QUIET, VOCABULARY, make_model, with_quiet_tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (150, 80, 147)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prompts(lengths=LENGTHS, side="left"):

@@ -10,14 +10,7 @@ from blasst.methods import make_methods, saved_tiles
 from recency_model import make_loaded
 from test_evaluation import LENGTH, TEXTS, configured
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,9 @@ from blasst.huggingface import key_ranges
 from blasst.policies import from_dict, head_bands
 from tiny_models import make_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BANDS = {"kind": "bands", "length": 300}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokens(batch=1, length=300):
