@@ -10,7 +10,7 @@ heads. The one that changes the model's predictions least, measured, is written 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -134,6 +134,8 @@ class Candidate:
     perplexity_ratio: float
     """Perplexity over dense perplexity."""
     chosen: bool = False
+    below: int = 0
+    """Stands in for the chosen one where the keys are fewer: its order reaches the target there."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ class _Job:
         self.drift: dict[tuple[str, int], dict[float, float]] = {}
         # By order and length: how far the sparsity of a sparse pass is from what dense gaps say.
         self.shapes: dict[str, tuple[int, int]] = {}
+        self.candidates: list[Candidate] = []
 
     def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int] | None) -> Calibration:
         if held_out is None:
@@ -293,11 +296,13 @@ class _Job:
         for phase, targets in self.targets.items():
             for target in targets:
                 self._check_reachable(phase, target)
-        candidates = self._choose(validation)
-        chosen = {(c.phase, c.target): c for c in candidates if c.chosen}
-        self._measure_drift(chosen)
-        result = Calibration(self._config(chosen), candidates, ecosystem=self._ecosystem())
-        result.saturated = self._saturated(chosen)
+        self.candidates = self._choose(validation)
+        winners = [c for c in self.candidates if c.chosen]
+        self._measure_drift(winners)
+        result = Calibration(self._config(winners), ecosystem=self._ecosystem())
+        below = {self._stand_in(w): self._below(w, w.target) for w in winners}
+        result.candidates = [replace(c, below=below.get(c, 0)) for c in self.candidates]
+        result.saturated = self._saturated(winners)
         self.model.config.sparse_attention_config = result.config.to_dict()
         result.held_out = self._held_out(result, fresh)
         self.model.config.sparse_attention_config = result.config.to_dict()
@@ -478,8 +483,16 @@ class _Job:
         highest = self._highest(phase, order, self.lengths[-1])
         return sorted({t for t in (*TARGETS, *self.targets[phase]) if t <= highest})
 
-    def _policy(self, phase: str, order: str, scheme: str, targets: Sequence[float]) -> Policy:
-        """The measured table of one order and scheme."""
+    def _policy(
+        self,
+        phase: str,
+        order: str,
+        scheme: str,
+        targets: Sequence[float],
+        longest: int | None = None,
+    ) -> Policy:
+        """The measured table of one order and scheme, at the lengths up to `longest`."""
+        lengths = [n for n in self.lengths if longest is None or n <= longest]
         pooled = np.array(
             [
                 [
@@ -488,7 +501,7 @@ class _Job:
                     )
                     for t in targets
                 ]
-                for n in self.lengths
+                for n in lengths
             ]
         )
         # The power of the length is the one threshold's: a head's own is too noisy to extrapolate.
@@ -499,13 +512,53 @@ class _Job:
             table = np.stack(
                 [
                     np.stack([self._by_head(phase, order, scheme, n, t) for t in targets])
-                    for n in self.lengths
+                    for n in lengths
                 ]
             )
         self._continue_beyond_one(phase, order, targets, law.power, table)
         table = torch.tensor(table, dtype=torch.float32)
         table = table.clamp(LOWEST_LN_THRESHOLD, HIGHEST_LN_THRESHOLD)
-        return Policy(order, scheme, law, tuple(self.lengths), tuple(targets), table)
+        return Policy(order, scheme, law, tuple(lengths), tuple(targets), table)
+
+    def _with_stand_in(self, winner: Candidate, targets: Sequence[float]) -> Policy:
+        """The winner's table, and its stand-in's for lengths at which it does not reach a target.
+
+        Thresholds of two orders cannot be interpolated with each other, so the stand-in serves
+        all lengths below the first from which the winner reaches the target.
+        """
+        policy = self._policy(winner.phase, winner.order, winner.heads, targets)
+        below = tuple(self._below(winner, target) for target in targets)
+        other = self._stand_in(winner)
+        if other is None or not any(below):
+            return policy
+        shorter = self._policy(winner.phase, other.order, other.heads, targets, max(below))
+        return replace(policy, below=below, shorter=shorter)
+
+    def _stand_in(self, winner: Candidate) -> Candidate | None:
+        """The best of the order that reaches furthest at short lengths; None: the winner's."""
+
+        def reach(order: str) -> tuple[float, bool]:
+            far = sum(self._highest(winner.phase, order, n) for n in self.lengths[:-1])
+            return far, order == winner.order
+
+        furthest = max(self.orders, key=reach)
+        same = [
+            c
+            for c in self.candidates
+            if (c.phase, c.target, c.order) == (winner.phase, winner.target, furthest)
+        ]
+        return None if furthest == winner.order else min(same, key=_cost, default=None)
+
+    def _below(self, winner: Candidate, target: float) -> int:
+        """The first length from which on the winner's order reaches a target; 0: it always does."""
+        reach = {n: self._highest(winner.phase, winner.order, n) for n in self.lengths}
+        short = [n for n in self.lengths if reach[n] < target]
+        return next(n for n in self.lengths if n > short[-1]) if short else 0
+
+    def _used(self, winner: Candidate, length: int) -> Candidate:
+        """The winner, or its stand-in if it is too short for the winner."""
+        is_short = length < self._below(winner, winner.target)
+        return (is_short and self._stand_in(winner)) or winner
 
     def _continue_beyond_one(
         self, phase: str, order: str, targets: Sequence[float], power: float, table: np.ndarray
@@ -514,7 +567,7 @@ class _Job:
 
         It is used as 1 there, but between this length and the next the interpolation is right.
         """
-        for i in reversed(range(len(self.lengths) - 1)):
+        for i in reversed(range(len(table) - 1)):
             length, longer = self.lengths[i : i + 2]
             for j, target in enumerate(targets):
                 if self._highest(phase, order, length) < target:
@@ -588,31 +641,42 @@ class _Job:
                 best[key] = candidate
         return [replace(c, chosen=c is best[c.phase, c.target]) for c in tried]
 
-    def _measure_drift(self, chosen: Mapping[tuple[str, float], Candidate]) -> None:
+    def _measure_drift(self, winners: Iterable[Candidate]) -> None:
         """Compare sparse passes of the winners with what the dense gaps promise.
 
         What a layer drops changes what the layers above it see, and with it their gaps.
         """
-        winners = [c for c in chosen.values() if c.phase == "prefill"]
-        steps = [(n, c) for n in self.lengths for c in winners]
-        for i, (length, winner) in enumerate(steps):
-            if winner.target > self._highest("prefill", winner.order, length):
-                continue
-            what = f"{winner.target:.0%} at {length} tokens"
+        steps = [
+            (length, tried)
+            for length in self.lengths
+            for winner in winners
+            for tried in self._measured_at(winner, length)
+            if winner.phase == "prefill"
+            and winner.target <= self._highest("prefill", tried.order, length)
+        ]
+        for i, (length, tried) in enumerate(steps):
+            what = f"{tried.order}, {tried.target:.0%} at {length} tokens"
             self.progress("Sparse passes", i / len(steps), what)
-            policy = self._policy("prefill", winner.order, winner.heads, [winner.target])
-            ln = policy.at(winner.target, length).log().numpy()
-            gaps = self.first[winner.order, length]
+            policy = self._policy("prefill", tried.order, tried.heads, [tried.target])
+            ln = policy.at(tried.target, length).log().numpy()
+            gaps = self.first[tried.order, length]
             promised = promised_sparsity(gaps[self.layers], _rows(ln, gaps)[self.layers])
-            config = self._with({"prefill": [policy]}, {"prefill": winner.target})
+            config = self._with({"prefill": [policy]}, {"prefill": tried.target})
             self.model.config.sparse_attention_config = config.to_dict()
             with record() as recording:
                 tokens = self.maker.make(KINDS[0], length, seed=0).tokens
                 self.model.base_model(tokens, use_cache=False)
             del self.model.config.sparse_attention_config
             reached = recording.sparsity("prefill", self.layers)
-            self.drift.setdefault((winner.order, length), {})[winner.target] = reached - promised
+            self.drift.setdefault((tried.order, length), {})[tried.target] = reached - promised
         self.progress("Sparse passes", 1.0, "")
+
+    def _measured_at(self, winner: Candidate, length: int) -> list[Candidate]:
+        """The winner or its stand-in; where one gives way to the other, both."""
+        first = self._below(winner, winner.target)
+        other = self._stand_in(winner)
+        found = [winner] if length >= first else []
+        return found + ([other] if other is not None and length <= first else [])
 
     def _nominal(self, phase: str, order: str, length: int, target: float) -> float:
         """The target to read from dense gaps so that a sparse pass reaches `target`."""
@@ -624,12 +688,10 @@ class _Job:
 
     # Writing
 
-    def _config(self, chosen: Mapping[tuple[str, float], Candidate]) -> SparseAttention:
+    def _config(self, winners: Iterable[Candidate]) -> SparseAttention:
         """The configuration with these winners."""
-        policies = {}
-        for phase, targets in self.targets.items():
-            winners = [chosen[phase, target] for target in sorted(targets)]
-            policies[phase] = self._policies(phase, winners)
+        by_phase = {p: [w for w in winners if w.phase == p] for p in self.targets}
+        policies = {p: self._policies(p, some) for p, some in by_phase.items()}
         return self._with(policies, {phase: targets[0] for phase, targets in self.targets.items()})
 
     def _ecosystem(self) -> SparseAttention | None:
@@ -642,17 +704,16 @@ class _Job:
         groups: list[tuple[Candidate, list[float]]] = []
         grid = {t for w in winners for t in self._targets_of(phase, w.order)}
         for target in sorted(grid):
-            winner = min(winners, key=lambda w: abs(w.target - target))
+            winner = min(winners, key=lambda w: (abs(w.target - target), w.target))
             if target > self._highest(phase, winner.order, self.lengths[-1]):
                 continue
-            if groups and (groups[-1][0].order, groups[-1][0].heads) == (
-                winner.order,
-                winner.heads,
-            ):
-                groups[-1][1].append(target)
+            last, targets = groups[-1] if groups else (None, [])
+            if last and (last.order, last.heads) == (winner.order, winner.heads):
+                # The higher winner's stand-in: the higher a target, the more it needs one.
+                groups[-1] = winner, [*targets, target]
             else:
                 groups.append((winner, [target]))
-        return [self._policy(phase, w.order, w.heads, targets) for w, targets in groups]
+        return [self._with_stand_in(winner, targets) for winner, targets in groups]
 
     def _with(
         self, policies: Mapping[str, list[Policy]], targets: Mapping[str, float]
@@ -670,14 +731,12 @@ class _Job:
             measured={p: Measured(self.shapes[p], tuple(some)) for p, some in policies.items()},
         )
 
-    def _saturated(
-        self, chosen: Mapping[tuple[str, float], Candidate]
-    ) -> list[tuple[str, int, float, float]]:
+    def _saturated(self, winners: Iterable[Candidate]) -> list[tuple[str, int, float, float]]:
         return [
-            (phase, length, target, highest)
-            for (phase, target), winner in chosen.items()
+            (w.phase, length, w.target, highest)
+            for w in winners
             for length in self.lengths
-            if (highest := self._highest(phase, winner.order, length)) < target
+            if (highest := self._highest(w.phase, self._used(w, length).order, length)) < w.target
         ]
 
     # Checking

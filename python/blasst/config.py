@@ -19,18 +19,22 @@ which other readers ignore:
             "law": {"formula": "a * exp(b * target_sparsity) / length ** power",
                     "a": .., "b": .., "power": ..},
             "lengths": [1024, 2048], "target_sparsity": [0.3, 0.5],
-            "ln_threshold": [lengths][targets][layers][heads]}]},     # or [1][1]: one for all
+            "ln_threshold": [lengths][targets][layers][heads],        # or [1][1]: one for all
+            "shorter": {"below": [2048, 4096], "policy": {..}}}]},    # optional
         "decode": ..}}
 
 Without our key a phase follows the ecosystem's law: threshold = a * exp(b * target) / length, one
 for all heads, tiles visited forward, fitted on tiles of 128 x 128 (or of `tile_shape`, where
 `policies` is empty). With policies: the measured table, interpolated in target and in ln length,
-and beyond its lengths continued with the law's power.
+and beyond its lengths continued with the law's power. Where the keys are few, an order may not
+reach a target that another one does: `shorter` holds that one, and by target the number of keys
+below which it stands in.
 """
 
 import logging
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -84,6 +88,13 @@ class Schedule(NamedTuple):
     ln_threshold: Tensor
     """[lengths, layers, heads] or [lengths, 1, 1] float32."""
     power: float
+    below: int = 0
+    shorter: "Schedule | None" = None
+    """Stands in for this one in a call with fewer keys than `below`."""
+
+    def of_call(self, keys: int) -> "Schedule":
+        """The one for a call with room for so many keys a request: a call has one order."""
+        return self.shorter if keys < self.below else self
 
     def at(self, lengths: Tensor) -> Tensor:
         """[requests] keys -> [requests, layers, heads] float32: thresholds, 0 to 1."""
@@ -138,16 +149,25 @@ class Policy:
     """Ascending, 0 to 1."""
     ln_threshold: Tensor = field(compare=False)
     """[lengths, targets, layers, heads] float32, or [lengths, targets, 1, 1]: one for all."""
+    below: tuple[int, ...] = ()
+    """By target: with fewer keys its order does not reach it, and `shorter` stands in."""
+    shorter: "Policy | None" = None
+    """Of another order, for the same targets."""
 
     def schedule(self, target: float) -> Schedule:
         """The thresholds for this target sparsity."""
         by_length = _interpolate(self.ln_threshold.movedim(1, 0), self.targets, target)
         lengths = torch.tensor(self.lengths, dtype=torch.float64)
-        return Schedule(self.order, lengths, by_length, self.law.power)
+        found = Schedule(self.order, lengths, by_length, self.law.power)
+        if self.shorter is None:
+            return found
+        # Between two targets: what the higher one needs.
+        nearest = min(bisect_left(self.targets, target), len(self.targets) - 1)
+        return found._replace(below=self.below[nearest], shorter=self.shorter.schedule(target))
 
     def at(self, target: float, length: int) -> Tensor:
         """[layers, heads] or [1, 1]: thresholds, 0 to 1, for this target sparsity and key count."""
-        return self.schedule(target).at(torch.tensor([length]))[0]
+        return self.schedule(target).of_call(length).at(torch.tensor([length]))[0]
 
 
 def _interpolate(table: Tensor, points: Sequence[float], x: float) -> Tensor:
@@ -216,18 +236,20 @@ class SparseAttention:
         """Layers under `ignore`."""
         return frozenset(_layer_of(name) for name in self.ignore)
 
-    def rule(self, attention_class: str, layer: int, phase: str, lengths: Iterable[int]) -> Rule:
+    def rule(
+        self, attention_class: str, layer: int, phase: str, lengths: Sequence[int], keys: int
+    ) -> Rule:
         """The thresholds and the order of one layer: see `thresholds_for`."""
         if not self._is_sparse(attention_class, layer, phase):
             return DENSE
         # Every layer of a pass asks for the same lengths, so the whole model's table is kept.
         target = self.target_sparsity[phase]
-        key = (target, *lengths)
+        key = (target, keys, *lengths)
         if self._tables.get(phase, (None,))[0] != key:
-            schedule = self._schedule(phase)
-            for length in key[1:]:
+            schedule = self._schedule(phase).of_call(keys)
+            for length in lengths:
                 self._tell_outside(phase, target, length)
-            self._tables[phase] = (key, schedule.order, schedule.at(torch.tensor(key[1:])))
+            self._tables[phase] = (key, schedule.order, schedule.at(torch.tensor(lengths)))
         _, order, table = self._tables[phase]
         return Rule(table[:, self._row(table.shape[1], layer)], order)
 
@@ -235,9 +257,14 @@ class SparseAttention:
         """One layer's thresholds at every length, [lengths, 1, heads]; None: dense."""
         if not self._is_sparse(attention_class, layer, phase):
             return None
-        whole = self._schedule(phase)
+        return self._of_layer(self._schedule(phase), layer)
+
+    def _of_layer(self, whole: Schedule, layer: int) -> Schedule:
         row = self._row(whole.ln_threshold.shape[1], layer)
-        return whole._replace(ln_threshold=whole.ln_threshold[:, row : row + 1])
+        return whole._replace(
+            ln_threshold=whole.ln_threshold[:, row : row + 1],
+            shorter=whole.shorter and self._of_layer(whole.shorter, layer),
+        )
 
     def _is_sparse(self, attention_class: str, layer: int, phase: str) -> bool:
         has_threshold = phase in self.measured or phase in self.laws
@@ -340,7 +367,8 @@ def thresholds_for(
     attention_class: str,
     layer: int,
     phase: str,
-    lengths: Iterable[int],
+    lengths: Sequence[int],
+    keys: int | None = None,
 ) -> Rule:
     """Thresholds and visit order of one attention call.
 
@@ -350,6 +378,7 @@ def thresholds_for(
         layer: its index.
         phase: "prefill" or "decode".
         lengths: keys of each request.
+        keys: how many the call has room for a request; default: those of the longest.
 
     Returns:
         `Rule.threshold` [requests, heads or 1] float32 on the CPU, None for dense; `Rule.order`.
@@ -357,7 +386,8 @@ def thresholds_for(
     Raises:
         ValueError: the entry cannot be honoured; the message says why.
     """
-    return parsed(entry).rule(attention_class, layer, phase, lengths)
+    keys = max(lengths) if keys is None else keys
+    return parsed(entry).rule(attention_class, layer, phase, lengths, keys)
 
 
 _parsed: list[tuple[Mapping[str, Any], Any, SparseAttention]] = []
@@ -488,9 +518,9 @@ def _measured_phase(value: Any, where: str) -> Measured:
     )
 
 
-def _policy(value: Any, where: str) -> Policy:
+def _policy(value: Any, where: str, optional: Iterable[str] = ("shorter",)) -> Policy:
     keys = {"order", "heads", "law", "lengths", "target_sparsity", "ln_threshold"}
-    policy = _mapping(value, where, keys, keys)
+    policy = _mapping(value, where, keys | set(optional), keys)
     for key, choices in (("order", ORDERS), ("heads", HEAD_SCHEMES)):
         _check(
             policy[key] in choices,
@@ -521,14 +551,35 @@ def _policy(value: Any, where: str) -> Policy:
         f"{where}.ln_threshold has a value above {HIGHEST_LN_THRESHOLD:g} or NaN",
     )
     law = _law(policy["law"], f"{where}.law", law_keys)
-    return Policy(
+    found = Policy(
         policy["order"], policy["heads"], law, tuple(int(n) for n in lengths), targets, table
     )
+    if "shorter" not in policy:
+        return found
+    return _with_shorter(found, policy["shorter"], f"{where}.shorter")
+
+
+def _with_shorter(policy: Policy, value: Any, where: str) -> Policy:
+    keys = {"below", "policy"}
+    shorter = _mapping(value, where, keys, keys)
+    below = _numbers(shorter["below"], f"{where}.below")
+    _check(
+        len(below) == len(policy.targets) and all(n >= 0 and n == int(n) for n in below),
+        f"{where}.below is {shorter['below']!r}; it must be {len(policy.targets)} numbers of keys, "
+        "one a target (0: nowhere)",
+    )
+    other = _policy(shorter["policy"], f"{where}.policy", optional=())
+    _check(
+        other.targets == policy.targets,
+        f"{where}.policy.target_sparsity is {list(other.targets)}; it must be that of the policy "
+        f"it stands in for, {list(policy.targets)}",
+    )
+    return replace(policy, below=tuple(int(n) for n in below), shorter=other)
 
 
 def _policy_to_dict(policy: Policy) -> dict[str, Any]:
     law = policy.law
-    return {
+    entry = {
         "order": policy.order,
         "heads": policy.heads,
         "law": {"formula": LENGTH_FORMULA, "a": law.a, "b": law.b, "power": law.power},
@@ -537,6 +588,10 @@ def _policy_to_dict(policy: Policy) -> dict[str, Any]:
         # Three decimals: 0.1 % of a threshold, far below what sparsity can tell apart.
         "ln_threshold": _rounded(policy.ln_threshold.tolist()),
     }
+    if policy.shorter is not None:
+        shorter = _policy_to_dict(policy.shorter)
+        entry["shorter"] = {"below": list(policy.below), "policy": shorter}
+    return entry
 
 
 def _rounded(value: Any) -> Any:

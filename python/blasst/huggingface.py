@@ -159,6 +159,7 @@ def _threshold(
         schedule = _schedule(holder, name, layer, phase)
         if schedule is None:
             return DENSE
+        schedule = schedule.of_call(key.shape[2])
         thresholds = schedule.at((ranges[:, 1] - ranges[:, 0]).cpu())[:, 0]
         return Threshold(thresholds, order=schedule.order)
     if ranges is None:
@@ -166,7 +167,7 @@ def _threshold(
     else:
         lengths = (ranges[:, 1] - ranges[:, 0]).tolist()
     entry = holder.sparse_attention_config
-    rule = thresholds_for(entry, name, layer, phase, lengths)
+    rule = thresholds_for(entry, name, layer, phase, lengths, key.shape[2])
     if rule.threshold is not None:
         inputs = (t.transpose(1, 2) for t in (query, key, value))
         parsed(entry).tell_tiles(phase, lambda: tile_shape(*inputs, phase=phase)[:2])

@@ -310,11 +310,12 @@ def _candidate_table(calibration: Calibration) -> Table:
                 f"{c.kl:.4f}",
                 f"{c.top1:.2%}",
                 f"{c.perplexity_ratio - 1:+.2%}",
-                "chosen" if c.chosen else "",
+                "chosen" if c.chosen else f"below {c.below} tokens" if c.below else "",
             )
             for c in calibration.candidates
         ),
-        "One validation prompt at the longest calibrated length, compared with dense.",
+        "One validation prompt at the longest calibrated length, compared with dense. Below so "
+        "many tokens the chosen order does not reach the target, and another stands in.",
     )
 
 

@@ -62,6 +62,38 @@ def test_the_model_then_reaches_its_target(calibrated):
     assert held_out.achieved == pytest.approx(TARGET, abs=0.08), "one prompt, 105 tiles a head"
 
 
+def test_where_the_chosen_order_is_too_short_for_the_target_another_stands_in(monkeypatch):
+    # Threshold 1 skips 20 % at 512 tokens in sink_first order, 28 % in reverse.
+    monkeypatch.setattr(calibration, "_cost", lambda c: (c.order != "sink_first", c.kl))
+    model = make_recency_model()
+    found = calibrate(
+        model,
+        make_tokenizer(),
+        lengths=LENGTHS,
+        target_sparsity={"prefill": 0.25},
+        prompts=2,
+        held_out=[],
+        schemes=("one_threshold", "equal_mass"),
+    )
+    assert {(c.order, c.chosen, c.below) for c in found.candidates if c.chosen or c.below} == {
+        ("sink_first", True, 0),
+        ("reverse", False, 1024),
+    }
+    [policy] = parse(model.config.sparse_attention_config).measured["prefill"].policies
+    below = dict(zip(policy.targets, policy.below, strict=True))
+    assert below[0.1] == 0, "both lengths reach it"
+    assert below[0.25] == 1024
+    assert policy.shorter.lengths == LENGTHS
+    orders = {n: policy.schedule(0.25).of_call(n).order for n in (512, 1023, 1024, 2048)}
+    assert list(orders.values()) == ["reverse", "reverse", "sink_first", "sink_first"]
+    for length in LENGTHS:
+        with blasst.record() as r, torch.inference_mode():
+            for seed in range(5, 9):
+                model(tokens(length, seed=seed))
+        assert r.sparsity("prefill") == pytest.approx(0.25, abs=0.03), length
+    assert found.saturated == []
+
+
 def test_what_is_saved_runs_the_same_when_loaded(calibrated, tmp_path):
     model = calibrated[0]
     model.save_pretrained(tmp_path)
@@ -102,9 +134,9 @@ def test_decode_is_calibrated_apart_from_prefill():
     )
     config = parse(model.config.sparse_attention_config)
     assert set(config.measured) == {"decode"}
-    rule = config.rule("LlamaAttention", 0, "decode", [512])
+    rule = config.rule("LlamaAttention", 0, "decode", [512], 512)
     assert torch.equal(rule.threshold[:, 0::2], rule.threshold[:, 1::2]), "KV heads decide as one"
-    assert config.rule("LlamaAttention", 0, "prefill", [512]).threshold is None
+    assert config.rule("LlamaAttention", 0, "prefill", [512], 512).threshold is None
 
 
 def test_an_unreachable_target_is_an_error_with_the_highest_reachable():

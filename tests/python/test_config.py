@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,6 +96,48 @@ def test_measured_table_is_used_at_its_points_and_interpolated_between_them():
     torch.testing.assert_close(ln(0.4, 2048), table[:, 0, 1].mean(0))
 
 
+def with_shorter() -> SparseAttention:
+    """0.4 is reached in reverse order from 2048 keys on, 0.6 from 4096."""
+    parsed = measured_config()
+    [policy] = parsed.measured["prefill"].policies
+    other = replace(policy, order="sink_first", ln_threshold=policy.ln_threshold / 2)
+    policy = replace(policy, below=(2048, 4096), shorter=other)
+    return replace(parsed, measured={"prefill": Measured((64, 64), (policy,))})
+
+
+@pytest.mark.parametrize(
+    ("target", "keys", "order"),
+    [
+        (0.4, 2047, "sink_first"),
+        (0.4, 2048, "reverse"),
+        (0.5, 2048, "sink_first"),
+        (0.6, 4095, "sink_first"),
+        (0.6, 4096, "reverse"),
+        (0.7, 4095, "sink_first"),
+    ],
+)
+def test_below_the_first_length_that_reaches_the_target_another_order_stands_in(
+    target, keys, order
+):
+    entry = json.loads(json.dumps(with_shorter().with_targets(prefill=target).to_dict()))
+    rule = thresholds_for(entry, "LlamaAttention", 1, "prefill", [keys])
+    assert rule.order == order
+    alone = measured_config().with_targets(prefill=target).to_dict()
+    expected = thresholds_for(alone, "LlamaAttention", 1, "prefill", [keys]).threshold.log()
+    share = 0.5 if order == "sink_first" else 1
+    torch.testing.assert_close(rule.threshold.log(), expected * share)
+
+
+def test_a_call_has_one_order_that_of_the_keys_it_has_room_for():
+    entry = with_shorter().with_targets(prefill=0.6).to_dict()
+    alone = measured_config().with_targets(prefill=0.6).to_dict()
+    for lengths, keys in (([1500, 4096], None), ([1500], 4096)):
+        rule = thresholds_for(entry, "LlamaAttention", 0, "prefill", lengths, keys)
+        expected = thresholds_for(alone, "LlamaAttention", 0, "prefill", lengths)
+        assert rule.order == "reverse"
+        torch.testing.assert_close(rule.threshold, expected.threshold)
+
+
 def test_beyond_the_table_the_law_gives_the_power_of_the_length(caplog):
     entry = measured_config().with_targets(prefill=0.4).to_dict()
     with caplog.at_level(logging.WARNING, "blasst"):
@@ -118,7 +161,7 @@ def test_other_tiles_at_run_time_are_said_once_with_both_shapes(caplog):
 def test_the_law_alone_keeps_the_tiles_that_it_was_fitted_on(caplog):
     law = parse(json.loads(json.dumps(measured_config().under_the_law().to_dict())))
     assert law.tile_shape("prefill") == (64, 64)
-    rule = law.rule("LlamaAttention", 0, "prefill", [8192])
+    rule = law.rule("LlamaAttention", 0, "prefill", [8192], 8192)
     expected = thresholds_for(ECOSYSTEM, "LlamaAttention", 0, "prefill", [8192])
     assert rule.order == "forward"
     torch.testing.assert_close(rule.threshold, expected.threshold)
@@ -144,8 +187,9 @@ def test_above_threshold_one_a_table_serves_interpolation_only():
     torch.testing.assert_close(rule.threshold, torch.tensor([[1.0], [math.exp(-1)]]).expand(2, 3))
 
 
-def test_round_trip_through_json():
-    parsed = measured_config()
+@pytest.mark.parametrize("make", [measured_config, with_shorter])
+def test_round_trip_through_json(make):
+    parsed = make()
     again = parse(json.loads(json.dumps(parsed.to_dict())))
     assert again == parsed
     torch.testing.assert_close(
@@ -178,10 +222,16 @@ POLICY = ("blasst", "prefill", "policies", 0)
         ((*POLICY, "ln_threshold"), [[[[0.5]]]], "shape .1, 1, 1, 1.; it must be .2 lengths"),
         ((*POLICY, "law", "formula"), "?", "law.formula is '[?]'"),
         (POLICY[:3], {}, "policies must be a list"),
+        ((*POLICY, "longer"), {}, "unknown key 'longer'; known keys: .*shorter"),
+        ((*POLICY, "shorter", "below"), [2048], "it must be 2 numbers of keys, one a target"),
+        ((*POLICY, "shorter", "below"), [1.5, 2], "it must be 2 numbers of keys"),
+        ((*POLICY, "shorter", "from"), 1, "shorter has unknown key 'from'"),
+        ((*POLICY, "shorter", "policy", "shorter"), {}, "policy has unknown key 'shorter'"),
+        ((*POLICY, "shorter", "policy", "target_sparsity"), [0.1, 0.6], "it must be that of"),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error_that_names_it(path, value, message):
-    entry = measured_config().to_dict()
+    entry = with_shorter().to_dict()
     place = entry
     for key in path[:-1]:
         place = place[key]

@@ -320,9 +320,22 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("ours", [{}, {"blasst": TABLE}], ids=["law", "table"])
+def with_shorter(table: dict) -> dict:
+    """Its order stands for fewer than 450 keys."""
+    table = copy.deepcopy(table)
+    [policy] = table["prefill"]["policies"]
+    policy["shorter"] = {"below": [450], "policy": {**policy, "order": "forward"}}
+    return table
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [{}, {"blasst": TABLE}, {"blasst": with_shorter(TABLE)}],
+    ids=["law", "table", "shorter"],
+)
 @torch.no_grad()
 def test_compiled_passes_follow_the_models_configuration_for_each_requests_length(ours):
+    torch.compiler.reset()  # a function is compiled anew only so many times
     config = copy.deepcopy(CONFIG) | ours
     factors = config["config_groups"]["group_0"]["threshold_scale_factor"]
     factors["decode"] = {"a": 0.5, "b": 6.0}

@@ -1,6 +1,7 @@
 """Configurations travel between Model-Optimizer (nvidia-modelopt 0.47) and blasst, both ways."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -54,9 +55,10 @@ def test_blasst_reads_what_model_optimizer_writes(modelopt):
 
 
 def test_model_optimizer_reads_what_blasst_writes(modelopt):
-    policy = Policy(
-        "reverse", "one_threshold", Law(9.0, 2.0, 1.5), (1024,), (0.5,), -torch.ones(1, 1, 1, 1)
+    other = Policy(
+        "sink_first", "one_threshold", Law(9.0, 2.0, 1.5), (1024,), (0.5,), -torch.ones(1, 1, 1, 1)
     )
+    policy = replace(other, order="reverse", below=(1024,), shorter=other)
     config = SparseAttention(
         targets=("LlamaAttention",),
         laws={"prefill": Law(7.5, 8.0), "decode": Law(0.5, 9.0)},
