@@ -6,7 +6,13 @@ sets a model's thresholds and `record` collects the sparsity that it reaches; `c
 thresholds and writes them into its config.
 """
 
+import sys
 from importlib.util import find_spec
+
+if sys.argv[:1] == ["-m"]:  # python -m blasst, which imports this before its own first line
+    from blasst import interrupt
+
+    interrupt.quit_at_once()
 
 from blasst.attention import Result, TileCounts, TileShape, attention, merge, tile_shape
 

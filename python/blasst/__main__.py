@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from blasst import interrupt
 from blasst.config import HEAD_SCHEMES
 
 # What is slow to import waits until the arguments are known to be good.
@@ -17,12 +18,13 @@ def main(arguments: list[str] | None = None) -> int:
     from blasst.console import console, log_to_console
 
     try:
+        interrupt.raise_again()
         with log_to_console():
             options.run(options)
     except KeyboardInterrupt:
         more = "; the same command goes on from there" if options.resumes else ""
         console.print(f"\nblasst: stopped{more}")
-        return 130
+        return interrupt.INTERRUPTED
     except (ValueError, OSError, SafetensorError) as error:
         print(f"blasst: {error}", file=sys.stderr)
         return 1
@@ -284,6 +286,9 @@ def _calibrate(options: argparse.Namespace) -> None:
     text = None if options.text is None else prompts.read_text(options.text)
     with shown_progress() as progress:
         loaded = models.load(options.model, progress=progress)
+        is_folder = Path(options.model).is_dir()
+        out = options.out or Path(options.model if is_folder else f"{loaded.title}-blasst")
+        models.check_room(loaded.model, out)
         found = calibration.calibrate(
             loaded.model,
             loaded.tokenizer,
@@ -302,18 +307,17 @@ def _calibrate(options: argparse.Namespace) -> None:
             f"note: at {length} tokens threshold 1 skips {highest:.1%} in {phase}, "
             f"below the target of {target:.0%}"
         )
-    is_folder = Path(options.model).is_dir()
-    out = options.out or Path(options.model if is_folder else f"{loaded.title}-blasst")
     models.save_config(loaded.model, loaded.folder, out)
     console.print(f"Calibrated model: {out.resolve()}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from blasst import evaluation, harness, models, prompts
+    from blasst import disk, evaluation, harness, models, prompts
     from blasst.console import shown_progress
     from blasst.demo import publish
     from blasst.methods import BLASST, make_methods
 
+    disk.check_folder(options.out)
     harness.check_tasks(options.tasks)
     methods = make_methods(options.method, options.bsfa_thresholds, options.predictors)
     if options.text is not None:
@@ -344,11 +348,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _bsfa(options: argparse.Namespace) -> None:
-    from blasst import bsfa, models, prompts, report
+    from blasst import bsfa, disk, models, prompts, report
     from blasst.console import console, show, shown_progress
 
     text = None if options.text is None else prompts.read_text(options.text)
     loaded = models.load(options.model)
+    out = options.out or Path(f"{loaded.title}-bsfa.safetensors")
+    disk.check_file(out)
     with shown_progress() as progress:
         found = bsfa.calibrate(
             loaded.model,
@@ -359,7 +365,6 @@ def _bsfa(options: argparse.Namespace) -> None:
             text=text,
             progress=progress,
         )
-    out = options.out or Path(f"{loaded.title}-bsfa.safetensors")
     found.save(out)
     show(report.threshold_table(found))
     console.print(f"Absolute thresholds: {out.resolve()}")
@@ -368,13 +373,14 @@ def _bsfa(options: argparse.Namespace) -> None:
 def _chunks(options: argparse.Namespace) -> None:
     from statistics import mean
 
-    from blasst import chunk_training, models, prompts, report
+    from blasst import chunk_training, disk, models, prompts, report
     from blasst.console import console, show, shown_progress
 
     plan = chunk_training.Plan(size=options.size, length=options.length)
     text = None if options.text is None else prompts.read_text(options.text)
     loaded = models.load(options.model)
     out = options.out or Path(f"{loaded.title}-chunks.safetensors")
+    disk.check_file(out)
     with shown_progress() as progress:
         trained = chunk_training.train(
             loaded.model, loaded.tokenizer, out, plan, text, progress

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from blasst import calibration, evaluation, models, prompts, report
+from blasst import calibration, disk, evaluation, models, prompts, report
 from blasst.console import console, show, shown_progress
 
 TARGETS = (0.5, 0.75)
@@ -61,6 +61,7 @@ def demo(name: str, out: Path) -> Path:
         raise ValueError(f"no demo of {name!r}; there is one of {', '.join(PLANS)}")
     plan = PLANS[name]
     length = plan.lengths[-1]
+    disk.check_folder(out)
     with shown_progress() as progress:
         loaded = models.load(name, progress=progress)
     found = _calibration(loaded, plan, out / "calibration.json")

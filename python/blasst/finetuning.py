@@ -33,6 +33,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from blasst import models
 from blasst.calibration import calibrate
 from blasst.config import SparseAttention, parse
+from blasst.disk import ROOM, check_folder
 from blasst.evaluation import Results, fingerprint
 from blasst.huggingface import record
 from blasst.progress import Progress, silent
@@ -53,6 +54,10 @@ ANSWER_ROOM = 32
 CLOSE = 0.002
 """How near the sparsity of a measurement has to come to the target."""
 TRIES = 8
+TORCH_SAVE = "inline_container.cc"
+"""In the message of torch.save's RuntimeError where a file cannot be written."""
+PEAK = 7
+"""Times the weights on the disk: the dense model, and two checkpoints with what Adam keeps."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,9 @@ def fine_tune(
 
     Raises:
         ValueError: a folder of another run, a length beyond the model's context, a text too short,
-            a target that cannot be reached, gradients that are not finite, a process of several.
+            a target that cannot be reached, gradients that are not finite, a process of several,
+            too little room on the disk.
+        OSError: the disk is full nevertheless.
     """
     return _Run(name, plan, text, out, progress or silent).run()
 
@@ -147,6 +154,8 @@ class _Run:
             )
         self.name, self.plan, self.out, self.progress = name, plan, out, progress
         loaded = models.load(name)
+        is_new = not (out / "results.jsonl").exists()
+        check_folder(out, ROOM + is_new * PEAK * models.weights_size(loaded.model))
         models.check_length(loaded.model, plan.length, "a sample")
         self.tokenizer, self.folder = loaded.tokenizer, loaded.folder
         self.prose, held_out = split_text(text)
@@ -374,8 +383,13 @@ def train(
     trainer = Trainer(model, arguments, train_dataset=samples, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     cached, model.config.use_cache = model.config.use_cache, False
-    with models.quiet():
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    try:
+        with models.quiet():
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    except RuntimeError as error:
+        if TORCH_SAVE not in str(error):
+            raise
+        raise OSError(f"a checkpoint could not be written into {out}: is the disk full?") from None
     model.config.use_cache = cached
     model.eval()
     shutil.rmtree(working)

@@ -16,7 +16,7 @@ import tempfile
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distribution
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,10 +28,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from blasst.disk import ROOM, check_folder
 from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"
 BLOCK = 1 << 20
+ROOM_TO_CONVERT = 10
+"""Times a GGUF file's size: itself, and float32 instead of its 4 bits a weight."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ def cached(name: str, progress: Progress = silent) -> Path:
     folder = cache_folder() / "models" / f"{name}-{parts[0].version}"
     if folder.exists():
         return folder
+    size = sum(Path(_model_file(part, packaged.suffix).locate()).stat().st_size for part in parts)
+    check_folder(folder.parent, ROOM_TO_CONVERT * size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _only_process(folder.parent / f".{name}.lock"):
         if folder.exists():  # converted by the process that held the lock
@@ -181,9 +186,14 @@ def _distribution(package: str) -> Distribution:
         ) from None
 
 
+def _model_file(part: Distribution, suffix: str) -> PackagePath:
+    [found] = [f for f in part.files or [] if suffix in f.name]
+    return found
+
+
 def _append_checked(part: Distribution, suffix: str, whole: BinaryIO) -> None:
     """Append the model file in this package, checked against the sum that the package records."""
-    [record] = [f for f in part.files or [] if suffix in f.name]
+    record = _model_file(part, suffix)
     digest = hashlib.sha256()
     with Path(record.locate()).open("rb") as file:
         while block := file.read(BLOCK):
@@ -198,15 +208,34 @@ def _append_checked(part: Distribution, suffix: str, whole: BinaryIO) -> None:
         )
 
 
+def check_room(model: PreTrainedModel, target: Path) -> None:
+    """An error if `save_config` could not write into this folder; it may not exist yet.
+
+    Raises:
+        ValueError: see `check_folder`; or a folder that holds something, but no model.
+    """
+    if not target.is_dir() or not any(target.iterdir()):
+        check_folder(target, ROOM + weights_size(model))
+    elif (target / "config.json").is_file():
+        check_folder(target)
+    else:
+        raise ValueError(f"{target} is there and holds no model (config.json); name a new folder")
+
+
+def weights_size(model: PreTrainedModel) -> int:
+    """Bytes."""
+    return sum(weight.nbytes for weight in model.parameters())
+
+
 def save_config(model: PreTrainedModel, source: str, target: Path) -> None:
     """Write the model and its `sparse_attention_config` to a folder, whole or not at all.
 
     Args:
         model: what `save_pretrained` writes.
         source: where it came from; its tokenizer is copied.
-        target: the folder. If it exists, only its config.json is replaced.
+        target: the folder. If it holds something, only its config.json is replaced.
     """
-    if target.exists():
+    if target.exists() and any(target.iterdir()):
         replace_file(target / "config.json", model.config.to_json_string())
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from blasst import prompts
+from blasst.disk import ROOM, check_folder
 from blasst.huggingface import NAME
-from blasst.models import replace_file, write_json
+from blasst.models import replace_file, weights_size, write_json
 from blasst.policies import Bands
 from blasst.progress import Progress, silent
 
@@ -279,6 +280,8 @@ def pretrain(plan: Plan, out: Path, progress: Progress = silent) -> list[Run]:
     Raises:
         ValueError: too little text, or a checkpoint of another run in `out`.
     """
+    checkpoint = 3 * weights_size(make_model(plan, METHODS[0]))  # Adam keeps two numbers a weight
+    check_folder(out, ROOM + checkpoint * (len(METHODS) + 1))
     progress("text", 0.0, "")
     text = corpus(plan.seed)
     tokenizer = make_tokenizer(text)

@@ -2,12 +2,17 @@
 
 import errno
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from blasst import calibration, models
+from blasst import calibration, disk, models
 from blasst.__main__ import main
 from blasst.config import Law, SparseAttention
 from recency_model import make_loaded
@@ -62,6 +67,65 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch, 
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+COMMANDS = ["calibrate", "evaluate", "finetune", "bsfa", "chunks"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "pretrain", "demo"])
+def test_a_disk_that_is_nearly_full_is_said_before_the_work(command, tmp_path, monkeypatch, capsys):
+    def nearly_full(_):
+        return SimpleNamespace(free=20_000_000)
+
+    model = [str(saved_model(tmp_path / "model"))] if command in COMMANDS else []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(disk.shutil, "disk_usage", nearly_full)
+    assert main([command, *model]) == 1
+    message = capsys.readouterr().err
+    assert re.search(r"is on a disk with 20 MB free; results may take \d+ MB\n$", message)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] * len(model)
+
+
+def test_room_for_a_models_conversion_is_asked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLASST_CACHE", str(tmp_path))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000_000))
+    with pytest.raises(ValueError, match="200 MB free; results may take 984 MB"):
+        models.cached("smollm2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_place_that_cannot_hold_the_results_is_said_before_the_work(command, tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    assert main([command, str(folder), "--out", str(tmp_path / "file" / "out")]) == 1
+    assert "file is a file; a folder is needed there" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_no_place_for_one(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "first.txt").write_text("Dear")
+    assert main(["calibrate", str(folder), "--out", str(tmp_path / "letters")]) == 1
+    assert "letters is there and holds no model" in capsys.readouterr().err
+    assert main(["bsfa", str(folder), "--out", str(tmp_path / "letters")]) == 1
+    assert "letters is a folder; a file is needed there" in capsys.readouterr().err
+
+
+def test_an_empty_folder_gets_the_whole_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "calibrate", fake_calibrate)
+    folder = saved_model(tmp_path / "model")
+    (tmp_path / "new").mkdir()
+    assert main(["calibrate", str(folder), "--out", str(tmp_path / "new")]) == 0
+    assert models.load(str(tmp_path / "new")).model.config.sparse_attention_config is not None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_must_not_be_written_is_said_before_the_work(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert main(["calibrate", str(folder), "--out", str(tmp_path / "locked" / "new")]) == 1
+    assert "nothing can be written into" in capsys.readouterr().err
+
+
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
@@ -72,6 +136,29 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
     assert main(["calibrate", str(folder)]) == 130
     assert "stopped" in capsys.readouterr().out
     assert (folder / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("imported", ["torch", "transformers", "blasst.console"])
+def test_ctrl_c_while_importing_is_one_line(imported, tmp_path):
+    # In place of an impatient user: SIGINT when this module is looked for.
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == {imported!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+""")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    found = subprocess.run(
+        [sys.executable, "-m", "blasst", "evaluate", "smollm2"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (found.returncode, found.stderr, found.stdout) == (130, "\nblasst: stopped\n", "")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

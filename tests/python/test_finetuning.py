@@ -271,6 +271,14 @@ def test_a_checkpoint_cut_short_does_not_replace_a_good_one(written, whole, tmp_
 # Data
 
 
+def test_a_checkpoint_that_the_disk_does_not_hold_is_one_clear_message(tmp_path, monkeypatch):
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda value, _: save(value, "/dev/full"))
+    with pytest.raises(OSError, match=r"could not be written into .*: is the disk full"):
+        train(tmp_path)
+    assert not finetuning.checkpoints(tmp_path)
+
+
 def test_samples_are_the_same_each_time_and_of_one_length():
     first, second = samples(8), samples(8)
     assert all(s["input_ids"].shape == (LENGTH,) for s in first)

@@ -1,0 +1,38 @@
+"""Whether results will find a place: asked before the work, not found out after it."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+ROOM = 32 << 20
+"""Bytes: more than tables, reports and plots take."""
+
+
+def check_folder(folder: Path, needed: int = ROOM) -> None:
+    """An error if files of so many bytes cannot be written into a folder, which may not exist yet.
+
+    Raises:
+        ValueError: no folder, no right to write, or too little room; the message says which.
+    """
+    folder = folder.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; a folder is needed there")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"nothing can be written into {there}: {error.strerror}") from None
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ValueError(
+            f"{there} is on a disk with {free / 1e6:,.0f} MB free; results may take "
+            f"{needed / 1e6:,.0f} MB"
+        )
+
+
+def check_file(file: Path) -> None:
+    """An error if results cannot be written into this file: see `check_folder`."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; a file is needed there")
+    check_folder(file.parent)
