@@ -3,9 +3,12 @@
 import contextlib
 import io
 import logging
+import random
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from blasst.evaluation import Setting, generate, key
 from blasst.huggingface import record
@@ -33,7 +36,7 @@ def check_tasks(tasks: list[str]) -> None:
 def load_task(name: str, folder: str, length: int) -> Any:
     """One lm-eval task with prompts of at most `length` tokens of the tokenizer in `folder`."""
     try:
-        with _silence():
+        with _silence(), _seeded():
             from lm_eval.tasks import TaskManager
 
             manager = TaskManager(metadata={"tokenizer": folder, "max_seq_lengths": [length]})
@@ -59,6 +62,7 @@ def run_task(
         return
     tasks: dict[str, Any] = evaluation.__dict__.setdefault("_loaded_tasks", {})
     if name not in tasks:
+        evaluation.progress("Tasks", done, f"{name}: making its documents")
         tasks[name] = load_task(name, evaluation.loaded.folder, evaluation.length)
     task = tasks[name]
     documents = list(task.test_docs())[:limit]
@@ -106,6 +110,19 @@ def _prompt(tokenizer: Any, task: Any, document: Mapping[str, Any]) -> Any:
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
     )
     return tokenizer(whole + prefix, add_special_tokens=False, return_tensors="pt").input_ids
+
+
+@contextlib.contextmanager
+def _seeded() -> Any:
+    """The same documents in every process: a run that goes on compares what it began with."""
+    states = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextlib.contextmanager

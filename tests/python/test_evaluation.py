@@ -173,6 +173,9 @@ def test_a_task_of_lm_eval_runs_and_is_scored_needs_lm_eval(tmp_path):
         ("niah_single_1", 0, CALIBRATED, 0.9),
     }
     assert all(0 <= value["score"] <= 1 for value in scores.values())
+    again = harness.load_task("niah_single_1", loaded.folder, 900)
+    document = next(iter(again.test_docs()))
+    assert {tuple(value["expected"]) for value in scores.values()} == {tuple(document["outputs"])}
 
 
 def test_an_unknown_task_is_an_error_that_names_it():
