@@ -8,10 +8,15 @@ so that a machine that slows down slows all; medians are printed, and the tiles 
 
 import argparse
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 from run import median_ms, planted
 from torch import Tensor
+from torch.nn import functional
 
 from blasst import attention
 from blasst.dhsa import Dhsa
@@ -139,11 +144,61 @@ def chunk_decode(length: int, rounds: int, budget: float, chunker: str) -> None:
           f"({alone:.1f} ms of them prediction), {dense / by_chunks:.2f}x")  # fmt: skip
 
 
+def peak_bytes(chunker: str, length: int, budget: float, threads: int) -> int:
+    """Most memory that a prefill took beyond its inputs, in a process of its own.
+
+    Args:
+        chunker: of the chunks; "dense": none; "torch": torch's own attention.
+        length: tokens.
+        budget: share of the keys seen.
+        threads: each has some memory of its own.
+    """
+    torch.set_num_threads(threads)
+    q, k, v = random_inputs(length)
+
+    def run(tokens: int) -> object:
+        query, key, value = (t[:, :tokens] for t in (q, k, v))
+        if chunker == "torch":
+            heads_first = [t.transpose(1, 2) for t in (query, key, value)]
+            return functional.scaled_dot_product_attention(
+                *heads_first, is_causal=True, enable_gqa=True
+            )
+        blocks = None
+        if chunker != "dense":
+            policy = Dhsa(budget, chunker=chunker, **CHUNKS)
+            blocks = policy.visit(Call(0, "prefill", query, key, None)).blocks
+        return attention(query, key, value, causal=True, blocks=blocks)
+
+    run(256)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    before = status_bytes("VmRSS")
+    run(length)
+    return status_bytes("VmHWM") - before
+
+
+def status_bytes(name: str) -> int:
+    """A line of Linux' account of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def memory(length: int, budget: float) -> None:
+    """Peak memory of a prefill with chunks, against dense."""
+    output = 4 * length * HEADS * DIM
+    print(f"memory, {length} tokens, prefill, beyond inputs; {output / 1e6:.1f} MB are the output")
+    for chunker in ("torch", "dense", "fixed", "shift"):
+        measure = partial(peak_bytes, chunker, length, budget, torch.get_num_threads())
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            print(f"  {chunker}: {pool.submit(measure).result() / 1e6:8.1f} MB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
-    parts = ("bands", "tests", "prefill", "decode")
+    parts = ("bands", "tests", "prefill", "decode", "memory")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=5)
@@ -154,6 +209,8 @@ def main() -> None:
         bands(options.length, options.rounds)
     if "tests" in options.parts:
         tests(options.length, options.rounds)
+    if "memory" in options.parts:
+        memory(options.length, options.budget)
     with torch.inference_mode():
         for chunker in ("fixed", "shift"):
             if "prefill" in options.parts:

@@ -120,6 +120,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--length", type=_positive, default=4096, help="tokens (default: 4096)")
     command.add_argument(
+        "--every",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="compare texts with dense at every N-th position (default: 1)",
+    )
+    command.add_argument(
         "--other-lengths",
         type=_positive,
         nargs="*",
@@ -157,6 +164,12 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
         command.add_argument(
             option, type=kind, default=default, metavar=letter, help=f"{what} (default: {default})"
         )
+    command.add_argument(
+        "--distill",
+        action="store_true",
+        help="learn the untrained model's predictions, not the texts' tokens; nothing is trained "
+        "densely",
+    )
     command.add_argument(
         "--bf16", action="store_true", help="compute in bfloat16 (weights stay float32)"
     )
@@ -339,12 +352,13 @@ def _evaluate(options: argparse.Namespace) -> None:
             limit=options.limit,
             other_lengths=other_lengths,
             length_prompts=options.length_prompts,
+            every=options.every,
             methods=methods,
             with_calibrated=BLASST in options.method,
             out=options.out,
             progress=progress,
         )
-    publish(loaded, options.length, list(texts), results, options.out)
+    publish(loaded, options.length, list(texts), results, options.out, every=options.every)
 
 
 def _bsfa(options: argparse.Namespace) -> None:
@@ -435,6 +449,7 @@ def _finetune(options: argparse.Namespace) -> None:
         length=options.length,
         batch=options.batch,
         learning_rate=options.learning_rate,
+        distill=options.distill,
         bf16=options.bf16,
         save_every=options.save_every,
     )

@@ -26,7 +26,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.attention import Result
 from blasst.huggingface import Recording, Threshold, configure, recording_with
-from blasst.models import attention_layers, check_length, context_length, replace_file
+from blasst.models import check_length, context_length, replace_file, unwindowed_layers
 from blasst.operators import KEYS, QUERY_ROWS
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
@@ -304,8 +304,7 @@ def calibrate(
     if prompts < 1:
         raise ValueError(f"prompts is {prompts}; at least one is needed")
     maker = PromptMaker(tokenizer, text, "the calibration text")
-    modules = attention_layers(model)
-    layers = [i for i, m in modules.items() if not getattr(m, "sliding_window", None)]
+    layers = unwindowed_layers(model)
     if not layers:
         raise ValueError("every layer has a sliding window; there is nothing to calibrate")
     sums = _Prompts(layers, keeps)

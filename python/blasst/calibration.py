@@ -50,7 +50,7 @@ from blasst.curves import (
     sparsity_at,
 )
 from blasst.huggingface import record
-from blasst.models import attention_layers, check_length, context_length
+from blasst.models import attention_layers, check_length, context_length, unwindowed_layers
 from blasst.policies import Call
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
@@ -270,7 +270,7 @@ class _Job:
         )
         self.modules = attention_layers(model)
         # A layer with a sliding window has few tiles to skip and another length: it stays dense.
-        self.layers = [i for i, m in self.modules.items() if not getattr(m, "sliding_window", None)]
+        self.layers = unwindowed_layers(model)
         for i in self.layers if "least_error" in schemes else ():
             if not hasattr(self.modules[i], "o_proj"):
                 raise ValueError(
@@ -479,9 +479,13 @@ class _Job:
         return self.measured[phase, order, length].gaps[self.layers].sum((0, 1))
 
     def _targets_of(self, phase: str, order: str) -> list[float]:
-        """Targets of the grid, and those asked for, that this order reaches at the longest."""
+        """Targets of the grid and those asked for, up to what this order reaches at the longest.
+
+        The last is that, in whole percents.
+        """
         highest = self._highest(phase, order, self.lengths[-1])
-        return sorted({t for t in (*TARGETS, *self.targets[phase]) if t <= highest})
+        grid = (*TARGETS, *self.targets[phase], math.floor(100 * highest) / 100)
+        return sorted({t for t in grid if t <= highest})
 
     def _policy(
         self,

@@ -23,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from blasst.bsfa import identity
 from blasst.dhsa import VERSION, Predictor, load_predictors
 from blasst.huggingface import set_policy
-from blasst.models import attention_layers, check_length, replace_file
+from blasst.models import attention_layers, check_length, replace_file, unwindowed_layers
 from blasst.policies import Call, Visit
 from blasst.progress import Progress, silent
 from blasst.prompts import reference_text, text_tokens
@@ -167,6 +167,8 @@ def train(
 ) -> dict[int, Trained]:
     """Train every layer's predictor and write them to `out`, whole or not at all.
 
+    Layers with a sliding window get none.
+
     Args:
         model: loaded with `attn_implementation="blasst"`; stays as it is.
         tokenizer: its tokenizer.
@@ -215,8 +217,8 @@ def _keys_of(
     """Keys of each layer, a list of [tokens, kv_heads, head_dim]."""
     keys = _Keys()
     modules = attention_layers(model)
-    before = {layer: getattr(m, "blasst_policy", None) for layer, m in modules.items()}
-    set_policy(model, keys)
+    before = {n: getattr(modules[n], "blasst_policy", None) for n in unwindowed_layers(model)}
+    set_policy(model, keys, before)
     try:
         for i in range(plan.stretches):
             progress("Keys", i / plan.stretches, f"stretch {i + 1} of {plan.stretches}")

@@ -79,9 +79,7 @@ def demo(name: str, out: Path) -> Path:
             out=out,
             progress=progress,
         )
-    every = f", at every {plan.every} positions" if plan.every > 1 else ""
-    names = [name + every for name in texts]
-    return publish(loaded, length, names, results, out, found)
+    return publish(loaded, length, list(texts), results, out, found, plan.every)
 
 
 def publish(
@@ -91,9 +89,22 @@ def publish(
     results: evaluation.Results,
     out: Path,
     found: calibration.Calibration | None = None,
+    every: int = 1,
 ) -> Path:
-    """Write the report of a model at so many tokens, and show its tables; the report's path."""
-    about = about_run(f"Texts: {', '.join(texts)}." if texts else "", loaded.model.dtype)
+    """Write the report of a model at so many tokens, and show its tables; the report's path.
+
+    Args:
+        loaded: the model.
+        length: tokens of every prompt and text.
+        texts: their names.
+        results: what was measured.
+        out: folder.
+        found: the calibration, if the report shall show it.
+        every: positions of a text at which it was compared with dense.
+    """
+    compared = f", compared at every {every} positions" if every > 1 else ""
+    about = f"Texts: {', '.join(texts)}{compared}." if texts else ""
+    about = about_run(about, loaded.model.dtype)
     path = report.write(f"{loaded.title} at {length} tokens", about, results, found, out)
     for table in report.tables(results, found):
         show(table)

@@ -13,12 +13,14 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -37,7 +39,7 @@ from blasst.disk import ROOM, check_folder
 from blasst.evaluation import Results, fingerprint
 from blasst.huggingface import record
 from blasst.progress import Progress, silent
-from blasst.prompts import KINDS, PromptMaker, evaluation_texts, reference_text, text_tokens
+from blasst.prompts import KINDS, PromptMaker, evaluation_texts, text_tokens, training_text
 from blasst.scoring import PIECE, log_probabilities
 from blasst.training import PHASE, FiniteGradients, SparsitySchedule
 
@@ -77,6 +79,9 @@ class Plan:
     """Samples a step."""
     learning_rate: float = 1e-4
     """At its highest; it falls to 0 along a cosine."""
+    distill: bool = False
+    """Sparse training learns what the untrained model predicts densely, in place of the samples'
+    own tokens. Trained densely so, a model stays as it is: it is its own dense-trained model."""
     bf16: bool = False
     """Compute in bfloat16; weights, optimizer and, measuring, the last layer stay float32."""
     save_every: int = 5
@@ -126,7 +131,7 @@ def fine_tune(
     Args:
         name: of the model, as `models.load` takes it.
         plan: what is done.
-        text: prose to train on, whose end is held out; default: `reference_text()`, and
+        text: prose to train on, whose end is held out; default: `training_text()`, and
             `evaluation_texts()` are held out.
         out: folder; what it holds of an earlier run is continued.
         progress: told what is being done: see `blasst.progress`.
@@ -193,11 +198,18 @@ class _Run:
     def _train(self, way: str) -> None:
         model = models.load(self.name).model
         model.config.sparse_attention_config = self.results.get("calibration", UNTRAINED)
-        plan = self.plan
+        plan, folder = self.plan, self.out / way / "model"
+        if plan.distill and way == DENSE:
+            models.save_config(model, self.folder, folder)
+            return
         sparse = way == SPARSE
         schedule = SparsitySchedule(
             plan.start if sparse else 0.0, plan.target if sparse else 0.0, plan.ramp
         )
+        teacher = None
+        if plan.distill:
+            # With another attention, so that the schedule records the student's alone.
+            teacher = models.load(self.name, attention="sdpa").model
         samples = training_samples(self.tokenizer, self.prose, plan)
         train(
             model,
@@ -206,8 +218,9 @@ class _Run:
             schedule,
             self.out / way,
             lambda share, what: self.progress(f"Training, {way}", share, what),
+            teacher,
         )
-        models.save_config(model, self.folder, self.out / way / "model")
+        models.save_config(model, self.folder, folder)
         for checkpoint in checkpoints(self.out / way):
             shutil.rmtree(checkpoint)
 
@@ -217,25 +230,31 @@ class _Run:
         """The two cases of one trained model; it is left configured as measured sparse."""
         folder = self.out / way / "model"
         model = models.load(str(folder)).model
-        config = self._calibration(way, model)
-        dense = self._perplexities(model, way, config, 0.0)
-        target = self._reaching_target(model, way, config)
-        sparse = self._perplexities(model, way, config, target)
+        # The thresholds that a model was trained with are its own, if they reach so far.
+        trained_with_them = way == SPARSE or self.plan.distill
+        for made in (UNTRAINED, way) if trained_with_them else (way,):
+            config = self._calibration(made, model)
+            dense = self._perplexities(model, way, made, 0.0)
+            target = self._reaching_target(model, way, made)
+            sparse = self._perplexities(model, way, made, target)
+            if abs(sparse["sparsity"] - self.plan.target) <= CLOSE:
+                break
         model.config.sparse_attention_config = config.with_targets(**{PHASE: target}).to_dict()
         models.save_config(model, self.folder, folder)
         return [Case(way, DENSE, **dense), Case(way, SPARSE, **sparse)]
 
-    def _reaching_target(self, model: PreTrainedModel, way: str, config: SparseAttention) -> float:
+    def _reaching_target(self, model: PreTrainedModel, way: str, made: str) -> float:
         """The target to read thresholds at so that the held-out texts skip what the plan says.
 
-        They do not skip just what the calibration's prompts do.
+        They do not skip just what the prompts of the calibration `made` do.
         """
         wanted = self.plan.target
+        config = self._calibration(made, model)
         low, high = 0.0, config.measured[PHASE].policies[-1].targets[-1]
         below, above = 0.0, None
-        at, misses = wanted, {}
+        at, misses = min(wanted, high), {}
         for _ in range(TRIES):
-            reached = self._perplexities(model, way, config, at)["sparsity"]
+            reached = self._perplexities(model, way, made, at)["sparsity"]
             misses[at] = abs(reached - wanted)
             if misses[at] <= CLOSE or (reached < wanted and at == high):
                 break
@@ -250,12 +269,13 @@ class _Run:
 
     @torch.inference_mode()
     def _perplexities(
-        self, model: PreTrainedModel, way: str, config: SparseAttention, target: float
+        self, model: PreTrainedModel, way: str, made: str, target: float
     ) -> dict[str, Any]:
-        """Sparsity and perplexity over the held-out windows at a target."""
-        known = self.results.get("measured", way, target)
+        """Sparsity and perplexity over the held-out windows at a target of a calibration."""
+        known = self.results.get("measured", way, made, target)
         if known is not None:
             return known
+        config = self._calibration(made, model)
         model.config.sparse_attention_config = config.with_targets(**{PHASE: target}).to_dict()
         losses: dict[str, list[float]] = {}
         layers = [i for i in models.attention_layers(model) if i not in config.dense_layers]
@@ -271,7 +291,7 @@ class _Run:
             "perplexity": math.exp(sum(by_text.values()) / len(by_text)),
             "by_text": {name: math.exp(loss) for name, loss in by_text.items()},
         }
-        return self.results.put(found, "measured", way, target)
+        return self.results.put(found, "measured", way, made, target)
 
 
 def loss_of(model: PreTrainedModel, tokens: Tensor, bf16: bool) -> float:
@@ -291,7 +311,7 @@ def loss_of(model: PreTrainedModel, tokens: Tensor, bf16: bool) -> float:
 def split_text(text: str | None) -> tuple[str, dict[str, str]]:
     """What is trained on, and what is held out, by name."""
     if text is None:
-        return reference_text(), evaluation_texts()
+        return training_text(), evaluation_texts()
     lines = text.splitlines(keepends=True)
     cut = round(len(lines) * (1 - HELD_OUT_SHARE))
     return "".join(lines[:cut]), {"end of the text": "".join(lines[cut:])}
@@ -346,6 +366,7 @@ def train(
     schedule: SparsitySchedule,
     out: Path,
     progress: Callable[[float, str], None],
+    teacher: PreTrainedModel | None = None,
 ) -> None:
     """Train, from the last checkpoint in `out` if there is one.
 
@@ -358,6 +379,7 @@ def train(
         schedule: of the target sparsity.
         out: folder of log.jsonl and of the checkpoint.
         progress: told the share that is done, and the last step's loss.
+        teacher: whose predictions are learned in place of the samples' own tokens.
     """
     working = out / ".working"
     shutil.rmtree(working, ignore_errors=True)  # what a run that was killed left half-written
@@ -380,7 +402,8 @@ def train(
         report_to="none",
     )
     callbacks = [schedule, FiniteGradients(), _Log(out / "log.jsonl", progress), _Checkpoints(out)]
-    trainer = Trainer(model, arguments, train_dataset=samples, callbacks=callbacks)
+    kind = Trainer if teacher is None else partial(_Distillation, teacher)
+    trainer = kind(model, arguments, train_dataset=samples, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     cached, model.config.use_cache = model.config.use_cache, False
     try:
@@ -393,6 +416,26 @@ def train(
     model.config.use_cache = cached
     model.eval()
     shutil.rmtree(working)
+
+
+class _Distillation(Trainer):
+    """The loss is the divergence from a teacher's predictions."""
+
+    def __init__(self, teacher: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._teacher = teacher
+
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> Tensor:
+        """Mean KL divergence of the next token's distribution from the teacher's, nats."""
+        tokens = inputs["input_ids"]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+            wanted = self._teacher(tokens, use_cache=False).logits[:, :-1]
+        found = model(tokens, use_cache=False).logits[:, :-1]
+        wanted, found = (logits.float().log_softmax(-1) for logits in (wanted, found))
+        divergence = functional.kl_div(found, wanted, reduction="sum", log_target=True)
+        return divergence / found[..., 0].numel()
 
 
 def checkpoints(folder: Path) -> list[Path]:

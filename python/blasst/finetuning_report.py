@@ -25,10 +25,14 @@ def costs(cases: Sequence[Case]) -> dict[str, float]:
 
 def about(plan: Plan) -> str:
     """The plan in a sentence."""
+    if plan.distill:
+        towards = ", towards the predictions of the untrained model, the dense one here,"
+    else:
+        towards = ""
     return (
         f"{plan.steps} steps of {plan.batch} x {plan.length} tokens, learning rate "
-        f"{plan.learning_rate:g}; sparse training goes from {plan.start:.0%} to {plan.target:.0%} "
-        f"in {plan.ramp} steps."
+        f"{plan.learning_rate:g}; sparse training{towards} goes from {plan.start:.0%} to "
+        f"{plan.target:.0%} in {plan.ramp} steps."
     )
 
 

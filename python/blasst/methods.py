@@ -14,7 +14,7 @@ from blasst.bsfa import AbsoluteThresholds
 from blasst.config import SparseAttention
 from blasst.dhsa import Dhsa
 from blasst.huggingface import Recording, set_policy
-from blasst.models import attention_layers
+from blasst.models import attention_layers, unwindowed_layers
 from blasst.operators import KEYS
 
 BLASST = "blasst"
@@ -87,11 +87,12 @@ class Chunks:
             policy = Dhsa(budget)
         else:
             policy = Dhsa(budget, "trained", least=16, predictors=self.predictors)
+        layers = unwindowed_layers(model)
         try:
-            set_policy(model, policy)
+            set_policy(model, policy, layers)
             yield
         finally:
-            set_policy(model, None)
+            set_policy(model, None, layers)
             model.config.__dict__.pop("sparse_attention_config", None)
 
 
@@ -132,17 +133,18 @@ def _digest(path: Path) -> str:
 
 
 def saved_tiles(recording: Recording, model: PreTrainedModel, length: int) -> float:
-    """Share of the causal tiles of a prefill that were not computed: never visited, or dropped."""
-    modules = attention_layers(model)
+    """Share of the causal tiles of a prefill that were not computed: never visited, or dropped.
+
+    Layers with a sliding window, which no method changes, do not count.
+    """
+    layers = unwindowed_layers(model)
     tiles = -(-length // KEYS)
     causal, computed = 0, 0
     counts = recording.tiles("prefill")
     for layer, (visitable, skipped) in zip(recording.layers("prefill"), counts, strict=True):
-        # A window leaves fewer than the causal mask; no policy is needed for that.
-        windowed = getattr(modules[layer], "sliding_window", None)
-        heads = len(visitable)
-        causal += visitable.sum().item() if windowed else heads * tiles * (tiles + 1) // 2
-        computed += (visitable - skipped).sum().item()
+        if layer in layers:
+            causal += len(visitable) * tiles * (tiles + 1) // 2
+            computed += (visitable - skipped).sum().item()
     return 1 - computed / max(1, causal)
 
 

@@ -275,6 +275,11 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     }
 
 
+def unwindowed_layers(model: PreTrainedModel) -> list[int]:
+    """Layers without a sliding window: those that see the whole text, where sparsity pays."""
+    return [i for i, m in attention_layers(model).items() if not getattr(m, "sliding_window", None)]
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Positions that the model was made for."""
     return model.config.get_text_config().max_position_embeddings

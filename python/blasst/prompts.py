@@ -21,6 +21,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 KINDS = ("needle", "chain", "pairs", "words")
 """Prose first: few prompts then say most about prose."""
+TRAINED_ON = (
+    *("calendar", "configparser", "dataclasses", "difflib", "ftplib", "functools", "random"),
+    *("statistics", "threading"),
+)
+"""Modules of the standard library, not those of `evaluation_texts`."""
 PLACES = ("north", "south", "east", "west", "upper", "lower", "inner", "outer")
 THINGS = ("gate", "tower", "bridge", "harbour", "garden", "cellar", "library", "mill")
 COLOURS = ("copper", "silver", "amber", "violet", "scarlet", "ivory", "cobalt", "emerald")
@@ -51,6 +56,13 @@ class Prompt:
 def reference_text() -> str:
     """Prose for calibration: the language reference that Python carries."""
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def training_text() -> str:
+    """Text to train on: `reference_text`, and source code that is not among `evaluation_texts`."""
+    folder = Path(inspect.getfile(argparse)).parent
+    sources = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in TRAINED_ON]
+    return "\n\n".join([reference_text(), *sources])
 
 
 def evaluation_texts() -> dict[str, str]:

@@ -52,6 +52,17 @@ def test_tries_every_order_and_scheme_and_marks_the_one_nearest_to_dense(calibra
     assert (policy.order, policy.heads) == (chosen.order, chosen.heads)
 
 
+def test_the_last_target_is_the_highest_that_is_reached(calibrated):
+    [policy] = calibrated[1].config.measured["prefill"].policies
+    assert list(policy.targets) == sorted(policy.targets)
+    model = make_recency_model()
+    blasst.configure(model, prefill=blasst.Threshold(1.0, order=policy.order))
+    with blasst.record() as r, torch.inference_mode():
+        for index in range(2):
+            model(tokens(LENGTHS[-1], KINDS[index], seed=index))
+    assert 0 <= r.sparsity("prefill") - policy.targets[-1] < 0.01
+
+
 def test_the_model_then_reaches_its_target(calibrated):
     model = calibrated[0]
     with blasst.record() as r, torch.inference_mode():

@@ -259,6 +259,7 @@ def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):
         (["calibrate", "smollm2", "--target-sparsity", "1.5"], "'1.5' is no number from 0 to 1"),
         (["calibrate", "smollm2", "--lengths", "0"], "'0' is no positive number"),
         (["evaluate"], "required: MODEL"),
+        (["evaluate", "x", "--every", "0"], "'0' is no positive number"),
         (["explain"], "invalid choice: 'explain'"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 import blasst
 from blasst import evaluation, harness, report
+from blasst.__main__ import main
 from blasst.config import Law, Measured, Policy, SparseAttention
 from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Setting
 from blasst.models import Loaded
@@ -127,6 +128,21 @@ def test_the_configuration_is_left_as_it_was(tmp_path):
 def test_bad_input_is_an_error_that_names_it(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **options)
+
+
+def test_the_command_compares_at_every_nth_position(tmp_path, capsys):
+    loaded = configured()
+    folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    text.write_text(TEXTS["first"])
+    arguments = ["evaluate", str(folder), "--target-sparsity", "0", "--length", "512"]
+    arguments += ["--needles", "0", "--other-lengths", "--text", str(text), "--out", str(out)]
+    assert main([*arguments, "--every", "100"]) == 0
+    assert "compared at every 100 positions" in (out / "report.html").read_text()
+    # What was compared at 100 positions is not gone on with at each.
+    assert main(arguments) == 1
+    assert "another model, calibration or length" in capsys.readouterr().err
 
 
 def test_a_model_without_calibration_is_an_error(tmp_path):

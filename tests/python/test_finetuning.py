@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
 import blasst
 from blasst import finetuning, models
@@ -268,6 +269,51 @@ def test_a_checkpoint_cut_short_does_not_replace_a_good_one(written, whole, tmp_
     assert not (tmp_path / ".working").exists()
 
 
+# A teacher
+
+
+class Constant(torch.nn.Module):
+    """A model that predicts the same everywhere, and counts its passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+        self.logits = torch.linspace(-2, 2, 257)
+
+    def forward(self, tokens, use_cache):
+        self.passes += 1
+        return CausalLMOutput(logits=self.logits.expand(*tokens.shape, -1))
+
+
+def test_the_loss_is_the_divergence_from_the_teacher(tmp_path):
+    model, teacher = calibrated_model(), Constant()
+    data = samples(1)
+    with torch.no_grad():
+        model.config.sparse_attention_config = None
+        found = model(data[0]["input_ids"][None]).logits[0, :-1].double().log_softmax(-1)
+    wanted = teacher.logits.double().log_softmax(-1)
+    expected = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+    plan = Plan(**{**vars(PLAN), "steps": 1})
+    model = calibrated_model()
+    dense = SparsitySchedule(0, 0, ramp=0)
+    finetuning.train(model, data, plan, dense, tmp_path, lambda *_: None, teacher)
+    [line] = finetuning.read_log(tmp_path / "log.jsonl")
+    assert line["loss"] == pytest.approx(expected, rel=1e-4)
+    assert teacher.passes == 1
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(tmp_path):
+    teacher = calibrated_model()
+    teacher.set_attn_implementation("sdpa")
+    schedule = SparsitySchedule(0, 0, ramp=0)
+    plan = Plan(**{**vars(PLAN), "steps": 1})
+    finetuning.train(
+        calibrated_model(), samples(1), plan, schedule, tmp_path, lambda *_: None, teacher
+    )
+    [line] = finetuning.read_log(tmp_path / "log.jsonl")
+    assert abs(line["loss"]) < 1e-6
+
+
 # Data
 
 
@@ -289,6 +335,13 @@ def test_samples_are_the_same_each_time_and_of_one_length():
     text = make_tokenizer().decode(first[1]["input_ids"])
     assert "Question: What is the secret passphrase" in text
     assert text.count("Question") < text.count("passphrase"), "question, fact and answer"
+
+
+def test_what_is_held_out_is_not_trained_on():
+    prose, held_out = finetuning.split_text(None)
+    paragraphs = {p for p in prose.split("\n\n") if len(p) > 100}
+    for name, text in held_out.items():
+        assert paragraphs.isdisjoint(text.split("\n\n")), name
 
 
 def test_a_given_text_is_not_trained_on_at_its_end():
@@ -359,6 +412,47 @@ def test_the_command_compares_four_cases_and_goes_on_after_a_stop(tmp_path, monk
 
     assert command(folder, out, "--text", text, "--steps", 5) == 1
     assert "choose another folder or remove it" in capsys.readouterr().err
+
+
+def test_a_distilled_model_is_compared_with_its_untrained_teacher(tmp_path):
+    folder, out = saved_model(tmp_path / "model"), tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text(reference_text()[:40000])
+    assert command(folder, out, "--text", text, "--distill") == 0
+    kept = json.loads((out / "results.json").read_text())
+    assert kept["training"][DENSE] == []
+    assert len(kept["training"][SPARSE]) == 4
+    assert kept["training"][SPARSE][0]["loss"] < 0.1, "near the teacher from the start"
+    assert "towards the predictions of the untrained model" in kept["about"]
+    before = models.load(str(folder)).model.state_dict()
+    dense = models.load(str(out / DENSE / "model")).model.state_dict()
+    sparse = models.load(str(out / SPARSE / "model")).model.state_dict()
+    assert all(torch.equal(before[name], dense[name]) for name in before)
+    assert not all(torch.equal(before[name], sparse[name]) for name in before)
+
+
+def test_a_sparse_model_is_measured_with_the_thresholds_that_it_was_trained_with(
+    tmp_path, monkeypatch
+):
+    folder, out = saved_model(tmp_path / "model"), tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text(reference_text()[:40000])
+    asked = []
+    calibrate = finetuning.calibrate
+
+    def count(model, *arguments, **options):
+        asked.append(None)
+        return calibrate(model, *arguments, **options)
+
+    monkeypatch.setattr(finetuning, "calibrate", count)
+    assert command(folder, out, "--text", text) == 0
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    kept = {tuple(json.loads(r["key"])): r["value"] for r in results if "key" in r}
+    reached = [v["sparsity"] for k, v in kept.items() if k[:3] == ("measured", SPARSE, "untrained")]
+    assert any(abs(sparsity - 0.2) <= finetuning.CLOSE for sparsity in reached)
+    assert len(asked) == 2, "the untrained model and the dense-trained one"
+    written = models.load(str(out / SPARSE / "model")).model.config.sparse_attention_config
+    assert written["blasst"] == kept["calibration", "untrained"]["blasst"]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,12 @@ import torch
 from blasst import bsfa, evaluation, report
 from blasst.__main__ import main
 from blasst.evaluation import CALIBRATED, DENSE
+from blasst.huggingface import record
 from blasst.methods import make_methods, saved_tiles
+from blasst.models import attention_layers, unwindowed_layers
 from recency_model import make_loaded
 from test_evaluation import LENGTH, TEXTS, configured
+from tiny_models import make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,6 +88,25 @@ def test_tiles_that_are_not_visited_count_as_saved():
 
     # Four tiles: ten causal ones in each of two heads and two layers; 3 + 6 + 10 + 0 computed.
     assert saved_tiles(Recorded(), make_loaded().model, 256) == pytest.approx(1 - 19 / 40)
+
+
+def test_layers_with_a_sliding_window_stay_as_they_are_and_do_not_count():
+    model = make_model("gemma3_sliding_and_global", max_position_embeddings=2048)
+    sliding, whole = attention_layers(model).values()
+    assert unwindowed_layers(model) == [1]
+    tokens = torch.randint(5, 97, (1, 1024), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), record() as dense:
+        model(tokens)
+    method = make_methods(["dhsa"])["dhsa"]
+    with method.applied(model, None, 0.5, 1024), torch.inference_mode(), record() as chunks:
+        assert getattr(sliding, "blasst_policy", None) is None
+        assert whole.blasst_policy.budget == 0.5
+        model(tokens)
+    assert getattr(whole, "blasst_policy", None) is None
+    assert torch.equal(chunks.tiles("prefill")[0], dense.tiles("prefill")[0])
+    assert saved_tiles(dense, model, 1024) == 0
+    # One layer of 4 heads, 16 query tiles; each reads half of the key tiles that it sees, up.
+    assert saved_tiles(chunks, model, 1024) == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize(
