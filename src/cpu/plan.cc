@@ -96,8 +96,8 @@ int64_t decode_partials(std::span<const DecodeUnit> units) {
 }
 
 size_t prefill_scratch_floats(const Problem& p) {
-  return 2 * kKeys * kQueryRows + 2 * kKeys * kMaxDim + kMaxDim +
-         kUnitTiles * kQueryRows * (p.head_dim + p.value_dim);
+  return 2 * kKeys * kQueryRows + kMaxDim + kQueryRows * p.value_dim +
+         (2 * kKeys + kUnitTiles * kQueryRows) * (p.head_dim + p.value_dim);
 }
 
 size_t decode_scratch_floats(const Problem& p) {

@@ -218,17 +218,25 @@ struct BFloat16Dot {
 };
 #endif
 
-// Largest magnitude in an array of words (count: a multiple of kLanes). NaN and infinity come out
-// as infinity.
+// `most` or the larger magnitudes among `count` words (a multiple of kLanes), a lane each.
 template <typename A>
-HWY_INLINE float LargestMagnitude(const float* words, int64_t count) {
-  auto most = hn::Zero(i32);
+HWY_INLINE hn::Vec<I> Largest(hn::Vec<I> most, const float* words, int64_t count) {
   for (int64_t i = 0; i < count; i += kLanes)
     most = hn::Max(most, A::Magnitude(hn::LoadU(i32, reinterpret_cast<const int32_t*>(words) + i)));
-  const int32_t bits = std::min<int32_t>(hn::GetLane(hn::MaxOfLanes(i32, most)), 0x7f800000);
+  return most;
+}
+
+// The largest of the lanes. NaN and infinity come out as infinity.
+HWY_INLINE float LargestLane(hn::Vec<I> magnitudes) {
+  const int32_t bits = std::min<int32_t>(hn::GetLane(hn::MaxOfLanes(i32, magnitudes)), 0x7f800000);
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+template <typename A>
+HWY_INLINE float LargestMagnitude(const float* words, int64_t count) {
+  return LargestLane(Largest<A>(hn::Zero(i32), words, count));
 }
 
 }  // namespace blasst::cpu::BLASST_ISA

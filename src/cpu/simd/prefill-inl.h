@@ -22,6 +22,7 @@
 #include "cpu/simd/arithmetic-inl.h"
 #include "cpu/simd/exp-inl.h"
 #include "cpu/simd/finish-inl.h"
+#include "cpu/simd/key_tile-inl.h"
 #include "cpu/simd/product-inl.h"
 #include "cpu/totals.h"
 
@@ -76,13 +77,16 @@ template <typename A>
 class PrefillWalk {
  public:
   PrefillWalk(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch)
-      : p_(p), unit_(unit), totals_(totals), depth_(p.head_dim / A::kPack) {
+      : p_(p),
+        unit_(unit),
+        totals_(totals),
+        depth_(p.head_dim / A::kPack),
+        key_tiles_{{p, scratch}, {p, scratch}} {
     const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
     scores_ = take(kKeys * kQueryRows);
     probabilities_ = A::kPack == 1 ? scores_ : take(kKeys / A::kPack * kQueryRows);
-    k_ = take(kKeys * kMaxDim);
-    v_ = take(kKeys * kMaxDim);
     row_words_ = take(kMaxDim);
+    out_ = take(kQueryRows * p.value_dim);
     for (size_t i = 0; i < unit.tiles.size(); ++i) {
       tiles_[i].q = take(kQueryRows * depth_);
       tiles_[i].o = take(kQueryRows * p.value_dim);
@@ -93,26 +97,52 @@ class PrefillWalk {
     unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
     log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
     kv_head_ = first.head / p.group();
+    const int64_t steps = (kQueryRows / kPanel) * (kKeys / kBroadcasts);
+    rows_a_step_ = attention::ceil_div(2 * kKeys, steps * std::ssize(unit.tiles));
   }
 
   void Run() {
     for (size_t i = 0; i < unit_.tiles.size(); ++i) Begin(unit_.tiles[i], tiles_[i]);
-    for (int64_t i = 0; i < unit_.key_tiles.size(); ++i) {
-      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, i);
-      next_key_tile_ = i + 1 < unit_.key_tiles.size()
-                           ? attention::nth_tile(p_.order, unit_.key_tiles, i + 1)
-                           : -1;
-      k_staged_ = v_staged_ = false;
-      for (size_t t = 0; t < unit_.tiles.size(); ++t) {
-        TileState& tile = tiles_[t];
-        if (j >= tile.key_tiles.begin && j < tile.key_tiles.end && p_.block_visible(*tile.tile, j))
-          Visit(tile, j);
-      }
+    int64_t at = NextVisited(0);
+    if (at < unit_.key_tiles.size()) Stage(at, *now_);
+    while (at < unit_.key_tiles.size()) {
+      const int64_t next = NextVisited(at + 1);
+      has_next_ = next < unit_.key_tiles.size();
+      if (has_next_) Stage(next, *next_);
+      // A tile whose values nobody needs is most likely followed by another one.
+      values_ahead_ = std::exchange(values_used_, false);
+      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, at);
+      for (size_t t = 0; t < unit_.tiles.size(); ++t)
+        if (Visits(tiles_[t], j)) Visit(tiles_[t], j);
+      std::swap(now_, next_);
+      at = next;
     }
     for (size_t i = 0; i < unit_.tiles.size(); ++i) Finish(tiles_[i]);
   }
 
  private:
+  bool Visits(const TileState& tile, int64_t j) const {
+    return j >= tile.key_tiles.begin && j < tile.key_tiles.end && p_.block_visible(*tile.tile, j);
+  }
+
+  // The first position of the visit from `at` on whose key tile a query tile visits; the end if
+  // there is none.
+  int64_t NextVisited(int64_t at) const {
+    const auto visited = [&](int64_t j) {
+      return std::any_of(tiles_, tiles_ + unit_.tiles.size(),
+                         [&](const TileState& tile) { return Visits(tile, j); });
+    };
+    while (at < unit_.key_tiles.size() &&
+           !visited(attention::nth_tile(p_.order, unit_.key_tiles, at)))
+      ++at;
+    return at;
+  }
+
+  void Stage(int64_t at, KeyTile<A>& keys) {
+    keys.Begin(unit_.tiles.front().request, kv_head_,
+               attention::nth_tile(p_.order, unit_.key_tiles, at));
+  }
+
   // Transposes the queries and resets the state.
   void Begin(const QueryTile& tile, TileState& state) {
     state.tile = &tile;
@@ -138,62 +168,16 @@ class PrefillWalk {
     state.magnitude = LargestMagnitude<A>(state.q, kQueryRows * depth_);
   }
 
-  int64_t Keys(int64_t j) const {
-    return std::min<int64_t>(kKeys, p_.requests[unit_.tiles.front().request].keys - j * kKeys);
-  }
-
-  // Copies the keys of tile j, zeros up to a whole number of broadcasts, and fetches those of the
-  // tile that comes after it.
-  void StageKeys(int64_t j) {
-    std::array<const std::byte*, kKeys> rows, next_rows;
-    const int64_t fetched = FindRows(p_.kv.k, next_key_tile_, next_rows.data());
-    staged_keys_ = hwy::RoundUpTo(FindRows(p_.kv.k, j, rows.data()), kBroadcasts);
-    const int64_t row_bytes = p_.head_dim * attention::element_bytes(p_.dtype);
-    for (int64_t key = 0; key < Keys(j); ++key) {
-      A::Stage(rows[key], p_.head_dim, k_ + key * depth_);
-      if (key >= fetched) continue;
-      for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(next_rows[key] + at, 0, 2);
-    }
-    std::fill(k_ + Keys(j) * depth_, k_ + staged_keys_ * depth_, 0.0f);
-    k_magnitude_ = LargestMagnitude<A>(k_, staged_keys_ * depth_);
-    k_staged_ = true;
-  }
-
-  // Where tile j's rows are, and how many; none if j < 0.
-  int64_t FindRows(const View& view, int64_t j, const std::byte** rows) const {
-    if (j < 0) return 0;
-    p_.rows_of(view, unit_.tiles.front().request, {j * kKeys, j * kKeys + Keys(j)}, kv_head_, rows);
-    return Keys(j);
-  }
-
-  // Copies the values of tile j as [value_dim / kBroadcasts][keys / kPack][kBroadcasts] words, in
-  // the order in which they are broadcast.
-  void StageValues(int64_t j) {
-    static constexpr std::array<std::byte, kMaxDim * 4> zeros{};
-    std::array<const std::byte*, kKeys> rows;
-    const int64_t found = FindRows(p_.kv.v, j, rows.data());
-    std::fill(rows.begin() + found, rows.end(), zeros.data());
-    const int64_t steps = staged_keys_ / A::kPack;
-    for (int64_t step = 0; step < steps; ++step) {
-      A::StageValues(rows.data() + step * A::kPack, p_.value_dim, row_words_);
-      for (int64_t d = 0; d < p_.value_dim; d += kBroadcasts)
-        std::memcpy(v_ + (d * steps) + step * kBroadcasts, row_words_ + d,
-                    kBroadcasts * sizeof(float));
-    }
-    v_finite_ = LargestMagnitude<A>(v_, staged_keys_ / A::kPack * p_.value_dim) < kInf;
-    v_staged_ = true;
-  }
-
   void Visit(TileState& tile, int64_t j) {
-    if (!k_staged_) StageKeys(j);
+    now_->FinishKeys();
     V t[kRowVectors];  // row maxima
     Scores(tile, t);
-    const Range keys{j * kKeys, j * kKeys + Keys(j)};
+    const Range keys = now_->keys();
     const bool boundary =
-        keys.begin < tile.inner.begin || keys.end > tile.inner.end || staged_keys_ > keys.size();
+        keys.begin < tile.inner.begin || keys.end > tile.inner.end || now_->padded() > keys.size();
     // Finite queries and keys whose products cannot overflow give no NaN, so nothing looks for one.
     const bool may_be_nan =
-        !(tile.magnitude * k_magnitude_ * static_cast<float>(p_.head_dim) < 1e37f);
+        !(tile.magnitude * now_->k_magnitude() * static_cast<float>(p_.head_dim) < 1e37f);
     bool nan = false;
     bool capped = p_.softcap == 0;
     if (boundary || may_be_nan) {
@@ -211,10 +195,11 @@ class PrefillWalk {
       return;
     }
     if (!capped) CapScores();
-    if (!v_staged_) StageValues(j);
+    now_->FinishValues();
+    values_used_ = true;
     alignas(64) float rescale[kQueryRows];
     Softmax(tile.rows, t, rescale);
-    if (v_finite_ || !boundary)
+    if (now_->v_finite() || !boundary)
       AddValues(tile, rescale);
     else
       AddValuesWhereVisible(tile, rescale, keys);
@@ -225,12 +210,13 @@ class PrefillWalk {
     for (int panel = 0; panel < kQueryRows / kPanel; ++panel) {
       V most[kPanelVectors];
       for (V& x : most) x = hn::Set(f, -kInf);
-      for (int64_t key = 0; key < staged_keys_; key += kBroadcasts) {
+      for (int64_t key = 0; key < now_->padded(); key += kBroadcasts) {
+        if (has_next_) next_->Copy(rows_a_step_, values_ahead_ || values_used_);
         Accumulators sums;
         for (auto& row : sums)
           for (V& x : row) x = hn::Zero(f);
-        Multiply<A>(k_ + key * depth_, depth_, 1, tile.q + panel * kPanel * depth_, kPanel, depth_,
-                    sums);
+        Multiply<A>(now_->k() + key * depth_, depth_, 1, tile.q + panel * kPanel * depth_, kPanel,
+                    depth_, sums);
         for (int b = 0; b < kBroadcasts; ++b) {
           for (int v = 0; v < kPanelVectors; ++v) {
             hn::Store(sums[b][v], f,
@@ -244,7 +230,7 @@ class PrefillWalk {
   }
 
   HWY_NOINLINE void CapScores() {
-    for (int64_t i = 0; i < staged_keys_ * kQueryRows; i += kLanes) {
+    for (int64_t i = 0; i < now_->padded() * kQueryRows; i += kLanes) {
       const V scaled = hn::Mul(hn::Load(f, scores_ + i), hn::Set(f, p_.scale));
       hn::Store(SoftCap(scaled, hn::Set(f, p_.softcap)), f, scores_ + i);
     }
@@ -257,7 +243,7 @@ class PrefillWalk {
     bool nan = false;
     for (int v = 0; v < kRowVectors; ++v) {
       V most = hn::Set(f, -kInf);
-      for (int64_t key = 0; key < staged_keys_; ++key) {
+      for (int64_t key = 0; key < now_->padded(); ++key) {
         float* at = scores_ + key * kQueryRows + v * kLanes;
         const M seen = hn::RebindMask(f, keys_seen.Mask(key, v));
         V s = hn::IfThenElse(seen, hn::Load(f, at), hn::Set(f, -kInf));
@@ -337,7 +323,7 @@ class PrefillWalk {
       const V base = hn::Mul(hn::IfThenZeroElse(hn::Eq(m, none), m), scale);
       const V factor = Exp2(hn::Sub(hn::Mul(old_m, scale), base));
       V sum[2] = {hn::Zero(f), hn::Zero(f)};
-      for (int64_t key = 0; key < staged_keys_; key += 2 * A::kPack) {
+      for (int64_t key = 0; key < now_->padded(); key += 2 * A::kPack) {
         for (int half = 0; half < 2; ++half) {
           V p[A::kPack];
           for (int i = 0; i < A::kPack; ++i) {
@@ -358,7 +344,7 @@ class PrefillWalk {
 
   // o[d][row] = rescale[row] * o[d][row] + sum over keys of v[key][d] * p[key][row].
   HWY_NOINLINE void AddValues(TileState& tile, const float* rescale) {
-    const int64_t steps = staged_keys_ / A::kPack;
+    const int64_t steps = now_->steps();
     for (int64_t d = 0; d < p_.value_dim; d += kBroadcasts) {
       for (int panel = 0; panel < kQueryRows / kPanel; ++panel) {
         float* o = tile.o + d * kQueryRows + panel * kPanel;
@@ -368,8 +354,8 @@ class PrefillWalk {
             sums[b][v] = hn::Mul(hn::Load(f, o + b * kQueryRows + v * kLanes),
                                  hn::Load(f, rescale + panel * kPanel + v * kLanes));
         }
-        Multiply<A>(v_ + d * steps, 1, kBroadcasts, probabilities_ + panel * kPanel, kQueryRows,
-                    steps, sums);
+        Multiply<A>(now_->v() + d * steps, 1, kBroadcasts, probabilities_ + panel * kPanel,
+                    kQueryRows, steps, sums);
         for (int b = 0; b < kBroadcasts; ++b) {
           for (int v = 0; v < kPanelVectors; ++v)
             hn::Store(sums[b][v], f, o + b * kQueryRows + v * kLanes);
@@ -381,10 +367,10 @@ class PrefillWalk {
   // The same where a masked key has a NaN or infinite value: 0 * inf must not reach rows that
   // cannot see it, so they multiply a zero instead.
   void AddValuesWhereVisible(TileState& tile, const float* rescale, Range keys) {
-    const int64_t steps = staged_keys_ / A::kPack;
+    const int64_t steps = now_->steps();
     const SeenKeys seen(tile, keys);
     for (int64_t d = 0; d < p_.value_dim; ++d) {
-      const float* words = v_ + d / kBroadcasts * kBroadcasts * steps + d % kBroadcasts;
+      const float* words = now_->v() + d / kBroadcasts * kBroadcasts * steps + d % kBroadcasts;
       for (int v = 0; v < kRowVectors; ++v) {
         float* o = tile.o + d * kQueryRows + v * kLanes;
         V sum = hn::Mul(hn::Load(f, o), hn::Load(f, rescale + v * kLanes));
@@ -411,12 +397,37 @@ class PrefillWalk {
   // Divides by the denominator, writes output rows, LSE and bound.
   void Finish(const TileState& tile) {
     const QueryTile& query = *tile.tile;
+    Transpose(tile.o);
     for (int64_t r = 0; r < query.rows(); ++r) {
       const RowTotal total = FinishRow(p_, query.head, tile.rows.m[r] * log2_scale_, tile.rows.l[r],
                                        tile.rows.bound[r]);
+      float* row = out_ + r * p_.value_dim;
       for (int64_t d = 0; d < p_.value_dim; ++d)
-        row_words_[d] = total.inverse == 0 ? 0 : tile.o[d * kQueryRows + r] * total.inverse;
-      WriteRow(p_, query, r, row_words_, total);
+        row[d] = total.inverse == 0 ? 0 : row[d] * total.inverse;
+      WriteRow(p_, query, r, row, total);
+    }
+  }
+
+  // out_[row][d] = o[d][row].
+  HWY_NOINLINE void Transpose(const float* o) {
+    const hn::Repartition<double, F> pairs;
+    alignas(64) float rows[4][kLanes];  // row 4 * block + i of four d in block `block` of rows[i]
+    for (int64_t d = 0; d < p_.value_dim; d += 4) {
+      for (int64_t first = 0; first < kQueryRows; first += kLanes) {
+        const float* from = o + d * kQueryRows + first;
+        const V a = hn::Load(f, from), b = hn::Load(f, from + kQueryRows);
+        const V c = hn::Load(f, from + 2 * kQueryRows), e = hn::Load(f, from + 3 * kQueryRows);
+        const auto ab_low = hn::BitCast(pairs, hn::InterleaveLower(f, a, b));
+        const auto ab_high = hn::BitCast(pairs, hn::InterleaveUpper(f, a, b));
+        const auto ce_low = hn::BitCast(pairs, hn::InterleaveLower(f, c, e));
+        const auto ce_high = hn::BitCast(pairs, hn::InterleaveUpper(f, c, e));
+        hn::Store(hn::BitCast(f, hn::InterleaveLower(pairs, ab_low, ce_low)), f, rows[0]);
+        hn::Store(hn::BitCast(f, hn::InterleaveUpper(pairs, ab_low, ce_low)), f, rows[1]);
+        hn::Store(hn::BitCast(f, hn::InterleaveLower(pairs, ab_high, ce_high)), f, rows[2]);
+        hn::Store(hn::BitCast(f, hn::InterleaveUpper(pairs, ab_high, ce_high)), f, rows[3]);
+        for (int r = 0; r < kLanes; ++r)
+          std::memcpy(out_ + (first + r) * p_.value_dim + d, rows[r % 4] + r / 4 * 4, 16);
+      }
     }
   }
 
@@ -426,11 +437,13 @@ class PrefillWalk {
   int64_t depth_;  // words a query or key
   int64_t kv_head_;
   float unit_scale_, log2_scale_;
-  float *scores_, *probabilities_, *k_, *v_, *row_words_;
-  int64_t staged_keys_ = 0;
-  int64_t next_key_tile_ = -1;
-  float k_magnitude_ = 0;
-  bool k_staged_ = false, v_staged_ = false, v_finite_ = true;
+  float *scores_, *probabilities_, *row_words_;
+  float* out_;  // [kQueryRows][value_dim]
+  KeyTile<A> key_tiles_[2];
+  KeyTile<A>*now_ = &key_tiles_[0], *next_ = &key_tiles_[1];
+  bool has_next_ = false;
+  bool values_used_ = true, values_ahead_ = true;  // by this key tile, by the one before
+  int64_t rows_a_step_;  // of the next key tile, copied at every block of scores
   TileState tiles_[kUnitTiles];
 };
 
