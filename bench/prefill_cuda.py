@@ -5,14 +5,16 @@ skip-softmax if --fmha-v2 names its compiled module and tvm_ffi is installed. Ev
 output first. Rates are the operations of dense attention divided by the time of one call, in steady
 state: the contenders take turns, each warm, in another order every round.
 
-Groups of lines: long prompts, full attention, short prompts, heads of different sparsity, and the
-recorded tensors of a real model (bench/record_qkv.py makes the file).
+Groups of lines: long prompts, full attention, short prompts, heads of different sparsity, absolute
+thresholds by head and place beside a relative one, and the recorded tensors of a real model
+(bench/record_qkv.py makes the file).
 """
 
 import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -256,6 +258,29 @@ class Table:
             )
             torch.cuda.empty_cache()
 
+    def absolute(self) -> None:
+        """A threshold by head and place that skips the tiles that the relative one skips."""
+        for work in LONG[:2]:
+            inputs = planted(work, 0.75)
+            middle = AMPLITUDE**2 / math.sqrt(work.dim) / 2  # matching scores are twice that
+            places = torch.full((1, work.heads, work.length // 64), middle, device="cuda")
+            tests = {
+                "relative": {"threshold": torch.full((1, 1), THRESHOLD, device="cuda")},
+                "absolute": {"absolute_threshold": places},
+            }
+
+            attend = partial(blasst.attention, *inputs, causal=True, phase="prefill")
+            found = {name: attend(**test, return_stats=True) for name, test in tests.items()}
+            if not torch.equal(found["relative"].out, found["absolute"].out):
+                raise SystemExit(f"{work.name}: the two tests skip different tiles")
+            runs = {name: partial(attend, **test) for name, test in tests.items()}
+            times = milliseconds(runs, self.rounds, self.turn)
+            rates = " | ".join(f"{n} {work.operations / ms / 1e9:6.0f}" for n, ms in times.items())
+            ratio = times["relative"] / times["absolute"]
+            skipped = 100 * found["absolute"].stats.sparsity
+            print(f"{work.name:30} {skipped:5.1f} % | {rates} TFLOP/s | {ratio:4.2f}x", flush=True)
+            torch.cuda.empty_cache()
+
     def recorded(self, file: Path) -> None:
         """At thresholds for 50 and 75 % on these very tensors, one for each layer."""
         for layer, tensors in torch.load(file, weights_only=True).items():
@@ -272,7 +297,7 @@ class Table:
 def main() -> None:
     """Measures every group, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    groups = ("long", "full", "short", "heads", "recorded")
+    groups = ("long", "full", "short", "heads", "absolute", "recorded")
     parser.add_argument("--groups", nargs="*", choices=groups, default=groups)
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(LONG)), help="of long")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
@@ -294,6 +319,8 @@ def main() -> None:
         table.planted(SHORT, [0, 0.5])
     if "heads" in arguments.groups:
         table.by_head()
+    if "absolute" in arguments.groups:
+        table.absolute()
     if "recorded" in arguments.groups:
         if arguments.recorded.exists():
             table.recorded(arguments.recorded)

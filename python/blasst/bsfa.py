@@ -27,7 +27,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from blasst.attention import Result
 from blasst.huggingface import Recording, Threshold, configure, recording_with
 from blasst.models import check_length, context_length, replace_file, unwindowed_layers
-from blasst.operators import KEYS, QUERY_ROWS
+from blasst.operators import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
 
@@ -85,6 +85,7 @@ class AbsoluteThresholds:
     long."""
     prompts: int
     tile_shape: tuple[int, int] = (QUERY_ROWS, KEYS)
+    """Query rows and keys of the tiles that they are for: those of the device of calibration."""
 
     @property
     def fit(self) -> Tensor:
@@ -131,9 +132,11 @@ class AbsoluteThresholds:
 
     def sparsity(self, keep: int, length: int) -> float:
         """Share of the causal tiles of so many tokens that is dropped if each keeps k exactly."""
-        tiles = -(-length // KEYS)
-        kept = sum(min(t, keep) + 1 for t in range(tiles))
-        return 1 - kept / (tiles * (tiles + 1) // 2)
+        rows, keys = self.tile_shape
+        ends = (min(end, length) for end in range(rows, length + rows, rows))
+        visible = [-(-end // keys) for end in ends]
+        kept = sum(min(tiles, keep + 1) for tiles in visible)
+        return 1 - kept / sum(visible)
 
     def keep_for(self, sparsity: float, length: int) -> int:
         """The k whose sparsity at this length is nearest."""
@@ -148,7 +151,8 @@ class AbsoluteThresholds:
             fitted: from the fit, not from the table.
 
         Raises:
-            ValueError: a k that was not calibrated, or another model.
+            ValueError: a k that was not calibrated, another model, or a device whose tiles are
+                others.
         """
         if keep not in self.keeps:
             raise ValueError(f"keep is {keep}; it must be one of {', '.join(map(str, self.keeps))}")
@@ -157,6 +161,12 @@ class AbsoluteThresholds:
             raise ValueError(
                 f"these thresholds are of a model with {_described(self.model)}; this one has "
                 f"{_described(other)}"
+            )
+        if (tile := _tile_of(model)) != self.tile_shape:
+            raise ValueError(
+                f"these thresholds are for tiles of {self.tile_shape[0]} x {self.tile_shape[1]}; "
+                f"on {model.device.type} this model decides on {tile[0]} x {tile[1]}: calibrate "
+                "there"
             )
         table = (self.fitted() if fitted else self.table)[self.keeps.index(keep)]
         configure(model)
@@ -187,18 +197,13 @@ class AbsoluteThresholds:
         """What `save` wrote.
 
         Raises:
-            ValueError: another file, or thresholds for tiles that this build does not use.
+            ValueError: another file.
         """
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("blasst_bsfa", "null"))
             if about is None or about["version"] != VERSION:
                 raise ValueError(f"{path} holds no absolute thresholds of version {VERSION}")
             table, spread = file.get_tensor("table"), file.get_tensor("spread")
-        if tuple(about["tile_shape"]) != (QUERY_ROWS, KEYS):
-            raise ValueError(
-                f"{path} is for tiles of {about['tile_shape']}, this build decides on "
-                f"{[QUERY_ROWS, KEYS]}; calibrate again"
-            )
         return cls(
             about["model"],
             tuple(about["layers"]),
@@ -206,7 +211,15 @@ class AbsoluteThresholds:
             table,
             spread,
             about["prompts"],
+            tuple(about["tile_shape"]),
         )
+
+
+def _tile_of(model: PreTrainedModel) -> tuple[int, int]:
+    """The tile on which the model's prefill decides where it is now."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return prefill_tile(model.device, head_dim)
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
@@ -260,7 +273,7 @@ class _Prompts(Recording):
         mean = total / count
         variance = (squares - count * mean.square()) / (count - 1)
         spread = torch.where(mean.isfinite() & (count > 1), variance.clamp(min=0).sqrt(), math.nan)
-        return mean.float(), spread.float()
+        return mean.float().cpu(), spread.float().cpu()
 
 
 @torch.inference_mode()
@@ -277,7 +290,8 @@ def calibrate(
     """Thresholds of a model, from one dense pass a prompt; under the model's policy, if it has one.
 
     Args:
-        model: loaded with `attn_implementation="blasst"`. What was set on it stays set.
+        model: loaded with `attn_implementation="blasst"`, on the device that it will run on. What
+            was set on it stays set.
         tokenizer: its tokenizer.
         length: tokens a prompt; default: 4,096, or the model's context if that is shorter.
         keeps: numbers of tiles to keep besides the diagonal's.
@@ -292,7 +306,8 @@ def calibrate(
     length = length or min(DEFAULT_LENGTH, context_length(model))
     check_length(model, length, "a calibration prompt")
     keeps = tuple(sorted(set(keeps)))
-    most = -(-length // KEYS) - 2
+    tile_shape = _tile_of(model)
+    most = -(-length // tile_shape[1]) - 2
     if text is None:
         text = reference_text()
         keeps = tuple(k for k in keeps if k <= most) if keeps == KEEPS else keeps
@@ -311,10 +326,12 @@ def calibrate(
     with _dense(model), recording_with(sums):
         for i in range(prompts):
             progress("Absolute thresholds", i / prompts, f"prompt {i + 1} of {prompts}")
-            tokens = maker.make(KINDS[i % len(KINDS)], length, seed=i).tokens
+            tokens = maker.make(KINDS[i % len(KINDS)], length, seed=i).tokens.to(model.device)
             model.base_model(tokens, cache=DynamicCache(config=model.config))
     progress("Absolute thresholds", 1.0, "")
-    return AbsoluteThresholds(identity(model), tuple(layers), keeps, *sums.table(), prompts)
+    return AbsoluteThresholds(
+        identity(model), tuple(layers), keeps, *sums.table(), prompts, tile_shape
+    )
 
 
 @contextmanager

@@ -21,6 +21,14 @@ def _prefill_tile() -> tuple[int, int]:
 
 
 QUERY_ROWS, KEYS = _prefill_tile()
+"""On the CPU."""
+
+
+def prefill_tile(device: torch.device, head_dim: int) -> tuple[int, int]:
+    """Query rows and keys of the tile on which prefill decides on this kind of device."""
+    if device.type == "cuda":
+        return 64, 64 if head_dim > 128 else 128
+    return QUERY_ROWS, KEYS
 
 
 def _fake(
@@ -56,11 +64,12 @@ def _fake(
     heads = q.shape[-2]
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     rows = q.shape[0] * q.shape[1] if cu_seqlens_q is None else q.shape[0]
+    query_rows, tile_keys = prefill_tile(q.device, q.shape[-1])
     # As many tile bits as there may be: index tensors are not read here.
     if cu_seqlens_q is not None:
-        query_tiles = rows // QUERY_ROWS + batch
+        query_tiles = rows // query_rows + batch
     else:
-        query_tiles = batch * -(-q.shape[1] // QUERY_ROWS)
+        query_tiles = batch * -(-q.shape[1] // query_rows)
     if cu_seqlens_k is not None:
         keys = k.shape[0]
     elif page_table is not None:
@@ -68,9 +77,9 @@ def _fake(
     else:
         keys = k.shape[1]
 
-    maxima_shape = (heads, query_tiles, -(-keys // KEYS))
+    maxima_shape = (heads, query_tiles, -(-keys // tile_keys))
     if decode:
-        maxima_shape = (k.shape[-2], batch, -(-keys // KEYS))
+        maxima_shape = (k.shape[-2], batch, -(-keys // tile_keys))
 
     def output(wanted: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return q.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -82,7 +91,7 @@ def _fake(
         output(tiles, (2, batch, heads), torch.int64),
         output(gaps, (heads, GAP_BINS), torch.int64),
         output(maxima, maxima_shape, torch.float32),
-        output(bits, (heads * query_tiles * -(-keys // (32 * KEYS)),), torch.int32),
+        output(bits, (heads * query_tiles * -(-keys // (32 * tile_keys)),), torch.int32),
     )
 
 

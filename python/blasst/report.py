@@ -20,7 +20,6 @@ from blasst.bsfa import AbsoluteThresholds
 from blasst.calibration import Calibration
 from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Row, Setting, mean_and_error, rows
 from blasst.models import replace_file, write_json
-from blasst.operators import KEYS
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -347,7 +346,12 @@ def threshold_table(found: AbsoluteThresholds) -> Table:
     spread, error = found.mean_spread(), found.fit_error()
     places = found.table.shape[-1]
     rows = [
-        (str(keep), f"{found.sparsity(keep, places * KEYS):.1%}", rms(spread[i]), rms(error[i]))
+        (
+            str(keep),
+            f"{found.sparsity(keep, places * found.tile_shape[0]):.1%}",
+            rms(spread[i]),
+            rms(error[i]),
+        )
         for i, keep in enumerate(found.keeps)
     ]
     return Table(

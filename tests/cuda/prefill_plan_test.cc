@@ -38,6 +38,13 @@ INSTANTIATE_TEST_SUITE_P(
           ragged,
           [](P& p) { p.query_lengths = p.cu_seqlens_q; },
           {"query_lengths", "dense queries"}},
+         {"MaximaStride",
+          dense,
+          [](P& p) {
+            p.report.tile_maxima = static_cast<float*>(device(0x80000000));
+            p.report.tile_maxima_stride = 1;
+          },
+          {"report.tile_maxima_stride is 1"}},
          {"TwoLayouts", ragged, [](P& p) { p.kv.lengths = p.kv.cu_seqlens; }, {"one layout"}}})),
     name_of<P>);
 

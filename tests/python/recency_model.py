@@ -17,7 +17,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
-def make_recency_model(context: int = 1024) -> LlamaForCausalLM:
+def make_recency_model(context: int = 1024, head_dim: int = 16) -> LlamaForCausalLM:
     """Two layers of four heads; the same weights each time."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -27,7 +27,7 @@ def make_recency_model(context: int = 1024) -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=context,
         attention_bias=True,
         initializer_range=0.1,
@@ -36,12 +36,12 @@ def make_recency_model(context: int = 1024) -> LlamaForCausalLM:
         attn_implementation="blasst",
     )
     model = LlamaForCausalLM(config).eval()
-    strength = torch.tensor([2.0, 3.0, 4.0, 5.0]).repeat_interleave(16)
+    strength = torch.tensor([2.0, 3.0, 4.0, 5.0]).repeat_interleave(head_dim)
     with torch.no_grad():
         for layer in model.model.layers:
             # q and k nearly constant: a score then falls with the distance, through the rotation.
             layer.self_attn.q_proj.bias.copy_(strength)
-            layer.self_attn.k_proj.bias.copy_(torch.ones(32))
+            layer.self_attn.k_proj.bias.copy_(torch.ones(2 * head_dim))
     return model
 
 

@@ -1,5 +1,6 @@
 """Absolute thresholds: against float64, decision by decision; prompts, fits, files, errors."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import blasst
 from blasst import Bands, attention, bsfa, models
 from blasst.__main__ import main
 from blasst.bsfa import AbsoluteThresholds, thresholds_of
-from blasst.operators import KEYS
+from blasst.operators import KEYS, QUERY_ROWS
 from recency_model import make_loaded
 
 KEEPS = (1, 2, 4)
@@ -148,6 +149,24 @@ def test_the_fit():
     assert thresholds.mean_spread() == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("tile_shape", [(64, 64), (64, 128)])
+@pytest.mark.parametrize("length", [512, 500])
+def test_sparsity_counts_the_tiles_of_a_shape(found, tile_shape, length):
+    rows, keys = tile_shape
+    query, key = torch.arange(length)[:, None] // rows, torch.arange(length) // keys
+    causal = torch.ones(length, length).tril().bool()
+    tiles = {
+        (int(q), int(k))
+        for q, k in zip(
+            query.expand(length, length)[causal], key.expand(length, length)[causal], strict=True
+        )
+    }
+    last = {q: max(k for r, k in tiles if r == q) for q, _ in tiles}
+    dropped = sum(last[q] - k > 2 for q, k in tiles)  # which of them does not matter
+    thresholds = dataclasses.replace(found, tile_shape=tile_shape)
+    assert thresholds.sparsity(2, length) == pytest.approx(dropped / len(tiles))
+
+
 def test_a_file_holds_everything(loaded, found, tmp_path):
     path = tmp_path / "bsfa.safetensors"
     found.save(path)
@@ -155,6 +174,7 @@ def test_a_file_holds_everything(loaded, found, tmp_path):
     assert torch.equal(again.table, found.table)
     assert torch.equal(again.spread.nan_to_num(), found.spread.nan_to_num())
     assert (again.model, again.layers, again.keeps) == (found.model, found.layers, found.keeps)
+    assert again.tile_shape == (QUERY_ROWS, KEYS)
     again.apply(loaded.model, 2, fitted=True)
     blasst.configure(loaded.model)
 
@@ -169,6 +189,9 @@ def test_bad_input(loaded, found, tmp_path):
         next(other.parameters()).add_(1)
     with pytest.raises(ValueError, match="these thresholds are of a model with"):
         found.apply(other, 2)
+    elsewhere = dataclasses.replace(found, tile_shape=(64, 128))
+    with pytest.raises(ValueError, match="for tiles of 64 x 128; on cpu this model decides on"):
+        elsewhere.apply(loaded.model, 2)
     for keeps in ((), (0,), (7,)):
         with pytest.raises(ValueError, match="each must be 1 to 6"):
             bsfa.calibrate(loaded.model, loaded.tokenizer, length=512, keeps=keeps)

@@ -1,9 +1,13 @@
 """The operator on a GPU of compute capability 9.0, against the same operator on the CPU."""
 
+import math
+
 import pytest
 import torch
 
 import blasst
+from blasst import bsfa
+from blasst.operators import prefill_tile
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
@@ -235,3 +239,37 @@ def test_compiled_and_captured(phase: str) -> None:
         lengths = torch.tensor(keys, device="cuda")
         for _ in range(3):  # warms up, captures, replays
             assert torch.equal(compiled(q, lengths), run(q, lengths))
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_tile_maxima_and_thresholds_by_place(dim: int) -> None:
+    q, k, v = (t.cuda() for t in inputs(1, 700, 700, 4, 2, dim))
+    rows, keys = prefill_tile(q.device, dim)
+    assert list(torch.ops.blasst.prefill_tile_shape(q, k, v)[:2]) == [rows, keys]
+    maxima = blasst.attention(q, k, v, causal=True, return_tile_maxima=True).tile_maxima
+    scores = (
+        torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float().repeat_interleave(2, 2)) / dim**0.5
+    )
+    seen = torch.ones(700, 700, device="cuda").tril().bool()
+    scores = scores.masked_fill(~seen, -math.inf)
+    pad = (0, -700 % keys, 0, -700 % rows)
+    tiles = torch.nn.functional.pad(scores, pad, value=-math.inf)
+    wanted = tiles.unflatten(-1, (-1, keys)).unflatten(2, (-1, rows)).amax((3, 5))
+    torch.testing.assert_close(maxima, wanted, atol=1e-3, rtol=1e-3)
+
+    thresholds = bsfa.thresholds_of(maxima[0], (2,))[0]
+    result = blasst.attention(
+        *(q, k, v),
+        causal=True,
+        absolute_threshold=thresholds.float()[None],
+        order="reverse",
+        return_stats=True,
+        return_lse=True,
+    )
+    last = (wanted[0] > -math.inf).sum(-1, keepdim=True) - 1
+    kept = (wanted[0] >= thresholds[..., None]) | (torch.arange(wanted.shape[-1]).cuda() == last)
+    kept &= wanted[0] > -math.inf
+    assert torch.equal(result.stats.skipped[0], ((wanted[0] > -math.inf) & ~kept).sum((1, 2)))
+    mask = kept.repeat_interleave(rows, 1).repeat_interleave(keys, 2)[:, :700, :700]
+    lse = scores[0].masked_fill(~mask, -math.inf).logsumexp(-1)
+    torch.testing.assert_close(result.lse[0], lse, atol=1e-3, rtol=1e-3)

@@ -5,7 +5,8 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 import blasst
-from blasst import Threshold
+from blasst import Threshold, bsfa
+from recency_model import make_recency_model, make_tokenizer
 from tiny_models import MODELS, VOCABULARY, make_model
 
 pytestmark = pytest.mark.skipif(
@@ -94,3 +95,17 @@ def test_generate_gives_logits_as_close_as_sdpa(cache: str) -> None:
         return ((torch.stack(out.logits, 1).float() - wanted).norm() / wanted.norm()).item()
 
     assert error("blasst") < 2 * error("sdpa")
+
+
+def test_absolute_thresholds_by_place() -> None:
+    model = make_recency_model(head_dim=64).to("cuda", torch.bfloat16)
+    found = bsfa.calibrate(model, make_tokenizer(), length=1024, keeps=(1, 3), prompts=3)
+    assert found.tile_shape == (64, 128)
+    ids = torch.randint(5, 50, (1, 1024), generator=torch.Generator().manual_seed(0)).cuda()
+    for keep in (1, 3):
+        found.apply(model, keep)
+        with torch.no_grad(), blasst.record() as recording:
+            model(ids)
+        assert recording.sparsity("prefill") == pytest.approx(found.sparsity(keep, 1024), abs=0.2)
+    with pytest.raises(ValueError, match="for tiles of 64 x 128; on cpu"):
+        found.apply(model.cpu(), 1)

@@ -41,8 +41,8 @@ Case for_gpu(Case c) {
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
-  c.places = 1;
   if (!c.decode) return c;
+  c.places = 1;
   c.bands = false;
   const int64_t most = 64 / (c.heads / c.kv_heads);
   for (Lengths& r : c.requests) r.queries = std::min(r.queries, most);
@@ -53,7 +53,7 @@ PrefillParams gpu_params(const Problem& problem) {
   PrefillParams p = problem.params;
   p.backend = BLASST_BACKEND_CUDA_SM90;
   p.threads = 0;
-  p.report.tile_maxima = nullptr;  // not reported there
+  p.report.tile_maxima = nullptr;  // DeviceProblem sets what is reported there
   int64_t rows = 0, most_rows = 0;
   for (const Lengths& r : problem.description.requests) {
     rows += r.queries;
@@ -127,6 +127,15 @@ DeviceProblem::DeviceProblem(Problem& problem, Reports reports)
     words_ = ceil_div(ceil_div(p.kv.key_length, shape.keys), 32);
     bits_.assign((decode ? p.kv_heads * p.batch : p.heads * query_tiles) * words_, 0);
     p.report.tile_bits = copy(bits_);
+    if (!decode) {
+      const auto spare = static_cast<int64_t>(problem.description.seed % 3);
+      Report& report = problem.params.report;
+      report.tile_maxima_stride = ceil_div(p.kv.key_length, shape.keys) + spare;
+      problem.tile_maxima.resize(p.heads * query_tiles * report.tile_maxima_stride);
+      report.tile_maxima = problem.tile_maxima.data();
+      p.report.tile_maxima = copy(problem.tile_maxima);
+      p.report.tile_maxima_stride = report.tile_maxima_stride;
+    }
   }
   p.workspace_bytes = 0;
   p.workspace = nullptr;
@@ -147,6 +156,7 @@ void DeviceProblem::mark() {
   std::ranges::fill(bits_, 0xffffffff);
   upload(bits_, r.tile_bits);
   upload(problem_.gap_histogram, r.gap_histogram);
+  upload(problem_.tile_maxima, r.tile_maxima);
 }
 
 void DeviceProblem::launch() { call(params, problem_.description.decode); }
@@ -161,6 +171,7 @@ void DeviceProblem::download() {
   check::download(problem_.tiles_visitable, r.tiles_visitable);
   check::download(problem_.tiles_skipped, r.tiles_skipped);
   check::download(problem_.gap_histogram, r.gap_histogram);
+  check::download(problem_.tile_maxima, r.tile_maxima);
   if (r.tile_bits) download_bits();
 }
 

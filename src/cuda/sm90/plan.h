@@ -22,9 +22,6 @@ void check_supported(const Call& call) {
     refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", call.head_dim,
            call.value_dim);
   if (call.mask.blocks) refuse("mask.blocks is set; it has no block masks");
-  if (call.test.places != 1)
-    refuse("test.places is {}; its thresholds do not depend on the query tile", call.test.places);
-  if (call.report.tile_maxima) refuse("report.tile_maxima is set; it does not report them");
   if (call.threads != 0) refuse("threads is {}; it must be 0", call.threads);
 }
 

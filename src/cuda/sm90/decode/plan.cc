@@ -13,7 +13,7 @@ namespace {
 
 using attention::fail;
 
-void check_rows(const DecodeParams& p) {
+void check_decode(const DecodeParams& p) {
   const int64_t rows = p.heads / p.kv_heads * p.query_length;
   if (rows > kMaxRows)
     refuse(
@@ -21,12 +21,15 @@ void check_rows(const DecodeParams& p) {
         "most",
         p.heads / p.kv_heads, p.query_length, rows, kMaxRows);
   if (p.mask.bands) refuse("mask.bands is set; decode has no bands");
+  if (p.test.places != 1)
+    refuse("test.places is {}; decode's thresholds do not depend on the place", p.test.places);
+  if (p.report.tile_maxima) refuse("report.tile_maxima is set; decode does not report them");
 }
 
 Launch plan_all(const DecodeParams& params) {
   attention::check_scalars(params);
   cuda::check_supported(params);
-  check_rows(params);
+  check_decode(params);
   Launch l{};
   plan_shapes(l, params);
   plan_queries(l, params, params.batch, params.query_length);

@@ -127,29 +127,23 @@ class Consumer {
     return {seen.begin / C::kKeys, (seen.end + C::kKeys - 1) / C::kKeys};
   }
 
-  __device__ __forceinline__ void begin(const Work& work) {
-    tile_begin_ = ptx::warp_uniform(work.tile_begin);
-    tile_end_ = ptx::warp_uniform(work.tile_end);
+  __device__ __forceinline__ void begin(const Work& work, KeyRange tiles) {
     const KeyRange whole = whole_tiles(work);
     plain_begin_ = ptx::warp_uniform(whole.begin);
     plain_count_ = ptx::warp_uniform(p_.softcap > 0 ? 0 : whole.end - whole.begin);
     direction_ = p_.order == 0 ? 1 : -1;
-    tile_ = tile_at(p_.order, tile_begin_, tile_end_, 0);
-    next_tile_ = tile_at(p_.order, tile_begin_, tile_end_, 1);
+    tile_ = tile_at(p_.order, tiles.begin, tiles.end, 0);
+    next_tile_ = tile_at(p_.order, tiles.begin, tiles.end, 1);
     if constexpr (C::kReports) {
       if (p_.tile_bits && threadIdx.x % 128 == 0 && rows(work) > 0)
         for (int word = 0; word < p_.tile_words; ++word) bits_of(work)[word] = 0;
+      if (p_.tile_maxima && rows(work) > 0)
+        for (int64_t tile = threadIdx.x % 128; tile < p_.tile_maxima_stride; tile += 128)
+          maxima_of(work)[tile] = -INFINITY;
     }
     if constexpr (C::kTests) {
       kept_ = 0;
-      threshold_ = -INFINITY;
-      if (p_.test != BLASST_TEST_NONE) {
-        float value = p_.thresholds[work.request * p_.threshold_stride_request +
-                                    work.head * p_.threshold_stride_head];
-        if (p_.test == BLASST_TEST_SCALE_FACTOR) value /= work.keys;
-        if (p_.test != BLASST_TEST_ABSOLUTE) value = logf(fminf(value, 1.f));
-        threshold_ = value * kLog2e / p_.score_to_log2;
-      }
+      threshold_ = work.threshold[at_.warpgroup];
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) maximum_[r] = -INFINITY, sum_[r] = 0, dropped_[r] = 0;
@@ -258,7 +252,7 @@ class Consumer {
       bool vote = true;
 #pragma unroll
       for (int r = 0; r < 2; ++r) vote = vote && tile_maximum_[r] < skip_below(maximum_[r]);
-      if constexpr (C::kReports) offer_gap();
+      if constexpr (C::kReports) offer_gap(), offer_maximum();
       const bool keep =
           __any_sync(0xffffffffu, !ptx::named_barrier_all(1 + at_.warpgroup, 128, vote));
       ptx::store_shared_if(
@@ -289,10 +283,30 @@ class Consumer {
     if (at_.lane() == 0) s_.gap[visit_ % 2][at_.warpgroup][threadIdx.x % 128 / 32] = gap;
   }
 
+  // The largest score of each warp's rows, NaN if there is one; for report_tile too.
+  __device__ __forceinline__ void offer_maximum() {
+    float maximum = ptx::max_nan(tile_maximum_[0], tile_maximum_[1]);
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2)
+      maximum = ptx::max_nan(maximum, __shfl_xor_sync(0xffffffffu, maximum, lanes));
+    if (at_.lane() == 0)
+      s_.maximum[visit_ % 2][at_.warpgroup][threadIdx.x % 128 / 32] =
+          maximum * (p_.score_to_log2 * kLn2);
+  }
+
+  // Where this warpgroup's rows stand among the query tiles of all heads and requests.
+  __device__ __forceinline__ int64_t tile_row(const Work& work) const {
+    return int64_t{work.head} * work.query_tiles + work.query_tile + at_.warpgroup;
+  }
+
   // The tile bits of this warpgroup's rows.
   __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
-    const int64_t row = int64_t{work.head} * work.query_tiles + work.query_tile + at_.warpgroup;
-    return p_.tile_bits + row * p_.tile_words;
+    return p_.tile_bits + tile_row(work) * p_.tile_words;
+  }
+
+  // The tile maxima of this warpgroup's rows.
+  __device__ __forceinline__ float* maxima_of(const Work& work) const {
+    return p_.tile_maxima + tile_row(work) * p_.tile_maxima_stride;
   }
 
   __device__ __forceinline__ void report_tile(const Work& work, bool keep) {
@@ -305,6 +319,11 @@ class Consumer {
         const float(&warps)[4] = s_.gap[visit_ % 2][at_.warpgroup];
         const float gap = fmaxf(fmaxf(warps[0], warps[1]), fmaxf(warps[2], warps[3]));
         atomicAdd(p_.gap_histogram + work.head * BLASST_GAP_BINS + gap_bin(gap), 1ull);
+      }
+      if (p_.tile_maxima) {
+        const float(&warps)[4] = s_.maximum[visit_ % 2][at_.warpgroup];
+        maxima_of(work)[tile] =
+            ptx::max_nan(ptx::max_nan(warps[0], warps[1]), ptx::max_nan(warps[2], warps[3]));
       }
     }
     if (keep) return;
@@ -537,8 +556,9 @@ class Consumer {
   }
 
   __device__ __forceinline__ void attend(const Work& work) {
-    begin(work);
-    const int count = tile_end_ - tile_begin_;
+    const KeyRange tiles = {ptx::warp_uniform(work.tile_begin), ptx::warp_uniform(work.tile_end)};
+    begin(work, tiles);
+    const int count = tiles.end - tiles.begin;
     if (count > 0) {
       ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
       query_phase_ ^= 1;
@@ -632,7 +652,6 @@ class Consumer {
   Shared& s_;
   const uint32_t base_;  // address of s_
   const ThreadPlace at_;
-  int tile_begin_, tile_end_;      // visited by the block
   int plain_begin_, plain_count_;  // tiles whose scores are final as they come
   int tile_, next_tile_, direction_;
   bool special_;     // tile_ is not one of those

@@ -43,6 +43,12 @@ __global__ void clear_padding(const __grid_constant__ Params p, int dim) {
   }
 }
 
+// Query tiles that no request has: nothing was visited. Some blocks of 256.
+__global__ void clear_maxima(float* maxima, int64_t count) {
+  for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll)
+    maxima[i] = -INFINITY;
+}
+
 }  // namespace
 
 void launch(const Launch& l) {
@@ -58,6 +64,11 @@ void launch(const Launch& l) {
         p.batch *
         static_cast<std::size_t>((p.query_length + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup);
     clear(p.tile_bits, heads * tiles * p.tile_words * sizeof(*p.tile_bits), stream);
+    const auto maxima = static_cast<int64_t>(heads * tiles) * p.tile_maxima_stride;
+    if (p.tile_maxima && maxima > 0) {
+      clear_maxima<<<multiprocessors(), 256, 0, stream>>>(p.tile_maxima, maxima);
+      check(cudaGetLastError(), "clear_maxima");
+    }
   }
   p.row_blocks = (p.query_length + kRowsPerBlock - 1) / kRowsPerBlock;
   p.items = p.batch * p.heads * p.row_blocks;

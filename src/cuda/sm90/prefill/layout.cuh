@@ -21,7 +21,8 @@ struct Work {
   int keys;
   int least, most;  // distances that are seen
   int tile_begin, tile_end;
-  int output_row;  // of first_row, among the rows of all requests
+  int output_row;                // of first_row, among the rows of all requests
+  float threshold[kWarpgroups];  // of the tile test, as scores are kept
   // Reports only: the query tile of first_row, among those of all requests, and their number.
   int query_tile, query_tiles;
 };
@@ -60,7 +61,8 @@ struct Layout {
     Work work[2];
     // By value stage, the newest visit that each warpgroup has decided on: 2 * visit + kept.
     alignas(8) int decision[kValueStages][kWarpgroups];
-    float gap[2][kWarpgroups][4];  // of each warp's rows; tiles alternate. Reports only.
+    // Of each warp's rows; tiles alternate. Reports only.
+    float gap[2][kWarpgroups][4], maximum[2][kWarpgroups][4];
   };
 };
 

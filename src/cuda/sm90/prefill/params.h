@@ -46,7 +46,8 @@ struct Params {
   // threshold (NaN, negative) skips nothing; one above 1 counts as 1.
   int test;
   const float* thresholds;
-  int64_t threshold_stride_request, threshold_stride_head;
+  int64_t threshold_stride_request, threshold_stride_head, threshold_stride_place;
+  int threshold_places;
 
   // Reports; null: not wanted.
   float* lse;                     // [heads, rows]
@@ -56,6 +57,8 @@ struct Params {
   unsigned* tile_bits;            // [heads, query tiles of all requests, tile_words]
   int tile_words;
   unsigned long long* gap_histogram;  // [heads, BLASST_GAP_BINS]
+  float* tile_maxima;                 // [heads, query tiles of all requests, tile_maxima_stride]
+  int64_t tile_maxima_stride;
 
   // Work: item i is a block of query rows of one head of one request (schedule.h).
   int items;
@@ -68,7 +71,7 @@ struct Params {
 enum class Variant {
   kDense,   // no tile test: V comes with K
   kSparse,  // tile test; V only for tiles that are kept
-  kReport,  // the same with tile bits, gaps and dropped mass
+  kReport,  // the same with tile bits, maxima, gaps and dropped mass
 };
 
 inline constexpr int kRowsPerWarpgroup = 64;  // rows that decide together: a query tile

@@ -1,5 +1,6 @@
 #include "cuda/sm90/prefill/plan.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <numbers>
@@ -44,8 +45,22 @@ void plan_scores(Params& p, const PrefillParams& params) {
   p.bands = params.mask.bands;
 }
 
+void plan_places(Params& p, const TileTest& test) {
+  p.threshold_places = static_cast<int>(std::min<int64_t>(test.places, kUnlimited));
+  p.threshold_stride_place = test.stride_place;
+}
+
+void plan_maxima(Params& p, const Report& report, int64_t tile_keys) {
+  if (!report.tile_maxima) return;
+  check_range("report.tile_maxima_stride", report.tile_maxima_stride,
+              ceil_div(p.key_length, tile_keys), kUnlimited - 1);
+  p.tile_maxima = report.tile_maxima;
+  p.tile_maxima_stride = report.tile_maxima_stride;
+}
+
 Variant variant_of(const Params& p) {
-  if (p.tile_bits || p.gap_histogram || p.dropped_mass_bound) return Variant::kReport;
+  if (p.tile_bits || p.gap_histogram || p.dropped_mass_bound || p.tile_maxima)
+    return Variant::kReport;
   const bool counts = p.visitable || p.skipped;
   return p.test != BLASST_TEST_NONE || counts ? Variant::kSparse : Variant::kDense;
 }
@@ -60,7 +75,9 @@ Launch plan_all(const PrefillParams& params) {
   plan_keys(l, params);
   plan_scores(l.params, params);
   plan_mask_and_test(l.params, params);
+  plan_places(l.params, params.test);
   plan_report(l.params, params.report, tile_keys(l.dim));
+  plan_maxima(l.params, params.report, tile_keys(l.dim));
   l.variant = variant_of(l.params);
   check_range("blocks of query rows",
               params.batch * params.heads * ceil_div(params.query_length, kRowsPerBlock), 0,

@@ -7,6 +7,19 @@
 
 namespace blasst::cuda::prefill {
 
+// What the test compares with, for the query tile of a warpgroup: of a tile's largest score, or
+// (relative tests) of its distance to the running maximum.
+__device__ __forceinline__ float threshold_of(const Params& p, const Work& w, int warpgroup) {
+  if (p.test == BLASST_TEST_NONE) return -INFINITY;
+  const int position = w.first_row + warpgroup * kRowsPerWarpgroup + w.offset;
+  const int place = min(max(position, 0) / kRowsPerWarpgroup, p.threshold_places - 1);
+  float value = p.thresholds[w.request * p.threshold_stride_request +
+                             w.head * p.threshold_stride_head + place * p.threshold_stride_place];
+  if (p.test == BLASST_TEST_SCALE_FACTOR) value /= w.keys;
+  if (p.test != BLASST_TEST_ABSOLUTE) value = logf(fminf(value, 1.f));
+  return value * kLog2e / p.score_to_log2;
+}
+
 // Reads where an item's rows and keys are. rows is 0 if the request has none there.
 template <typename C>
 __device__ Work describe(const Params& p, const Item& item) {
@@ -25,6 +38,9 @@ __device__ Work describe(const Params& p, const Item& item) {
     const int64_t limit = kUnlimited;
     w.least = max(w.least, static_cast<int>(max(-limit, min(limit, p.bands[2 * item.head]))));
     w.most = min(w.most, static_cast<int>(max(-limit, min(limit, p.bands[2 * item.head + 1]))));
+  }
+  if constexpr (C::kTests) {
+    for (int wg = 0; wg < kWarpgroups; ++wg) w.threshold[wg] = threshold_of(p, w, wg);
   }
   if constexpr (C::kReports) {
     w.query_tile = w.first_row / kRowsPerWarpgroup;
