@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import re
 import subprocess
 import sys
@@ -157,6 +158,8 @@ sys.meta_path.insert(0, Finder())
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
+        # A test run in the background inherits a SIGINT that is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert (found.returncode, found.stderr, found.stdout) == (130, "\nblasst: stopped\n", "")
 
