@@ -3,8 +3,8 @@
 import errno
 import json
 import os
-import signal
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
