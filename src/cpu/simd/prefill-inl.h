@@ -77,11 +77,11 @@ template <typename A>
 class PrefillWalk {
  public:
   PrefillWalk(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch)
-      : p_(p),
+      : key_tiles_{{p, scratch}, {p, scratch}},
+        p_(p),
         unit_(unit),
         totals_(totals),
-        depth_(p.head_dim / A::kPack),
-        key_tiles_{{p, scratch}, {p, scratch}} {
+        depth_(p.head_dim / A::kPack) {
     const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
     scores_ = take(kKeys * kQueryRows);
     probabilities_ = A::kPack == 1 ? scores_ : take(kKeys / A::kPack * kQueryRows);
@@ -431,20 +431,20 @@ class PrefillWalk {
     }
   }
 
+  KeyTile<A> key_tiles_[2];
+  TileState tiles_[kUnitTiles];
   const Problem& p_;
   const PrefillUnit& unit_;
   Totals& totals_;
   int64_t depth_;  // words a query or key
   int64_t kv_head_;
-  float unit_scale_, log2_scale_;
   float *scores_, *probabilities_, *row_words_;
   float* out_;  // [kQueryRows][value_dim]
-  KeyTile<A> key_tiles_[2];
   KeyTile<A>*now_ = &key_tiles_[0], *next_ = &key_tiles_[1];
+  int64_t rows_a_step_;  // of the next key tile, copied at every block of scores
+  float unit_scale_, log2_scale_;
   bool has_next_ = false;
   bool values_used_ = true, values_ahead_ = true;  // by this key tile, by the one before
-  int64_t rows_a_step_;  // of the next key tile, copied at every block of scores
-  TileState tiles_[kUnitTiles];
 };
 
 template <typename A>
