@@ -314,10 +314,15 @@ Params call_of(const Params& batch, const Part& part) {
   p.query_length = part.rows;
   p.q = rows_of(p.q, part, p.dtype);
   p.out = rows_of(p.out, part, p.dtype);
-  p.kv.k = keys_of(p.kv.k, part, p.dtype);
-  p.kv.v = keys_of(p.kv.v, part, p.dtype);
-  p.kv.key_length = part.keys;
-  p.kv.lengths = nullptr;
+  if (p.kv.page_table) {
+    p.kv.page_table += part.request * p.kv.page_table_stride;
+    p.kv.lengths += part.request;
+  } else {
+    p.kv.k = keys_of(p.kv.k, part, p.dtype);
+    p.kv.v = keys_of(p.kv.v, part, p.dtype);
+    p.kv.key_length = part.keys;
+    p.kv.lengths = nullptr;
+  }
   if (p.test.values) p.test.values += part.request * p.test.stride_request;
   p.report = {};
   return p;
@@ -603,11 +608,11 @@ void run_padded_backward(const blasst::PrefillParams& forward, const blasst::Bac
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
     Tensor bits, OptionalTensor starts, OptionalTensor lengths, OptionalTensor query_lengths,
-    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, double scale, double softcap,
-    OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right,
-    OptionalTensor bands, OptionalTensor blocks) {
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor page_table,
+    double scale, double softcap, OptionalTensor sinks, bool causal, int64_t window_left,
+    int64_t window_right, OptionalTensor bands, OptionalTensor blocks) {
   blasst::PrefillParams forward;
-  KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, {}};
+  KeysValuesArguments keys{k, v, lengths, cu_seqlens_k, page_table};
   describe(forward, q, keys, starts, query_lengths, cu_seqlens_q, scale, softcap, sinks, causal,
            window_left, window_right, bands, blocks);
   check(std::ranges::equal(dout.sizes(), out.sizes()), "dout is ", dout, ", but out is ", out);
@@ -648,6 +653,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
       .starts = indices("starts", starts, "[batch]", {p.batch}),
       .query_lengths = indices("query_lengths", query_lengths, "[batch]", {p.batch})};
   if (is_padded(forward, padding)) {
+    check(!page_table, "query_lengths is given together with page_table, which has no backward");
     run_padded_backward(forward, p, padding);
   } else {
     blasst::backward(p);
@@ -760,8 +766,9 @@ STABLE_TORCH_LIBRARY(blasst, m) {
   m.def(
       "prefill_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
       " Tensor lse, Tensor bits, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
-      " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, Tensor? sinks,"
-      " bool causal, int window_left, int window_right, Tensor? bands, Tensor? blocks)"
+      " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, float scale,"
+      " float softcap, Tensor? sinks, bool causal, int window_left, int window_right, Tensor? "
+      "bands, Tensor? blocks)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
   m.def(
       "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)");

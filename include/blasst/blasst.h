@@ -235,8 +235,8 @@ typedef struct blasst_decode_params {
  * skipped is absent, contributes exactly zero to every gradient and costs nothing. Each is rounded
  * once, from float32 sums; the sums' order does not depend on the number of threads.
  *
- * Members named as in blasst_prefill_params are the forward's. Keys may be dense or ragged; pages
- * have no gradient (BLASST_UNSUPPORTED), since requests may share them. */
+ * Members named as in blasst_prefill_params are the forward's. A page that is used twice has no
+ * gradient (BLASST_UNSUPPORTED). */
 typedef struct blasst_backward_params {
   blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_CPU);
   blasst_dtype dtype BLASST_DEFAULT(BLASST_FLOAT32); /* of all tensors but lse, sinks and dsinks */
@@ -260,7 +260,7 @@ typedef struct blasst_backward_params {
   const float* sinks BLASST_DEFAULT(nullptr);
   blasst_mask mask;
   blasst_view dq; /* gradient of q, of its shape. No gradient shares memory with another tensor. */
-  blasst_view dk; /* of k, in k's layout; zero for the keys beyond a request's length */
+  blasst_view dk; /* of k, in k's layout; zero where k holds no request's key */
   blasst_view dv; /* of v, likewise */
   float* dsinks BLASST_DEFAULT(nullptr); /* [heads] gradient of sinks; null: not wanted */
   int32_t threads BLASST_DEFAULT(0);

@@ -149,8 +149,8 @@ def attention(
         ValueError: arguments that contradict each other, or a device without a backend.
         RuntimeError: shapes, types or numbers out of range; the message says what was passed and
             what is accepted.
-        NotImplementedError: in the backward pass of a decode, of pages, on cuda, or of a backward
-            pass.
+        NotImplementedError: in the backward pass of a decode, of pages that requests share, on
+            cuda, or of a backward pass.
     """
     _check_tensors(
         {"q": q, "k": k, "v": v},

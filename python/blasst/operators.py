@@ -115,6 +115,7 @@ def _fake_backward(
     query_lengths: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    page_table: Tensor | None,
     scale: float,
     softcap: float,
     sinks: Tensor | None,
@@ -133,11 +134,10 @@ def _fake_backward(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, page_table, scale, softcap, sinks, causal, left, right, bands, blocks = inputs[:17]
+    *tensors, scale, softcap, sinks, causal, left, right, bands, blocks = inputs[:17]
     out, lse, bound, _, _, maxima, bits = output
     ctx.save_for_backward(*tensors, sinks, bands, blocks, out, lse, bits)
     ctx.scalars = scale, softcap, causal, left, right
-    ctx.paged = page_table is not None
     ctx.reported = inputs[20] and inputs[25]  # lse and bits
     ctx.mark_non_differentiable(bound, maxima)
     ctx.set_materialize_grads(False)
@@ -146,12 +146,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> N
 def _backward(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    if ctx.paged:
-        raise NotImplementedError(
-            "blasst.attention with page_table has no backward pass, since requests may share a "
-            "page; pass dense or ragged keys"
-        )
-    q, k, v, starts, lengths, query_lengths, cu_q, cu_k, *saved = ctx.saved_tensors
+    q, k, v, starts, lengths, query_lengths, cu_q, cu_k, page_table, *saved = ctx.saved_tensors
     sinks, bands, blocks, out, lse, bits = saved
     if q.device.type != "cpu":
         raise NotImplementedError(
@@ -176,6 +171,7 @@ def _backward(
         query_lengths,
         cu_q,
         cu_k,
+        page_table,
         scale,
         softcap,
         sinks,

@@ -197,10 +197,21 @@ Problem resolve(const Params& params, bool decode) {
   return p;
 }
 
-std::byte* at(const View& view, DType dtype, int64_t outer, int64_t token, int64_t head) {
-  return static_cast<std::byte*>(view.data) +
-         element_bytes(dtype) *
-             (outer * view.stride_request + token * view.stride_token + head * view.stride_head);
+// A key has one gradient, and one stripe of keys writes it.
+void check_no_shared_page(const Problem& p) {
+  if (!p.kv.page_table) return;
+  std::vector<int64_t> user(p.kv.pages, -1);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t i = 0; i < ceil_div(p.requests[b].keys, p.kv.page_size); ++i) {
+      const int64_t page = p.kv.page_table[b * p.kv.page_table_stride + i];
+      if (user[page] >= 0)
+        throw Error(BLASST_UNSUPPORTED,
+                    fmt::format("page {} is used by requests {} and {}; backward needs pages that "
+                                "are used once",
+                                page, user[page], b));
+      user[page] = b;
+    }
+  }
 }
 
 // The prefill whose gradients are asked for.
@@ -263,10 +274,7 @@ BackwardProblem make_problem(const BackwardParams& params) {
                     .tile_bits = params.tile_bits,
                     .dsinks = params.dsinks};
   const Problem& p = b.forward;
-  if (p.kv.page_table)
-    throw Error(BLASST_UNSUPPORTED,
-                "kv.page_table is set, but backward has no gradient of paged keys: requests may "
-                "share a page; pass dense or ragged keys");
+  check_no_shared_page(p);
   if (!b.lse && p.rows > 0) fail("lse is null; backward needs what prefill reported");
   if (b.dsinks && !p.sinks) fail("dsinks is set but sinks is null");
   const int64_t outer = p.ragged_queries ? 1 : p.batch;
@@ -278,11 +286,11 @@ BackwardProblem make_problem(const BackwardParams& params) {
     const View& view;
     int64_t outer, tokens, heads, dim;
   };
-  const int64_t key_outer = p.kv.cu_seqlens ? 1 : p.batch;
-  const int64_t keys = p.kv.cu_seqlens ? p.kv.cu_seqlens[p.batch] : p.kv.key_length;
-  const std::array gradients{Gradient{"dq", b.dq, outer, tokens, p.heads, p.head_dim},
-                             Gradient{"dk", b.dk, key_outer, keys, p.kv_heads, p.head_dim},
-                             Gradient{"dv", b.dv, key_outer, keys, p.kv_heads, p.value_dim}};
+  const KeyTensor keys = p.key_tensor();
+  const std::array gradients{
+      Gradient{"dq", b.dq, outer, tokens, p.heads, p.head_dim},
+      Gradient{"dk", b.dk, keys.outer, keys.tokens, p.kv_heads, p.head_dim},
+      Gradient{"dv", b.dv, keys.outer, keys.tokens, p.kv_heads, p.value_dim}};
   const std::array<std::pair<std::string_view, const View*>, 5> inputs{
       {{"q", &p.q}, {"k", &p.kv.k}, {"v", &p.kv.v}, {"out", &p.out}, {"dout", &b.dout}}};
   for (size_t i = 0; i < gradients.size(); ++i) {
@@ -298,18 +306,30 @@ BackwardProblem make_problem(const BackwardParams& params) {
   return b;
 }
 
+KeyTensor Problem::key_tensor() const {
+  if (kv.cu_seqlens) return {1, kv.cu_seqlens[batch]};
+  if (kv.page_table) return {kv.pages, kv.page_size};
+  return {batch, kv.key_length};
+}
+
+std::byte* row_at(const View& view, DType dtype, int64_t outer, int64_t token, int64_t head) {
+  return static_cast<std::byte*>(view.data) +
+         element_bytes(dtype) *
+             (outer * view.stride_request + token * view.stride_token + head * view.stride_head);
+}
+
 std::byte* Problem::query_row(const View& view, int64_t request, int64_t position,
                               int64_t head) const {
-  if (ragged_queries) return at(view, dtype, 0, requests[request].first_row + position, head);
-  return at(view, dtype, request, position, head);
+  if (ragged_queries) return row_at(view, dtype, 0, requests[request].first_row + position, head);
+  return row_at(view, dtype, request, position, head);
 }
 
 std::byte* Problem::key_row(const View& view, int64_t request, int64_t token,
                             int64_t kv_head) const {
-  if (kv.cu_seqlens) return at(view, dtype, 0, requests[request].first_key + token, kv_head);
-  if (!kv.page_table) return at(view, dtype, request, token, kv_head);
+  if (kv.cu_seqlens) return row_at(view, dtype, 0, requests[request].first_key + token, kv_head);
+  if (!kv.page_table) return row_at(view, dtype, request, token, kv_head);
   const int64_t page = kv.page_table[request * kv.page_table_stride + token / kv.page_size];
-  return at(view, dtype, page, token % kv.page_size, kv_head);
+  return row_at(view, dtype, page, token % kv.page_size, kv_head);
 }
 
 const std::byte* Problem::query(int64_t request, int64_t position, int64_t head) const {

@@ -33,6 +33,14 @@ struct QueryTile {
   int64_t head_of(int64_t row) const { return head + row % heads; }
 };
 
+// Keys as they lie: [outer, tokens, kv_heads, dim], outer being requests or pages.
+struct KeyTensor {
+  int64_t outer, tokens;
+};
+
+// A row of a tensor [outer, tokens, heads, dim].
+std::byte* row_at(const View& view, DType dtype, int64_t outer, int64_t token, int64_t head);
+
 struct Problem {
   DType dtype;
   bool pack_heads;  // decode: the query heads of a KV head form one query tile
@@ -53,6 +61,7 @@ struct Problem {
   int64_t group() const { return heads / kv_heads; }
   // Where a view laid out as q, or as k and v, holds a row.
   std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
+  KeyTensor key_tensor() const;
   std::byte* key_row(const View& view, int64_t request, int64_t token, int64_t kv_head) const;
 
   const std::byte* query(int64_t request, int64_t position, int64_t head) const;

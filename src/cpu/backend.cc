@@ -89,16 +89,27 @@ float sink_gradient(const BackwardPlan& plan, int64_t head) {
   return static_cast<float>(sum);
 }
 
-// Rows of dk and dv beyond a request's keys.
+// Rows of dk and dv that are no request's keys.
 void clear_unused_keys(const attention::BackwardProblem& b) {
   const Problem& p = b.forward;
   if (p.kv.cu_seqlens) return;
-  const int64_t bytes = attention::element_bytes(p.dtype);
+  const auto [outer, tokens] = p.key_tensor();
+  std::vector<int64_t> used(outer, 0);  // of each request's or page's tokens, from the first
   for (int64_t request = 0; request < p.batch; ++request) {
-    for (int64_t key = p.requests[request].keys; key < p.kv.key_length; ++key) {
+    const int64_t keys = p.requests[request].keys;
+    if (!p.kv.page_table) used[request] = keys;
+    for (int64_t first = 0; p.kv.page_table && first < keys; first += tokens)
+      used[p.kv.page_table[request * p.kv.page_table_stride + first / tokens]] =
+          std::min(tokens, keys - first);
+  }
+  const int64_t bytes = attention::element_bytes(p.dtype);
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t token = used[i]; token < tokens; ++token) {
       for (int64_t head = 0; head < p.kv_heads; ++head) {
-        std::fill_n(p.key_row(b.dk, request, key, head), p.head_dim * bytes, std::byte{0});
-        std::fill_n(p.key_row(b.dv, request, key, head), p.value_dim * bytes, std::byte{0});
+        std::fill_n(attention::row_at(b.dk, p.dtype, i, token, head), p.head_dim * bytes,
+                    std::byte{0});
+        std::fill_n(attention::row_at(b.dv, p.dtype, i, token, head), p.value_dim * bytes,
+                    std::byte{0});
       }
     }
   }

@@ -226,7 +226,7 @@ TEST_P(Backward, LayoutsAgreeBitForBit) {
   for (Case c : sparse_cases()) {
     const Pair dense(c);
     dense.backward->run();
-    for (const Layout layout : {Layout::kDense, Layout::kRagged}) {
+    for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
       for (const int64_t padding : {0, 3}) {
         c.layout = layout, c.padding = padding;
         c.head_major = padding > 0, c.ragged_queries = padding > 0;
@@ -279,6 +279,31 @@ TEST_P(Backward, RowsWithoutAKeyAndUnusedKeysGetZero) {
       }
     }
   }
+}
+
+TEST_P(Backward, WhatIsNoKeyInAPageGetsZero) {
+  Case c = sparse_case(BLASST_FLOAT32);
+  c.requests = {{80, 40}, {80, 0}, {80, 90}};
+  c.layout = Layout::kPaged, c.page_size = 16;
+  const Pair pair(c);
+  pair.backward->run();
+  EXPECT_EQ(compare(*pair.backward).mismatch, "");
+  const BackwardParams& b = pair.backward->params;
+  const Access access(pair.forward->params);
+  std::vector<const std::byte*> keys;
+  for (int64_t request = 0; request < 3; ++request)
+    for (int64_t key = 0; key < c.requests[request].keys; ++key)
+      keys.push_back(access.key_row(b.dk, request, key, 1));
+  int64_t others = 0;
+  for (int64_t page = 0; page < b.kv.pages; ++page) {
+    for (int64_t token = 0; token < 16; ++token) {
+      const std::byte* row = access.row_of(b.dk, page, token, 1);
+      if (std::ranges::find(keys, row) != keys.end()) continue;
+      ++others;
+      for (int64_t d = 0; d < c.head_dim; ++d) ASSERT_EQ(load_element(c.dtype, row + 4 * d), 0);
+    }
+  }
+  EXPECT_EQ(others, b.kv.pages * 16 - 130);
 }
 
 TEST_P(Backward, ANumberThatARowMustNotSeeDoesNotReachIt) {
@@ -427,7 +452,7 @@ INSTANTIATE_TEST_SUITE_P(
               b.params.kv.page_size = 1;
               b.params.kv.pages = 1;
             },
-            {"kv.page_table is set", "dense or ragged"},
+            {"page 0 is used by requests 0 and 0", "used once"},
             BLASST_UNSUPPORTED}),
     [](const auto& param) { return param.param.name; });
 

@@ -318,19 +318,54 @@ def test_fake_gradients_have_the_real_shapes():
         )  # fmt: skip
         torch.library.opcheck(
             torch.ops.blasst.prefill_backward,
-            (out, None, q, k, v, out, lse, bits, *places, 0.0, 0.0, sink, *masks),
+            (out, None, q, k, v, out, lse, bits, *places, None, 0.0, 0.0, sink, *masks),
         )
+
+
+def test_gradients_of_pages_are_those_of_the_keys_in_them():
+    q, k, v = inputs(queries=70)
+    size = 32
+    lengths = torch.tensor([k.shape[1], 100], dtype=torch.int32)
+    count = -(-k.shape[1] // size)
+    table = torch.randperm(2 * count + 1, generator=torch.Generator().manual_seed(3)).int()
+    table = table[: 2 * count].view(2, count)
+
+    def paged(t):
+        padded = torch.nn.functional.pad(t.detach(), (0, 0, 0, 0, 0, count * size - t.shape[1]))
+        pages = torch.full((2 * count + 1, size, *t.shape[2:]), math.nan)
+        pages[table.long()] = padded.unflatten(1, (count, size))
+        return pages.requires_grad_()
+
+    options = {"causal": True, "threshold": THRESHOLD, "lengths": lengths, "phase": "prefill"}
+    dense = torch.autograd.grad((attention(q, k, v, **options) ** 2).sum(), (q, k, v))
+    kp, vp = paged(k), paged(v)
+    out = attention(q, kp, vp, page_table=table, **options)
+    dq, *pages = torch.autograd.grad((out**2).sum(), (q, kp, vp))
+    assert torch.equal(dq, dense[0])
+    for gradient, wanted in zip(pages, dense[1:], strict=True):
+        unused = torch.ones(len(gradient), dtype=torch.bool)
+        unused[table.long()] = False
+        assert not gradient[unused].any()
+        assert torch.equal(gradient[table.long()].flatten(1, 2)[:, : k.shape[1]], wanted)
 
 
 def test_what_has_no_backward_is_named():
     q, k, v = inputs(queries=2)
     with pytest.raises(NotImplementedError, match="phase='decode'"):
         attention(q, k, v, phase="decode").sum().backward()
-    pages = torch.arange(2, dtype=torch.int32)[:, None]
+    pages = torch.zeros(2, 1, dtype=torch.int32)
     lengths = torch.full((2,), 200, dtype=torch.int32)
     kp, vp = (t.detach()[:, :200].clone().requires_grad_() for t in (k, v))
-    with pytest.raises(NotImplementedError, match="page_table"):
+    with pytest.raises(RuntimeError, match="page 0 is used by requests 0 and 1"):
         attention(q, kp, vp, page_table=pages, lengths=lengths, phase="prefill").sum().backward()
+    with pytest.raises(RuntimeError, match="query_lengths is given together with page_table"):
+        attention(
+            *(q, kp, vp),
+            page_table=pages + torch.arange(2, dtype=torch.int32)[:, None],
+            lengths=lengths,
+            query_lengths=torch.tensor([1, 2], dtype=torch.int32),
+            phase="prefill",
+        ).sum().backward()
     out = attention(q, k, v, causal=True, phase="prefill")
     first = torch.autograd.grad((out**2).sum(), q, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="second derivative"):

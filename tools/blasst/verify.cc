@@ -36,8 +36,7 @@ bool verify(const Options& options, const std::string& name) {
     check::Problem problem(case_for(check::random_case(seed), options.backend));
     check::Comparison comparison = run_and_compare(problem, options.backend);
     const check::Case& c = problem.description;
-    const bool has_backward =
-        options.backend == BLASST_BACKEND_CPU && !c.decode && c.layout != check::Layout::kPaged;
+    const bool has_backward = options.backend == BLASST_BACKEND_CPU && !c.decode;
     if (comparison.mismatch.empty() && has_backward) {
       check::BackwardProblem backward(problem);
       backward.run();

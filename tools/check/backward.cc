@@ -189,7 +189,6 @@ Case differentiable(Case c) {
     for (Lengths& r : c.requests)
       r.queries = c.requests[0].queries, r.keys = std::min<int64_t>(r.keys, 1500);
   }
-  if (c.layout == Layout::kPaged) c.layout = Layout::kRagged;
   return c;
 }
 
@@ -198,8 +197,10 @@ BackwardProblem::BackwardProblem(Problem& problem) : forward(problem), access_(p
   const bool head_major = !problem.description.head_major;
   const int64_t outer = p.cu_seqlens_q ? 1 : p.batch;
   const int64_t tokens = p.cu_seqlens_q ? access_.rows() : p.query_length;
-  const int64_t key_outer = p.kv.cu_seqlens ? 1 : p.batch;
-  const int64_t keys = p.kv.cu_seqlens ? p.kv.cu_seqlens[p.batch] : p.kv.key_length;
+  const int64_t key_outer = p.kv.cu_seqlens ? 1 : p.kv.page_table ? p.kv.pages : p.batch;
+  const int64_t keys = p.kv.cu_seqlens   ? p.kv.cu_seqlens[p.batch]
+                       : p.kv.page_table ? p.kv.page_size
+                                         : p.kv.key_length;
   params = {.backend = p.backend,
             .dtype = p.dtype,
             .batch = p.batch,
@@ -246,9 +247,16 @@ void BackwardProblem::for_query_rows(const View& view, const Visit& visit) const
 
 template <typename Visit>
 void BackwardProblem::for_key_rows(const View& view, bool unused, const Visit& visit) const {
+  const KeysValues& kv = params.kv;
+  if (unused && kv.page_table) {
+    for (int64_t page = 0; page < kv.pages; ++page)
+      for (int64_t j = 0; j < kv.page_size; ++j)
+        for (int64_t h = 0; h < params.kv_heads; ++h) visit(access_.row_of(view, page, j, h));
+    return;
+  }
   for (int64_t b = 0; b < params.batch; ++b) {
-    const bool all = unused && !params.kv.cu_seqlens;
-    const int64_t keys = all ? params.kv.key_length : access_.requests()[b].keys;
+    const bool all = unused && !kv.cu_seqlens;
+    const int64_t keys = all ? kv.key_length : access_.requests()[b].keys;
     for (int64_t j = 0; j < keys; ++j)
       for (int64_t h = 0; h < params.kv_heads; ++h) visit(access_.key_row(view, b, j, h));
   }

@@ -10,7 +10,7 @@
 
 namespace blasst::check {
 
-// Case `c` as one that has a backward: prefill, and ragged keys instead of pages.
+// Case `c` as one that has a backward: a prefill.
 Case differentiable(Case c);
 
 // Takes the outputs of a forward that has run. The gradients have strides of their own, and their

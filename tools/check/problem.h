@@ -45,9 +45,10 @@ class Access {
   // By everything but the block mask.
   bool sees(int64_t request, int64_t position, int64_t head, int64_t key) const;
 
- private:
-  std::byte* row_of(const View& view, int64_t request, int64_t token, int64_t head) const;
+  // Of a view [outer, tokens, heads, dim].
+  std::byte* row_of(const View& view, int64_t outer, int64_t token, int64_t head) const;
 
+ private:
   PrefillParams params_;
   std::vector<Request> requests_;
   int64_t rows_ = 0;
