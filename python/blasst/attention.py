@@ -149,8 +149,8 @@ def attention(
         ValueError: arguments that contradict each other, or a device without a backend.
         RuntimeError: shapes, types or numbers out of range; the message says what was passed and
             what is accepted.
-        NotImplementedError: in the backward pass of a decode, of pages that requests share, on
-            cuda, or of a backward pass.
+        NotImplementedError: thresholds that require a gradient; in the backward pass of a decode,
+            of pages that requests share, on cuda, or of a backward pass.
     """
     _check_tensors(
         {"q": q, "k": k, "v": v},
@@ -188,6 +188,11 @@ def attention(
     if sinks is not None and not sinks.is_floating_point():
         raise ValueError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
     sinks = None if sinks is None else sinks.to(torch.float32)
+    if thresholds is not None and thresholds.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "the threshold requires a gradient; dropping a tile or not has none: pass "
+            "threshold.detach()"
+        )
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

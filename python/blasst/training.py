@@ -183,7 +183,7 @@ class FiniteGradients(TrainerCallback):
         """
         self._remove()
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(_check_of(name, state))
+            parameter.register_post_accumulate_grad_hook(self._check_of(name, state))
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]
@@ -198,17 +198,18 @@ class FiniteGradients(TrainerCallback):
         while self._hooks:
             self._hooks.pop().remove()
 
+    def _check_of(self, name: str, state: TrainerState) -> Callable[[Tensor], None]:
+        """A check of the gradient of the parameter `name`."""
+        found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
+        where = f"layer {found[1]}, {name}" if found else name
 
-def _check_of(name: str, state: TrainerState) -> Callable[[Tensor], None]:
-    """A check of the gradient of the parameter `name`."""
-    found = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", name)
-    where = f"layer {found[1]}, {name}" if found else name
-
-    def check(parameter: Tensor) -> None:
-        if not parameter.grad.isfinite().all():
+        def check(parameter: Tensor) -> None:
+            if parameter.grad.isfinite().all():
+                return
+            self._remove()  # training ends here without on_train_end; the model may train again
             raise ValueError(
                 f"step {state.global_step + 1}: the gradient of {where} is not finite; it is the "
                 "first that the backward pass reached, which goes from the last layer to the first"
             )
 
-    return check
+        return check

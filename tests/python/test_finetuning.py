@@ -189,6 +189,7 @@ def test_gradients_that_are_not_finite_name_layer_and_step(value, tmp_path):
     )
     with pytest.raises(ValueError, match=expected):
         trainer.train()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def test_finite_gradients_leave_no_hooks_behind(tmp_path):

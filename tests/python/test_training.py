@@ -370,5 +370,12 @@ def test_what_has_no_backward_is_named():
     first = torch.autograd.grad((out**2).sum(), q, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="second derivative"):
         first.sum().backward()
+    threshold = torch.tensor(0.3, requires_grad=True)
+    for keep in (0, 3):  # alone, and beside q, k and v
+        leaves = [t if i < keep else t.detach() for i, t in enumerate((q, k, v))]
+        with pytest.raises(NotImplementedError, match="the threshold requires a gradient"):
+            attention(*leaves, causal=True, threshold=threshold, phase="prefill")
+    with torch.no_grad():
+        attention(q, k, v, causal=True, threshold=threshold, phase="prefill")
     result = attention(q, k, v, causal=True, return_error_bound=True, phase="prefill")
     assert not result.dropped_mass_bound.requires_grad
