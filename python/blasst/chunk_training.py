@@ -20,10 +20,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst.bsfa import identity
 from blasst.dhsa import VERSION, Predictor, load_predictors
 from blasst.huggingface import set_policy
-from blasst.models import attention_layers, check_length, replace_file, unwindowed_layers
+from blasst.models import (
+    attention_layers,
+    check_length,
+    identity,
+    replace_file,
+    unwindowed_layers,
+)
 from blasst.policies import Call, Visit
 from blasst.progress import Progress, silent
 from blasst.prompts import reference_text, text_tokens
@@ -98,6 +103,9 @@ class _Keys:
 
     def __init__(self) -> None:
         self.found: dict[int, list[Tensor]] = {}
+
+    def check(self, model: PreTrainedModel) -> None:
+        pass
 
     def visit(self, call: Call) -> Visit:
         self.found.setdefault(call.layer, []).append(call.key[0].clone())

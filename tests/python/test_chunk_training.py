@@ -99,10 +99,16 @@ def test_bad_input(loaded, tmp_path):
     train(loaded.model, loaded.tokenizer, wide, TINY)
     from tiny_models import make_model
 
+    policy = Dhsa(0.5, chunker="trained", predictors=str(wide))
     other = make_model("llama", num_key_value_heads=4)
-    blasst.set_policy(other, Dhsa(0.5, chunker="trained", predictors=str(wide)))
+    with pytest.raises(
+        ValueError, match="boundary predictors of a model with type llama, layers 2"
+    ):
+        blasst.set_policy(other, policy)
+    wider = make_model("llama", head_dim=32)  # all else is as in the trained one
+    blasst.set_policy(wider, policy)
     with pytest.raises(RuntimeError, match="the boundary predictor is for keys of 32 elements"):
-        other(torch.ones(1, 100, dtype=torch.long))
+        wider(torch.ones(1, 100, dtype=torch.long))
     loaded.model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="holds no boundary predictors"):
         load_predictors(tmp_path / "model/model.safetensors")
