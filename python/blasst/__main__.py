@@ -251,7 +251,14 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
         "--steps", type=_positive, default=400, metavar="N", help="of each (default: 400)"
     )
     command.add_argument(
-        "--length", type=_positive, default=2048, metavar="TOKENS", help="a step (default: 2048)"
+        "--batch", type=_positive, default=1, metavar="N", help="sequences a step (default: 1)"
+    )
+    command.add_argument(
+        "--length",
+        type=_positive,
+        default=2048,
+        metavar="TOKENS",
+        help="a sequence (default: 2048)",
     )
     command.add_argument(
         "--every", type=_positive, default=50, metavar="N", help="steps a checkpoint (default: 50)"
@@ -419,13 +426,15 @@ def _pretrain(options: argparse.Namespace) -> None:
     from blasst import pretraining, report
     from blasst.console import console, show, shown_progress
 
-    plan = pretraining.Plan(length=options.length, steps=options.steps, every=options.every)
+    plan = pretraining.Plan(
+        length=options.length, batch=options.batch, steps=options.steps, every=options.every
+    )
     with shown_progress() as progress:
         runs = pretraining.pretrain(plan, options.out, progress)
     parameters = sum(p.numel() for p in runs[0].model.parameters())
     show(
         report.Table(
-            f"{parameters / 1e6:.1f}M parameters, {plan.length} tokens a step",
+            f"{parameters / 1e6:.1f}M parameters, {plan.batch * plan.length} tokens a step",
             ("attention", "steps", "held-out loss", "tokens/s"),
             tuple(
                 (r.method, str(r.step), f"{r.held_out[-1][1]:.3f}", f"{r.tokens_per_second:.0f}")

@@ -26,7 +26,14 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.attention import Result
 from blasst.huggingface import Recording, Threshold, configure, recording_with
-from blasst.models import check_length, context_length, replace_file, unwindowed_layers
+from blasst.models import (
+    check_length,
+    context_length,
+    described,
+    identity,
+    replace_file,
+    unwindowed_layers,
+)
 from blasst.operators import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
@@ -74,7 +81,7 @@ class AbsoluteThresholds:
     """Thresholds of a model, and what is known of how good they are."""
 
     model: dict[str, Any]
-    """What they belong to: see `identity`."""
+    """What they belong to: see `models.identity`."""
     layers: tuple[int, ...]
     """Layers that have some; the others (sliding windows) stay dense."""
     keeps: tuple[int, ...]
@@ -159,8 +166,8 @@ class AbsoluteThresholds:
         other = identity(model)
         if other != self.model:
             raise ValueError(
-                f"these thresholds are of a model with {_described(self.model)}; this one has "
-                f"{_described(other)}"
+                f"these thresholds are of a model with {described(self.model)}; this one has "
+                f"{described(other)}"
             )
         if (tile := _tile_of(model)) != self.tile_shape:
             raise ValueError(
@@ -220,23 +227,6 @@ def _tile_of(model: PreTrainedModel) -> tuple[int, int]:
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return prefill_tile(model.device, head_dim)
-
-
-def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What distinguishes a model: its shape, and a few of its weights."""
-    config = model.config.get_text_config()
-    weight = next(p for name, p in model.named_parameters() if p.dim() == 2).detach()
-    return {
-        "type": config.model_type,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "weights": f"{weight[:16, :16].double().abs().sum().item():.6g}",
-    }
-
-
-def _described(model: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in model.items())
 
 
 class _Prompts(Recording):

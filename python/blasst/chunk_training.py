@@ -20,10 +20,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst.bsfa import identity
 from blasst.dhsa import VERSION, Predictor, load_predictors
 from blasst.huggingface import set_policy
-from blasst.models import attention_layers, check_length, replace_file, unwindowed_layers
+from blasst.models import (
+    attention_layers,
+    check_length,
+    identity,
+    replace_file,
+    unwindowed_layers,
+)
 from blasst.policies import Call, Visit
 from blasst.progress import Progress, silent
 from blasst.prompts import reference_text, text_tokens
@@ -41,7 +46,7 @@ class Plan:
     """Keys a chunk, on average."""
     length: int = 2048
     """Tokens of a stretch of text that is read at once."""
-    stretches: int = 4
+    stretches: int = 8
     steps: int = 200
     window: int = 8
     features: int = 32
@@ -72,8 +77,11 @@ class BoundaryModel(nn.Module):
         super().__init__()
         self.shape = (inputs, plan.window, plan.features, plan.hidden)
         self.projection = nn.Parameter(torch.randn(inputs, plan.features) / inputs**0.5)
-        self.left = nn.Parameter(torch.full((plan.window,), 1 / plan.window))
-        self.right = nn.Parameter(torch.full((plan.window,), 1 / plan.window))
+        # Most of the weight at the cut, where keys decide: a plain mean hides them.
+        near = torch.full((plan.window,), 0.1 / plan.window)
+        near[0] += 0.9
+        self.right = nn.Parameter(near)
+        self.left = nn.Parameter(near.flip(0))
         self.hidden = nn.Linear(4 * plan.features + 1, plan.hidden)
         self.last = nn.Linear(plan.hidden, 1)
 
@@ -99,6 +107,9 @@ class _Keys:
     def __init__(self) -> None:
         self.found: dict[int, list[Tensor]] = {}
 
+    def check(self, model: PreTrainedModel) -> None:
+        pass
+
     def visit(self, call: Call) -> Visit:
         self.found.setdefault(call.layer, []).append(call.key[0].clone())
         return Visit()
@@ -123,16 +134,22 @@ def train_layer(stretches: list[Tensor], plan: Plan, seed: int) -> Trained:
         seed: of the weights and the batches.
     """
     window = plan.window
-    sides = [keys.flatten(1).unfold(0, 2 * window, 1).mT for keys in stretches]
-    windows = torch.cat(sides)  # [positions, 2 * window, inputs]
+    keys = torch.cat(stretches).flatten(1)
+    numbers = torch.arange(len(keys)).split([len(k) for k in stretches])
+    firsts = torch.cat([n[: len(n) - 2 * window + 1] for n in numbers])
     labels = torch.cat([labels_of(k, plan.size)[window : len(k) - window + 1] for k in stretches])
     cut = int(len(labels) * (1 - HELD_OUT))
     torch.manual_seed(seed)
-    model = BoundaryModel(windows.shape[-1], plan)
+    model = BoundaryModel(keys.shape[-1], plan)
     # Keys differ in size from layer to layer; the first weights absorb it.
     with torch.no_grad():
-        model.projection /= windows.square().mean().sqrt().clamp(min=1e-6)
+        model.projection /= keys.square().mean().sqrt().clamp(min=1e-6)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def scores_of(at: Tensor) -> Tensor:
+        windows = keys[firsts[at, None] + torch.arange(2 * window)]
+        return model(windows[:, :window], windows[:, window:])
+
     positive = labels[:cut].nonzero()[:, 0]
     generator = torch.Generator().manual_seed(seed)
     for step in range(plan.steps):
@@ -142,15 +159,16 @@ def train_layer(stretches: list[Tensor], plan: Plan, seed: int) -> Trained:
         some = torch.randint(cut, (BATCH * 3 // 4,), generator=generator)
         rare = positive[torch.randint(len(positive), (BATCH // 4,), generator=generator)]
         at = torch.cat([some, rare])
-        scores = model(windows[at, :window], windows[at, window:])
-        loss = functional.binary_cross_entropy_with_logits(scores, labels[at].float())
+        loss = functional.binary_cross_entropy_with_logits(scores_of(at), labels[at].float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        rest = [windows[i : i + BATCH] for i in range(cut, len(labels), BATCH)]
-        scores = torch.cat([model(w[:, :window], w[:, window:]) for w in rest])
-    found, wanted = scores > 0, labels[cut:]
+        scores = torch.cat([scores_of(at) for at in torch.arange(len(labels)).split(BATCH)])
+        # So many boundaries there were in the batches; now as many as there are in the text.
+        excess = torch.quantile(scores[:cut], 1 - 1 / plan.size)
+        model.last.bias -= excess
+    found, wanted = scores[cut:] > excess, labels[cut:]
     right = (found & wanted).sum().item()
     return Trained(
         model.packed(), right / max(1, found.sum().item()), right / max(1, wanted.sum().item())
@@ -198,7 +216,7 @@ def train(
     for i, layer in enumerate(layers):
         progress("Boundary predictors", i / len(layers), f"layer {layer}")
         if layer not in kept:
-            kept[layer] = train_layer(keys[layer], plan, seed=layer)
+            kept[layer] = train_layer([k.float() for k in keys.pop(layer)], plan, seed=layer)
             _write(partial, about, kept)
     _write(out, about, kept)
     partial.unlink()
@@ -228,8 +246,7 @@ def _keys_of(
         for layer, policy in before.items():
             set_policy(model, policy, [layer])
     progress("Keys", 1.0, "")
-    with torch.inference_mode(False):
-        return {layer: [k.clone().float() for k in found] for layer, found in keys.found.items()}
+    return keys.found
 
 
 def _write(path: Path, about: dict, trained: Mapping[int, Trained]) -> None:

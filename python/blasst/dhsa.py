@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import blasst.operators  # noqa: F401, loads torch.ops.blasst
+from blasst.models import described, shape_of
 from blasst.policies import KINDS, Call, Visit
 
 CHUNKERS = ("fixed", "shift", "trained")
@@ -40,12 +42,18 @@ def load_predictors(path: Path) -> dict[int, Predictor]:
     Raises:
         ValueError: another file.
     """
+    shape = tuple(_about(path)["shape"])
+    with safe_open(path, "pt") as file:
+        return {int(n): Predictor(file.get_tensor(n), shape) for n in file.keys()}  # noqa: SIM118
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What a file of predictors says of itself."""
     with safe_open(path, "pt") as file:
         about = json.loads((file.metadata() or {}).get("blasst_chunks", "null"))
-        if about is None or about["version"] != VERSION:
-            raise ValueError(f"{path} holds no boundary predictors of version {VERSION}")
-        shape = tuple(about["shape"])
-        return {int(n): Predictor(file.get_tensor(n), shape) for n in file.keys()}  # noqa: SIM118
+    if about is None or about["version"] != VERSION:
+        raise ValueError(f"{path} holds no boundary predictors of version {VERSION}")
+    return about
 
 
 @dataclass
@@ -111,6 +119,17 @@ class Dhsa:
         """For `policies.from_dict`."""
         names = ("budget", "chunker", "least", "most", "threshold", "predictors")
         return {"kind": "dhsa"} | {name: getattr(self, name) for name in names}
+
+    def check(self, model: PreTrainedModel) -> None:
+        """A ValueError if the predictors were trained for a model of another shape."""
+        if self.predictors is None:
+            return
+        trained, this = _about(Path(self.predictors))["model"], shape_of(model)
+        if any(trained[name] != value for name, value in this.items()):
+            raise ValueError(
+                f"{self.predictors} holds boundary predictors of a model with "
+                f"{described(trained)}; this one has {described(this)}"
+            )
 
     @torch.no_grad()
     def visit(self, call: Call) -> Visit:

@@ -92,9 +92,13 @@ def set_policy(
         layers: default: all.
 
     Raises:
-        ValueError: the model runs another attention, or has no such layer.
+        ValueError: the model runs another attention, or has no such layer, or the policy is for
+            another model.
     """
-    for module in _chosen_modules(model, layers):
+    modules = _chosen_modules(model, layers)
+    if policy is not None:
+        policy.check(model)
+    for module in modules:
         module.blasst_policy = policy
 
 

@@ -14,11 +14,11 @@ import pickle
 import shutil
 import tempfile
 from base64 import urlsafe_b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, PackagePath, distribution
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -306,3 +306,26 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
         logging.enable_progress_bar()
+
+
+def shape_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What thresholds and predictors by layer and head depend on."""
+    config = model.config.get_text_config()
+    return {
+        "type": config.model_type,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+    }
+
+
+def identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What distinguishes a model: its shape, and a few of its weights."""
+    weight = next(p for name, p in model.named_parameters() if p.dim() == 2).detach()
+    weights = f"{weight[:16, :16].double().abs().sum().item():.6g}"
+    return {**shape_of(model), "weights": weights}
+
+
+def described(shape: Mapping[str, Any]) -> str:
+    """A shape or identity, for messages."""
+    return ", ".join(f"{name} {value}" for name, value in shape.items())

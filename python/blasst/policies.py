@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 
 class Call(NamedTuple):
@@ -41,6 +42,9 @@ class Visit(NamedTuple):
 
 class VisitPolicy(Protocol):
     """A policy for all the layers of a model."""
+
+    def check(self, model: PreTrainedModel) -> None:
+        """A ValueError if it is not for such a model."""
 
     def visit(self, call: Call) -> Visit:
         """What this call may visit."""
@@ -84,6 +88,10 @@ class Bands:
     def of(self, heads: int) -> Tensor:
         """[heads, 2] int64: first and last distance of each head."""
         return head_bands(heads, self.length)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """A ValueError if the model has more heads than there are distances."""
+        self.of(model.config.get_text_config().num_attention_heads)
 
     def visit(self, call: Call) -> Visit:
         """The same bands in every layer and phase."""

@@ -50,7 +50,9 @@ class Plan:
     """One training run."""
 
     length: int = 2048
-    """Tokens a step: one sequence."""
+    """Tokens of a sequence."""
+    batch: int = 1
+    """Sequences a step."""
     steps: int = 400
     every: int = 50
     """Steps between two measurements of the held-out loss; a checkpoint follows each."""
@@ -61,7 +63,7 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("length", "steps", "every", "hidden", "heads", "layers"):
+        for name in ("length", "batch", "steps", "every", "hidden", "heads", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.hidden % self.heads or self.hidden // self.heads not in range(16, 257, 8):
@@ -156,7 +158,11 @@ class Run:
             )
         self.model = make_model(plan, method)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+            self.model.parameters(),
+            lr=plan.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
+            fused=True,
         )
         self.step = 0
         self.losses: list[float] = []
@@ -232,8 +238,8 @@ class Run:
             group["lr"] = plan.learning_rate * warm
         # The same sequences for every method.
         rng = torch.Generator().manual_seed(plan.seed + 7919 * (self.step + 1))
-        first = int(torch.randint(len(self._train) - plan.length, (1,), generator=rng))
-        tokens = self._train[None, first : first + plan.length]
+        first = torch.randint(len(self._train) - plan.length, (plan.batch, 1), generator=rng)
+        tokens = self._train[first + torch.arange(plan.length)]
         self.model.train()
         loss = self.model(tokens, labels=tokens).loss
         self.optimizer.zero_grad()
@@ -255,9 +261,14 @@ class Run:
         self.held_out.append((self.step, sum(losses) / len(losses)))
 
     @property
+    def is_measured(self) -> bool:
+        """Whether the held-out loss is that of the last step."""
+        return self.held_out[-1][0] == self.step
+
+    @property
     def tokens_per_second(self) -> float:
         """Of the steps, measurements aside."""
-        return self.step * self.plan.length / max(self.seconds, 1e-9)
+        return self.step * self.plan.batch * self.plan.length / max(self.seconds, 1e-9)
 
     def summary(self) -> dict[str, Any]:
         """For the results file."""
@@ -275,7 +286,8 @@ class Run:
 def pretrain(plan: Plan, out: Path, progress: Progress = silent) -> list[Run]:
     """Train dense and with bands to the same number of steps; write results and a plot into `out`.
 
-    The same call goes on where an interrupted one stopped, from its last checkpoints.
+    Both are written anew after each measurement, so a run that is stopped has them too. The same
+    call goes on where an interrupted one stopped, from its last checkpoints.
 
     Raises:
         ValueError: too little text, or a checkpoint of another run in `out`.
@@ -293,9 +305,15 @@ def pretrain(plan: Plan, out: Path, progress: Progress = silent) -> list[Run]:
         run.train_step()
         now = f"step {run.step}, loss {run.losses[-1]:.3f}"
         progress(run.method, run.step / plan.steps, now)
+        if run is runs[-1] and run.is_measured:
+            _write_results(runs, out)
+    _write_results(runs, out)
+    return runs
+
+
+def _write_results(runs: list[Run], out: Path) -> None:
     write_json(out / "results.json", [run.summary() for run in runs])
     replace_file(out / "losses.png", plot(runs))
-    return runs
 
 
 def plot(runs: list[Run]) -> bytes:
@@ -305,7 +323,7 @@ def plot(runs: list[Run]) -> bytes:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(8.4, 4.2), sharey=True)
     for run, colour in zip(runs, ("tab:gray", "tab:blue"), strict=True):
         steps, losses = zip(*run.held_out, strict=True)
         label = f"{run.method}, {run.tokens_per_second:.0f} tokens/s"
@@ -320,6 +338,6 @@ def plot(runs: list[Run]) -> bytes:
     by_step.legend()
     figure.tight_layout()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)
     return buffer.getvalue()

@@ -39,11 +39,20 @@ def test_labels_are_where_neighbours_are_least_alike():
 
 
 def test_a_predictor_learns_the_boundaries():
-    keys, _ = stretches_of_keys(tokens=5000)
-    trained = train_layer([keys], Plan(size=30, steps=200, window=4), seed=0)
+    plan = Plan(size=30, steps=200, window=4)
+    stretches = [stretches_of_keys(seed=seed)[0] for seed in range(4)]
+    trained = train_layer(stretches, plan, seed=0)
     # Chance would be right once in thirty times.
     assert trained.precision > 0.5
     assert trained.recall > 0.5
+    packed = trained.predictor
+    found = [
+        (torch.ops.blasst.chunks_scores(keys, "trained", packed.weights, list(packed.shape)) > 0)
+        .float()
+        .mean()
+        for keys in stretches
+    ]
+    assert sum(found) / len(found) == pytest.approx(1 / 30, rel=0.2)
 
 
 def test_the_library_computes_the_scores_that_were_trained():
@@ -99,10 +108,16 @@ def test_bad_input(loaded, tmp_path):
     train(loaded.model, loaded.tokenizer, wide, TINY)
     from tiny_models import make_model
 
+    policy = Dhsa(0.5, chunker="trained", predictors=str(wide))
     other = make_model("llama", num_key_value_heads=4)
-    blasst.set_policy(other, Dhsa(0.5, chunker="trained", predictors=str(wide)))
+    with pytest.raises(
+        ValueError, match="boundary predictors of a model with type llama, layers 2"
+    ):
+        blasst.set_policy(other, policy)
+    wider = make_model("llama", head_dim=32)  # all else is as in the trained one
+    blasst.set_policy(wider, policy)
     with pytest.raises(RuntimeError, match="the boundary predictor is for keys of 32 elements"):
-        other(torch.ones(1, 100, dtype=torch.long))
+        wider(torch.ones(1, 100, dtype=torch.long))
     loaded.model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="holds no boundary predictors"):
         load_predictors(tmp_path / "model/model.safetensors")

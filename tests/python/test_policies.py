@@ -115,6 +115,11 @@ def test_set_policy_on_some_layers():
         blasst.set_policy(model, Bands(300), layers=[5])
 
 
+def test_a_model_with_more_heads_than_distances():
+    with pytest.raises(ValueError, match="4 heads cannot have bands of 3 distances"):
+        blasst.set_policy(make_model("llama"), Bands(3))
+
+
 def test_a_test_runs_under_a_policy():
     model = make_model("llama", blasst_policy=BANDS)
     with blasst.record() as dense:

@@ -54,13 +54,24 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         pretrain(Plan(steps=6, **TINY), tmp_path / "parts", stop)
-    assert not (tmp_path / "parts/results.json").exists()
+    stopped = json.loads((tmp_path / "parts/results.json").read_text())
+    assert [result["step"] for result in stopped] == [2, 2]
+    assert (tmp_path / "parts/losses.png").exists()
     parts = pretrain(Plan(steps=6, **TINY), tmp_path / "parts")
     for a, b in zip(whole, parts, strict=True):
         assert a.losses == b.losses
         assert a.held_out == b.held_out
         weights = zip(a.model.parameters(), b.model.parameters(), strict=True)
         assert all(torch.equal(x, y) for x, y in weights)
+
+
+def test_a_batch_is_several_sequences(tmp_path):
+    (run, _) = pretrain(Plan(steps=2, batch=3, **TINY), tmp_path)
+    seen = []
+    run.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    run.train_step()
+    assert seen[0].shape == (3, 40)
+    assert run.tokens_per_second == pytest.approx(3 * 3 * 40 / run.seconds)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
