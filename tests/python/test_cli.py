@@ -1,5 +1,6 @@
 """The command line: one clear message for what a user gets wrong, nothing half-written."""
 
+import argparse
 import errno
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from blasst import calibration, disk, models
-from blasst.__main__ import main
+from blasst.__main__ import _Number, _parser, main
 from blasst.config import Law, SparseAttention
 from recency_model import make_loaded
 
@@ -259,10 +261,11 @@ def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["calibrate", "smollm2", "--target-sparsity", "1.5"], "'1.5' is no number from 0 to 1"),
-        (["calibrate", "smollm2", "--lengths", "0"], "'0' is no positive number"),
+        (["calibrate", "smollm2", "--target-sparsity", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["calibrate", "smollm2", "--lengths", "0"], "'0' is not a whole number of 1 or more"),
         (["evaluate"], "required: MODEL"),
-        (["evaluate", "x", "--every", "0"], "'0' is no positive number"),
+        (["evaluate", "x", "--needles", "-3"], "'-3' is not a whole number of 0 or more"),
+        (["finetune", "x", "--learning-rate", "0"], "'0' is not a number above 0"),
         (["explain"], "invalid choice: 'explain'"),
     ],
 )
@@ -271,6 +274,27 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def number_options() -> Iterator[tuple[str, str, str]]:
+    """Command, option and what is allowed, of every option of every command that takes numbers."""
+    [commands] = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    for command, parser in commands.choices.items():
+        for action in parser._actions:
+            assert action.type not in (int, float), f"{action.option_strings} has no range"
+            if isinstance(action.type, _Number):
+                yield command, action.option_strings[0], action.type.allowed
+
+
+@pytest.mark.parametrize(("command", "option", "allowed"), [*number_options()])
+def test_a_number_out_of_range_is_said_with_what_is_allowed(command, option, allowed, capsys):
+    never = ["-1", "nan", "inf", "many", ""]
+    for given in never + ["0.5"] * ("whole" in allowed) + ["0"] * ("1 or more" in allowed):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, *["smollm2"] * (command != "pretrain"), option, given])
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.endswith(f"error: argument {option}: {given!r} is not {allowed}")
 
 
 def test_unknown_tasks_and_demos_are_errors(capsys):
