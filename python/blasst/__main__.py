@@ -85,7 +85,11 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
         "--lengths", type=_POSITIVE, nargs="+", metavar="TOKENS", help="default: 1024 2048 4096"
     )
     command.add_argument(
-        "--held-out", type=_POSITIVE, nargs="*", metavar="TOKENS", help="lengths to check"
+        "--held-out",
+        type=_POSITIVE,
+        nargs="*",
+        metavar="TOKENS",
+        help="lengths to check (default: half-way between the two longest, and twice the longest)",
     )
     command.add_argument(
         "--prompts", type=_POSITIVE, default=4, metavar="N", help="of each length (default: 4)"
@@ -134,7 +138,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="of `chunks`, for the methods dhsa and dhsa+blasst (default: chunks of 64 keys)",
     )
     _add_targets(command, [0.0, 0.5, 0.75], "shares of the tiles to skip; 0: dense")
-    command.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help="of lm-eval")
+    command.add_argument(
+        "--tasks",
+        nargs="*",
+        default=[],
+        metavar="TASK",
+        help="of lm-eval: those of RULER that need no download (default: none)",
+    )
     command.add_argument(
         "--limit", type=_POSITIVE, default=10, metavar="N", help="documents a task (default: 10)"
     )
@@ -145,7 +155,13 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="texts for perplexity (default: five that come with Python and its packages)",
     )
-    command.add_argument("--length", type=_POSITIVE, default=4096, help="tokens (default: 4096)")
+    command.add_argument(
+        "--length",
+        type=_POSITIVE,
+        default=4096,
+        metavar="TOKENS",
+        help="of prompts and texts (default: 4096)",
+    )
     command.add_argument(
         "--every",
         type=_POSITIVE,
@@ -167,7 +183,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--needles", type=_COUNT, default=3, metavar="N", help="facts to find (default: 3)"
     )
     command.add_argument(
-        "--out", type=Path, default=Path("blasst-evaluation"), metavar="FOLDER", help="of results"
+        "--out",
+        type=Path,
+        default=Path("blasst-evaluation"),
+        metavar="FOLDER",
+        help="of results (default: blasst-evaluation)",
     )
 
 

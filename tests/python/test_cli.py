@@ -14,17 +14,17 @@ from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from blasst import calibration, disk, models
 from blasst.__main__ import _Number, _parser, main
 from blasst.config import Law, SparseAttention
-from recency_model import make_loaded
+from recency_model import make_recency_model, make_tokenizer
 
 
-def saved_model(folder: Path) -> Path:
-    loaded = make_loaded()
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+def saved_model(folder: Path, model: PreTrainedModel | None = None) -> Path:
+    (model or make_recency_model()).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -61,8 +61,6 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch, 
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    from transformers import PreTrainedModel
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     assert main(["calibrate", str(folder), "--out", str(tmp_path / "new")]) == 1
@@ -248,6 +246,23 @@ def test_a_missing_text_is_an_error(tmp_path, capsys):
 def test_a_folder_without_a_model_is_an_error(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
     assert f"cannot load {str(tmp_path)!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_that_blasst_cannot_run_is_said_before_the_work(command, tmp_path, capsys):
+    folder = saved_model(tmp_path / "model", make_recency_model(head_dim=20))
+    assert main([command, str(folder), "--out", str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert message.endswith(
+        " cannot run with blasst: head_dim is 20; it must be a multiple of 8 from 16 to 256\n"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_context_shorter_than_every_default_length_is_an_error(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model", make_recency_model(context=512))
+    assert main(["calibrate", str(folder)]) == 1
+    assert "the model's context is 512 tokens, less than" in capsys.readouterr().err
 
 
 def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):
