@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 import blasst.operators  # noqa: F401, loads torch.ops.blasst
+from blasst.disk import open_tensors
 from blasst.policies import KINDS, Call, Visit
 
 CHUNKERS = ("fixed", "shift", "trained")
@@ -38,9 +38,9 @@ def load_predictors(path: Path) -> dict[int, Predictor]:
     """Predictors by layer, as `blasst.chunk_training.train` writes them.
 
     Raises:
-        ValueError: another file.
+        ValueError: another file, or one that cannot be read.
     """
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         about = json.loads((file.metadata() or {}).get("blasst_chunks", "null"))
         if about is None or about["version"] != VERSION:
             raise ValueError(f"{path} holds no boundary predictors of version {VERSION}")

@@ -59,8 +59,11 @@ class Results:
         self._path = path
         self._known: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        begun = {"fingerprint": fingerprint}
         whole = self._read() if path.exists() else []
-        if whole and whole[0] != {"fingerprint": fingerprint}:
+        if not whole or [set(line) for line in whole] == [{"fingerprint"}]:
+            whole = [begun]  # nothing was found yet, of whatever it was to be
+        if whole[0] != begun:
             raise ValueError(
                 f"{path} holds results of another model, calibration or length; choose another "
                 "folder or remove it"
@@ -68,10 +71,9 @@ class Results:
         for line in whole[1:]:
             self._known[line["key"]] = line["value"]
         # Written anew without a line that a killed run left half-written.
-        lines = whole or [{"fingerprint": fingerprint}]
         working = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            working.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            working.write_text("".join(json.dumps(line) + "\n" for line in whole))
             working.replace(path)
         finally:
             working.unlink(missing_ok=True)
@@ -207,10 +209,10 @@ class _Evaluation:
         for target in targets:
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
+        self.config: SparseAttention | None = parse(entry) if entry is not None else None
         self.methods = methods
         made = [length, every, made_by(methods)] if methods else [length, every]
         self.results = Results(out / "results.jsonl", fingerprint(self.model, *made))
-        self.config: SparseAttention | None = parse(entry) if entry is not None else None
         self.settings = [Setting(DENSE, 0.0)]
         schemes = [CALIBRATED] * with_calibrated + list(methods)
         self.settings += [Setting(scheme, t) for scheme in schemes for t in targets if t]

@@ -238,6 +238,18 @@ def test_a_text_that_cannot_be_read_is_an_error(content, message, tmp_path, caps
         assert f"novel.txt {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "option"), [("bsfa", "--bsfa-thresholds"), ("dhsa", "--predictors")]
+)
+def test_a_file_of_a_method_that_is_cut_short_is_named(method, option, tmp_path, capsys):
+    folder, short = saved_model(tmp_path / "model"), tmp_path / "short.safetensors"
+    short.write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    arguments = ["evaluate", str(folder), "--length", "512", "--target-sparsity", "0.5"]
+    arguments += ["--method", method, option, str(short), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "short.safetensors cannot be read: " in capsys.readouterr().err
+
+
 def test_a_missing_text_is_an_error(tmp_path, capsys):
     assert main(["calibrate", "smollm2", "--text", str(tmp_path / "none.txt")]) == 1
     assert "No such file" in capsys.readouterr().err

@@ -135,6 +135,14 @@ def test_lengths_of_two_schemes_are_two_rows(tmp_path):
     assert "Sparsity against length" in path.read_text()
 
 
+def test_a_folder_in_which_nothing_was_measured_yet_serves_anything(tmp_path):
+    with pytest.raises(ValueError, match="leaflet has 5 tokens; 801 are needed"):
+        run(tmp_path, texts={"leaflet": "short"}, length=LENGTH + 1)
+    run(tmp_path, texts={})
+    with pytest.raises(ValueError, match="another model, calibration or length"):
+        run(tmp_path, texts={}, length=LENGTH + 1)
+
+
 def test_the_configuration_is_left_as_it_was(tmp_path):
     loaded = configured()
     before = json.dumps(loaded.model.config.sparse_attention_config)
