@@ -34,7 +34,7 @@ class _Number:
 _POSITIVE = _Number(int, "a whole number of 1 or more", lambda n: n >= 1)
 _COUNT = _Number(int, "a whole number of 0 or more", lambda n: n >= 0)
 _FRACTION = _Number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
-_RATE = _Number(float, "a number above 0", lambda x: 0 < x < math.inf)
+_RATE = _Number(float, "a number between 0 and 1", lambda x: 0 < x < 1)
 
 
 def main(arguments: list[str] | None = None) -> int:

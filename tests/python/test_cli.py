@@ -292,7 +292,7 @@ def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):
         (["calibrate", "smollm2", "--lengths", "0"], "'0' is not a whole number of 1 or more"),
         (["evaluate"], "required: MODEL"),
         (["evaluate", "x", "--needles", "-3"], "'-3' is not a whole number of 0 or more"),
-        (["finetune", "x", "--learning-rate", "0"], "'0' is not a number above 0"),
+        (["finetune", "x", "--learning-rate", "0"], "'0' is not a number between 0 and 1"),
         (["explain"], "invalid choice: 'explain'"),
     ],
 )
