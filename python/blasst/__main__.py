@@ -1,13 +1,40 @@
 """Command line: `python -m blasst`."""
 
 import argparse
+import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from blasst import interrupt
 from blasst.config import HEAD_SCHEMES
 
 # What is slow to import waits until the arguments are known to be good.
+
+
+@dataclass(frozen=True)
+class _Number:
+    """What an option that takes a number makes of it; an error says what is allowed."""
+
+    kind: type[int] | type[float]
+    allowed: str
+    is_allowed: Callable[[float], bool]
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan  # in no range
+        if not self.is_allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {self.allowed}")
+        return value
+
+
+_POSITIVE = _Number(int, "a whole number of 1 or more", lambda n: n >= 1)
+_COUNT = _Number(int, "a whole number of 0 or more", lambda n: n >= 0)
+_FRACTION = _Number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+_RATE = _Number(float, "a number between 0 and 1", lambda x: 0 < x < 1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,13 +82,17 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
         command, [0.5], "shares of the tiles to skip; the first becomes the configuration's"
     )
     command.add_argument(
-        "--lengths", type=_positive, nargs="+", metavar="TOKENS", help="default: 1024 2048 4096"
+        "--lengths", type=_POSITIVE, nargs="+", metavar="TOKENS", help="default: 1024 2048 4096"
     )
     command.add_argument(
-        "--held-out", type=_positive, nargs="*", metavar="TOKENS", help="lengths to check"
+        "--held-out",
+        type=_POSITIVE,
+        nargs="*",
+        metavar="TOKENS",
+        help="lengths to check (default: half-way between the two longest, and twice the longest)",
     )
     command.add_argument(
-        "--prompts", type=_positive, default=4, metavar="N", help="of each length (default: 4)"
+        "--prompts", type=_POSITIVE, default=4, metavar="N", help="of each length (default: 4)"
     )
     command.add_argument(
         "--schemes",
@@ -107,9 +138,15 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         help="of `chunks`, for the methods dhsa and dhsa+blasst (default: chunks of 64 keys)",
     )
     _add_targets(command, [0.0, 0.5, 0.75], "shares of the tiles to skip; 0: dense")
-    command.add_argument("--tasks", nargs="*", default=[], metavar="TASK", help="of lm-eval")
     command.add_argument(
-        "--limit", type=_positive, default=10, metavar="N", help="documents a task (default: 10)"
+        "--tasks",
+        nargs="*",
+        default=[],
+        metavar="TASK",
+        help="of lm-eval: those of RULER that need no download (default: none)",
+    )
+    command.add_argument(
+        "--limit", type=_POSITIVE, default=10, metavar="N", help="documents a task (default: 10)"
     )
     command.add_argument(
         "--text",
@@ -118,29 +155,39 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="texts for perplexity (default: five that come with Python and its packages)",
     )
-    command.add_argument("--length", type=_positive, default=4096, help="tokens (default: 4096)")
+    command.add_argument(
+        "--length",
+        type=_POSITIVE,
+        default=4096,
+        metavar="TOKENS",
+        help="of prompts and texts (default: 4096)",
+    )
     command.add_argument(
         "--every",
-        type=_positive,
+        type=_POSITIVE,
         default=1,
         metavar="N",
         help="compare texts with dense at every N-th position (default: 1)",
     )
     command.add_argument(
         "--other-lengths",
-        type=_positive,
+        type=_POSITIVE,
         nargs="*",
         metavar="TOKENS",
         help="where only sparsity is measured (default: four shorter ones)",
     )
     command.add_argument(
-        "--length-prompts", type=_positive, default=1, metavar="N", help="of each (default: 1)"
+        "--length-prompts", type=_POSITIVE, default=1, metavar="N", help="of each (default: 1)"
     )
     command.add_argument(
-        "--needles", type=int, default=3, metavar="N", help="facts to find (default: 3)"
+        "--needles", type=_COUNT, default=3, metavar="N", help="facts to find (default: 3)"
     )
     command.add_argument(
-        "--out", type=Path, default=Path("blasst-evaluation"), metavar="FOLDER", help="of results"
+        "--out",
+        type=Path,
+        default=Path("blasst-evaluation"),
+        metavar="FOLDER",
+        help="of results (default: blasst-evaluation)",
     )
 
 
@@ -151,16 +198,16 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_finetune, resumes=True)
     _add_model(command)
     for option, kind, default, what in (
-        ("--target-sparsity", _fraction, 0.75, "share of the tiles to skip at the end"),
-        ("--start-sparsity", _fraction, 0.4, "share at the first step"),
-        ("--ramp", _positive, 8, "steps from one to the other"),
-        ("--steps", _positive, 30, "of training"),
-        ("--length", _positive, 2048, "tokens of a sample"),
-        ("--batch", _positive, 1, "samples a step"),
-        ("--learning-rate", float, 1e-4, "at its highest"),
-        ("--save-every", _positive, 5, "steps between checkpoints"),
+        ("--target-sparsity", _FRACTION, 0.75, "share of the tiles to skip at the end"),
+        ("--start-sparsity", _FRACTION, 0.4, "share at the first step"),
+        ("--ramp", _POSITIVE, 8, "steps from one to the other"),
+        ("--steps", _POSITIVE, 30, "of training"),
+        ("--length", _POSITIVE, 2048, "tokens of a sample"),
+        ("--batch", _POSITIVE, 1, "samples a step"),
+        ("--learning-rate", _RATE, 1e-4, "at its highest"),
+        ("--save-every", _POSITIVE, 5, "steps between checkpoints"),
     ):
-        letter = "S" if kind is _fraction else "N"
+        letter = "S" if kind is _FRACTION else "N"
         command.add_argument(
             option, type=kind, default=default, metavar=letter, help=f"{what} (default: {default})"
         )
@@ -203,14 +250,14 @@ def _add_bsfa(commands: argparse._SubParsersAction) -> None:
     _add_model(command)
     command.add_argument(
         "--keep",
-        type=_positive,
+        type=_POSITIVE,
         nargs="+",
         metavar="K",
         help="tiles that a query tile keeps besides its diagonal's (default: 1 to 128)",
     )
-    command.add_argument("--length", type=_positive, metavar="TOKENS", help="default: 4096")
+    command.add_argument("--length", type=_POSITIVE, metavar="TOKENS", help="default: 4096")
     command.add_argument(
-        "--prompts", type=_positive, default=16, metavar="N", help="how many (default: 16)"
+        "--prompts", type=_POSITIVE, default=16, metavar="N", help="how many (default: 16)"
     )
     _add_prompt_text(command)
     command.add_argument(
@@ -226,10 +273,10 @@ def _add_chunks(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_chunks, resumes=True)
     _add_model(command)
     command.add_argument(
-        "--size", type=_positive, default=32, metavar="KEYS", help="a chunk has (default: 32)"
+        "--size", type=_POSITIVE, default=32, metavar="KEYS", help="a chunk has (default: 32)"
     )
     command.add_argument(
-        "--length", type=_positive, default=2048, metavar="TOKENS", help="default: 2048"
+        "--length", type=_POSITIVE, default=2048, metavar="TOKENS", help="default: 2048"
     )
     command.add_argument(
         "--text", type=Path, metavar="FILE", help="prose to train on (default: Python's reference)"
@@ -248,20 +295,20 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(run=_pretrain, resumes=True)
     command.add_argument(
-        "--steps", type=_positive, default=400, metavar="N", help="of each (default: 400)"
+        "--steps", type=_POSITIVE, default=400, metavar="N", help="of each (default: 400)"
     )
     command.add_argument(
-        "--batch", type=_positive, default=1, metavar="N", help="sequences a step (default: 1)"
+        "--batch", type=_POSITIVE, default=1, metavar="N", help="sequences a step (default: 1)"
     )
     command.add_argument(
         "--length",
-        type=_positive,
+        type=_POSITIVE,
         default=2048,
         metavar="TOKENS",
         help="a sequence (default: 2048)",
     )
     command.add_argument(
-        "--every", type=_positive, default=50, metavar="N", help="steps a checkpoint (default: 50)"
+        "--every", type=_POSITIVE, default=50, metavar="N", help="steps a checkpoint (default: 50)"
     )
     command.add_argument(
         "--out", type=Path, default=Path("blasst-pretraining"), metavar="FOLDER", help="of results"
@@ -275,28 +322,12 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_targets(command: argparse.ArgumentParser, default: list[float], description: str) -> None:
     command.add_argument(
         "--target-sparsity",
-        type=_fraction,
+        type=_FRACTION,
         nargs="+",
         default=default,
         metavar="S",
         help=f"{description} (default: {' '.join(f'{s:g}' for s in default)})",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
-    return int(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
-    return value
 
 
 def _calibrate(options: argparse.Namespace) -> None:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.attention import Result
+from blasst.disk import open_tensors
 from blasst.huggingface import Recording, Threshold, configure, recording_with
 from blasst.models import (
     check_length,
@@ -204,9 +204,9 @@ class AbsoluteThresholds:
         """What `save` wrote.
 
         Raises:
-            ValueError: another file.
+            ValueError: another file, or one that cannot be read.
         """
-        with safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             about = json.loads((file.metadata() or {}).get("blasst_bsfa", "null"))
             if about is None or about["version"] != VERSION:
                 raise ValueError(f"{path} holds no absolute thresholds of version {VERSION}")

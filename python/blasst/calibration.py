@@ -254,7 +254,13 @@ class _Job:
                 "that its configuration then holds are those of all heads"
             )
         self.model = model
-        self.lengths = sorted(lengths or [n for n in DEFAULT_LENGTHS if n <= context_length(model)])
+        longest = context_length(model)
+        self.lengths = sorted(set(lengths or [n for n in DEFAULT_LENGTHS if n <= longest]))
+        if not self.lengths:
+            raise ValueError(
+                f"the model's context is {longest} tokens, less than every default length; "
+                "give lengths"
+            )
         for length in self.lengths:
             check_length(model, length, "a calibration prompt")
         self.targets = _targets(target_sparsity)

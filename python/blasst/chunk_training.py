@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.dhsa import VERSION, Predictor, load_predictors
+from blasst.disk import open_tensors
 from blasst.huggingface import set_policy
 from blasst.models import (
     attention_layers,
@@ -258,11 +258,12 @@ def _write(path: Path, about: dict, trained: Mapping[int, Trained]) -> None:
 
 
 def _read(path: Path, about: dict) -> dict[int, Trained]:
-    with safe_open(path, "pt") as file:
+    predictors = load_predictors(path)
+    with open_tensors(path) as file:
         kept = json.loads(file.metadata()["blasst_chunks"])
     if any(kept[name] != value for name, value in about.items()):
         raise ValueError(
             f"{path} holds layers of another training (model, text or options); remove it, or "
             "choose another file"
         )
-    return {n: Trained(p, *kept["scores"][str(n)]) for n, p in load_predictors(path).items()}
+    return {n: Trained(p, *kept["scores"][str(n)]) for n, p in predictors.items()}

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import blasst.operators  # noqa: F401, loads torch.ops.blasst
+from blasst.disk import open_tensors
 from blasst.models import described, shape_of
 from blasst.policies import KINDS, Call, Visit
 
@@ -40,16 +40,16 @@ def load_predictors(path: Path) -> dict[int, Predictor]:
     """Predictors by layer, as `blasst.chunk_training.train` writes them.
 
     Raises:
-        ValueError: another file.
+        ValueError: another file, or one that cannot be read.
     """
     shape = tuple(_about(path)["shape"])
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         return {int(n): Predictor(file.get_tensor(n), shape) for n in file.keys()}  # noqa: SIM118
 
 
 def _about(path: Path) -> dict[str, Any]:
     """What a file of predictors says of itself."""
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         about = json.loads((file.metadata() or {}).get("blasst_chunks", "null"))
     if about is None or about["version"] != VERSION:
         raise ValueError(f"{path} holds no boundary predictors of version {VERSION}")

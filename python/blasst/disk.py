@@ -1,8 +1,12 @@
-"""Whether results will find a place: asked before the work, not found out after it."""
+"""Whether results will find a place, asked before the work; and reading them again."""
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 ROOM = 32 << 20
 """Bytes: more than tables, reports and plots take."""
@@ -36,3 +40,17 @@ def check_file(file: Path) -> None:
     if file.is_dir():
         raise ValueError(f"{file} is a folder; a file is needed there")
     check_folder(file.parent)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """A safetensors file of ours, open.
+
+    Raises:
+        ValueError: it cannot be read; the message names it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None

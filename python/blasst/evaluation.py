@@ -59,8 +59,11 @@ class Results:
         self._path = path
         self._known: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        begun = {"fingerprint": fingerprint}
         whole = self._read() if path.exists() else []
-        if whole and whole[0] != {"fingerprint": fingerprint}:
+        if not whole or [set(line) for line in whole] == [{"fingerprint"}]:
+            whole = [begun]  # nothing was found yet, of whatever it was to be
+        if whole[0] != begun:
             raise ValueError(
                 f"{path} holds results of another model, calibration or length; choose another "
                 "folder or remove it"
@@ -68,10 +71,9 @@ class Results:
         for line in whole[1:]:
             self._known[line["key"]] = line["value"]
         # Written anew without a line that a killed run left half-written.
-        lines = whole or [{"fingerprint": fingerprint}]
         working = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            working.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            working.write_text("".join(json.dumps(line) + "\n" for line in whole))
             working.replace(path)
         finally:
             working.unlink(missing_ok=True)
@@ -113,9 +115,14 @@ def shorter_lengths(length: int) -> list[int]:
 
 
 def fingerprint(model: PreTrainedModel, *rest: Any) -> str:
-    """Changes whenever results would."""
+    """Changes whenever results would; of each weight tensor it looks at 64 values."""
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
-    return hashlib.sha256(json.dumps([config, rest], default=str).encode()).hexdigest()
+    made_of = hashlib.sha256(json.dumps([config, rest], default=str).encode())
+    for weights in model.parameters():
+        values = weights.detach().flatten()
+        some = values[:: max(1, len(values) // 64)].float()
+        made_of.update(some.numpy().tobytes())
+    return made_of.hexdigest()
 
 
 @torch.inference_mode()
@@ -202,10 +209,10 @@ class _Evaluation:
         for target in targets:
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
+        self.config: SparseAttention | None = parse(entry) if entry is not None else None
         self.methods = methods
         made = [length, every, made_by(methods)] if methods else [length, every]
         self.results = Results(out / "results.jsonl", fingerprint(self.model, *made))
-        self.config: SparseAttention | None = parse(entry) if entry is not None else None
         self.settings = [Setting(DENSE, 0.0)]
         schemes = [CALIBRATED] * with_calibrated + list(methods)
         self.settings += [Setting(scheme, t) for scheme in schemes for t in targets if t]
@@ -233,6 +240,7 @@ class _Evaluation:
             check_length(self.model, length, "a prompt")
             for index in range(length_prompts):
                 self._any_prompt(index, length)
+        self._check_unchanged(tokens)
         try:
             self._time_sdpa()
             if tokens:
@@ -299,6 +307,18 @@ class _Evaluation:
         return hidden, time.perf_counter() - start
 
     # Perplexity and agreement
+
+    def _check_unchanged(self, texts: Mapping[str, Tensor]) -> None:
+        """An error if a text of this name was another when results of it were kept."""
+        for name, tokens in texts.items():
+            digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+            known = self.results.get("read", name)
+            if known is None:
+                self.results.put(digest, "read", name)
+            elif known != digest:
+                raise ValueError(
+                    f"{name} has changed since the results that are kept; choose another folder"
+                )
 
     def _texts(self, texts: Mapping[str, Tensor]) -> None:
         work = [(name, s) for name in texts for s in self.text_settings]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from blasst.bsfa import AbsoluteThresholds
 from blasst.config import SparseAttention
-from blasst.dhsa import Dhsa
+from blasst.dhsa import Dhsa, load_predictors
 from blasst.huggingface import Recording, set_policy
 from blasst.models import attention_layers, unwindowed_layers
 from blasst.operators import KEYS
@@ -117,6 +117,8 @@ def make_methods(
         )
     if predictors is not None and not any(name.startswith("dhsa") for name in names):
         raise ValueError("a file of predictors is for the method dhsa, which is not asked for")
+    if predictors is not None:
+        load_predictors(predictors)  # what is wrong with it is said before the work
     methods: dict[str, Method] = {}
     for name in dict.fromkeys(names):
         if name == "bsfa":

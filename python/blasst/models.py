@@ -78,7 +78,8 @@ def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) 
         progress: told of the conversion that a packaged model's first load needs.
 
     Raises:
-        ValueError: the model's package is missing or damaged, or Transformers cannot load it.
+        ValueError: the model's package is missing or damaged, Transformers cannot load it, or
+            blasst cannot run it.
         OSError: the disk is full.
     """
     packaged = PACKAGED.get(name)
@@ -108,7 +109,22 @@ def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) 
             f"the weights of {folder} lack {len(missing)} tensors, {missing[0]} the first: "
             "fetch them again"
         )
+    if attention == ATTENTION:
+        _try_out(model.eval(), name)
     return Loaded(title, model.eval(), tokenizer, folder)
+
+
+@torch.inference_mode()
+def _try_out(model: PreTrainedModel, name: str) -> None:
+    """An error if blasst cannot run the model at all: one token tells, before hours of work."""
+    entry = model.config.__dict__.pop("sparse_attention_config", None)
+    try:
+        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{name!r} cannot run with blasst: {error}") from None
+    finally:
+        if entry is not None:
+            model.config.sparse_attention_config = entry
 
 
 def cache_folder() -> Path:
@@ -281,8 +297,16 @@ def unwindowed_layers(model: PreTrainedModel) -> list[int]:
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Positions that the model was made for."""
-    return model.config.get_text_config().max_position_embeddings
+    """Positions that the model was made for.
+
+    Raises:
+        ValueError: the configuration does not say.
+    """
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None:
+        raise ValueError(f"{type(config).__name__} has no max_position_embeddings: its context")
+    return longest
 
 
 def check_length(model: PreTrainedModel, length: int, what: str) -> None:

@@ -267,21 +267,21 @@ def _length_table(results: Results) -> Table:
         tuple(
             (
                 str(length),
-                f"{target:.0%}",
+                _with_method(f"{target:.0%}", scheme),
                 str(len(values)),
                 _with_error(mean_and_error(values), ".1%"),
                 f"{100 * (statistics.fmean(values) - target):+.1f} points",
             )
-            for (length, target), values in found
+            for (length, scheme, target), values in found
         ),
     )
 
 
-def _sparsity_by_length(results: Results) -> dict[tuple[int, float], list[float]]:
-    """By length and target."""
-    found: dict[tuple[int, float], list[float]] = {}
-    for (length, _, _, target), value in results.all("length"):
-        found.setdefault((length, target), []).append(value)
+def _sparsity_by_length(results: Results) -> dict[tuple[int, str, float], list[float]]:
+    """By length, scheme and target."""
+    found: dict[tuple[int, str, float], list[float]] = {}
+    for (length, _, scheme, target), value in results.all("length"):
+        found.setdefault((length, scheme, target), []).append(value)
     return found
 
 
@@ -515,21 +515,26 @@ def _draw_trade(by_scheme: dict[str, list[Row]]) -> Callable[[Axes], None]:
 
 def _by_length(
     results: Results, calibration: Calibration | None
-) -> dict[float, list[tuple[int, float]]]:
-    """Length and sparsity by target."""
-    found: dict[float, list[tuple[int, float]]] = {}
-    for (length, target), values in _sparsity_by_length(results).items():
-        found.setdefault(target, []).append((length, statistics.fmean(values)))
+) -> dict[Setting, list[tuple[int, float]]]:
+    """Length and sparsity by setting."""
+    found: dict[Setting, list[tuple[int, float]]] = {}
+    for (length, scheme, target), values in _sparsity_by_length(results).items():
+        point = (length, statistics.fmean(values))
+        found.setdefault(Setting(scheme, target), []).append(point)
     for held in calibration.held_out if calibration else ():
         if held.phase == "prefill":
-            found.setdefault(held.target, []).append((held.length, held.achieved))
-    return {target: sorted(points) for target, points in sorted(found.items())}
+            point = (held.length, held.achieved)
+            found.setdefault(Setting(CALIBRATED, held.target), []).append(point)
+    order = sorted(found, key=lambda setting: (setting.target, setting.scheme))
+    return {setting: sorted(found[setting]) for setting in order}
 
 
-def _draw_lengths(points: dict[float, list[tuple[int, float]]]) -> Callable[[Axes], None]:
+def _draw_lengths(points: dict[Setting, list[tuple[int, float]]]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        for target, some in points.items():
-            [line] = axes.plot(*zip(*some, strict=True), marker="o", label=f"target {target:.0%}")
+        for setting, some in points.items():
+            target = setting.target
+            label = _with_method(f"target {target:.0%}", setting.scheme)
+            [line] = axes.plot(*zip(*some, strict=True), marker="o", label=label)
             axes.axhline(target, ls="--", color=line.get_color(), alpha=0.6)
         axes.set(xlabel="tokens", ylabel="sparsity of prefill", ylim=(0, 1))
         axes.yaxis.set_major_formatter("{x:.0%}")

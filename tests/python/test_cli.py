@@ -1,5 +1,6 @@
 """The command line: one clear message for what a user gets wrong, nothing half-written."""
 
+import argparse
 import errno
 import json
 import os
@@ -7,22 +8,23 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from blasst import calibration, disk, models
-from blasst.__main__ import main
+from blasst.__main__ import _Number, _parser, main
 from blasst.config import Law, SparseAttention
-from recency_model import make_loaded
+from recency_model import make_recency_model, make_tokenizer
 
 
-def saved_model(folder: Path) -> Path:
-    loaded = make_loaded()
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+def saved_model(folder: Path, model: PreTrainedModel | None = None) -> Path:
+    (model or make_recency_model()).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -59,8 +61,6 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch, 
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-    from transformers import PreTrainedModel
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     assert main(["calibrate", str(folder), "--out", str(tmp_path / "new")]) == 1
@@ -238,6 +238,18 @@ def test_a_text_that_cannot_be_read_is_an_error(content, message, tmp_path, caps
         assert f"novel.txt {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("method", "option"), [("bsfa", "--bsfa-thresholds"), ("dhsa", "--predictors")]
+)
+def test_a_file_of_a_method_that_is_cut_short_is_named(method, option, tmp_path, capsys):
+    folder, short = saved_model(tmp_path / "model"), tmp_path / "short.safetensors"
+    short.write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    arguments = ["evaluate", str(folder), "--length", "512", "--target-sparsity", "0.5"]
+    arguments += ["--method", method, option, str(short), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 1
+    assert "short.safetensors cannot be read: " in capsys.readouterr().err
+
+
 def test_a_missing_text_is_an_error(tmp_path, capsys):
     assert main(["calibrate", "smollm2", "--text", str(tmp_path / "none.txt")]) == 1
     assert "No such file" in capsys.readouterr().err
@@ -246,6 +258,23 @@ def test_a_missing_text_is_an_error(tmp_path, capsys):
 def test_a_folder_without_a_model_is_an_error(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
     assert f"cannot load {str(tmp_path)!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_model_that_blasst_cannot_run_is_said_before_the_work(command, tmp_path, capsys):
+    folder = saved_model(tmp_path / "model", make_recency_model(head_dim=20))
+    assert main([command, str(folder), "--out", str(tmp_path / "out")]) == 1
+    message = capsys.readouterr().err
+    assert message.endswith(
+        " cannot run with blasst: head_dim is 20; it must be a multiple of 8 from 16 to 256\n"
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_context_shorter_than_every_default_length_is_an_error(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model", make_recency_model(context=512))
+    assert main(["calibrate", str(folder)]) == 1
+    assert "the model's context is 512 tokens, less than" in capsys.readouterr().err
 
 
 def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):
@@ -259,10 +288,11 @@ def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["calibrate", "smollm2", "--target-sparsity", "1.5"], "'1.5' is no number from 0 to 1"),
-        (["calibrate", "smollm2", "--lengths", "0"], "'0' is no positive number"),
+        (["calibrate", "smollm2", "--target-sparsity", "1.5"], "'1.5' is not a number from 0 to 1"),
+        (["calibrate", "smollm2", "--lengths", "0"], "'0' is not a whole number of 1 or more"),
         (["evaluate"], "required: MODEL"),
-        (["evaluate", "x", "--every", "0"], "'0' is no positive number"),
+        (["evaluate", "x", "--needles", "-3"], "'-3' is not a whole number of 0 or more"),
+        (["finetune", "x", "--learning-rate", "0"], "'0' is not a number between 0 and 1"),
         (["explain"], "invalid choice: 'explain'"),
     ],
 )
@@ -271,6 +301,27 @@ def test_bad_arguments_are_explained(arguments, message, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def number_options() -> Iterator[tuple[str, str, str]]:
+    """Command, option and what is allowed, of every option of every command that takes numbers."""
+    [commands] = [a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    for command, parser in commands.choices.items():
+        for action in parser._actions:
+            assert action.type not in (int, float), f"{action.option_strings} has no range"
+            if isinstance(action.type, _Number):
+                yield command, action.option_strings[0], action.type.allowed
+
+
+@pytest.mark.parametrize(("command", "option", "allowed"), [*number_options()])
+def test_a_number_out_of_range_is_said_with_what_is_allowed(command, option, allowed, capsys):
+    never = ["-1", "nan", "inf", "many", ""]
+    for given in never + ["0.5"] * ("whole" in allowed) + ["0"] * ("1 or more" in allowed):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, *["smollm2"] * (command != "pretrain"), option, given])
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.endswith(f"error: argument {option}: {given!r} is not {allowed}")
 
 
 def test_unknown_tasks_and_demos_are_errors(capsys):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import blasst
 from blasst import evaluation, harness, report
@@ -20,8 +21,6 @@ TEXTS = {"first": reference_text()[:4000], "second": reference_text()[9000:13000
 
 def configured() -> Loaded:
     """With thresholds that skip something, as a calibration would leave them."""
-    import torch
-
     loaded = make_loaded()
     ln = torch.tensor([-4.0, 0.0]).reshape(1, 2, 1, 1)
     policy = Policy("reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.9), ln)
@@ -108,6 +107,40 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
 def test_results_of_another_configuration_are_refused(results, out):
     with pytest.raises(ValueError, match="another model, calibration or length"):
         run(out, length=LENGTH - 1)
+
+
+def test_results_of_other_weights_are_refused(results, out):
+    other = configured()
+    with torch.no_grad():
+        other.model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    with pytest.raises(ValueError, match="another model, calibration or length"):
+        evaluation.evaluate(other, targets=(0, 0.9), length=LENGTH, texts=TEXTS, out=out)
+
+
+def test_a_text_that_has_changed_is_refused(results, out):
+    with pytest.raises(ValueError, match="first has changed since the results that are kept"):
+        run(out, texts={"first": TEXTS["second"]})
+
+
+def test_lengths_of_two_schemes_are_two_rows(tmp_path):
+    found = Results(tmp_path / "results.jsonl", "")
+    for scheme, sparsity in ((CALIBRATED, 0.5), ("bsfa", 0.3)):
+        found.put(sparsity, "length", 300, 0, scheme, 0.5)
+    [table] = report.tables(found, None)
+    assert [row[:4] for row in table.rows] == [
+        ("300", "50%, bsfa", "1", "30.0%"),
+        ("300", "50%", "1", "50.0%"),
+    ]
+    path = report.write("Title", "About", found, None, tmp_path)
+    assert "Sparsity against length" in path.read_text()
+
+
+def test_a_folder_in_which_nothing_was_measured_yet_serves_anything(tmp_path):
+    with pytest.raises(ValueError, match="leaflet has 5 tokens; 801 are needed"):
+        run(tmp_path, texts={"leaflet": "short"}, length=LENGTH + 1)
+    run(tmp_path, texts={})
+    with pytest.raises(ValueError, match="another model, calibration or length"):
+        run(tmp_path, texts={}, length=LENGTH + 1)
 
 
 def test_the_configuration_is_left_as_it_was(tmp_path):

@@ -464,7 +464,6 @@ def test_a_sparse_model_is_measured_with_the_thresholds_that_it_was_trained_with
             ("--target-sparsity", 0, "--start-sparsity", 0),
             "target sparsity is 0.0; it must be",
         ),
-        (("--learning-rate", "nan"), "learning rate is nan; it must be between 0 and 1"),
         (("--length", 4096), "a sample is 4096 tokens; the model's context is 1024"),
         (("--target-sparsity", 0.9), "target sparsity 90% of prefill cannot be reached at 512"),
     ],
@@ -476,6 +475,11 @@ def test_bad_input_is_one_clear_message(more, message, tmp_path, capsys):
     found = capsys.readouterr().err
     assert message in found
     assert "Traceback" not in found
+
+
+def test_a_learning_rate_out_of_range_is_an_error():
+    with pytest.raises(ValueError, match="learning rate is nan; it must be between 0 and 1"):
+        finetuning.Plan(learning_rate=float("nan"))
 
 
 def test_a_text_too_short_is_one_clear_message(tmp_path, capsys):
