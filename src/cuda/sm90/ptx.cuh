@@ -56,6 +56,15 @@ __device__ __forceinline__ void store_shared_if(uint32_t address, int value, boo
       : "memory");
 }
 
+__device__ __forceinline__ void load_shared_volatile(int& a, int& b, uint32_t address) {
+  asm volatile("ld.volatile.shared.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
+}
+__device__ __forceinline__ void load_shared_volatile(int (&x)[4], uint32_t address) {
+  asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address));
+}
+
 // Arrive, and expect `bytes` of copies before the phase completes.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

@@ -100,10 +100,8 @@ class Consumer {
   using Element = typename C::Element;
   static constexpr int kScores = C::kKeys / 2;  // a thread's share of a tile's scores
   static constexpr int kOutputs = C::kDim / 2;
-  static constexpr int kParts = 2;  // of a tile's keys: what is summed together
-  static constexpr int kPart = kScores / kParts;
-  // With a tile test, two tiles of scores take these registers.
-  static constexpr bool kQueriesInRegisters = !C::kTests && C::kDim <= 128;
+  // Three warpgroups, or wider outputs, leave no room for them.
+  static constexpr bool kQueriesInRegisters = C::kDim == 128;
 
   __device__ __forceinline__ void arrive(uint32_t barrier) const {
     ptx::mbarrier_arrive_if(barrier, at_.lane() == 0);
@@ -151,9 +149,13 @@ class Consumer {
     for (int j = 0; j < kOutputs; ++j) o_[j] = 0;
   }
 
+  // The next key stage is filled.
+  __device__ __forceinline__ void wait_keys() const {
+    ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.key_full) + 8 * keys_.stage, keys_.phase);
+  }
+
   // s = Q K^T of the next key stage.
   __device__ __forceinline__ void start_scores(float (&s)[kScores]) {
-    ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.key_full) + 8 * keys_.stage, keys_.phase);
     const uint64_t q = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, query)),
                                     at_.warpgroup * L::kQueryBytes);
     const uint64_t k = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, key)),
@@ -187,6 +189,11 @@ class Consumer {
     }
     __syncwarp();
     arrive(address(s_.barriers.query_empty));
+  }
+
+  // The queries in shared memory may be overwritten.
+  __device__ __forceinline__ void release_queries() {
+    if constexpr (!kQueriesInRegisters) arrive(address(s_.barriers.query_empty));
   }
 
   // The scores are there: their keys may be overwritten.
@@ -239,8 +246,7 @@ class Consumer {
     }
   }
 
-  // Completes the scores of visit_, takes their maxima, and decides. Returns whether the tile is
-  // kept.
+  // Completes the scores of visit_ and takes their maxima. Returns whether the tile is kept.
   __device__ __forceinline__ bool decide(float (&s)[kScores], const Work& work) {
     special_ = static_cast<unsigned>(tile_ - plain_begin_) >= static_cast<unsigned>(plain_count_);
     if (special_) [[unlikely]]
@@ -249,19 +255,23 @@ class Consumer {
     if constexpr (!C::kTests) {
       return true;
     } else {
-      bool vote = true;
+      bool skip = true;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) vote = vote && tile_maximum_[r] < skip_below(maximum_[r]);
+      for (int r = 0; r < 2; ++r) skip = skip && tile_maximum_[r] < skip_below(maximum_[r]);
       if constexpr (C::kReports) offer_gap(), offer_maximum();
-      const bool keep =
-          __any_sync(0xffffffffu, !ptx::named_barrier_all(1 + at_.warpgroup, 128, vote));
-      ptx::store_shared_if(
-          base_ + offsetof(Shared, decision) + 8 * (visit_ % L::kValueStages) + 4 * at_.warpgroup,
-          2 * visit_ + keep, at_.lane() == 0);
+      return __any_sync(0xffffffffu, !ptx::named_barrier_all(1 + at_.warpgroup, 128, skip));
+    }
+  }
+
+  // Tells the producers what was decided on visit_, and counts it.
+  __device__ __forceinline__ void announce(const Work& work, bool keep) {
+    if constexpr (C::kTests) {
+      const uint32_t decision =
+          base_ + offsetof(Shared, decision) + visit_ % L::kValueStages * sizeof(*s_.decision);
+      ptx::store_shared_if(decision + 4 * at_.warpgroup, 2 * visit_ + keep, at_.lane() == 0);
       if constexpr (C::kReports) report_tile(work, keep);
       kept_ += keep;
       if (!keep) release_values(visit_);
-      return keep;
     }
   }
 
@@ -375,19 +385,19 @@ class Consumer {
     }
   }
 
-  // Probabilities, in the element type, from the scores of a part of a tile's keys.
-  __device__ __forceinline__ void exponentials(const float (&s)[kScores], int part, uint32_t* p) {
+  // Probabilities, in the element type, from the scores of a tile.
+  __device__ __forceinline__ void exponentials(const float (&s)[kScores],
+                                               uint32_t (&p)[kScores / 2]) {
     const float minus_maximum[2] = {-log2_maximum(0), -log2_maximum(1)};
     float sums[2][2] = {};
 #pragma unroll
-    for (int j = 0; j < kPart / 4; ++j) {
+    for (int j = 0; j < kScores / 4; ++j) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float x[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          x[e] = ptx::exp2_approx(
-              fmaf(s[part * kPart + 4 * j + 2 * r + e], p_.score_to_log2, minus_maximum[r]));
+          x[e] = ptx::exp2_approx(fmaf(s[4 * j + 2 * r + e], p_.score_to_log2, minus_maximum[r]));
           sums[r][e] += x[e];
         }
         p[2 * j + r] = ptx::pack2<Element>(x[0], x[1]);
@@ -407,18 +417,19 @@ class Consumer {
                    work.keys - tile_ * C::kKeys);
   }
 
-  // o += P V of visit_, for its keys from `key` on.
-  template <int kCount>
-  __device__ __forceinline__ void start_outputs(const uint32_t (&p)[kCount], int key) {
+  // o += P V of visit_.
+  __device__ __forceinline__ void start_outputs(const uint32_t (&p)[kScores / 2],
+                                                const Work& work) {
+    wait_values(work);
     const uint64_t v =
         ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, value), L::kKeyPanelBytes),
                      visit_ % L::kValueStages * L::kTileBytes);
     ptx::pin(o_);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kCount / 4; ++step) {
+    for (int step = 0; step < C::kKeys / 16; ++step) {
       ptx::Wgmma<Element, C::kDim>::registers(o_, p + 4 * step,
-                                              ptx::advance(v, (key + 16 * step) * kPanelRowBytes));
+                                              ptx::advance(v, 16 * step * kPanelRowBytes));
     }
     ptx::wgmma_commit();
   }
@@ -451,107 +462,61 @@ class Consumer {
     next_tile_ += direction_;
   }
 
-  __device__ __forceinline__ void take_probabilities(const float (&s)[kScores],
-                                                     uint32_t (&p)[kScores / 2]) {
-    move_maxima();
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) exponentials(s, part, p + part * kPart / 2);
+  // Scores that are on their way, older than the kPending newest products, arrive and are decided
+  // on. With `more` to come, the keys after them are waited for while there is nothing else to do.
+  template <int kPending>
+  __device__ __forceinline__ bool take_scores(float (&s)[kScores], const Work& work, bool more) {
+    if (more) wait_keys();
+    ptx::wgmma_wait<kPending>();
+    finish_scores(s);
+    return decide(s, work);
   }
 
-  // Without a tile test. The scores of the next tile and the outputs of this one are computed
-  // together; then come the next tile's exponentials, under the products of the other warpgroup.
-  __device__ __forceinline__ void attend_dense(const Work& work, int count) {
+  // The tiles of an item. The scores of the next tile and the outputs of a kept one are computed
+  // together; then come the next tile's decision and exponentials, under the products of the other
+  // warpgroups. After a skipped tile the next scores start before its fate is announced.
+  __device__ __forceinline__ void attend_tiles(const Work& work, int count) {
     float s[kScores];
     uint32_t p[kScores / 2];
+    wait_keys();
     start_scores(s);
-    ptx::wgmma_wait<0>();
-    finish_scores(s);
-    decide(s, work);
-    quad_maxima(tile_maximum_);
-    take_probabilities(s, p);
+    bool keep = take_scores<0>(s, work, count > 1);
 #pragma unroll 1
-    for (int i = 1; i < count; ++i) {
-      start_scores(s);
-      wait_values(work);
-      start_outputs(p, 0);
-      next_visit();
-      ptx::wgmma_wait<1>();
-      finish_scores(s);
-      decide(s, work);
+    for (;;) {
+      if (!keep) {
+#pragma unroll 1
+        do {
+          if (--count == 0) {
+            announce(work, false);
+            return release_queries();
+          }
+          start_scores(s);
+          announce(work, false);
+          next_visit();
+        } while (!take_scores<0>(s, work, count > 1));
+      }
+      announce(work, true);
       quad_maxima(tile_maximum_);
-      hold(tile_maximum_[0] + tile_maximum_[1]);
-      finish_outputs(visit_ - 1);
-      take_probabilities(s, p);
-    }
-    if constexpr (!kQueriesInRegisters) arrive(address(s_.barriers.query_empty));
-    wait_values(work);
-    start_outputs(p, 0);
-    finish_outputs(visit_);
-  }
-
-  // With a tile test: `current` holds the scores of visit_, whose fate is `keep`, and those of the
-  // next visit are on their way to `next`. Decides on the next and starts the scores after it
-  // (kMore) in `current`: under this tile's exponentials and outputs, or at once if it is skipped.
-  template <bool kMore>
-  __device__ __forceinline__ bool step(float (&current)[kScores], float (&next)[kScores],
-                                       const Work& work, bool keep) {
-    if (keep) {
-      start_kept(current, work);
-      ptx::wgmma_wait<kParts>();
-      finish_scores(next);
-      next_visit();
-      keep = decide(next, work);
-      finish_outputs(visit_ - 1);
-      if constexpr (kMore) start_scores(current);
-      return keep;
-    }
-    if constexpr (kMore) start_scores(current);
-    ptx::wgmma_wait<kMore>();
-    finish_scores(next);
-    next_visit();
-    return decide(next, work);
-  }
-
-  // o += P V of visit_ from its scores. A part's products start while the next part's exponentials
-  // are still to come.
-  __device__ __forceinline__ void start_kept(float (&s)[kScores], const Work& work) {
-    quad_maxima(tile_maximum_);
-    move_maxima();
-    uint32_t p[kParts][kPart / 2];
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      exponentials(s, part, p[part]);
-      if (part == 0) wait_values(work);
-      start_outputs(p[part], part * C::kKeys / kParts);
-    }
-  }
-
-  __device__ __forceinline__ void last(float (&s)[kScores], const Work& work, bool keep) {
-    arrive(address(s_.barriers.query_empty));
-    if (!keep) return;
-    start_kept(s, work);
-    finish_outputs(visit_);
-  }
-
-  __device__ __forceinline__ void attend_sparse(const Work& work, int count) {
-    float even[kScores], odd[kScores];
-    start_scores(even);
-    ptx::wgmma_wait<0>();
-    finish_scores(even);
-    bool keep = decide(even, work);
-    if (count == 1) return last(even, work, keep);
-    start_scores(odd);
-    for (;; count -= 2) {
-      if (count == 2) {
-        keep = step<false>(even, odd, work, keep);
-        return last(odd, work, keep);
-      }
-      keep = step<true>(even, odd, work, keep);
-      if (count == 3) {
-        keep = step<false>(odd, even, work, keep);
-        return last(even, work, keep);
-      }
-      keep = step<true>(odd, even, work, keep);
+#pragma unroll 1
+      do {
+        move_maxima();
+        exponentials(s, p);
+        if (--count == 0) {
+          release_queries();
+          start_outputs(p, work);
+          return finish_outputs(visit_);
+        }
+        start_scores(s);
+        start_outputs(p, work);
+        next_visit();
+        keep = take_scores<1>(s, work, count > 1);
+        if (keep) {
+          announce(work, true);
+          quad_maxima(tile_maximum_);
+          if constexpr (!C::kTests) hold(tile_maximum_[0] + tile_maximum_[1]);
+        }
+        finish_outputs(visit_ - 1);
+      } while (keep);
     }
   }
 
@@ -563,10 +528,7 @@ class Consumer {
       ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
       query_phase_ ^= 1;
       if constexpr (kQueriesInRegisters) load_queries();
-      if constexpr (C::kTests)
-        attend_sparse(work, count);
-      else
-        attend_dense(work, count);
+      attend_tiles(work, count);
       ++visit_;
     }
     finish(work);

@@ -15,27 +15,27 @@ __device__ void init_barriers(typename C::Shared& s) {
   using L = typename C::Layout;
   auto& b = s.barriers;
   ptx::mbarrier_init(address(b.query_full), 1);
-  ptx::mbarrier_init(address(b.query_empty), kConsumerWarps);
+  ptx::mbarrier_init(address(b.query_empty), L::kConsumerWarps);
   for (int i = 0; i < L::kKeyStages; ++i) {
     ptx::mbarrier_init(address(b.key_full[i]), 1);
-    ptx::mbarrier_init(address(b.key_empty[i]), kConsumerWarps + C::kTests);
+    ptx::mbarrier_init(address(b.key_empty[i]), L::kConsumerWarps + C::kTests);
   }
   for (int i = 0; i < L::kValueStages; ++i) {
-    for (int wg = 0; wg < kWarpgroups; ++wg) s.decision[i][wg] = -1;
+    for (int wg = 0; wg < L::kWarpgroups; ++wg) s.decision[i].of[wg] = -1;
   }
   for (int i = 0; i < L::kValueBarriers; ++i) {
     ptx::mbarrier_init(address(b.value_full[i]), 1);
-    ptx::mbarrier_init(address(b.value_done[i]), kConsumerWarps);
+    ptx::mbarrier_init(address(b.value_done[i]), L::kConsumerWarps);
   }
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(address(b.work_full[i]), 1);
-    ptx::mbarrier_init(address(b.work_empty[i]), kConsumerWarps + L::kValueStages);
+    ptx::mbarrier_init(address(b.work_empty[i]), L::kConsumerWarps + L::kValueStages);
   }
   ptx::fence_mbarrier_init();
 }
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::Layout::kThreads, 1)
     attend(const __grid_constant__ Params p, const __grid_constant__ CUtensorMap query_map,
            const __grid_constant__ CUtensorMap key_map,
            const __grid_constant__ CUtensorMap value_map) {

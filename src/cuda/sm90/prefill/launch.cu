@@ -70,7 +70,7 @@ void launch(const Launch& l) {
       check(cudaGetLastError(), "clear_maxima");
     }
   }
-  p.row_blocks = (p.query_length + kRowsPerBlock - 1) / kRowsPerBlock;
+  p.row_blocks = (p.query_length + rows_per_block(l.dim) - 1) / rows_per_block(l.dim);
   p.items = p.batch * p.heads * p.row_blocks;
   if (p.items == 0 || p.rows == 0) return;
   p.section_heads = section_heads(p.key_length, l.dim, p.batch, p.heads, p.kv_heads, kSectionBytes);
@@ -89,9 +89,10 @@ void launch(const Launch& l) {
   allow_shared_memory(kernel.function, kernel.shared_bytes);
   void* arguments[] = {&p, const_cast<CUtensorMap*>(&q), const_cast<CUtensorMap*>(&k),
                        const_cast<CUtensorMap*>(&v)};
-  check(cudaLaunchKernel(kernel.function, dim3(std::min(p.items, multiprocessors())),
-                         dim3(kThreads), arguments, kernel.shared_bytes, stream),
-        "cudaLaunchKernel");
+  check(
+      cudaLaunchKernel(kernel.function, dim3(std::min(p.items, multiprocessors())),
+                       dim3(128 * (1 + warpgroups(l.dim))), arguments, kernel.shared_bytes, stream),
+      "cudaLaunchKernel");
   if (padded) {
     clear_padding<<<p.rows, 128, 0, stream>>>(p, l.dim);
     check(cudaGetLastError(), "clear_padding");

@@ -9,8 +9,6 @@ namespace blasst::cuda::prefill {
 
 inline constexpr int kPanel = 64;  // elements of a 128-byte row: the copy engine's swizzle
 inline constexpr int kPanelRowBytes = 128;
-inline constexpr int kThreads = 128 * (1 + kWarpgroups);
-inline constexpr int kConsumerWarps = 4 * kWarpgroups;
 
 // What a block works on: written by the producer, read by everyone.
 struct Work {
@@ -21,15 +19,24 @@ struct Work {
   int keys;
   int least, most;  // distances that are seen
   int tile_begin, tile_end;
-  int output_row;                // of first_row, among the rows of all requests
-  float threshold[kWarpgroups];  // of the tile test, as scores are kept
+  int output_row;                    // of first_row, among the rows of all requests
+  float threshold[kMostWarpgroups];  // of the tile test, as scores are kept
   // Reports only: the query tile of first_row, among those of all requests, and their number.
   int query_tile, query_tiles;
+};
+
+// The newest visit that each warpgroup has decided on: 2 * visit + kept. Read as a whole.
+template <int kWarpgroups>
+struct alignas(kWarpgroups == 2 ? 8 : 16) Decisions {
+  int of[kWarpgroups];
 };
 
 // A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64].
 template <int kDim>
 struct Layout {
+  static constexpr int kWarpgroups = warpgroups(kDim);
+  static constexpr int kThreads = 128 * (1 + kWarpgroups);
+  static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kKeys = tile_keys(kDim);
   static constexpr int kPanels = kDim / kPanel;
   static constexpr int kKeyStages = kDim == 256 ? 3 : 4;
@@ -44,8 +51,8 @@ struct Layout {
   static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
 
   // Of 65,536: 128 threads of the producer, 128 of each consumer.
-  static constexpr int kProducerRegisters = kDim == 256 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kDim == 256 ? 240 : 232;
+  static constexpr int kProducerRegisters = kDim == 256 ? 24 : kWarpgroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kDim == 256 ? 240 : kWarpgroups == 3 ? 160 : 232;
 
   struct Barriers {
     uint64_t query_full, query_empty;
@@ -59,8 +66,7 @@ struct Layout {
     alignas(1024) uint8_t value[kValueStages][kTileBytes];
     Barriers barriers;
     Work work[2];
-    // By value stage, the newest visit that each warpgroup has decided on: 2 * visit + kept.
-    alignas(8) int decision[kValueStages][kWarpgroups];
+    Decisions<kWarpgroups> decision[kValueStages];
     // Of each warp's rows; tiles alternate. Reports only.
     float gap[2][kWarpgroups][4], maximum[2][kWarpgroups][4];
   };

@@ -75,8 +75,12 @@ enum class Variant {
 };
 
 inline constexpr int kRowsPerWarpgroup = 64;  // rows that decide together: a query tile
-inline constexpr int kWarpgroups = 2;
-inline constexpr int kRowsPerBlock = kWarpgroups * kRowsPerWarpgroup;
+
+// Warpgroups of a block that own rows. Where the softmax is the longer part of a tile, three hide
+// it better.
+inline constexpr int kMostWarpgroups = 3;
+constexpr int warpgroups(int dim) { return dim > 64 ? 2 : 3; }
+constexpr int rows_per_block(int dim) { return warpgroups(dim) * kRowsPerWarpgroup; }
 
 // Keys a tile. 256-wide heads leave room for 64.
 constexpr int tile_keys(int dim) { return dim > 128 ? 64 : 128; }

@@ -80,7 +80,7 @@ Launch plan_all(const PrefillParams& params) {
   plan_maxima(l.params, params.report, tile_keys(l.dim));
   l.variant = variant_of(l.params);
   check_range("blocks of query rows",
-              params.batch * params.heads * ceil_div(params.query_length, kRowsPerBlock), 0,
+              params.batch * params.heads * ceil_div(params.query_length, rows_per_block(l.dim)), 0,
               kUnlimited - 1);
   return l;
 }

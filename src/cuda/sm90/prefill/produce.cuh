@@ -26,7 +26,7 @@ __device__ Work describe(const Params& p, const Item& item) {
   Work w;
   w.request = item.request;
   w.head = item.head;
-  w.first_row = item.block * kRowsPerBlock;
+  w.first_row = item.block * rows_per_block(C::kDim);
   const Span keys = keys_of_request(p, item.request);
   const Span rows = rows_of_request(p, item.request, keys.count);
   w.rows = max(0, rows.count - w.first_row);
@@ -40,7 +40,7 @@ __device__ Work describe(const Params& p, const Item& item) {
     w.most = min(w.most, static_cast<int>(max(-limit, min(limit, p.bands[2 * item.head + 1]))));
   }
   if constexpr (C::kTests) {
-    for (int wg = 0; wg < kWarpgroups; ++wg) w.threshold[wg] = threshold_of(p, w, wg);
+    for (int wg = 0; wg < C::Layout::kWarpgroups; ++wg) w.threshold[wg] = threshold_of(p, w, wg);
   }
   if constexpr (C::kReports) {
     w.query_tile = w.first_row / kRowsPerWarpgroup;
@@ -53,7 +53,7 @@ __device__ Work describe(const Params& p, const Item& item) {
     }
   }
   const int first = w.first_row + w.offset;
-  const int last = first + min(w.rows, kRowsPerBlock) - 1;
+  const int last = first + min(w.rows, rows_per_block(C::kDim)) - 1;
   const KeyRange seen = keys_of(first, last, w.least, w.most, w.keys);
   const bool any = seen.begin < seen.end && w.least <= w.most;
   w.tile_begin = any ? seen.begin / C::kKeys : 0;
@@ -138,10 +138,10 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
       // The first scores need keys and queries; the previous item's queries are free about now.
       ptx::mbarrier_wait(address(b.query_empty), query_phase ^ 1);
       query_phase ^= 1;
-      ptx::mbarrier_arrive_expect(address(b.query_full), kWarpgroups * L::kQueryBytes);
+      ptx::mbarrier_arrive_expect(address(b.query_full), L::kWarpgroups * L::kQueryBytes);
       const int row = row_in_tensor(p, w.request, w.output_row);
       const int outer = p.cu_seqlens_q ? 0 : w.request;
-      for (int wg = 0; wg < kWarpgroups; ++wg) {
+      for (int wg = 0; wg < C::Layout::kWarpgroups; ++wg) {
         for (int panel = 0; panel < L::kPanels; ++panel) {
           ptx::copy_box(ptx::shared_address(s.query[wg]) + panel * L::kQueryPanelBytes, query_map,
                         address(b.query_full), panel * kPanel, row + wg * kRowsPerWarpgroup, w.head,
@@ -155,15 +155,20 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
 // Waits until tile `visit` of this stage is wanted by a warpgroup (true) or by none (false). A
 // warpgroup that has decided on a later tile of the stage without waiting for this one skipped it.
 // No barrier completes at whichever of the two comes first, so this polls, gently.
-__device__ __forceinline__ bool wanted(const int (&decision)[kWarpgroups], int visit) {
-  static_assert(kWarpgroups == 2);
+template <int kWarpgroups>
+__device__ __forceinline__ bool wanted(const Decisions<kWarpgroups>& decision, int visit) {
   for (;;) {
-    int a, b;
-    asm volatile("ld.volatile.shared.v2.b32 {%0, %1}, [%2];"
-                 : "=r"(a), "=r"(b)
-                 : "r"(ptx::shared_address(decision)));
-    if (a == 2 * visit + 1 || b == 2 * visit + 1) return true;
-    if (min(a, b) >= 2 * visit) return false;
+    int newest[4];
+    if constexpr (kWarpgroups == 2)
+      ptx::load_shared_volatile(newest[0], newest[1], ptx::shared_address(&decision));
+    else
+      ptx::load_shared_volatile(newest, ptx::shared_address(&decision));
+    bool all = true;
+    for (int wg = 0; wg < kWarpgroups; ++wg) {
+      if (newest[wg] == 2 * visit + 1) return true;
+      all = all && newest[wg] >= 2 * visit;
+    }
+    if (all) return false;
     __nanosleep(32);
   }
 }

@@ -17,7 +17,7 @@ namespace blasst::cuda::prefill {
 // One block of query rows of one head.
 struct Item {
   int request, head;
-  int block;  // rows [block, block + 1) * kRowsPerBlock
+  int block;  // rows [block, block + 1) * rows_per_block(dim)
 };
 
 // Items come in sections of request-heads whose keys and values fit in the L2 together; in a
