@@ -35,6 +35,7 @@ struct alignas(kWarpgroups == 2 ? 8 : 16) Decisions {
 template <int kDim>
 struct Layout {
   static constexpr int kWarpgroups = warpgroups(kDim);
+  static constexpr int kRowsPerBlock = rows_per_block(kDim);
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kKeys = tile_keys(kDim);

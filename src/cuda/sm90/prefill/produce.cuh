@@ -26,7 +26,7 @@ __device__ Work describe(const Params& p, const Item& item) {
   Work w;
   w.request = item.request;
   w.head = item.head;
-  w.first_row = item.block * rows_per_block(C::kDim);
+  w.first_row = item.block * C::Layout::kRowsPerBlock;
   const Span keys = keys_of_request(p, item.request);
   const Span rows = rows_of_request(p, item.request, keys.count);
   w.rows = max(0, rows.count - w.first_row);
@@ -53,7 +53,7 @@ __device__ Work describe(const Params& p, const Item& item) {
     }
   }
   const int first = w.first_row + w.offset;
-  const int last = first + min(w.rows, rows_per_block(C::kDim)) - 1;
+  const int last = first + min(w.rows, C::Layout::kRowsPerBlock) - 1;
   const KeyRange seen = keys_of(first, last, w.least, w.most, w.keys);
   const bool any = seen.begin < seen.end && w.least <= w.most;
   w.tile_begin = any ? seen.begin / C::kKeys : 0;
