@@ -26,9 +26,9 @@ which other readers ignore:
 Without our key a phase follows the ecosystem's law: threshold = a * exp(b * target) / length, one
 for all heads, tiles visited forward, fitted on tiles of 128 x 128 (or of `tile_shape`, where
 `policies` is empty). With policies: the measured table, interpolated in target and in ln length,
-and beyond its lengths continued with the law's power. Where the keys are few, an order may not
-reach a target that another one does: `shorter` holds that one, and by target the number of keys
-below which it stands in.
+and beyond its lengths continued with a power half-way between the law's and 1. Where the keys are
+few, an order may not reach a target that another one does: `shorter` holds that one, and by target
+the number of keys below which it stands in.
 """
 
 import logging
@@ -158,7 +158,10 @@ class Policy:
         """The thresholds for this target sparsity."""
         by_length = _interpolate(self.ln_threshold.movedim(1, 0), self.targets, target)
         lengths = torch.tensor(self.lengths, dtype=torch.float64)
-        found = Schedule(self.order, lengths, by_length, self.law.power)
+        # Thresholds fall more slowly where lengths are long: the fitted power alone skips too
+        # little there, the ecosystem's 1 too much.
+        power = (1 + self.law.power) / 2
+        found = Schedule(self.order, lengths, by_length, power)
         if self.shorter is None:
             return found
         # Between two targets: what the higher one needs.
