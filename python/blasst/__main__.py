@@ -406,7 +406,7 @@ def _bsfa(options: argparse.Namespace) -> None:
     text = None if options.text is None else prompts.read_text(options.text)
     loaded = models.load(options.model)
     out = options.out or Path(f"{loaded.title}-bsfa.safetensors")
-    disk.check_file(out)
+    disk.check_file(out, bsfa.AbsoluteThresholds.load)
     with shown_progress() as progress:
         found = bsfa.calibrate(
             loaded.model,
@@ -425,14 +425,14 @@ def _bsfa(options: argparse.Namespace) -> None:
 def _chunks(options: argparse.Namespace) -> None:
     from statistics import mean
 
-    from blasst import chunk_training, disk, models, prompts, report
+    from blasst import chunk_training, dhsa, disk, models, prompts, report
     from blasst.console import console, show, shown_progress
 
     plan = chunk_training.Plan(size=options.size, length=options.length)
     text = None if options.text is None else prompts.read_text(options.text)
     loaded = models.load(options.model)
     out = options.out or Path(f"{loaded.title}-chunks.safetensors")
-    disk.check_file(out)
+    disk.check_file(out, dhsa.load_predictors)
     with shown_progress() as progress:
         trained = chunk_training.train(
             loaded.model, loaded.tokenizer, out, plan, text, progress

@@ -92,8 +92,9 @@ class Dhsa:
     _states: dict[tuple[int, int], _State] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
-        if not (self.budget >= 1 if whole else 0 < self.budget <= 1):
+        whole = type(self.budget) is int
+        share = type(self.budget) is float
+        if not ((whole and self.budget >= 1) or (share and 0 < self.budget <= 1)):
             raise ValueError(
                 f"budget is {self.budget!r}; it must be a whole number of keys from 1 on, or a "
                 "share above 0.0 and at most 1.0"

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,11 +35,19 @@ def check_folder(folder: Path, needed: int = ROOM) -> None:
         )
 
 
-def check_file(file: Path) -> None:
-    """An error if results cannot be written into this file: see `check_folder`."""
+def check_file(file: Path, load: Callable[[Path], object]) -> None:
+    """An error if results cannot be written into this file: see `check_folder`.
+
+    Only a file that `load` reads, older results, would be replaced.
+    """
     if file.is_dir():
         raise ValueError(f"{file} is a folder; a file is needed there")
     check_folder(file.parent)
+    if file.exists():
+        try:
+            load(file)
+        except ValueError as error:
+            raise ValueError(f"{file} exists and is not replaced: {error}") from None
 
 
 @contextmanager

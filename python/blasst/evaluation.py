@@ -110,8 +110,11 @@ class Results:
 
 
 def shorter_lengths(length: int) -> list[int]:
-    """Four, from a quarter of the evaluated length on: where sparsity is measured besides it."""
-    return [length * eighths // 8 for eighths in (2, 3, 4, 6)]
+    """Up to four, from a quarter of the evaluated length on: where sparsity is measured besides it.
+
+    Prompts of fewer than 256 tokens have no room for their question.
+    """
+    return [length * eighths // 8 for eighths in (2, 3, 4, 6) if length * eighths // 8 >= 256]
 
 
 def fingerprint(model: PreTrainedModel, *rest: Any) -> str:

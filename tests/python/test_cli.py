@@ -111,6 +111,16 @@ def test_a_folder_without_a_model_is_no_place_for_one(tmp_path, capsys):
     assert "letters is a folder; a file is needed there" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["bsfa", "chunks"])
+def test_a_file_that_holds_something_else_is_not_replaced(command, tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    before = weights.read_bytes()
+    assert main([command, str(folder), "--out", str(weights)]) == 1
+    assert "model.safetensors exists and is not replaced" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
 def test_an_empty_folder_gets_the_whole_model(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "calibrate", fake_calibrate)
     folder = saved_model(tmp_path / "model")

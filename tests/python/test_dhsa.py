@@ -255,6 +255,8 @@ BAD = [
     (lambda: Dhsa(0), "budget is 0; it must be a whole number of keys from 1 on"),
     (lambda: Dhsa(0.0), "budget is 0.0"),
     (lambda: Dhsa(1.5), "budget is 1.5"),
+    (lambda: Dhsa(True), "budget is True"),
+    (lambda: Dhsa("a"), "budget is 'a'"),
     (lambda: Dhsa(0.5, chunker="word"), "chunker is 'word'; it must be one of"),
     (lambda: Dhsa(0.5, least=9, most=8), "chunks have 9 to 8 keys"),
     (lambda: Dhsa(0.5, threshold=math.nan), "threshold is nan"),

@@ -240,3 +240,8 @@ def test_greedy_answers_are_those_of_generate():
     text = loaded.tokenizer.decode(expected[0, prompt.shape[1] :], skip_special_tokens=True)
     assert answer.text == text.strip()
     assert blasst.record  # the operator is loaded
+
+
+def test_default_lengths_have_room_for_a_prompt():
+    assert evaluation.shorter_lengths(4096) == [1024, 1536, 2048, 3072]
+    assert evaluation.shorter_lengths(512) == [256, 384]
