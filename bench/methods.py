@@ -26,7 +26,11 @@ HEADS, KV_HEADS, DIM, LAYERS = 9, 3, 64, 30
 THRESHOLD = 1e-3
 PLANTED_HALF = 12.0
 """Half of what a planted match scores."""
-CHUNKS = {"least": 16, "most": 64, "threshold": -0.1}
+CHUNKS = {
+    "fixed": {"most": 64},
+    "shift": {"least": 16, "most": 64, "threshold": -0.1},
+    "trained": {"least": 16, "most": 64},
+}
 
 
 def random_inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,12 +89,18 @@ def tests(length: int, rounds: int) -> None:
         print(f"  {name}: {sparsity:6.1%} skipped {time_:8.1f} ms {dense / time_:6.2f}x")
 
 
-def chunk_prefill(length: int, rounds: int, budget: float, chunker: str) -> None:
+def chunk_policy(budget: float, chunker: str, predictors: str | None = None) -> Dhsa:
+    """Of its own, with nothing seen yet; `predictors` is the file of the trained chunker."""
+    file = predictors if chunker == "trained" else None
+    return Dhsa(budget, chunker=chunker, predictors=file, **CHUNKS[chunker])
+
+
+def chunk_prefill(length: int, rounds: int, budget: float, chunker: str, file: str | None) -> None:
     """Chunks chosen before scoring against dense, prediction included."""
     q, k, v = planted_inputs(length)
 
     def predict() -> Tensor:
-        policy = Dhsa(budget, chunker=chunker, **CHUNKS)
+        policy = chunk_policy(budget, chunker, file)
         return policy.visit(Call(0, "prefill", q, k, None)).blocks
 
     def run(sparse: bool = True, **options: object) -> object:
@@ -106,7 +116,7 @@ def chunk_prefill(length: int, rounds: int, budget: float, chunker: str) -> None
     print(f"  and threshold {THRESHOLD}: {tiles.sparsity:.1%} of these skipped, {tested:.1f} ms")
 
 
-def chunk_decode(length: int, rounds: int, budget: float, chunker: str) -> None:
+def chunk_decode(length: int, rounds: int, budget: float, chunker: str, file: str | None) -> None:
     """The same for one token more at each step, through as many layers as SmolLM2 has.
 
     One layer alone would stay in the cache, which no layer of a model does.
@@ -115,7 +125,7 @@ def chunk_decode(length: int, rounds: int, budget: float, chunker: str) -> None:
     q, _, _ = random_inputs(steps)
     shape = (LAYERS, 1, KV_HEADS, steps, DIM)  # as Transformers' caches lie in memory
     k, v = (torch.randn(shape).transpose(2, 3) for _ in range(2))
-    policies = [Dhsa(budget, chunker=chunker, **CHUNKS) for _ in range(2)]
+    policies = [chunk_policy(budget, chunker, file) for _ in range(2)]
     for policy in policies:
         for layer in range(LAYERS):
             policy.visit(Call(layer, "prefill", q[:, :length], k[layer][:, :length], None))
@@ -165,7 +175,7 @@ def peak_bytes(chunker: str, length: int, budget: float, threads: int) -> int:
             )
         blocks = None
         if chunker != "dense":
-            policy = Dhsa(budget, chunker=chunker, **CHUNKS)
+            policy = chunk_policy(budget, chunker)
             blocks = policy.visit(Call(0, "prefill", query, key, None)).blocks
         return attention(query, key, value, causal=True, blocks=blocks)
 
@@ -202,6 +212,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--predictors", metavar="FILE", help="of SmolLM2, from `python -m blasst chunks smollm2`"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{HEADS}/{KV_HEADS} heads, d {DIM}, float32, {options.threads} threads")
@@ -212,11 +225,12 @@ def main() -> None:
     if "memory" in options.parts:
         memory(options.length, options.budget)
     with torch.inference_mode():
-        for chunker in ("fixed", "shift"):
+        for chunker in ("fixed", "shift", *(["trained"] if options.predictors else [])):
+            work = (options.length, options.rounds, options.budget, chunker, options.predictors)
             if "prefill" in options.parts:
-                chunk_prefill(options.length, options.rounds, options.budget, chunker)
+                chunk_prefill(*work)
             if "decode" in options.parts:
-                chunk_decode(options.length, options.rounds, options.budget, chunker)
+                chunk_decode(*work)
 
 
 if __name__ == "__main__":
