@@ -344,9 +344,9 @@ def shape_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What distinguishes a model: its shape, and a few of its weights."""
+    """What distinguishes a model: its shape, and a few of its weights, alike in a bfloat16 copy."""
     weight = next(p for name, p in model.named_parameters() if p.dim() == 2).detach()
-    weights = f"{weight[:16, :16].double().abs().sum().item():.6g}"
+    weights = f"{weight[:16, :16].bfloat16().double().abs().sum().item():.6g}"
     return {**shape_of(model), "weights": weights}
 
 

@@ -189,6 +189,7 @@ def test_bad_input(loaded, found, tmp_path):
         next(other.parameters()).add_(1)
     with pytest.raises(ValueError, match="these thresholds are of a model with"):
         found.apply(other, 2)
+    found.apply(make_loaded().model.bfloat16(), 2)  # the same model in another type
     elsewhere = dataclasses.replace(found, tile_shape=(64, 128))
     with pytest.raises(ValueError, match="for tiles of 64 x 128; on cpu this model decides on"):
         elsewhere.apply(loaded.model, 2)
