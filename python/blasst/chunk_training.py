@@ -19,8 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst.dhsa import VERSION, Predictor, load_predictors
-from blasst.disk import open_tensors
+from blasst.dhsa import VERSION, Predictor, load_predictors, read_about
 from blasst.huggingface import set_policy
 from blasst.models import (
     attention_layers,
@@ -258,12 +257,10 @@ def _write(path: Path, about: dict, trained: Mapping[int, Trained]) -> None:
 
 
 def _read(path: Path, about: dict) -> dict[int, Trained]:
-    predictors = load_predictors(path)
-    with open_tensors(path) as file:
-        kept = json.loads(file.metadata()["blasst_chunks"])
+    kept = read_about(path)
     if any(kept[name] != value for name, value in about.items()):
         raise ValueError(
             f"{path} holds layers of another training (model, text or options); remove it, or "
             "choose another file"
         )
-    return {n: Trained(p, *kept["scores"][str(n)]) for n, p in predictors.items()}
+    return {n: Trained(p, *kept["scores"][str(n)]) for n, p in load_predictors(path).items()}

@@ -42,13 +42,17 @@ def load_predictors(path: Path) -> dict[int, Predictor]:
     Raises:
         ValueError: another file, or one that cannot be read.
     """
-    shape = tuple(_about(path)["shape"])
+    shape = tuple(read_about(path)["shape"])
     with open_tensors(path) as file:
         return {int(n): Predictor(file.get_tensor(n), shape) for n in file.keys()}  # noqa: SIM118
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What a file of predictors says of itself."""
+def read_about(path: Path) -> dict[str, Any]:
+    """What a file of predictors says of itself.
+
+    Raises:
+        ValueError: as `load_predictors`.
+    """
     with open_tensors(path) as file:
         about = json.loads((file.metadata() or {}).get("blasst_chunks", "null"))
     if about is None or about["version"] != VERSION:
@@ -125,7 +129,7 @@ class Dhsa:
         """A ValueError if the predictors were trained for a model of another shape."""
         if self.predictors is None:
             return
-        trained, this = _about(Path(self.predictors))["model"], shape_of(model)
+        trained, this = read_about(Path(self.predictors))["model"], shape_of(model)
         if any(trained[name] != value for name, value in this.items()):
             raise ValueError(
                 f"{self.predictors} holds boundary predictors of a model with "

@@ -114,7 +114,8 @@ def shorter_lengths(length: int) -> list[int]:
 
     Prompts of fewer than 256 tokens have no room for their question.
     """
-    return [length * eighths // 8 for eighths in (2, 3, 4, 6) if length * eighths // 8 >= 256]
+    shorter = (length * eighths // 8 for eighths in (2, 3, 4, 6))
+    return [n for n in shorter if n >= 256]
 
 
 def fingerprint(model: PreTrainedModel, *rest: Any) -> str:

@@ -109,9 +109,10 @@ def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) 
             f"the weights of {folder} lack {len(missing)} tensors, {missing[0]} the first: "
             "fetch them again"
         )
+    model.eval()
     if attention == ATTENTION:
-        _try_out(model.eval(), name)
-    return Loaded(title, model.eval(), tokenizer, folder)
+        _try_out(model, name)
+    return Loaded(title, model, tokenizer, folder)
 
 
 @torch.inference_mode()

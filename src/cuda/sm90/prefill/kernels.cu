@@ -8,7 +8,8 @@ namespace {
 template <typename T, Variant kVariant>
 Kernel kernel() {
   using C = Config<T, BLASST_PREFILL_DIM, kVariant>;
-  return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared)};
+  return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared),
+          C::Layout::kThreads};
 }
 
 template <typename T>

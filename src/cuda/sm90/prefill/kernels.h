@@ -8,6 +8,7 @@ namespace blasst::cuda::prefill {
 struct Kernel {
   const void* function;
   int shared_bytes;
+  int threads;  // of a block
 };
 
 // dim: 64, 128 or 256.

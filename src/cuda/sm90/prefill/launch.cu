@@ -89,10 +89,9 @@ void launch(const Launch& l) {
   allow_shared_memory(kernel.function, kernel.shared_bytes);
   void* arguments[] = {&p, const_cast<CUtensorMap*>(&q), const_cast<CUtensorMap*>(&k),
                        const_cast<CUtensorMap*>(&v)};
-  check(
-      cudaLaunchKernel(kernel.function, dim3(std::min(p.items, multiprocessors())),
-                       dim3(128 * (1 + warpgroups(l.dim))), arguments, kernel.shared_bytes, stream),
-      "cudaLaunchKernel");
+  check(cudaLaunchKernel(kernel.function, dim3(std::min(p.items, multiprocessors())),
+                         dim3(kernel.threads), arguments, kernel.shared_bytes, stream),
+        "cudaLaunchKernel");
   if (padded) {
     clear_padding<<<p.rows, 128, 0, stream>>>(p, l.dim);
     check(cudaGetLastError(), "clear_padding");

@@ -54,6 +54,7 @@ struct Layout {
   // Of 65,536: 128 threads of the producer, 128 of each consumer.
   static constexpr int kProducerRegisters = kDim == 256 ? 24 : kWarpgroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kDim == 256 ? 240 : kWarpgroups == 3 ? 160 : 232;
+  static_assert(128 * (kProducerRegisters + kWarpgroups * kConsumerRegisters) <= 65536);
 
   struct Barriers {
     uint64_t query_full, query_empty;

@@ -141,7 +141,7 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
       ptx::mbarrier_arrive_expect(address(b.query_full), L::kWarpgroups * L::kQueryBytes);
       const int row = row_in_tensor(p, w.request, w.output_row);
       const int outer = p.cu_seqlens_q ? 0 : w.request;
-      for (int wg = 0; wg < C::Layout::kWarpgroups; ++wg) {
+      for (int wg = 0; wg < L::kWarpgroups; ++wg) {
         for (int panel = 0; panel < L::kPanels; ++panel) {
           ptx::copy_box(ptx::shared_address(s.query[wg]) + panel * L::kQueryPanelBytes, query_map,
                         address(b.query_full), panel * kPanel, row + wg * kRowsPerWarpgroup, w.head,
