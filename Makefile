@@ -80,14 +80,14 @@ gpu-test: build ## kernels and operator against the reference and the CPU
 	build/release/tests/cuda/cuda_tests $(ARGS)
 	$(python) -m pytest tests/python/test_cuda.py tests/python/test_cuda_huggingface.py
 
-SANITIZED := DecodeRandom.*/0:Calls.*:DecodeKernels.G*
+SANITIZED := PrefillRandom.*/0:DecodeRandom.*/0:Calls.*:DecodeKernels.G*
 
 .PHONY: gpu-sanitize
-gpu-sanitize: build ## kernels on small problems under compute-sanitizer: memory, barriers
-	compute-sanitizer --tool memcheck --error-exitcode 1 \
-	  build/release/tests/cuda/cuda_tests --gtest_filter='PrefillRandom.*/0:$(SANITIZED)'
-	compute-sanitizer --tool synccheck --error-exitcode 1 \
-	  build/release/tests/cuda/cuda_tests --gtest_filter='$(SANITIZED)'
+gpu-sanitize: build ## kernels on small problems under compute-sanitizer: memory, barriers, races
+	for tool in memcheck synccheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    build/release/tests/cuda/cuda_tests --gtest_filter='$(SANITIZED)'; \
+	done
 
 .PHONY: gpu-bench
 gpu-bench: build ## measure the kernels, beside FlashAttention-3 where it is installed

@@ -47,7 +47,7 @@ class Attend {
 
   void run() {
     const Range tiles = attention::tile_range(ranges_, shape_.keys);
-    const std::vector<int64_t> seeds = first_visited(tiles, 2);
+    const std::vector<int64_t> seeds = first_visited(tiles, BLASST_SEED_TILES);
     int64_t split_tiles = shape_.split_tiles;
     if (shape_.most_splits > 0)
       split_tiles = std::max(split_tiles, attention::ceil_div(tiles.size(), shape_.most_splits));

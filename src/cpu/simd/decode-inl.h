@@ -133,10 +133,10 @@ class DecodeHead {
     return -1;
   }
 
-  // A split that does not begin the visit starts from the maxima of the visit's first two tiles.
+  // A split that does not begin the visit starts from the maxima of the visit's first tiles.
   void SeedMaxima() {
     int seeds = 0;
-    for (int64_t i = 0; i < key_tiles_.size() && seeds < 2; ++i) {
+    for (int64_t i = 0; i < key_tiles_.size() && seeds < BLASST_SEED_TILES; ++i) {
       const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
       if (!Visits(j)) continue;
       ++seeds;

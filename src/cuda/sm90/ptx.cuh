@@ -56,13 +56,20 @@ __device__ __forceinline__ void store_shared_if(uint32_t address, int value, boo
       : "memory");
 }
 
-__device__ __forceinline__ void load_shared_volatile(int& a, int& b, uint32_t address) {
-  asm volatile("ld.volatile.shared.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(address));
+// For a word that only grows and that others poll. Atomic, so that race checkers know it is meant.
+__device__ __forceinline__ void raise_shared_if(uint32_t address, int value, bool condition) {
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "setp.ne.u32 p, %2, 0;\n"
+      "@p red.shared.max.s32 [%0], %1;\n}" ::"r"(address),
+      "r"(value), "r"(static_cast<uint32_t>(condition))
+      : "memory");
 }
-__device__ __forceinline__ void load_shared_volatile(int (&x)[4], uint32_t address) {
-  asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address));
+
+__device__ __forceinline__ int poll_shared(uint32_t address) {
+  int value;
+  asm volatile("ld.volatile.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
 }
 
 // Arrive, and expect `bytes` of copies before the phase completes.

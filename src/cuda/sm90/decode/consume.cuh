@@ -49,20 +49,27 @@ class Consumer {
   __device__ __forceinline__ void run() {
     while (true) {
       const int stage = ring_.stage;
-      ptx::mbarrier_wait(address(shared_.keys_full[stage]), ring_.phase);
-      const int flags = ptx::warp_uniform(shared_.tiles[stage].flags);
+      ptx::mbarrier_wait(address(shared_.tiles_full[stage]), ring_.phase);
+      Tile tile;
+      if (lane_ == 0) tile = shared_.tiles[stage];
+      const int flags = ptx::warp_uniform(tile.flags);
       if (flags & kStop) return;
-      tile_ = ptx::warp_uniform(shared_.tiles[stage].index);
-      const int page = shared_.tiles[stage].pages[lane_ % kMostBoxes];
+      tile_ = ptx::warp_uniform(tile.index);
       if (flags & kFirstOfItem) begin_item();
+      ptx::mbarrier_wait(address(shared_.keys_full[stage]), ring_.phase);
       float s[kScores], t[kColumns];
       score(s);
       release_keys(flags);
-      const bool nan = finish_scores(s, t);
+      bool nan = finish_scores(s, t);
+      if (flags & kOnlySeed) {
+        take_seed(t);
+        if (flags & kLastSeed) share_maxima(seed_, nan);
+        continue;
+      }
+      share_maxima(t, nan);
       if (flags & kSeed) take_seed(t);
-      if (flags & kOnlySeed) continue;
       if (flags & kFirstOfSplit) begin_split();
-      visit(s, t, nan, page);
+      visit(s, t, nan, tile);
       if (flags & kLastOfSplit) end_split();
       if (flags & kLastOfItem) end_item();
     }
@@ -108,6 +115,7 @@ class Consumer {
       for (int x = 0; x < kScores; ++x) o_[i][x] = 0;
   }
 
+  // Maxima of a thread's own keys, or of all.
   __device__ __forceinline__ void take_seed(const float (&t)[kColumns]) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) seed_[c] = fmaxf(seed_[c], t[c]);
@@ -211,15 +219,13 @@ class Consumer {
   // Keys, and after an item's last tile its queries, may be overwritten.
   __device__ __forceinline__ void release_keys(int flags) {
     __syncwarp();
-    if (lane_ == 0) {
-      ptx::mbarrier_arrive(address(shared_.keys_empty[ring_.stage]));
-      if (flags & kLastOfItem) ptx::mbarrier_arrive(address(shared_.queries_empty[queries_.stage]));
-    }
+    if (lane_ == 0) ptx::mbarrier_arrive(address(shared_.keys_empty[ring_.stage]));
+    if (flags & kLastOfItem) ptx::mbarrier_arrive(address(shared_.queries_empty[queries_.stage]));
     ring_.next();
   }
 
-  // Soft cap, mask and the maximum of every row over the tile, NaN left aside. Whether there is a
-  // NaN.
+  // Soft cap, mask and the maximum of every row over a thread's keys, NaN left aside. Whether there
+  // is a NaN.
   __device__ __forceinline__ bool finish_scores(float (&s)[kScores], float (&t)[kColumns]) {
     if (p_.softcap > 0) {
 #pragma unroll
@@ -234,6 +240,15 @@ class Consumer {
       const float a = s[element(c, 0)], b = s[element(c, 1)];
       if constexpr (kTests) nan |= isnan(a) || isnan(b);
       t[c] = fmaxf(a, b);
+    }
+    return nan;
+  }
+
+  // From the keys of each thread to all keys of the tile: the row maxima, and whether there is a
+  // NaN.
+  __device__ __forceinline__ void share_maxima(float (&t)[kColumns], bool& nan) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int step = 4; step <= 16; step *= 2)
         t[c] = fmaxf(t[c], __shfl_xor_sync(kAll, t[c], step));
@@ -263,7 +278,6 @@ class Consumer {
       nan = any.x | any.y | any.z | any.w;
     }
     buffer_ ^= 1;
-    return nan;
   }
 
   __device__ __forceinline__ void mask(float (&s)[kScores]) const {
@@ -281,7 +295,7 @@ class Consumer {
   // --- decision ---------------------------------------------------------------------------------
 
   __device__ __forceinline__ void visit(float (&s)[kScores], const float (&t)[kColumns], bool nan,
-                                        int page) {
+                                        const Tile& tile) {
     bool keep = true;
     if constexpr (kTests) {
       bool allow = true;
@@ -294,7 +308,7 @@ class Consumer {
     }
     if constexpr (kReports) report(t, nan, keep);
     if (keep) {
-      ask_for_values(page);
+      ask_for_values(tile);
       probabilities(s, t);
       values_.next();
       if (++pending_ == kValueStages) add_oldest();
@@ -347,9 +361,17 @@ class Consumer {
 
   // The stage is free: its last values were added before the barrier that this tile's maxima met
   // at.
-  __device__ __forceinline__ void ask_for_values(int page) {
+  __device__ __forceinline__ void ask_for_values(const Tile& tile) {
     if (warp_ != 0) return;
     const int stage = values_.stage;
+    int page = 0;
+    if (p_.page_table) {
+#pragma unroll
+      for (int box = 0; box < kMostBoxes; ++box) {
+        const int of_box = ptx::warp_uniform(tile.pages[box]);
+        if (box == lane_ / kPanels) page = of_box;
+      }
+    }
     if (lane_ == 0) shared_.kept[stage] = tile_;
     copy_tile<kPanels>(p_, plan_, v_map_, ptx::shared_address(shared_.values[stage]),
                        shared_.values_full[stage], item_, tile_,

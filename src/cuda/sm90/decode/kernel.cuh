@@ -22,11 +22,12 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim, kRows>::kBlocks)
   extern __shared__ __align__(1024) std::byte storage[];
   auto& shared = *reinterpret_cast<typename L::Shared*>(storage);
   if (threadIdx.x == 0) {
+    for (auto& barrier : shared.tiles_full) ptx::mbarrier_init(address(barrier), 1);
     for (auto& barrier : shared.keys_full) ptx::mbarrier_init(address(barrier), 1);
     for (auto& barrier : shared.keys_empty) ptx::mbarrier_init(address(barrier), kConsumerWarps);
     for (auto& barrier : shared.values_full) ptx::mbarrier_init(address(barrier), 1);
-    for (auto& barrier : shared.queries_full) ptx::mbarrier_init(address(barrier), kTests ? 2 : 1);
-    for (auto& barrier : shared.queries_empty) ptx::mbarrier_init(address(barrier), kConsumerWarps);
+    for (auto& barrier : shared.queries_full) ptx::mbarrier_init(address(barrier), kTests ? 33 : 1);
+    for (auto& barrier : shared.queries_empty) ptx::mbarrier_init(address(barrier), kConsumers);
     ptx::fence_mbarrier_init();
   }
   if (threadIdx.x == kConsumers) {

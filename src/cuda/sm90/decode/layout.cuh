@@ -32,11 +32,13 @@ enum TileFlags : int {
   kLastOfItem = 2,
   kFirstOfSplit = 4,
   kLastOfSplit = 8,
-  kSeed = 16,      // one of the first two tiles of the visit
+  kSeed = 16,      // one of the visit's first BLASST_SEED_TILES
   kOnlySeed = 32,  // of another item: only the row maxima are of interest
-  kStop = 64,      // no tile: the end of the block's work
+  kLastSeed = 64,  // of those
+  kStop = 128,     // no tile: the end of the block's work
 };
 
+// Written and read by one lane, which shares it with its warp.
 struct Tile {
   int index;
   int flags;
@@ -77,7 +79,8 @@ struct Layout {
     Item items[2];
     Tile tiles[kKeyStages];
     int kept[kValueStages];  // tile index
-    uint64_t keys_full[kKeyStages], keys_empty[kKeyStages];
+    // Of a stage's Tile, with the Item of an item's first; of its keys. keys_empty frees both.
+    uint64_t tiles_full[kKeyStages], keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages];
     uint64_t queries_full[2], queries_empty[2];
   };

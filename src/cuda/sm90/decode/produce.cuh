@@ -56,14 +56,14 @@ __device__ __forceinline__ int boxes_of(const Params& p, const Plan& plan, int k
   return ceil_div(left, plan.box_tokens);
 }
 
-// Copies a tile's keys or values; one warp, whose lane b / kPanels of `page` is box b's page.
+// Copies a tile's keys or values; one warp, whose lane copies a panel of box lane / kPanels, from
+// that box's `page`.
 template <int kPanels>
 __device__ __forceinline__ void copy_tile(const Params& p, const Plan& plan, const CUtensorMap* map,
                                           uint32_t destination, uint64_t& barrier, const Item& item,
                                           int tile, int boxes, int page, ptx::L2Hint hint) {
   const int lane = threadIdx.x % 32;
   const int box = lane / kPanels, panel = lane % kPanels;
-  page = __shfl_sync(0xffffffffu, page, box);
   if (lane == 0)
     ptx::mbarrier_arrive_expect(address(barrier), boxes * plan.box_tokens * kPanels * kPanel * 2);
   __syncwarp();
@@ -113,7 +113,7 @@ class Producer {
     ptx::mbarrier_wait(address(shared_.keys_empty[ring_.stage]), ring_.phase ^ 1);
     if (lane_ == 0) {
       shared_.tiles[ring_.stage].flags = kStop;
-      ptx::mbarrier_arrive(address(shared_.keys_full[ring_.stage]));
+      ptx::mbarrier_arrive(address(shared_.tiles_full[ring_.stage]));
     }
   }
 
@@ -129,7 +129,7 @@ class Producer {
     float thresholds[kOwnRows] = {};
     if constexpr (kTests) ask_for_thresholds(item, thresholds);
     feed_queries(item);
-    const int seeds = item.begin > 0 ? 2 : 0;
+    const int seeds = item.begin > 0 ? BLASST_SEED_TILES : 0;
     const Range visit{item.tile_begin, item.tile_end};
     const auto tile_of = [&](int i) {
       return tile_at(p_.order, visit, i < seeds ? i : item.begin + i - seeds);
@@ -137,9 +137,10 @@ class Producer {
     const int count = seeds + item.end - item.begin;
     for (int i = 0; i < count; ++i) {
       const int position = i < seeds ? i : item.begin + i - seeds;
-      int flags = (i == 0) * kFirstOfItem | (i == count - 1) * kLastOfItem | (position < 2) * kSeed;
+      int flags = (i == 0) * kFirstOfItem | (i == count - 1) * kLastOfItem |
+                  (position < BLASST_SEED_TILES) * kSeed;
       if (i < seeds) {
-        flags |= kOnlySeed;
+        flags |= kOnlySeed | (i == seeds - 1) * kLastSeed;
       } else {
         const int of_split = (position - item.begin) % item.split_tiles;
         flags |= (of_split == 0) * kFirstOfSplit;
@@ -190,8 +191,7 @@ class Producer {
       const int row = lane_ + 32 * i;
       if (row < kRows) shared_.below[slot][row] = below(item, row, values[i]);
     }
-    __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(address(shared_.queries_full[slot]));
+    ptx::mbarrier_arrive(address(shared_.queries_full[slot]));
     queries_.next();
   }
 
@@ -207,13 +207,20 @@ class Producer {
 
   __device__ __forceinline__ void feed_keys(const Item& item, int tile, int flags) {
     const int boxes = boxes_of(p_, plan_, item.keys, tile);
+    Tile here{.index = tile, .flags = flags};
     int page = 0;
-    if (p_.page_table && lane_ < boxes) page = page_of(item, tile);
+    if (p_.page_table) {
+      const int mine = lane_ < boxes ? page_of(item, tile) : 0;
+#pragma unroll
+      for (int box = 0; box < kMostBoxes; ++box) here.pages[box] = __shfl_sync(kAll, mine, box);
+      page = __shfl_sync(kAll, mine, lane_ / L::kPanels);
+    }
     const int stage = ring_.stage;
     ptx::mbarrier_wait(address(shared_.keys_empty[stage]), ring_.phase ^ 1);
-    Tile& here = shared_.tiles[stage];
-    if (lane_ == 0) here.index = tile, here.flags = flags;
-    if (lane_ < kMostBoxes) here.pages[lane_] = page;
+    if (lane_ == 0) {
+      shared_.tiles[stage] = here;
+      ptx::mbarrier_arrive(address(shared_.tiles_full[stage]));
+    }
     __syncwarp();
     copy_tile<L::kPanels>(p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]),
                           shared_.keys_full[stage], item, tile, boxes, page,

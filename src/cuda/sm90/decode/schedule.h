@@ -24,6 +24,7 @@ namespace blasst::cuda::decode {
 inline constexpr int kSlots = 264;      // what one request is spread over: two blocks on 132 SMs
 inline constexpr int kGroupSplits = 8;  // splits whose results are added before all else
 inline constexpr int kLeastSplitTiles = 8;
+static_assert(kLeastSplitTiles >= BLASST_SEED_TILES, "no split starts among the seeds");
 
 BLASST_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -268,7 +268,7 @@ class Consumer {
     if constexpr (C::kTests) {
       const uint32_t decision =
           base_ + offsetof(Shared, decision) + visit_ % L::kValueStages * sizeof(*s_.decision);
-      ptx::store_shared_if(decision + 4 * at_.warpgroup, 2 * visit_ + keep, at_.lane() == 0);
+      ptx::raise_shared_if(decision + 4 * at_.warpgroup, 2 * visit_ + keep, threadIdx.x % 128 == 0);
       if constexpr (C::kReports) report_tile(work, keep);
       kept_ += keep;
       if (!keep) release_values(visit_);

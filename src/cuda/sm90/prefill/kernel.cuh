@@ -21,7 +21,7 @@ __device__ void init_barriers(typename C::Shared& s) {
     ptx::mbarrier_init(address(b.key_empty[i]), L::kConsumerWarps + C::kTests);
   }
   for (int i = 0; i < L::kValueStages; ++i) {
-    for (int wg = 0; wg < L::kWarpgroups; ++wg) s.decision[i].of[wg] = -1;
+    for (int wg = 0; wg < L::kWarpgroups; ++wg) s.decision[i][wg] = -1;
   }
   for (int i = 0; i < L::kValueBarriers; ++i) {
     ptx::mbarrier_init(address(b.value_full[i]), 1);

@@ -25,12 +25,6 @@ struct Work {
   int query_tile, query_tiles;
 };
 
-// The newest visit that each warpgroup has decided on: 2 * visit + kept. Read as a whole.
-template <int kWarpgroups>
-struct alignas(kWarpgroups == 2 ? 8 : 16) Decisions {
-  int of[kWarpgroups];
-};
-
 // A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64].
 template <int kDim>
 struct Layout {
@@ -68,7 +62,8 @@ struct Layout {
     alignas(1024) uint8_t value[kValueStages][kTileBytes];
     Barriers barriers;
     Work work[2];
-    Decisions<kWarpgroups> decision[kValueStages];
+    // The newest visit that each warpgroup has decided on: 2 * visit + kept.
+    int decision[kValueStages][kWarpgroups];
     // Of each warp's rows; tiles alternate. Reports only.
     float gap[2][kWarpgroups][4], maximum[2][kWarpgroups][4];
   };

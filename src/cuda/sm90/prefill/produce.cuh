@@ -156,17 +156,14 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
 // warpgroup that has decided on a later tile of the stage without waiting for this one skipped it.
 // No barrier completes at whichever of the two comes first, so this polls, gently.
 template <int kWarpgroups>
-__device__ __forceinline__ bool wanted(const Decisions<kWarpgroups>& decision, int visit) {
+__device__ __forceinline__ bool wanted(const int (&decision)[kWarpgroups], int visit) {
   for (;;) {
-    int newest[4];
-    if constexpr (kWarpgroups == 2)
-      ptx::load_shared_volatile(newest[0], newest[1], ptx::shared_address(&decision));
-    else
-      ptx::load_shared_volatile(newest, ptx::shared_address(&decision));
     bool all = true;
+#pragma unroll
     for (int wg = 0; wg < kWarpgroups; ++wg) {
-      if (newest[wg] == 2 * visit + 1) return true;
-      all = all && newest[wg] >= 2 * visit;
+      const int newest = ptx::poll_shared(ptx::shared_address(&decision[wg]));
+      if (newest == 2 * visit + 1) return true;
+      all = all && newest >= 2 * visit;
     }
     if (all) return false;
     __nanosleep(32);
@@ -212,7 +209,8 @@ __device__ void produce_values(const Params& p, typename C::Shared& s, const CUt
         const bool keep = wanted(s.decision[stage], visit);
         kept_in_a_row = keep ? kept_in_a_row + 1 : 0;
         if (!early) keep ? load() : ptx::mbarrier_arrive(full);
-        if (early && !keep) ptx::mbarrier_wait(full, visit / L::kValueBarriers & 1);
+        // Someone must see every phase end; nobody else does where nobody keeps the tile.
+        if (!keep) ptx::mbarrier_wait(full, visit / L::kValueBarriers & 1);
         // No warpgroup gets more than kKeyStages tiles ahead of this one.
         ptx::mbarrier_arrive(address(b.key_empty[visit % L::kKeyStages]));
       }
