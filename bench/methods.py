@@ -116,6 +116,7 @@ def chunk_prefill(length: int, rounds: int, budget: float, chunker: str, file: s
     print(f"  and threshold {THRESHOLD}: {tiles.sparsity:.1%} of these skipped, {tested:.1f} ms")
 
 
+@torch.inference_mode()
 def chunk_decode(length: int, rounds: int, budget: float, chunker: str, file: str | None) -> None:
     """The same for one token more at each step, through as many layers as SmolLM2 has.
 

@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <optional>
 #include <tuple>
@@ -76,7 +78,8 @@ void read_rule(Rule& r, std::string_view chunker, int64_t least, int64_t most, d
   r.rule.predictor = &r.predictor;
 }
 
-blasst::Chunks chunks_of(Tensor starts, Tensor sums, int64_t keys) {
+// A view of what the tensors hold, which become contiguous.
+blasst::ChunkView chunks_of(Tensor& starts, Tensor& sums, int64_t keys) {
   check(starts.scalar_type() == ScalarType::Int && starts.dim() == 1, "starts is ", starts, " of ",
         starts.scalar_type(), "; it must be int32 [chunks]");
   check(
@@ -85,30 +88,62 @@ blasst::Chunks chunks_of(Tensor starts, Tensor sums, int64_t keys) {
       "; it must be float32 [chunks, kv_heads, head_dim] with chunks ", starts.size(0));
   starts = torch::stable::contiguous(starts);
   sums = torch::stable::contiguous(sums);
-  const auto* first = static_cast<const int32_t*>(starts.const_data_ptr());
-  const auto* values = static_cast<const float*>(sums.const_data_ptr());
-  return {keys, {first, first + starts.numel()}, {values, values + sums.numel()}};
+  return {keys,
+          {static_cast<const int32_t*>(starts.const_data_ptr()), size_t(starts.numel())},
+          {static_cast<const float*>(sums.const_data_ptr()), size_t(sums.numel())}};
 }
 
-std::tuple<Tensor, Tensor> extend_chunks_of(Tensor key, Tensor starts, Tensor sums, int64_t keys,
-                                            std::string chunker, int64_t least, int64_t most,
-                                            double threshold, OptionalTensor predictor,
-                                            std::vector<int64_t> shape) {
+// A few of the keys, to know a request by: spread over all, the same from step to step as far as
+// can be, and the newest.
+Tensor sample_of(const Tensor& key, const blasst::HeadRows& rows, int64_t keys) {
+  const int64_t step =
+      int64_t{1} << std::max(0, static_cast<int>(std::bit_width(uint64_t(keys))) - 4);
+  std::vector<int64_t> chosen;
+  for (int64_t row = 0; row < keys; row += step) chosen.push_back(row);
+  for (int64_t row = std::max<int64_t>(0, keys - 4); row < keys; ++row) chosen.push_back(row);
+  Tensor sample = torch::stable::new_empty(
+      key, std::vector<int64_t>{std::ssize(chosen), rows.heads, rows.head_dim}, key.scalar_type());
+  const int64_t element = rows.dtype == BLASST_FLOAT32 ? 4 : 2, bytes = rows.head_dim * element;
+  auto* to = static_cast<std::byte*>(sample.mutable_data_ptr());
+  for (const int64_t row : chosen) {
+    for (int64_t head = 0; head < rows.heads; ++head, to += bytes)
+      std::memcpy(to,
+                  static_cast<const std::byte*>(rows.data) +
+                      (row * rows.stride_row + head * rows.stride_head) * element,
+                  bytes);
+  }
+  return sample;
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) {
+  const int64_t element = a.scalar_type() == ScalarType::Float ? 4 : 2;
+  return a.scalar_type() == b.scalar_type() && a.numel() == b.numel() &&
+         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.numel() * element) == 0;
+}
+
+std::tuple<int64_t, Tensor, Tensor, Tensor> next_chunks_of(Tensor key, Tensor starts, Tensor sums,
+                                                           int64_t keys, Tensor sample,
+                                                           std::string chunker, int64_t least,
+                                                           int64_t most, double threshold,
+                                                           OptionalTensor predictor,
+                                                           std::vector<int64_t> shape) {
   Rule rule;
   read_rule(rule, chunker, least, most, threshold, predictor, shape);
   const blasst::HeadRows rows = rows_of("key", key);
-  blasst::Chunks chunks = chunks_of(starts, sums, keys);
-  blasst::extend_chunks(chunks, rule.rule, rows, threads());
-  const auto count = static_cast<int64_t>(chunks.starts.size());
+  blasst::ChunkView known = chunks_of(starts, sums, keys);
+  check(keys <= rows.rows, rows.rows, " keys are given, fewer than the ", keys,
+        " that the chunks cover");
+  sample = torch::stable::contiguous(sample);
+  if (!same_bits(sample, sample_of(key, rows, keys))) known = {0, {}, {}};
+  const blasst::Chunks next = blasst::next_chunks(known, rule.rule, rows, threads());
+  const auto count = static_cast<int64_t>(next.starts.size());
   Tensor new_starts = torch::stable::new_empty(key, std::vector<int64_t>{count}, ScalarType::Int);
   Tensor new_sums = torch::stable::new_empty(
       key, std::vector<int64_t>{count, rows.heads, rows.head_dim}, ScalarType::Float);
-  if (count > 0) {
-    std::memcpy(new_starts.mutable_data_ptr(), chunks.starts.data(), count * sizeof(int32_t));
-    std::memcpy(new_sums.mutable_data_ptr(), chunks.sums.data(),
-                chunks.sums.size() * sizeof(float));
-  }
-  return {new_starts, new_sums};
+  std::ranges::copy(next.starts, static_cast<int32_t*>(new_starts.mutable_data_ptr()));
+  std::ranges::copy(next.sums, static_cast<float*>(new_sums.mutable_data_ptr()));
+  const int64_t kept = std::max<int64_t>(0, std::ssize(known.starts) - 1);
+  return {kept, new_starts, new_sums, sample_of(key, rows, rows.rows)};
 }
 
 Tensor boundary_scores_of(Tensor key, std::string chunker, OptionalTensor predictor,
@@ -127,7 +162,7 @@ Tensor boundary_scores_of(Tensor key, std::string chunker, OptionalTensor predic
 Tensor select_chunks(Tensor query, Tensor starts, Tensor sums, int64_t keys, bool decode,
                      int64_t budget_keys, double budget_share) {
   const blasst::HeadRows rows = rows_of("query", query);
-  const blasst::Chunks chunks = chunks_of(starts, sums, keys);
+  const blasst::ChunkView chunks = chunks_of(starts, sums, keys);
   check(sums.size(2) == rows.head_dim, "sums is ", sums, ", but query is ", query);
   const auto tiles = [](int64_t count) { return (count + 63) / 64; };
   const int64_t kv_heads = sums.size(1);
@@ -145,9 +180,9 @@ Tensor select_chunks(Tensor query, Tensor starts, Tensor sums, int64_t keys, boo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(blasst, m) {
   m.def(
-      "chunks_extend(Tensor key, Tensor starts, Tensor sums, int keys, str chunker, int least,"
-      " int most, float threshold, Tensor? predictor, int[] predictor_shape)"
-      " -> (Tensor starts, Tensor sums)");
+      "chunks_next(Tensor key, Tensor starts, Tensor sums, int keys, Tensor sample, str chunker,"
+      " int least, int most, float threshold, Tensor? predictor, int[] predictor_shape)"
+      " -> (int kept, Tensor starts, Tensor sums, Tensor sample)");
   m.def(
       "chunks_scores(Tensor key, str chunker, Tensor? predictor, int[] predictor_shape) -> "
       "Tensor");
@@ -157,7 +192,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blasst, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
-  m.impl("chunks_extend", TORCH_BOX(extend_chunks_of));
+  m.impl("chunks_next", TORCH_BOX(next_chunks_of));
   m.impl("chunks_scores", TORCH_BOX(boundary_scores_of));
   m.impl("chunks_select", TORCH_BOX(select_chunks));
 }

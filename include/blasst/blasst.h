@@ -203,8 +203,8 @@ typedef struct blasst_prefill_params {
 
 /* Decode: the last query_length (1 to 16) positions of each request, q [batch, query_length, heads,
  * head_dim]. The query heads of a KV head form one query tile and decide together. Long KV is cut
- * into splits of visited tiles (blasst_decode_tile_shape); a split's running maximum starts from
- * the scores of the first BLASST_SEED_TILES tiles of the whole visit, so no split starts blind, and
+ * into splits of visited tiles (blasst_decode_tile_shape); a split's tiles are tested against the
+ * scores of the first BLASST_SEED_TILES tiles of the whole visit too, so no split starts blind, and
  * the result does not depend on the number of threads. */
 #define BLASST_SEED_TILES 4
 typedef struct blasst_decode_params {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "blasst/blasst.hpp"
@@ -63,10 +64,25 @@ struct Chunks {
   std::vector<float> sums;      // [chunks, kv_heads, head_dim] sum of each chunk's keys
 };
 
+// The same, somebody else's.
+struct ChunkView {
+  ChunkView(int64_t keys, std::span<const int32_t> starts, std::span<const float> sums)
+      : keys(keys), starts(starts), sums(sums) {}
+  ChunkView(const Chunks& chunks) : ChunkView(chunks.keys, chunks.starts, chunks.sums) {}
+
+  int64_t keys;
+  std::span<const int32_t> starts;
+  std::span<const float> sums;
+};
+
 // Takes up the keys that are new: `keys` are all of the request's, those of `chunks` first. The
 // result is the same whether they came at once or one by one. A trained boundary is found `window`
 // keys late. Throws Error.
 void extend_chunks(Chunks& chunks, const ChunkRule& rule, const HeadRows& keys, int threads);
+
+// What extend_chunks changes: the chunks that take the place of the last one (of none, if there
+// are none yet), `keys` as there. Throws Error.
+Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys, int threads);
 
 // What the chunker compares with its threshold at positions [begin, end) of the keys: kShift from 1
 // on, kTrained from `window` to keys - window, both included; NaN elsewhere. Throws Error.
@@ -87,7 +103,7 @@ struct ChunkBudget {
 // sqrt(length)), in decode the largest q . (sum of keys / sqrt(length)) of its rows, greatest
 // first. A chunk takes the key tiles it touches; it is passed over if they exceed the budget,
 // rounded up to whole tiles. Throws Error.
-void select_tiles(const Chunks& chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
+void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
                   ChunkBudget budget, uint8_t* blocks, int threads);
 
 }  // namespace blasst

@@ -23,7 +23,6 @@ from blasst.policies import KINDS, Call, Visit
 
 CHUNKERS = ("fixed", "shift", "trained")
 VERSION = 1
-SAMPLED = 64
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,69 @@ def read_about(path: Path) -> dict[str, Any]:
     return about
 
 
-@dataclass
-class _State:
-    """The chunks of one request in one layer."""
+class Chunks:
+    """The chunks of one request's keys in one layer, in tensors with room to grow."""
 
-    keys: int
-    starts: Tensor
-    sums: Tensor
-    sample: Tensor
-    """Some of the keys, to know the request by: a cache may hold another one by now."""
+    def __init__(self, kv_heads: int, head_dim: int) -> None:
+        self.keys = 0
+        """Keys that the chunks cover, from the first."""
+        self._count = 0
+        self._starts = torch.empty(0, dtype=torch.int32)
+        self._sums = torch.empty(0, kv_heads, head_dim)
+        self._sample = torch.empty(0, kv_heads, head_dim)
+        """Some of the keys, to know the request by: a cache may hold another one by now."""
+
+    @property
+    def starts(self) -> Tensor:
+        """[chunks] int32 first key of each."""
+        return self._starts[: self._count]
+
+    @property
+    def sums(self) -> Tensor:
+        """[chunks, kv_heads, head_dim] float32 sum of the keys of each."""
+        return self._sums[: self._count]
+
+    @torch.inference_mode()  # in-place changes stay possible in every mode
+    def extend(
+        self, key: Tensor, rule: Mapping[str, Any], predictor: Predictor | None = None
+    ) -> None:
+        """Take up new keys; all of them, if those that are covered have changed.
+
+        Args:
+            key: [keys, kv_heads, head_dim] all of the request's; those that are covered, first.
+            rule: chunker, least, most, threshold: see `Dhsa`.
+            predictor: of the trained chunker.
+
+        Raises:
+            RuntimeError: fewer keys than are covered, a predictor for other keys.
+        """
+        weights, shape = (None, []) if predictor is None else (predictor.weights, predictor.shape)
+        kept, starts, sums, self._sample = torch.ops.blasst.chunks_next(
+            key,
+            self.starts,
+            self.sums,
+            self.keys,
+            self._sample,
+            rule["chunker"],
+            rule["least"],
+            rule["most"],
+            rule["threshold"],
+            weights,
+            list(shape),
+        )
+        count = self._count = kept + len(starts)
+        if count > len(self._starts):
+            self._starts, self._sums = _grown(self._starts, count), _grown(self._sums, count)
+        self._starts[kept:count] = starts
+        self._sums[kept:count] = sums
+        self.keys = len(key)
+
+
+def _grown(tensor: Tensor, rows: int) -> Tensor:
+    """A copy with room for half as many rows again."""
+    room = tensor.new_empty(rows + rows // 2, *tensor.shape[1:])
+    room[: len(tensor)] = tensor
+    return room
 
 
 @dataclass
@@ -93,7 +146,7 @@ class Dhsa:
     predictors: str | None = None
     """File of the trained chunker's predictors."""
     _predictors: dict[int, Predictor] = field(default_factory=dict, init=False, repr=False)
-    _states: dict[tuple[int, int], _State] = field(default_factory=dict, init=False, repr=False)
+    _states: dict[tuple[int, int], Chunks] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         whole = type(self.budget) is int
@@ -144,6 +197,8 @@ class Dhsa:
         if call.query.device.type != "cpu":
             raise NotImplementedError(f"the dhsa policy runs on: cpu; q is on {call.query.device}")
         blocks = [self._of_request(call, request) for request in range(call.query.shape[0])]
+        if len(blocks) == 1:
+            return Visit(blocks=blocks[0])
         most = max(b.shape[-1] for b in blocks)
         blocks = [torch.nn.functional.pad(b, (0, most - b.shape[-1])) for b in blocks]
         return Visit(blocks=torch.cat(blocks, 1))
@@ -153,34 +208,28 @@ class Dhsa:
         key, query = call.key[request], call.query[request]
         if call.lengths is not None:
             key = key[: int(call.lengths[request])]
-        state = self._extended((call.layer, request), key, query.shape[0])
+        chunks = self._extended((call.layer, request), key, query.shape[0])
         whole = isinstance(self.budget, int)
         return torch.ops.blasst.chunks_select(
             query,
-            state.starts,
-            state.sums,
-            state.keys,
+            chunks.starts,
+            chunks.sums,
+            chunks.keys,
             call.phase == "decode",
-            min(self.budget, state.keys) if whole else 0,
+            min(self.budget, chunks.keys) if whole else 0,
             0.0 if whole else self.budget,
         )
 
-    def _extended(self, place: tuple[int, int], key: Tensor, new: int) -> _State:
+    def _extended(self, place: tuple[int, int], key: Tensor, new: int) -> Chunks:
         """The chunks of all the keys: those of the last call go on if it was the same request's."""
-        known = self._states.get(place)
-        goes_on = known is not None and known.keys == len(key) - new > 0
-        if not (goes_on and torch.equal(known.sample, _sample(key[: known.keys]))):
-            none = torch.empty(0, dtype=torch.int32)
-            known = _State(0, none, torch.empty(0, *key.shape[1:]), key[:0])
-        starts, sums = extend(
-            key, known.starts, known.sums, known.keys, self.rule(), self._predictor(place[0])
-        )
-        state = _State(len(key), starts, sums, _sample(key))
-        self._states[place] = state
-        return state
+        chunks = self._states.get(place)
+        if chunks is None or chunks.keys != len(key) - new:
+            chunks = self._states[place] = Chunks(*key.shape[1:])
+        chunks.extend(key, self.rule(), self._predictor(place[0]))
+        return chunks
 
     def rule(self) -> Mapping[str, Any]:
-        """How `extend` cuts."""
+        """How `Chunks.extend` cuts."""
         return {
             "chunker": self.chunker,
             "least": self.least,
@@ -197,51 +246,6 @@ class Dhsa:
                 f"{sorted(self._predictors)}"
             )
         return self._predictors[layer]
-
-
-def _sample(key: Tensor) -> Tensor:
-    """Up to SAMPLED keys spread over all, the last among them; a copy."""
-    step = -(-len(key) // SAMPLED)
-    return key[(len(key) - 1) % step :: step].clone()
-
-
-def extend(
-    key: Tensor,
-    starts: Tensor,
-    sums: Tensor,
-    keys: int,
-    rule: Mapping[str, Any],
-    predictor: Predictor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Chunks of a request's keys, of which the first `keys` have been cut already.
-
-    Args:
-        key: [keys, kv_heads, head_dim] all of the request's.
-        starts: [chunks] int32 first key of each chunk so far.
-        sums: [chunks, kv_heads, head_dim] float32 sum of the keys of each.
-        keys: that these cover.
-        rule: chunker, least, most, threshold: see `Dhsa`.
-        predictor: of the trained chunker.
-
-    Returns:
-        starts and sums of all chunks.
-
-    Raises:
-        RuntimeError: chunks that do not cover their keys, a predictor for other keys.
-    """
-    weights, shape = (None, []) if predictor is None else (predictor.weights, predictor.shape)
-    return torch.ops.blasst.chunks_extend(
-        key,
-        starts,
-        sums,
-        keys,
-        rule["chunker"],
-        rule["least"],
-        rule["most"],
-        rule["threshold"],
-        weights,
-        list(shape),
-    )
 
 
 KINDS["dhsa"] = Dhsa

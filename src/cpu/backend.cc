@@ -179,17 +179,23 @@ void decode(const Problem& p, int threads, Workspace workspace) {
     partials.push_back(decode_partial(p, scratch.take(decode_partial_floats(p))));
   clear_report(p, p.batch);
   Totals totals = make_totals(p, p.batch);
+  std::vector<const DecodeUnit*> firsts;  // of the splits that begin a visit
+  for (const DecodeUnit& unit : units) {
+    if (unit.split == 0) firsts.push_back(&unit);
+  }
+  if (takes_seeds(p)) {
+    parallel_for(std::ssize(firsts), threads, [&](int64_t i, int worker) {
+      if (firsts[i]->splits > 1)
+        kernel.decode_seeds(p, *firsts[i], totals, worker_scratch[worker], partials.data());
+    });
+  }
   parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
     kernel.decode(p, units[i], totals, worker_scratch[worker], partials.data());
   });
-  std::vector<const DecodeUnit*> firsts;  // of the splits that begin a visit
-  for (const DecodeUnit& unit : units) {
-    if (unit.visit.begin == 0) firsts.push_back(&unit);
-  }
   parallel_for(std::ssize(firsts), threads, [&](int64_t i, int) {
     const DecodeUnit& unit = *firsts[i];
-    for (int64_t t = 0; t < std::ssize(unit.tiles); ++t)
-      kernel.combine(p, unit.tiles[t], &partials[unit.partial + t * unit.splits], unit.splits);
+    for (size_t t = 0; t < unit.tiles.size(); ++t)
+      kernel.combine(p, unit.tiles[t], &partials[unit.first_partial(t)], unit.splits);
   });
 }
 

@@ -30,6 +30,10 @@ struct Kernels {
   // Visit the unit's key tiles and write its output rows. `scratch`: prefill_scratch_floats,
   // 64-byte aligned.
   void (*prefill)(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch);
+  // Of the split that begins a visit: leaves what the others start from. `scratch`:
+  // decode_scratch_floats, 64-byte aligned.
+  void (*decode_seeds)(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
+                       const Partial* partials);
   // Visit one split; leaves a partial result of each of its query tiles. `scratch`:
   // decode_scratch_floats for each query tile, 64-byte aligned.
   void (*decode)(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,

@@ -82,8 +82,9 @@ std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile
       units.push_back({tiles.subspan(first, count),
                        range,
                        {i * kSplitTiles, std::min(range.size(), (i + 1) * kSplitTiles)},
+                       i,
                        splits,
-                       partial + i});
+                       partial});
     partial += static_cast<int64_t>(count) * splits;
   }
   return units;
@@ -92,7 +93,11 @@ std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile
 int64_t decode_partials(std::span<const DecodeUnit> units) {
   if (units.empty()) return 0;
   const DecodeUnit& last = units.back();
-  return last.partial + 1 + (std::ssize(last.tiles) - 1) * last.splits;
+  return last.first_partial(last.tiles.size());
+}
+
+bool takes_seeds(const Problem& p) {
+  return p.test.kind != BLASST_TEST_NONE || p.report.gap_histogram;
 }
 
 size_t prefill_scratch_floats(const Problem& p) {
@@ -102,16 +107,22 @@ size_t prefill_scratch_floats(const Problem& p) {
 
 size_t decode_scratch_floats(const Problem& p) {
   const int64_t rows = decode_shape(p).query_rows;
-  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + 7 * padded(rows) + 64;
+  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + 8 * padded(rows) + 64;
 }
 
 size_t decode_partial_floats(const Problem& p) {
-  return padded(decode_shape(p).query_rows * (3 + p.value_dim));
+  return padded(decode_shape(p).query_rows * (5 + p.value_dim));
 }
 
 Partial decode_partial(const Problem& p, float* storage) {
   const int64_t rows = decode_shape(p).query_rows;
-  return {storage, storage + rows, storage + 2 * rows, storage + 3 * rows, p.value_dim};
+  return {storage,
+          storage + rows,
+          storage + 2 * rows,
+          storage + 3 * rows,
+          storage + 4 * rows,
+          storage + 5 * rows,
+          p.value_dim};
 }
 
 }  // namespace blasst::cpu

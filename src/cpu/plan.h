@@ -40,8 +40,11 @@ struct DecodeUnit {
   std::span<const QueryTile> tiles;
   Range key_tiles;  // of the whole visit
   Range visit;      // positions in the visit sequence
-  int64_t splits;   // of a query tile; their partial results follow each other
-  int64_t partial;  // index of the first tile's partial result of this split
+  int64_t split;    // which of
+  int64_t splits;   // a query tile has; their partial results follow each other
+  int64_t partial;  // index of the first tile's first partial result
+
+  int64_t first_partial(size_t tile) const { return partial + static_cast<int64_t>(tile) * splits; }
 };
 
 // KV heads that one unit walks side by side: more read memory in longer stretches, fewer give every
@@ -52,17 +55,23 @@ std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile
                                      int threads);
 int64_t decode_partials(std::span<const DecodeUnit> units);
 
+// Whether splits take part in a test, or in its calibration, so that they must not start blind.
+bool takes_seeds(const Problem& p);
+
 // Floats of one thread's scratch (decode: for each KV head of a unit), and of one partial result.
 size_t prefill_scratch_floats(const Problem& p);
 size_t decode_scratch_floats(const Problem& p);
 size_t decode_partial_floats(const Problem& p);
 
-// The softmax state of a query tile after one split: m, l, bound of each row, then its outputs
-// [rows, padded value_dim].
+// The softmax state of a query tile after one split, a float each row: m, l relative to it; the
+// maximum that its last tile was tested against, bound relative to that. Then its outputs
+// [rows, value_dim]. And, in the first split's, what the later ones start from.
 struct Partial {
   float* m;
   float* l;
+  float* tested;
   float* bound;
+  float* seed;
   float* o;
   int64_t o_stride;
 };

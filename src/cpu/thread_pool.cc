@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -14,6 +15,22 @@ namespace blasst::cpu {
 namespace {
 
 using Work = std::function<void(int64_t, int)>;
+
+// Waking a thread that sleeps takes longer than a small batch, and batches often follow each other
+// closely: a thread that waits looks for this long before it sleeps.
+constexpr std::chrono::microseconds kLook{500};
+
+// Whether `condition` came true meanwhile. Lets other threads of this processor run.
+template <typename Condition>
+bool look_for(const Condition& condition) {
+  for (const auto end = std::chrono::steady_clock::now() + kLook;;) {
+    for (int i = 0; i < 64; ++i) {
+      if (condition()) return true;
+    }
+    if (std::chrono::steady_clock::now() >= end) return false;
+    std::this_thread::yield();
+  }
+}
 
 class ThreadPool {
  public:
@@ -36,7 +53,7 @@ class ThreadPool {
       std::lock_guard lock(mutex_);
       while (std::ssize(workers_) < threads - 1) {
         const int worker = static_cast<int>(workers_.size()) + 1;
-        workers_.emplace_back([this, worker, seen = generation_] { loop(worker, seen); });
+        workers_.emplace_back([this, worker, seen = generation_.load()] { loop(worker, seen); });
       }
       work_ = &work;
       items_ = items;
@@ -49,6 +66,9 @@ class ThreadPool {
     drain(0);
     std::unique_lock lock(mutex_);
     helpers_ = 0;  // a worker that has not woken up yet is not waited for: nothing is left for it
+    lock.unlock();
+    look_for([&] { return running_ == 0; });
+    lock.lock();
     done_.wait(lock, [&] { return running_ == 0; });
     work_ = nullptr;
     if (error_) std::rethrow_exception(error_);
@@ -57,6 +77,7 @@ class ThreadPool {
  private:
   void loop(int worker, uint64_t seen) {
     for (;;) {
+      look_for([&] { return generation_ != seen; });
       {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [&] { return stopping_ || (generation_ != seen && worker <= helpers_); });
@@ -85,9 +106,9 @@ class ThreadPool {
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   bool stopping_ = false;
-  uint64_t generation_ = 0;
-  int helpers_ = 0;  // workers 1..helpers_ may join this batch
-  int running_ = 0;  // those that have
+  std::atomic<uint64_t> generation_ = 0;
+  int helpers_ = 0;               // workers 1..helpers_ may join this batch
+  std::atomic<int> running_ = 0;  // those that have
   const Work* work_ = nullptr;
   int64_t items_ = 0;
   std::atomic<int64_t> next_ = 0;

@@ -35,8 +35,10 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
     std::vector<int64_t> visited(tiles.size());
     for (const DecodeUnit& unit : units) {
       EXPECT_LE(unit.visit.size(), kSplitTiles);
-      for (int64_t t = 0; t < std::ssize(unit.tiles); ++t) {
-        EXPECT_TRUE(partials.insert(unit.partial + t * unit.splits).second) << "one writer each";
+      EXPECT_LT(unit.split, unit.splits);
+      for (size_t t = 0; t < unit.tiles.size(); ++t) {
+        EXPECT_TRUE(partials.insert(unit.first_partial(t) + unit.split).second)
+            << "one writer each";
         visited[&unit.tiles[t] - tiles.data()] += unit.visit.size();
       }
     }

@@ -91,9 +91,9 @@ def test_a_trained_model_runs_and_a_training_goes_on(loaded, tmp_path):
     blasst.set_policy(loaded.model, policy)
     tokens = torch.randint(5, 50, (1, 300), generator=torch.Generator().manual_seed(0))
     loaded.model.generate(tokens, max_new_tokens=20, do_sample=False)
-    state = policy._states[1, 0]
-    assert state.keys == 319
-    assert len(state.starts) > 5
+    chunks = policy._states[1, 0]
+    assert chunks.keys == 319
+    assert len(chunks.starts) > 5
     blasst.set_policy(loaded.model, None)
     predictor = load_predictors(whole)[0]
     assert math.prod(predictor.shape[::2]) == 32 * 32

@@ -7,7 +7,7 @@ import torch
 
 import blasst
 from blasst import Dhsa, attention
-from blasst.dhsa import Predictor, extend
+from blasst.dhsa import Chunks, Predictor
 from blasst.policies import Call, from_dict
 from tiny_models import make_model
 
@@ -42,8 +42,9 @@ RULES = {
 
 
 def cut(k, rule, trained=None):
-    none = torch.empty(0, dtype=torch.int32), torch.empty(0, *k.shape[1:])
-    return extend(k, *none, 0, rule, trained)
+    chunks = Chunks(*k.shape[1:])
+    chunks.extend(k, rule, trained)
+    return chunks
 
 
 def plain_scores(k, rule, trained):
@@ -90,7 +91,8 @@ def test_every_boundary_is_that_of_a_direct_implementation(chunker, dtype):
         scores = torch.ops.blasst.chunks_scores(k, chunker, weights, shape)
         torch.testing.assert_close(scores.double(), wanted, atol=1e-4, rtol=1e-4, equal_nan=True)
         assert (wanted - rule["threshold"]).abs().nan_to_num(1).min() > 1e-6, "too close to tell"
-    starts, sums = cut(k, rule, trained)
+    chunks = cut(k, rule, trained)
+    starts, sums = chunks.starts, chunks.sums
     assert starts.tolist() == plain_starts(wanted, rule)
     lengths = torch.diff(torch.cat([starts.long(), torch.tensor([1000])]))
     assert 5 < len(starts) < 300
@@ -104,15 +106,26 @@ def test_every_boundary_is_that_of_a_direct_implementation(chunker, dtype):
 def test_keys_that_come_one_by_one_are_cut_as_if_at_once(chunker):
     _, k = inputs(keys=400)
     rule, trained = RULES[chunker], predictor() if chunker == "trained" else None
-    state = cut(k[:3], rule, trained)
-    done = 3
+    chunks = cut(k[:3], rule, trained)
     for step in [1] * 30 + [17, 64, 1, 1, 150] + [1] * 134:
-        state = extend(k[: done + step], *state, done, rule, trained)
-        done += step
-    assert done == 400
+        chunks.extend(k[: chunks.keys + step], rule, trained)
+    assert chunks.keys == 400
     whole = cut(k, rule, trained)
-    assert torch.equal(state[0], whole[0])
-    assert torch.equal(state[1], whole[1])
+    assert torch.equal(chunks.starts, whole.starts)
+    assert torch.equal(chunks.sums, whole.sums)
+
+
+def test_keys_may_come_in_any_gradient_mode_and_others_start_anew():
+    _, k = inputs(keys=400)
+    chunks = Chunks(*k.shape[1:])
+    for keys, mode in ((200, torch.inference_mode), (300, torch.no_grad), (400, torch.enable_grad)):
+        with mode():
+            chunks.extend(k[:keys], RULES["shift"])
+    assert torch.equal(chunks.sums, cut(k, RULES["shift"]).sums)
+    other = torch.cat([k[:399] + 1, k[:1]])
+    chunks.extend(other, RULES["shift"])
+    assert torch.equal(chunks.starts, cut(other, RULES["shift"]).starts)
+    assert torch.equal(chunks.sums, cut(other, RULES["shift"]).sums)
 
 
 def plain_choice(q, k, starts, decode, budget):
@@ -157,12 +170,18 @@ def plain_choice(q, k, starts, decode, budget):
 @pytest.mark.parametrize(("queries", "decode"), [(1000, False), (300, False), (1, True), (3, True)])
 def test_every_choice_is_that_of_a_direct_implementation(queries, decode, budget):
     q, k = inputs(queries=queries)
-    starts, sums = cut(k, RULES["shift"])
+    chunks = cut(k, RULES["shift"])
     share = isinstance(budget, float)
     got = torch.ops.blasst.chunks_select(
-        q, starts, sums, 1000, decode, 0 if share else budget, budget if share else 0.0
+        q,
+        chunks.starts,
+        chunks.sums,
+        1000,
+        decode,
+        0 if share else budget,
+        budget if share else 0.0,
     )
-    assert torch.equal(got.bool(), plain_choice(q, k, starts.tolist(), decode, budget))
+    assert torch.equal(got.bool(), plain_choice(q, k, chunks.starts.tolist(), decode, budget))
     if budget in (1.0, 1000):
         position = torch.arange(1000 - queries, 1000)[:: queries if decode else TILE]
         last = (position + (queries if decode else TILE) - 1).clamp(max=999) // TILE
@@ -244,11 +263,10 @@ def test_decode_goes_on_from_the_chunks_of_prefill(batch):
         model.generate(other, max_new_tokens=12, do_sample=False)
         blasst.set_policy(model, fresh)
         model(generated[:, :-1])
-        for place, state in states.items():
-            assert torch.equal(state.starts, fresh._states[place].starts) or place[0] > 0
-        layer_0 = [fresh._states[0, r] for r in range(batch)]
-        for request, state in enumerate(layer_0):
-            torch.testing.assert_close(states[0, request].sums, state.sums)
+        for request in range(batch):
+            went_on, at_once = (of[0, request] for of in (states, fresh._states))
+            assert torch.equal(went_on.starts, at_once.starts)
+            torch.testing.assert_close(went_on.sums, at_once.sums)
 
 
 BAD = [

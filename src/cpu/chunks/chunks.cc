@@ -158,43 +158,57 @@ std::vector<float> boundary_scores(const ChunkRule& rule, const HeadRows& keys, 
   return checked_scores(rule, keys, begin, end, threads);
 }
 
-void extend_chunks(Chunks& chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
+Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
   check(rule, keys);
   const int64_t size = keys.heads * keys.head_dim;
   if (keys.rows < chunks.keys)
     fail("{} keys are given, fewer than the {} that the chunks cover", keys.rows, chunks.keys);
   cpu::check_chunks(chunks, keys.heads, keys.head_dim);
-  if (keys.rows == chunks.keys) return;
+  Chunks next{.keys = keys.rows, .starts = {}, .sums = {}};
+  if (keys.rows == 0) return next;
 
   const bool is_new = chunks.starts.empty();
-  if (is_new) chunks.starts.push_back(0);
-  const int64_t changed = std::ssize(chunks.starts) - 1;  // the first whose keys may be others
+  next.starts.push_back(is_new ? 0 : chunks.starts.back());
   const int64_t begin = std::max<int64_t>(1, is_new ? 1 : decidable(rule, chunks.keys).end);
   const int64_t end = decidable(rule, keys.rows).end;
   const std::vector<float> scores = checked_scores(rule, keys, begin, end, threads);
   for (int64_t t = begin; t < end; ++t) {
     const float score = scores[t - begin];
-    const int64_t length = t - chunks.starts.back();
+    const int64_t length = t - next.starts.back();
     const bool wanted =
         rule.chunker == Chunker::kShift ? score < rule.threshold : score > rule.threshold;
     if ((wanted && length >= rule.least) || length >= rule.most)
-      chunks.starts.push_back(static_cast<int32_t>(t));
+      next.starts.push_back(static_cast<int32_t>(t));
   }
-  chunks.keys = keys.rows;
-  chunks.sums.resize(std::ssize(chunks.starts) * size);
+  next.sums.resize(std::ssize(next.starts) * size);
   const ChunkKernels& kernels = cpu::kernels(keys.dtype).chunks;
-  cpu::parallel_for(std::ssize(chunks.starts) - changed, threads, [&](int64_t i, int) {
-    const int64_t chunk = changed + i;
-    float* sum = chunks.sums.data() + chunk * size;
-    std::fill_n(sum, size, 0.0f);
+  cpu::parallel_for(std::ssize(next.starts), threads, [&](int64_t chunk, int) {
+    float* sum = next.sums.data() + chunk * size;
+    int64_t t = next.starts[chunk];
+    const int64_t chunk_end = cpu::chunk_end(next, chunk);
+    if (chunk == 0 && t < chunks.keys && chunk_end >= chunks.keys) {  // its known keys are summed
+      std::ranges::copy(chunks.sums.last(size), sum);
+      t = chunks.keys;
+    }
     float row[256];
-    for (int64_t t = chunks.starts[chunk]; t < cpu::chunk_end(chunks, chunk); ++t) {
+    for (; t < chunk_end; ++t) {
       for (int64_t h = 0; h < keys.heads; ++h) {
         kernels.widen(cpu::row_of(keys, t, h), keys.head_dim, row);
         kernels.add(row, keys.head_dim, sum + h * keys.head_dim);
       }
     }
   });
+  return next;
+}
+
+void extend_chunks(Chunks& chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
+  const Chunks next = next_chunks(chunks, rule, keys, threads);
+  const int64_t kept = std::max<int64_t>(0, std::ssize(chunks.starts) - 1);
+  chunks.keys = next.keys;
+  chunks.starts.resize(kept);
+  chunks.starts.insert(chunks.starts.end(), next.starts.begin(), next.starts.end());
+  chunks.sums.resize(kept * keys.heads * keys.head_dim);
+  chunks.sums.insert(chunks.sums.end(), next.sums.begin(), next.sums.end());
 }
 
 }  // namespace blasst

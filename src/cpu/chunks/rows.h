@@ -30,12 +30,12 @@ inline void check_rows(std::string_view name, const HeadRows& rows) {
     attention::fail("{} is null, with {} rows to read", name, rows.rows);
 }
 
-inline int64_t chunk_end(const Chunks& chunks, int64_t chunk) {
+inline int64_t chunk_end(const ChunkView& chunks, int64_t chunk) {
   const bool last = chunk + 1 == static_cast<int64_t>(chunks.starts.size());
   return last ? chunks.keys : chunks.starts[chunk + 1];
 }
 
 // Consecutive chunks that cover the keys.
-void check_chunks(const Chunks& chunks, int64_t kv_heads, int64_t head_dim);
+void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim);
 
 }  // namespace blasst::cpu

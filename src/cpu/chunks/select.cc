@@ -22,7 +22,7 @@ using attention::Range;
 class Choice {
  public:
   // `last`: position of the tile's last row; `own`: key tiles of its rows.
-  Choice(const Chunks& chunks, int64_t last, Range own, int64_t budget_tiles, uint8_t* visit)
+  Choice(const ChunkView& chunks, int64_t last, Range own, int64_t budget_tiles, uint8_t* visit)
       : chunks_(chunks), key_tiles_(own.end), left_(budget_tiles), visit_(visit) {
     take({0, 1});
     take(own);
@@ -59,7 +59,7 @@ class Choice {
     }
   }
 
-  const Chunks& chunks_;
+  const ChunkView& chunks_;
   const int64_t key_tiles_;
   int64_t left_;  // tiles that may still be chosen
   int64_t local_ = 0;
@@ -78,8 +78,8 @@ int64_t budget_tiles(ChunkBudget budget, int64_t visible) {
 
 namespace cpu {
 
-void check_chunks(const Chunks& chunks, int64_t kv_heads, int64_t head_dim) {
-  const auto& starts = chunks.starts;
+void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim) {
+  const auto starts = chunks.starts;
   if (starts.empty() != (chunks.keys == 0))
     fail("{} chunks are given for {} keys; they must cover the sequence", starts.size(),
          chunks.keys);
@@ -99,7 +99,7 @@ void check_chunks(const Chunks& chunks, int64_t kv_heads, int64_t head_dim) {
 
 }  // namespace cpu
 
-void select_tiles(const Chunks& chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
+void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
                   ChunkBudget budget, uint8_t* blocks, int threads) {
   cpu::check_rows("queries", queries);
   check_range("kv_heads", kv_heads, 1, queries.heads);

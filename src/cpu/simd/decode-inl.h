@@ -112,7 +112,7 @@ class DecodeHead {
     probabilities_ = take(count_ * kKeys);
     q_ = take(count_ * q_stride_);
     o_ = take(count_ * o_stride_);
-    for (float** row : {&m_, &t_, &l_, &bound_, &rescale_, &below_, &seen_})
+    for (float** row : {&m_, &t_, &l_, &bound_, &rescale_, &below_, &seen_, &seed_})
       *row = take(padded_count_);
     unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
     log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
@@ -133,8 +133,9 @@ class DecodeHead {
     return -1;
   }
 
-  // A split that does not begin the visit starts from the maxima of the visit's first tiles.
-  void SeedMaxima() {
+  // Writes the rows' maxima over the visit's first tiles.
+  void FindSeeds(float* seed) {
+    std::fill_n(seed, count_, -kInf);
     int seeds = 0;
     for (int64_t i = 0; i < key_tiles_.size() && seeds < BLASST_SEED_TILES; ++i) {
       const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
@@ -143,9 +144,12 @@ class DecodeHead {
       FindRows(p_.kv.k, KeysOf(j), k_rows_);
       Score();
       Maxima(KeysOf(j));
-      for (int64_t r = 0; r < count_; ++r) m_[r] = std::max(m_[r], t_[r]);
+      for (int64_t r = 0; r < count_; ++r) seed[r] = std::max(seed[r], t_[r]);
     }
   }
+
+  // In a split that does not begin the visit, tiles are tested against these maxima too.
+  void TakeSeeds(const float* seed) { std::copy_n(seed, count_, seed_); }
 
   // Visits tile j. `next`: the tile after it, whose keys are fetched meanwhile; -1: none.
   void Visit(int64_t j, int64_t next) {
@@ -209,6 +213,7 @@ class DecodeHead {
     constexpr int64_t kBlock = A::kPack * kLanes;
     for (int64_t r = 0; r < count_; ++r) {
       partial.m[r] = m_[r] * log2_scale_;
+      partial.tested[r] = std::max(m_[r], seed_[r]) * log2_scale_;
       partial.l[r] = l_[r];
       partial.bound[r] = bound_[r];
       for (int64_t d = 0; d < p_.value_dim; ++d) {
@@ -227,7 +232,7 @@ class DecodeHead {
     std::fill_n(q_, count_ * q_stride_, 0.0f);
     std::fill_n(o_, count_ * o_stride_, 0.0f);
     for (int64_t r = 0; r < padded_count_; ++r) {
-      m_[r] = t_[r] = -kInf;
+      m_[r] = t_[r] = seed_[r] = -kInf;
       l_[r] = bound_[r] = seen_[r] = 0;
       below_[r] = kInf;
       if (r >= count_) continue;
@@ -354,12 +359,16 @@ class DecodeHead {
     return nan;
   }
 
+  // What tiles are tested against. Outputs are summed relative to m_ alone, so that their bits do
+  // not depend on whether there is a test.
+  V TestedMaxima(int64_t r) const { return hn::Max(hn::LoadU(f, m_ + r), hn::LoadU(f, seed_ + r)); }
+
   // The tile test, as in prefill, with a threshold a row.
   bool Keep() const {
     const V none = hn::Set(f, -kInf);
     bool keep = false;
     for (int64_t r = 0; r < padded_count_; r += kLanes) {
-      const V t = hn::LoadU(f, t_ + r), m = hn::LoadU(f, m_ + r);
+      const V t = hn::LoadU(f, t_ + r), m = TestedMaxima(r);
       const V tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t : hn::Sub(t, m);
       const M low = hn::And(hn::Lt(tested, hn::LoadU(f, below_ + r)), hn::Gt(m, none));
       keep |= !hn::AllTrue(f, hn::Or(low, hn::Eq(t, none)));
@@ -371,7 +380,7 @@ class DecodeHead {
     if (nan) return std::numeric_limits<double>::quiet_NaN();
     double gap = -kInf;
     for (int64_t r = 0; r < count_; ++r) {
-      if (t_[r] > -kInf) gap = std::max(gap, double{t_[r]} - m_[r]);
+      if (t_[r] > -kInf) gap = std::max(gap, double{t_[r]} - std::max(m_[r], seed_[r]));
     }
     return gap * unit_scale_;
   }
@@ -380,7 +389,7 @@ class DecodeHead {
     const V scale = hn::Set(f, log2_scale_);
     for (int64_t r = 0; r < padded_count_; r += kLanes) {
       const V t = hn::LoadU(f, t_ + r), bound = hn::LoadU(f, bound_ + r);
-      const V mass = Exp2(hn::MulSub(t, scale, hn::Mul(hn::LoadU(f, m_ + r), scale)));
+      const V mass = Exp2(hn::MulSub(t, scale, hn::Mul(TestedMaxima(r), scale)));
       // Rows without a valid score have nothing to lose.
       const M valid = hn::Gt(t, hn::Set(f, -kInf));
       const V sum = hn::MulAdd(mass, hn::LoadU(f, seen_ + r), bound);
@@ -396,9 +405,15 @@ class DecodeHead {
       const V m = hn::Max(old_m, hn::LoadU(f, t_ + first));
       const V base_v = hn::Mul(hn::IfThenZeroElse(hn::Eq(m, none), m), scale);
       const V factor = Exp2(hn::Sub(hn::Mul(old_m, scale), base_v));
+      const V old_tested = TestedMaxima(first);
       hn::StoreU(m, f, m_ + first);
       hn::StoreU(factor, f, rescale_ + first);
-      hn::StoreU(hn::Mul(hn::LoadU(f, bound_ + first), factor), f, bound_ + first);
+      if (p_.report.dropped_mass_bound) {  // of rows that have none yet, 0
+        const V moved = hn::Sub(hn::Mul(old_tested, scale), hn::Mul(TestedMaxima(first), scale));
+        const V bound = hn::LoadU(f, bound_ + first);
+        const V rescaled = hn::Mul(bound, Exp2(moved));
+        hn::StoreU(hn::IfThenElse(hn::Gt(bound, hn::Zero(f)), rescaled, bound), f, bound_ + first);
+      }
       hn::Store(base_v, f, base);
       for (int64_t r = first; r < std::min(count_, first + kLanes); ++r)
         l_[r] = l_[r] * rescale_[r] + RowProbabilities(r, base[r - first]);
@@ -488,8 +503,8 @@ class DecodeHead {
   const int64_t kv_head_, keys_;
   float unit_scale_, log2_scale_;
   float *scores_, *probabilities_, *q_, *o_;
-  float *m_, *t_, *l_, *bound_, *rescale_, *below_, *seen_;  // a row each
-  std::vector<Range> ranges_;                                // keys that a row sees
+  float *m_, *t_, *l_, *bound_, *rescale_, *below_, *seen_, *seed_;  // a row each
+  std::vector<Range> ranges_;                                        // keys that a row sees
   bool rows_differ_ = false;
   int64_t next_key_tile_ = -1;
   int64_t pending_ = -1;                // kept tile whose values are still to be added
@@ -497,15 +512,26 @@ class DecodeHead {
 };
 
 template <typename A>
+void DecodeSeeds(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
+                 const Partial* partials) {
+  ValueQueue queue(0, 1);
+  for (size_t i = 0; i < unit.tiles.size(); ++i) {
+    DecodeHead<A> head(p, unit.tiles[i], unit.key_tiles, totals, queue, scratch);
+    head.FindSeeds(partials[unit.first_partial(i)].seed);
+  }
+}
+
+template <typename A>
 void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
             const Partial* partials) {
   ValueQueue queue(p.value_dim * attention::element_bytes(p.dtype), std::ssize(unit.tiles));
   std::vector<DecodeHead<A>> heads;
   heads.reserve(unit.tiles.size());
-  for (const QueryTile& tile : unit.tiles) {
-    heads.emplace_back(p, tile, unit.key_tiles, totals, queue, scratch);
+  const bool seeded = unit.visit.begin > 0 && takes_seeds(p);
+  for (size_t i = 0; i < unit.tiles.size(); ++i) {
+    heads.emplace_back(p, unit.tiles[i], unit.key_tiles, totals, queue, scratch);
     scratch += decode_scratch_floats(p);
-    if (unit.visit.begin > 0) heads.back().SeedMaxima();
+    if (seeded) heads.back().TakeSeeds(partials[unit.first_partial(i)].seed);
   }
   for (int64_t i = unit.visit.begin; i < unit.visit.end; ++i) {
     const int64_t j = attention::nth_tile(p.order, unit.key_tiles, i);
@@ -514,7 +540,7 @@ void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scr
   }
   for (size_t i = 0; i < heads.size(); ++i) {
     heads[i].AddPending();
-    heads[i].WritePartial(partials[unit.partial + static_cast<int64_t>(i) * unit.splits]);
+    heads[i].WritePartial(partials[unit.first_partial(i) + unit.split]);
   }
 }
 
@@ -527,11 +553,10 @@ inline void Combine(const Problem& p, const QueryTile& tile, const Partial* spli
     out.fill(0);
     for (int64_t i = 0; i < count; ++i) {
       const Partial& s = splits[i];
-      if (s.l[r] == 0 && s.bound[r] == 0)
-        continue;  // this split kept and skipped nothing for the row
+      if (s.bound[r] > 0) bound += s.bound[r] * std::exp2(s.tested[r] - m);
+      if (s.l[r] == 0) continue;  // this split kept nothing for the row
       const float weight = std::exp2(s.m[r] - m);
       l += s.l[r] * weight;
-      bound += s.bound[r] * weight;
       for (int64_t d = 0; d < p.value_dim; ++d) out[d] += s.o[r * s.o_stride + d] * weight;
     }
     const RowTotal total = FinishRow(p, tile.head_of(r), m, l, bound);

@@ -29,13 +29,8 @@ namespace blasst::cpu::BLASST_ISA {
 #if HWY_TARGET != HWY_SCALAR
 template <typename A>
 Kernels AllKernels() {
-  return {&Prefill<A>,
-          &Decode<A>,
-          &Combine,
-          &BackwardDelta<A>,
-          &Backward<A>,
-          &BackwardFinish<A>,
-          AllChunkKernels<A::kDType>()};
+  return {&Prefill<A>,       &DecodeSeeds<A>, &Decode<A>,         &Combine,
+          &BackwardDelta<A>, &Backward<A>,    &BackwardFinish<A>, AllChunkKernels<A::kDType>()};
 }
 #endif
 

@@ -28,13 +28,10 @@ Kernels avx512_bf16_kernels() {
   using namespace N_AVX512_BF16;
   // Backward keeps probabilities and their gradients in float32.
   using Stored = Float32<BLASST_BFLOAT16>;
-  return {&Prefill<BFloat16Dot>,
-          &Decode<BFloat16Dot>,
-          &Combine,
-          &BackwardDelta<Stored>,
-          &Backward<Stored>,
-          &BackwardFinish<Stored>,
-          AllChunkKernels<BLASST_BFLOAT16>()};
+  return {&Prefill<BFloat16Dot>,   &DecodeSeeds<BFloat16Dot>,
+          &Decode<BFloat16Dot>,    &Combine,
+          &BackwardDelta<Stored>,  &Backward<Stored>,
+          &BackwardFinish<Stored>, AllChunkKernels<BLASST_BFLOAT16>()};
 }
 
 }  // namespace blasst::cpu
