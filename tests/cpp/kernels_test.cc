@@ -2,6 +2,10 @@
 // rarely.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "check/compare.h"
 #include "promises.h"
 
@@ -128,6 +132,21 @@ TEST_P(Kernels, EmptyBatch) {
     Case c{.decode = decode, .requests = {}};
     expect_agreement(c);
   }
+}
+
+// Bfloat16 dot products are the better choice except on Intel's processors, and can be chosen.
+TEST(Isas, TheBestComesFirst) {
+  const std::vector<std::string> isas = cpu_isas();
+  EXPECT_EQ(cpu_isa(), isas.front());
+  const auto dots = std::ranges::find(isas, "avx512_bf16"),
+             plain = std::ranges::find(isas, "avx512");
+  if (dots == isas.end()) GTEST_SKIP() << "no such instructions here";
+#if defined(__x86_64__)
+  EXPECT_EQ(plain < dots, __builtin_cpu_is("intel") != 0);
+#endif
+  set_cpu_isa("avx512_bf16");
+  EXPECT_EQ(cpu_isa(), "avx512_bf16");
+  set_cpu_isa(isas.front());
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Kernels, testing::ValuesIn(cpu_isas()),
