@@ -65,6 +65,8 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
+inline int64_t element_bytes(DType dtype) { return dtype == BLASST_FLOAT32 ? 4 : 2; }
+
 template <typename Enum, size_t n>
 Enum choose(std::string_view name, std::string_view value,
             const std::array<std::pair<std::string_view, Enum>, n>& choices) {

@@ -103,7 +103,7 @@ Tensor sample_of(const Tensor& key, const blasst::HeadRows& rows, int64_t keys) 
   for (int64_t row = std::max<int64_t>(0, keys - 4); row < keys; ++row) chosen.push_back(row);
   Tensor sample = torch::stable::new_empty(
       key, std::vector<int64_t>{std::ssize(chosen), rows.heads, rows.head_dim}, key.scalar_type());
-  const int64_t element = rows.dtype == BLASST_FLOAT32 ? 4 : 2, bytes = rows.head_dim * element;
+  const int64_t element = element_bytes(rows.dtype), bytes = rows.head_dim * element;
   auto* to = static_cast<std::byte*>(sample.mutable_data_ptr());
   for (const int64_t row : chosen) {
     for (int64_t head = 0; head < rows.heads; ++head, to += bytes)
@@ -116,9 +116,9 @@ Tensor sample_of(const Tensor& key, const blasst::HeadRows& rows, int64_t keys) 
 }
 
 bool same_bits(const Tensor& a, const Tensor& b) {
-  const int64_t element = a.scalar_type() == ScalarType::Float ? 4 : 2;
   return a.scalar_type() == b.scalar_type() && a.numel() == b.numel() &&
-         std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.numel() * element) == 0;
+         std::memcmp(a.const_data_ptr(), b.const_data_ptr(),
+                     a.numel() * element_bytes(dtype_of(a))) == 0;
 }
 
 std::tuple<int64_t, Tensor, Tensor, Tensor> next_chunks_of(Tensor key, Tensor starts, Tensor sums,

@@ -182,7 +182,7 @@ bool is_padded(const Params& p, const Padding& padding) {
 }
 
 blasst::View from(const blasst::View& view, int64_t offset, blasst::DType dtype) {
-  const int64_t bytes = dtype == BLASST_FLOAT32 ? 4 : 2;
+  const int64_t bytes = element_bytes(dtype);
   blasst::View rest = view;
   rest.elements = std::max<int64_t>(0, view.elements - offset);
   if (rest.elements > 0) rest.data = static_cast<std::byte*>(view.data) + offset * bytes;
@@ -340,7 +340,7 @@ void run_padded(const Params& batch, const Padding& padding) {
   const int64_t all_rows = batch.batch * batch.query_length;
   const Bits bits = bits_of(batch, all_rows);  // checks the whole batch before anything is written
   const blasst::Report& report = batch.report;
-  std::memset(batch.out.data, 0, batch.out.elements * (batch.dtype == BLASST_FLOAT32 ? 4 : 2));
+  std::memset(batch.out.data, 0, batch.out.elements * element_bytes(batch.dtype));
   if (report.lse)
     std::fill_n(report.lse, batch.heads * all_rows, -std::numeric_limits<float>::infinity());
   if (report.dropped_mass_bound)
@@ -581,7 +581,7 @@ void run_padded_backward(const blasst::PrefillParams& forward, const blasst::Bac
                          const Padding& padding) {
   const Bits bits = bits_of(forward, forward.batch * forward.query_length);
   for (const blasst::View* gradient : {&batch.dq, &batch.dk, &batch.dv})
-    std::memset(gradient->data, 0, gradient->elements * (batch.dtype == BLASST_FLOAT32 ? 4 : 2));
+    std::memset(gradient->data, 0, gradient->elements * element_bytes(batch.dtype));
   if (batch.dsinks) std::fill_n(batch.dsinks, batch.heads, 0.0f);
   std::vector<float> lse, dlse, dsinks(batch.heads);
   for (const Part& part : parts_of(forward, padding)) {
