@@ -145,11 +145,14 @@ typedef struct blasst_tile_test {
 /* What a call reports beside its output; null: not wanted. "Rows" is batch * query_length, or the
  * total of cu_seqlens_q. */
 typedef struct blasst_report {
-  float* lse
-      BLASST_DEFAULT(nullptr); /* [heads, rows] ln of the softmax denominator (kept tiles, sink) */
+  /* [heads, rows] ln of the softmax denominator: the kept tiles' keys and the head's sink. A row
+   * without a key whose score is above -inf has output 0 and the sink alone as its LSE, so that
+   * blasst_merge keeps the sink; without sinks its LSE is -inf. A row not in use (query_lengths)
+   * has LSE -inf, with sinks too. */
+  float* lse BLASST_DEFAULT(nullptr);
   /* [heads, rows] upper bound on the probability that dense softmax gives to the keys of skipped
-   * tiles; the error of an output row is at most 2 * bound * max |v|. Exact up to float32 rounding.
-   */
+   * tiles, at most 1; the error of an output row is at most 2 * bound * max |v|. Exact up to
+   * float32 rounding. */
   float* dropped_mass_bound BLASST_DEFAULT(nullptr);
   int64_t* tiles_visitable BLASST_DEFAULT(nullptr); /* [batch, heads] */
   int64_t* tiles_skipped BLASST_DEFAULT(nullptr);   /* [batch, heads] */
@@ -196,16 +199,17 @@ typedef struct blasst_prefill_params {
   int64_t rows BLASST_DEFAULT(0);           /* cuda, ragged q: the last of cu_seqlens_q */
   void* stream BLASST_DEFAULT(nullptr);     /* cuda: a cudaStream_t */
   /* cuda, dense q: [batch] rows in use of each request, from the first; null: all. With this or
-   * kv.starts, rows not in use, and causal rows before every key, are padding: they get output 0
-   * and LSE -inf, and query tiles begin at the first row that is none. */
+   * kv.starts, rows not in use, and causal rows before every key, are padding: they get output 0,
+   * and query tiles begin at the first row that is none. */
   const int32_t* query_lengths BLASST_DEFAULT(nullptr);
 } blasst_prefill_params;
 
 /* Decode: the last query_length (1 to 16) positions of each request, q [batch, query_length, heads,
  * head_dim]. The query heads of a KV head form one query tile and decide together. Long KV is cut
- * into splits of visited tiles (blasst_decode_tile_shape); a split's tiles are tested against the
- * scores of the first BLASST_SEED_TILES tiles of the whole visit too, so no split starts blind, and
- * the result does not depend on the number of threads. */
+ * into splits of visited tiles (blasst_decode_tile_shape). A split's tiles are also tested against
+ * the scores of the first BLASST_SEED_TILES tiles that the query tile visits, of those that lie
+ * before the split: no split but the one that begins the visit starts blind, a row's first keys are
+ * never skipped, and the result does not depend on the number of threads. */
 #define BLASST_SEED_TILES 4
 typedef struct blasst_decode_params {
   blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_CPU);
@@ -283,9 +287,10 @@ typedef struct blasst_tile_shape {
  * two places. Row by row, in float32:
  *   lse = ln(e^lse_a + e^lse_b)
  *   out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b
- * A row without keys (LSE -inf) adds nothing; two of them give output 0 and LSE -inf. Each call
- * decides on its own tiles. A sink belongs in one of the two only. Rows are [batch, query_length],
- * or all of a ragged q with batch 1. */
+ * A part whose LSE is -inf adds nothing; two of them give output 0 and LSE -inf. A part without a
+ * key but with a sink has output 0 and the sink as its LSE: it adds to the denominator alone. Each
+ * call decides on its own tiles. A sink belongs in one of the two only. Rows are [batch,
+ * query_length], or all of a ragged q with batch 1. */
 typedef struct blasst_merge_params {
   blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_CPU);
   blasst_dtype dtype BLASST_DEFAULT(BLASST_FLOAT32); /* of out_a, out_b and out */

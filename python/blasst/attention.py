@@ -31,7 +31,8 @@ class Result(NamedTuple):
     """Like q, with v's last dimension."""
     lse: Tensor | None
     """[batch, heads, query_length], ragged [heads, rows]: float32 natural log of the softmax
-    denominator, over the kept tiles and the sink; -inf in a row without a valid key."""
+    denominator, over the kept tiles and the sink. A row without a valid key has its sink, or -inf
+    without sinks; rows from its query length on have -inf."""
     stats: TileCounts | None
     dropped_mass_bound: Tensor | None
     """Shaped like lse, float32: at least the probability that dense softmax gives to the skipped
@@ -266,7 +267,8 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
         lse2: like lse1.
 
     Returns:
-        The output and its lse, shaped like the inputs. A row without keys (lse -inf) adds nothing.
+        The output and its lse, shaped like the inputs. A part whose lse is -inf adds nothing; one
+        with a sink but no key adds its sink to the denominator.
 
     Raises:
         TypeError: an argument that is no tensor.
