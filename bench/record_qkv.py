@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from blasst import models, prompts
+from blasst import prompts
+from blasst.hf import models
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ __all__ = ["Result", "TileCounts", "TileShape", "attention", "merge", "tile_shap
 if find_spec("transformers"):
     from blasst.calibration import Calibration, calibrate
     from blasst.dhsa import Dhsa
-    from blasst.huggingface import Recording, Threshold, configure, record, set_policy
+    from blasst.hf import Recording, Threshold, configure, record, set_policy
     from blasst.policies import Bands
 
     __all__ += ["Calibration", "calibrate"]

@@ -331,8 +331,9 @@ def _add_targets(command: argparse.ArgumentParser, default: list[float], descrip
 
 
 def _calibrate(options: argparse.Namespace) -> None:
-    from blasst import calibration, models, prompts, report
+    from blasst import calibration, prompts, report
     from blasst.console import console, show, shown_progress
+    from blasst.hf import models
 
     text = None if options.text is None else prompts.read_text(options.text)
     with shown_progress() as progress:
@@ -363,9 +364,10 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from blasst import disk, evaluation, harness, models, prompts
+    from blasst import disk, evaluation, harness, prompts
     from blasst.console import shown_progress
     from blasst.demo import publish
+    from blasst.hf import models
     from blasst.methods import BLASST, make_methods
 
     disk.check_folder(options.out)
@@ -400,8 +402,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _bsfa(options: argparse.Namespace) -> None:
-    from blasst import bsfa, disk, models, prompts, report
+    from blasst import bsfa, disk, prompts, report
     from blasst.console import console, show, shown_progress
+    from blasst.hf import models
 
     text = None if options.text is None else prompts.read_text(options.text)
     loaded = models.load(options.model)
@@ -425,8 +428,9 @@ def _bsfa(options: argparse.Namespace) -> None:
 def _chunks(options: argparse.Namespace) -> None:
     from statistics import mean
 
-    from blasst import chunk_training, dhsa, disk, models, prompts, report
+    from blasst import chunk_training, dhsa, disk, prompts, report
     from blasst.console import console, show, shown_progress
+    from blasst.hf import models
 
     plan = chunk_training.Plan(size=options.size, length=options.length)
     text = None if options.text is None else prompts.read_text(options.text)

@@ -25,8 +25,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.attention import Result
 from blasst.disk import open_tensors
-from blasst.huggingface import Recording, Threshold, configure, recording_with
-from blasst.models import (
+from blasst.hf import Recording, Threshold, configure, recording_with
+from blasst.hf.models import (
     check_length,
     context_length,
     described,

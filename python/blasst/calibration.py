@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst import huggingface
+from blasst import hf
 from blasst.attention import attention, tile_shape
 from blasst.config import (
     HEAD_SCHEMES,
@@ -49,8 +49,8 @@ from blasst.curves import (
     share_out,
     sparsity_at,
 )
-from blasst.huggingface import record
-from blasst.models import attention_layers, check_length, context_length, unwindowed_layers
+from blasst.hf import record
+from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
 from blasst.policies import Call
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
@@ -244,11 +244,11 @@ class _Job:
         progress: Progress | None,
     ) -> None:
         used = model.config._attn_implementation
-        if used != huggingface.NAME:
+        if used != hf.NAME:
             raise ValueError(
-                f"the model's attn_implementation is {used!r}; load it with {huggingface.NAME!r}"
+                f"the model's attn_implementation is {used!r}; load it with {hf.NAME!r}"
             )
-        if huggingface.is_sharded(model):
+        if hf.is_sharded(model):
             raise ValueError(
                 "the model is split over processes; calibrate it in one process: the thresholds "
                 "that its configuration then holds are those of all heads"
@@ -365,9 +365,7 @@ class _Job:
             layer = module.layer_idx
             phase = "decode" if query.shape[2] == 1 else "prefill"
             if layer not in self.layers or phase not in self.targets:
-                return huggingface.attention_forward(
-                    module, query, key, value, attention_mask, **kwargs
-                )
+                return hf.attention_forward(module, query, key, value, attention_mask, **kwargs)
             inputs = [t.transpose(1, 2) for t in (query, key, value)]
             options = {
                 "causal": True,
@@ -377,7 +375,7 @@ class _Job:
                 "phase": phase,
             }
             call = Call(layer, phase, inputs[0], inputs[1], None)
-            visit = huggingface.visit_of(module, call, None, causal=True)
+            visit = hf.visit_of(module, call, None, causal=True)
             options |= {"bands": visit.bands, "blocks": visit.blocks}
             self.shapes[phase] = tuple(tile_shape(*inputs, phase=phase)[:2])
             needs_error = "least_error" in self.schemes
@@ -412,7 +410,7 @@ class _Job:
             return out, None
 
         AttentionInterface.register(OWN_ATTENTION, forward)
-        AttentionMaskInterface.register(OWN_ATTENTION, huggingface.key_ranges)
+        AttentionMaskInterface.register(OWN_ATTENTION, hf.key_ranges)
         before = self.model.config._attn_implementation
         entry = self.model.config.__dict__.pop("sparse_attention_config", None)
         self.model.set_attn_implementation(OWN_ATTENTION)

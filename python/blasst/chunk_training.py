@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.dhsa import VERSION, Predictor, load_predictors, read_about
-from blasst.huggingface import set_policy
-from blasst.models import (
+from blasst.hf import set_policy
+from blasst.hf.models import (
     attention_layers,
     check_length,
     identity,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from blasst import calibration, disk, evaluation, models, prompts, report
+from blasst import calibration, disk, evaluation, prompts, report
 from blasst.console import console, show, shown_progress
+from blasst.hf import models
 
 TARGETS = (0.5, 0.75)
 

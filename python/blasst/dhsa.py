@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import blasst.operators  # noqa: F401, loads torch.ops.blasst
 from blasst.disk import open_tensors
-from blasst.models import described, shape_of
+from blasst.hf.models import described, shape_of
 from blasst.policies import KINDS, Call, Visit
 
 CHUNKERS = ("fixed", "shift", "trained")

@@ -21,9 +21,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.config import SparseAttention, parse
-from blasst.huggingface import Recording, record
+from blasst.hf import Recording, record
+from blasst.hf.models import Loaded, attention_layers, check_length
 from blasst.methods import Method, made_by, saved_tiles
-from blasst.models import Loaded, attention_layers, check_length
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, Prompt, PromptMaker, reference_text, text_tokens
 from blasst.scoring import DenseRun

@@ -32,12 +32,11 @@ from transformers import (
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst import models
 from blasst.calibration import calibrate
 from blasst.config import SparseAttention, parse
 from blasst.disk import ROOM, check_folder
 from blasst.evaluation import Results, fingerprint
-from blasst.huggingface import record
+from blasst.hf import models, record
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, evaluation_texts, text_tokens, training_text
 from blasst.scoring import PIECE, log_probabilities

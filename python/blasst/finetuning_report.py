@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from blasst import report
 from blasst.finetuning import DENSE, SPARSE, WAYS, Case, Plan, read_log
-from blasst.models import write_json
+from blasst.hf.models import write_json
 
 COLOURS = {DENSE: "tab:gray", SPARSE: "tab:blue"}
 

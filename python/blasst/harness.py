@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blasst.evaluation import Setting, generate, key
-from blasst.huggingface import record
+from blasst.hf import record
 
 if TYPE_CHECKING:
     from blasst.evaluation import _Evaluation

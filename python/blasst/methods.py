@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from blasst.bsfa import AbsoluteThresholds
 from blasst.config import SparseAttention
 from blasst.dhsa import Dhsa, load_predictors
-from blasst.huggingface import Recording, set_policy
-from blasst.models import attention_layers, unwindowed_layers
+from blasst.hf import Recording, set_policy
+from blasst.hf.models import attention_layers, unwindowed_layers
 from blasst.operators import KEYS
 
 BLASST = "blasst"

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from blasst import prompts
 from blasst.disk import ROOM, check_folder
-from blasst.huggingface import NAME
-from blasst.models import replace_file, weights_size, write_json
+from blasst.hf import NAME
+from blasst.hf.models import replace_file, weights_size, write_json
 from blasst.policies import Bands
 from blasst.progress import Progress, silent
 

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from blasst.config import SparseAttention, parse
-from blasst.huggingface import NAME, Recording, record
-from blasst.models import attention_layers
+from blasst.hf import NAME, Recording, record
+from blasst.hf.models import attention_layers
 
 PHASE = "prefill"
 """A training pass reads whole sequences."""

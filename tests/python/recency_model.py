@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from blasst.models import Loaded
+from blasst.hf.models import Loaded
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import blasst
-from blasst import Bands, attention, bsfa, models
+from blasst import Bands, attention, bsfa
 from blasst.__main__ import main
 from blasst.bsfa import AbsoluteThresholds, thresholds_of
+from blasst.hf import models
 from blasst.operators import KEYS, QUERY_ROWS
 from recency_model import make_loaded
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import blasst
-from blasst import Dhsa, chunk_training, models
+from blasst import Dhsa, chunk_training
 from blasst.__main__ import main
 from blasst.chunk_training import BoundaryModel, Plan, labels_of, train, train_layer
 from blasst.dhsa import load_predictors
+from blasst.hf import models
 from recency_model import make_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")

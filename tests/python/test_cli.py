@@ -16,9 +16,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from blasst import calibration, disk, models
+from blasst import calibration, disk
 from blasst.__main__ import _Number, _parser, main
 from blasst.config import Law, SparseAttention
+from blasst.hf import models
 from recency_model import make_recency_model, make_tokenizer
 
 

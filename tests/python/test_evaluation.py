@@ -10,7 +10,7 @@ from blasst import evaluation, harness, report
 from blasst.__main__ import main
 from blasst.config import Law, Measured, Policy, SparseAttention
 from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Setting
-from blasst.models import Loaded
+from blasst.hf.models import Loaded
 from blasst.prompts import reference_text
 from blasst.scoring import DenseRun
 from recency_model import make_loaded

@@ -9,10 +9,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 import blasst
-from blasst import finetuning, models
+from blasst import finetuning
 from blasst.__main__ import main
 from blasst.config import Law, Measured, Policy, SparseAttention
 from blasst.finetuning import DENSE, SPARSE, Plan
+from blasst.hf import models
 from blasst.prompts import reference_text
 from blasst.training import FiniteGradients, SparsitySchedule
 from recency_model import make_recency_model, make_tokenizer

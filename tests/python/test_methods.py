@@ -6,9 +6,9 @@ import torch
 from blasst import bsfa, evaluation, report
 from blasst.__main__ import main
 from blasst.evaluation import CALIBRATED, DENSE
-from blasst.huggingface import record
+from blasst.hf import record
+from blasst.hf.models import attention_layers, unwindowed_layers
 from blasst.methods import make_methods, saved_tiles
-from blasst.models import attention_layers, unwindowed_layers
 from recency_model import make_loaded
 from test_evaluation import LENGTH, TEXTS, configured
 from tiny_models import make_model

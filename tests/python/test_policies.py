@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 import blasst
 from blasst import Bands, Threshold
-from blasst.huggingface import key_ranges
+from blasst.hf import key_ranges
 from blasst.policies import from_dict, head_bands
 from tiny_models import make_model
 
