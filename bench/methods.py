@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from blasst import attention
-from blasst.dhsa import Dhsa
+from blasst.methods.dhsa import Dhsa
 from blasst.policies import Call, head_bands
 
 HEADS, KV_HEADS, DIM, LAYERS = 9, 3, 64, 30

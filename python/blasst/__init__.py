@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 
 if sys.argv[:1] == ["-m"]:  # python -m blasst, which imports this before its own first line
-    from blasst import interrupt
+    from blasst.cli import interrupt
 
     interrupt.quit_at_once()
 
@@ -20,8 +20,8 @@ __all__ = ["Result", "TileCounts", "TileShape", "attention", "merge", "tile_shap
 
 if find_spec("transformers"):
     from blasst.calibration import Calibration, calibrate
-    from blasst.dhsa import Dhsa
     from blasst.hf import Recording, Threshold, configure, record, set_policy
+    from blasst.methods.dhsa import Dhsa
     from blasst.policies import Bands
 
     __all__ += ["Calibration", "calibrate"]

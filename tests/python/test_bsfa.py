@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import blasst
-from blasst import Bands, attention, bsfa
-from blasst.__main__ import main
-from blasst.bsfa import AbsoluteThresholds, thresholds_of
+from blasst import Bands, attention
+from blasst.cli.app import main
 from blasst.hf import models
+from blasst.methods import bsfa
+from blasst.methods.bsfa import AbsoluteThresholds, thresholds_of
 from blasst.operators import KEYS, QUERY_ROWS
 from recency_model import make_loaded
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import blasst
-from blasst import Dhsa, chunk_training
-from blasst.__main__ import main
-from blasst.chunk_training import BoundaryModel, Plan, labels_of, train, train_layer
-from blasst.dhsa import load_predictors
+from blasst import Dhsa
+from blasst.cli.app import main
 from blasst.hf import models
+from blasst.methods import dhsa_training
+from blasst.methods.dhsa import load_predictors
+from blasst.methods.dhsa_training import BoundaryModel, Plan, labels_of, train, train_layer
 from recency_model import make_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,7 +127,7 @@ def test_bad_input(loaded, tmp_path):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name: make_loaded())
-    monkeypatch.setattr(chunk_training, "Plan", lambda **_: TINY)
+    monkeypatch.setattr(dhsa_training, "Plan", lambda **_: TINY)
     path = tmp_path / "chunks.safetensors"
     assert main(["chunks", "tiny", "--out", str(path)]) == 0
     assert "precision" in capsys.readouterr().out

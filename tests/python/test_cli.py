@@ -16,8 +16,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from blasst import calibration, disk
-from blasst.__main__ import _Number, _parser, main
+from blasst import calibration, files
+from blasst.cli.app import _Number, _parser, main
 from blasst.config import Law, SparseAttention
 from blasst.hf import models
 from recency_model import make_recency_model, make_tokenizer
@@ -72,14 +72,14 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path, monkeypatch, 
 COMMANDS = ["calibrate", "evaluate", "finetune", "bsfa", "chunks"]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "pretrain", "demo"])
+@pytest.mark.parametrize("command", [*COMMANDS, "demo"])
 def test_a_disk_that_is_nearly_full_is_said_before_the_work(command, tmp_path, monkeypatch, capsys):
     def nearly_full(_):
         return SimpleNamespace(free=20_000_000)
 
     model = [str(saved_model(tmp_path / "model"))] if command in COMMANDS else []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", nearly_full)
+    monkeypatch.setattr(files.shutil, "disk_usage", nearly_full)
     assert main([command, *model]) == 1
     message = capsys.readouterr().err
     assert re.search(r"is on a disk with 20 MB free; results may take \d+ MB\n$", message)
@@ -88,7 +88,7 @@ def test_a_disk_that_is_nearly_full_is_said_before_the_work(command, tmp_path, m
 
 def test_room_for_a_models_conversion_is_asked_for_first(tmp_path, monkeypatch):
     monkeypatch.setenv("BLASST_CACHE", str(tmp_path))
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000_000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=200_000_000))
     with pytest.raises(ValueError, match="200 MB free; results may take 984 MB"):
         models.cached("smollm2")
     assert not list(tmp_path.iterdir())
@@ -150,7 +150,7 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
     assert (folder / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("imported", ["torch", "transformers", "blasst.console"])
+@pytest.mark.parametrize("imported", ["torch", "transformers", "blasst.cli.console"])
 def test_ctrl_c_while_importing_is_one_line(imported, tmp_path):
     # In place of an impatient user: SIGINT when this module is looked for.
     (tmp_path / "sitecustomize.py").write_text(f"""
@@ -329,7 +329,7 @@ def test_a_number_out_of_range_is_said_with_what_is_allowed(command, option, all
     never = ["-1", "nan", "inf", "many", ""]
     for given in never + ["0.5"] * ("whole" in allowed) + ["0"] * ("1 or more" in allowed):
         with pytest.raises(SystemExit) as stopped:
-            main([command, *["smollm2"] * (command != "pretrain"), option, given])
+            main([command, "smollm2", option, given])
         assert stopped.value.code == 2
         message = capsys.readouterr().err.splitlines()[-1]
         assert message.endswith(f"error: argument {option}: {given!r} is not {allowed}")

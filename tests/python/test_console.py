@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from blasst import console
+from blasst.cli import console
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import blasst
-from blasst import bsfa
+from blasst.methods import bsfa
 from blasst.operators import prefill_tile
 
 pytestmark = pytest.mark.skipif(

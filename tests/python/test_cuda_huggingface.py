@@ -5,7 +5,8 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 
 import blasst
-from blasst import Threshold, bsfa
+from blasst import Threshold
+from blasst.methods import bsfa
 from recency_model import make_recency_model, make_tokenizer
 from tiny_models import MODELS, VOCABULARY, make_model
 

@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from blasst.config import Law
-from blasst.curves import (
+from blasst.calibration.curves import (
     BIN_EDGES,
     GAP_BINS,
     HeadCurves,
@@ -19,6 +18,7 @@ from blasst.curves import (
     share_out,
     sparsity_at,
 )
+from blasst.config import Law
 
 
 def histogram(gaps: list[float]) -> np.ndarray:

@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from blasst import calibration, demo
-from blasst.__main__ import main
+from blasst import calibration
+from blasst.cli.app import main
+from blasst.demo import run as demo
 from blasst.hf import models
 from recency_model import make_loaded
 

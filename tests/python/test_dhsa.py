@@ -7,7 +7,7 @@ import torch
 
 import blasst
 from blasst import Dhsa, attention
-from blasst.dhsa import Chunks, Predictor
+from blasst.methods.dhsa import Chunks, Predictor
 from blasst.policies import Call, from_dict
 from tiny_models import make_model
 

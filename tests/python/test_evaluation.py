@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import blasst
-from blasst import evaluation, harness, report
-from blasst.__main__ import main
+from blasst.cli.app import main
 from blasst.config import Law, Measured, Policy, SparseAttention
-from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Setting
+from blasst.evaluation import lm_eval, report, runner
+from blasst.evaluation.runner import CALIBRATED, DENSE, PAPER, Results, Setting
 from blasst.hf.models import Loaded
+from blasst.measure.agreement import DenseRun
 from blasst.prompts import reference_text
-from blasst.scoring import DenseRun
 from recency_model import make_loaded
 
 LENGTH = 800
@@ -36,7 +36,7 @@ def configured() -> Loaded:
 
 def run(out, **options) -> Results:
     defaults = {"targets": (0, 0.9), "length": LENGTH, "texts": TEXTS, "out": out}
-    return evaluation.evaluate(configured(), **{**defaults, **options})
+    return runner.evaluate(configured(), **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def results(out) -> Results:
 
 
 def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
-    dense, sparse, paper = evaluation.rows(results)
+    dense, sparse, paper = runner.rows(results)
     assert dense.setting == Setting(DENSE, 0.0)
     assert dense.top1 == (1.0, 0.0)
     assert dense.kl[0] == pytest.approx(0, abs=1e-9)
@@ -77,8 +77,8 @@ def test_sparsity_at_other_lengths_is_a_mean_over_prompts(results, out):
 
 
 def test_a_second_run_does_nothing_again(results, out, monkeypatch):
-    monkeypatch.setattr(evaluation, "generate", None)
-    monkeypatch.setattr(evaluation, "DenseRun", None)
+    monkeypatch.setattr(runner, "generate", None)
+    monkeypatch.setattr(runner, "DenseRun", None)
     again = run(out, needles=2, compare_paper=True, other_lengths=(300, 600), length_prompts=2)
     assert sorted(map(str, again.all("text"))) == sorted(map(str, results.all("text")))
 
@@ -114,7 +114,7 @@ def test_results_of_other_weights_are_refused(results, out):
     with torch.no_grad():
         other.model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
     with pytest.raises(ValueError, match="another model, calibration or length"):
-        evaluation.evaluate(other, targets=(0, 0.9), length=LENGTH, texts=TEXTS, out=out)
+        runner.evaluate(other, targets=(0, 0.9), length=LENGTH, texts=TEXTS, out=out)
 
 
 def test_a_text_that_has_changed_is_refused(results, out):
@@ -146,7 +146,7 @@ def test_a_folder_in_which_nothing_was_measured_yet_serves_anything(tmp_path):
 def test_the_configuration_is_left_as_it_was(tmp_path):
     loaded = configured()
     before = json.dumps(loaded.model.config.sparse_attention_config)
-    evaluation.evaluate(loaded, targets=(0.5,), length=256, texts={}, out=tmp_path)
+    runner.evaluate(loaded, targets=(0.5,), length=256, texts={}, out=tmp_path)
     assert json.dumps(loaded.model.config.sparse_attention_config) == before
 
 
@@ -180,7 +180,7 @@ def test_the_command_compares_at_every_nth_position(tmp_path, capsys):
 
 def test_a_model_without_calibration_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="tiny has no sparse_attention_config: calibrate it"):
-        evaluation.evaluate(make_loaded(), targets=(0.5,), length=LENGTH, texts=TEXTS, out=tmp_path)
+        runner.evaluate(make_loaded(), targets=(0.5,), length=LENGTH, texts=TEXTS, out=tmp_path)
 
 
 def test_the_report_is_one_page_with_its_plots_inside(results, out):
@@ -207,7 +207,7 @@ def test_a_task_of_lm_eval_runs_and_is_scored_needs_lm_eval(tmp_path):
     loaded = configured()
     loaded.tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = Loaded("tiny", loaded.model, loaded.tokenizer, str(tmp_path / "tokenizer"))
-    found = evaluation.evaluate(
+    found = runner.evaluate(
         loaded,
         targets=(0.9,),
         length=900,
@@ -222,26 +222,26 @@ def test_a_task_of_lm_eval_runs_and_is_scored_needs_lm_eval(tmp_path):
         ("niah_single_1", 0, CALIBRATED, 0.9),
     }
     assert all(0 <= value["score"] <= 1 for value in scores.values())
-    again = harness.load_task("niah_single_1", loaded.folder, 900)
+    again = lm_eval.load_task("niah_single_1", loaded.folder, 900)
     document = next(iter(again.test_docs()))
     assert {tuple(value["expected"]) for value in scores.values()} == {tuple(document["outputs"])}
 
 
 def test_an_unknown_task_is_an_error_that_names_it():
     with pytest.raises(ValueError, match="no task niah_single_9; choose from niah_single_1"):
-        harness.check_tasks(["ruler_vt", "niah_single_9"])
+        lm_eval.check_tasks(["ruler_vt", "niah_single_9"])
 
 
 def test_greedy_answers_are_those_of_generate():
     loaded = make_loaded()
     prompt = loaded.tokenizer("A short prompt", return_tensors="pt").input_ids
     expected = loaded.model.generate(prompt, max_new_tokens=8, do_sample=False)
-    answer = evaluation.generate(loaded.model, loaded.tokenizer, prompt, 8)
+    answer = runner.generate(loaded.model, loaded.tokenizer, prompt, 8)
     text = loaded.tokenizer.decode(expected[0, prompt.shape[1] :], skip_special_tokens=True)
     assert answer.text == text.strip()
     assert blasst.record  # the operator is loaded
 
 
 def test_default_lengths_have_room_for_a_prompt():
-    assert evaluation.shorter_lengths(4096) == [1024, 1536, 2048, 3072]
-    assert evaluation.shorter_lengths(512) == [256, 384]
+    assert runner.shorter_lengths(4096) == [1024, 1536, 2048, 3072]
+    assert runner.shorter_lengths(512) == [256, 384]

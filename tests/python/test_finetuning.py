@@ -9,13 +9,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 import blasst
-from blasst import finetuning
-from blasst.__main__ import main
+from blasst.cli.app import main
 from blasst.config import Law, Measured, Policy, SparseAttention
-from blasst.finetuning import DENSE, SPARSE, Plan
 from blasst.hf import models
 from blasst.prompts import reference_text
-from blasst.training import FiniteGradients, SparsitySchedule
+from blasst.training import FiniteGradients, SparsitySchedule, finetune
+from blasst.training.finetune import DENSE, SPARSE, Plan
 from recency_model import make_recency_model, make_tokenizer
 
 LENGTH = 512
@@ -49,17 +48,17 @@ def calibrated_model():
 @cache
 def samples(steps=PLAN.steps):
     plan = Plan(**{**vars(PLAN), "steps": steps})
-    return finetuning.training_samples(make_tokenizer(), reference_text()[:20000], plan)
+    return finetune.training_samples(make_tokenizer(), reference_text()[:20000], plan)
 
 
 def train(out, model=None, schedule=None, steps=PLAN.steps, data=None):
     """Losses, step by step."""
     plan = Plan(**{**vars(PLAN), "steps": steps})
     schedule = schedule or SparsitySchedule(PLAN.start, PLAN.target, PLAN.ramp)
-    finetuning.train(
+    finetune.train(
         model or calibrated_model(), data or samples(steps), plan, schedule, out, lambda *_: None
     )
-    return finetuning.read_log(out / "log.jsonl")
+    return finetune.read_log(out / "log.jsonl")
 
 
 # The schedule, in a Trainer of one's own
@@ -234,7 +233,7 @@ def assert_same_training(log, model, whole):
 
 
 def test_a_run_that_is_killed_resumes_at_the_same_loss(whole, tmp_path, monkeypatch):
-    log_of = finetuning._Log.on_log
+    log_of = finetune._Log.on_log
 
     def die_at_fifth(self, args, state, control, logs, **rest):
         log_of(self, args, state, control, logs, **rest)
@@ -242,10 +241,10 @@ def test_a_run_that_is_killed_resumes_at_the_same_loss(whole, tmp_path, monkeypa
             die()
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning._Log, "on_log", die_at_fifth)
+        patch.setattr(finetune._Log, "on_log", die_at_fifth)
         with pytest.raises(Killed):
             train(tmp_path)
-    assert [p.name for p in finetuning.checkpoints(tmp_path)] == ["checkpoint-4"]
+    assert [p.name for p in finetune.checkpoints(tmp_path)] == ["checkpoint-4"]
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     model = calibrated_model()
@@ -265,7 +264,7 @@ def test_a_checkpoint_cut_short_does_not_replace_a_good_one(written, whole, tmp_
         patch.setattr(Trainer, written, die_at_fourth)
         with pytest.raises(Killed):
             train(tmp_path)
-    assert [p.name for p in finetuning.checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [p.name for p in finetune.checkpoints(tmp_path)] == ["checkpoint-2"]
     model = calibrated_model()
     assert_same_training(train(tmp_path, model), model, whole)
     assert not (tmp_path / ".working").exists()
@@ -298,8 +297,8 @@ def test_the_loss_is_the_divergence_from_the_teacher(tmp_path):
     plan = Plan(**{**vars(PLAN), "steps": 1})
     model = calibrated_model()
     dense = SparsitySchedule(0, 0, ramp=0)
-    finetuning.train(model, data, plan, dense, tmp_path, lambda *_: None, teacher)
-    [line] = finetuning.read_log(tmp_path / "log.jsonl")
+    finetune.train(model, data, plan, dense, tmp_path, lambda *_: None, teacher)
+    [line] = finetune.read_log(tmp_path / "log.jsonl")
     assert line["loss"] == pytest.approx(expected, rel=1e-4)
     assert teacher.passes == 1
 
@@ -309,10 +308,10 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(tmp_path):
     teacher.set_attn_implementation("sdpa")
     schedule = SparsitySchedule(0, 0, ramp=0)
     plan = Plan(**{**vars(PLAN), "steps": 1})
-    finetuning.train(
+    finetune.train(
         calibrated_model(), samples(1), plan, schedule, tmp_path, lambda *_: None, teacher
     )
-    [line] = finetuning.read_log(tmp_path / "log.jsonl")
+    [line] = finetune.read_log(tmp_path / "log.jsonl")
     assert abs(line["loss"]) < 1e-6
 
 
@@ -324,7 +323,7 @@ def test_a_checkpoint_that_the_disk_does_not_hold_is_one_clear_message(tmp_path,
     monkeypatch.setattr(torch, "save", lambda value, _: save(value, "/dev/full"))
     with pytest.raises(OSError, match=r"could not be written into .*: is the disk full"):
         train(tmp_path)
-    assert not finetuning.checkpoints(tmp_path)
+    assert not finetune.checkpoints(tmp_path)
 
 
 def test_samples_are_the_same_each_time_and_of_one_length():
@@ -340,7 +339,7 @@ def test_samples_are_the_same_each_time_and_of_one_length():
 
 
 def test_what_is_held_out_is_not_trained_on():
-    prose, held_out = finetuning.split_text(None)
+    prose, held_out = finetune.split_text(None)
     paragraphs = {p for p in prose.split("\n\n") if len(p) > 100}
     for name, text in held_out.items():
         assert paragraphs.isdisjoint(text.split("\n\n")), name
@@ -348,7 +347,7 @@ def test_what_is_held_out_is_not_trained_on():
 
 def test_a_given_text_is_not_trained_on_at_its_end():
     text = "".join(f"line {i}\n" for i in range(10))
-    prose, held_out = finetuning.split_text(text)
+    prose, held_out = finetune.split_text(text)
     assert (prose, held_out) == (text[:56], {"end of the text": text[56:]})
 
 
@@ -385,11 +384,11 @@ def test_the_command_compares_four_cases_and_goes_on_after_a_stop(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "loss_of", stop)
+        patch.setattr(finetune, "loss_of", stop)
         assert command(folder, out, "--text", text) == 130
     assert "the same command goes on from there" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "train", stop)  # is not called again
+        patch.setattr(finetune, "train", stop)  # is not called again
         assert command(folder, out, "--text", text) == 0
 
     kept = json.loads((out / "results.json").read_text())
@@ -398,8 +397,8 @@ def test_the_command_compares_four_cases_and_goes_on_after_a_stop(tmp_path, monk
     for way in (DENSE, SPARSE):
         assert cases[way, DENSE]["sparsity"] == 0
         assert cases[way, SPARSE]["sparsity"] == pytest.approx(0.2, abs=0.02)
-        assert len(finetuning.read_log(out / way / "log.jsonl")) == 4
-        assert not finetuning.checkpoints(out / way)
+        assert len(finetune.read_log(out / way / "log.jsonl")) == 4
+        assert not finetune.checkpoints(out / way)
         model = models.load(str(out / way / "model")).model
         tokens = make_tokenizer()(text.read_text()[-30000:], return_tensors="pt").input_ids
         with blasst.record() as recording:
@@ -440,18 +439,18 @@ def test_a_sparse_model_is_measured_with_the_thresholds_that_it_was_trained_with
     text = tmp_path / "text.txt"
     text.write_text(reference_text()[:40000])
     asked = []
-    calibrate = finetuning.calibrate
+    calibrate = finetune.calibrate
 
     def count(model, *arguments, **options):
         asked.append(None)
         return calibrate(model, *arguments, **options)
 
-    monkeypatch.setattr(finetuning, "calibrate", count)
+    monkeypatch.setattr(finetune, "calibrate", count)
     assert command(folder, out, "--text", text) == 0
     results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     kept = {tuple(json.loads(r["key"])): r["value"] for r in results if "key" in r}
     reached = [v["sparsity"] for k, v in kept.items() if k[:3] == ("measured", SPARSE, "untrained")]
-    assert any(abs(sparsity - 0.2) <= finetuning.CLOSE for sparsity in reached)
+    assert any(abs(sparsity - 0.2) <= finetune.CLOSE for sparsity in reached)
     assert len(asked) == 2, "the untrained model and the dense-trained one"
     written = models.load(str(out / SPARSE / "model")).model.config.sparse_attention_config
     assert written["blasst"] == kept["calibration", "untrained"]["blasst"]
@@ -480,7 +479,7 @@ def test_bad_input_is_one_clear_message(more, message, tmp_path, capsys):
 
 def test_a_learning_rate_out_of_range_is_an_error():
     with pytest.raises(ValueError, match="learning rate is nan; it must be between 0 and 1"):
-        finetuning.Plan(learning_rate=float("nan"))
+        finetune.Plan(learning_rate=float("nan"))
 
 
 def test_a_text_too_short_is_one_clear_message(tmp_path, capsys):

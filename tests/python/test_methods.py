@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from blasst import bsfa, evaluation, report
-from blasst.__main__ import main
-from blasst.evaluation import CALIBRATED, DENSE
+from blasst.cli.app import main
+from blasst.evaluation import report, runner
+from blasst.evaluation.runner import CALIBRATED, DENSE
 from blasst.hf import record
 from blasst.hf.models import attention_layers, unwindowed_layers
-from blasst.methods import make_methods, saved_tiles
+from blasst.methods import bsfa
+from blasst.methods.registry import make_methods, saved_tiles
 from recency_model import make_loaded
 from test_evaluation import LENGTH, TEXTS, configured
 from tiny_models import make_model
@@ -29,7 +30,7 @@ def thresholds(tmp_path_factory):
 def test_all_methods_in_one_evaluation(tmp_path, thresholds):
     loaded = configured()
     before = dict(loaded.model.config.sparse_attention_config)
-    results = evaluation.evaluate(
+    results = runner.evaluate(
         loaded,
         targets=(0, 0.5),
         length=LENGTH,
@@ -39,7 +40,7 @@ def test_all_methods_in_one_evaluation(tmp_path, thresholds):
         methods=make_methods(["blasst", "bsfa", "dhsa", "dhsa+blasst"], thresholds),
         out=tmp_path,
     )
-    rows = {row.setting.scheme: row for row in evaluation.rows(results)}
+    rows = {row.setting.scheme: row for row in runner.rows(results)}
     assert list(rows) == [DENSE, CALIBRATED, "bsfa", "dhsa", "dhsa+blasst"]
     assert rows[DENSE].sparsity[0] == 0
     for name in ("bsfa", "dhsa", "dhsa+blasst"):
@@ -56,7 +57,7 @@ def test_all_methods_in_one_evaluation(tmp_path, thresholds):
 
 
 def test_methods_without_a_calibration(tmp_path):
-    results = evaluation.evaluate(
+    results = runner.evaluate(
         make_loaded(),
         targets=(0.5,),
         length=LENGTH,
@@ -65,9 +66,9 @@ def test_methods_without_a_calibration(tmp_path):
         with_calibrated=False,
         out=tmp_path,
     )
-    assert [row.setting.scheme for row in evaluation.rows(results)] == [DENSE, "dhsa"]
+    assert [row.setting.scheme for row in runner.rows(results)] == [DENSE, "dhsa"]
     with pytest.raises(ValueError, match="calibrate it first"):
-        evaluation.evaluate(
+        runner.evaluate(
             make_loaded(),
             targets=(0.5,),
             length=LENGTH,

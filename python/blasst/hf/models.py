@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from blasst.disk import ROOM, check_folder
+from blasst.files import ROOM, check_folder
 from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from blasst import report
-from blasst.finetuning import DENSE, SPARSE, WAYS, Case, Plan, read_log
+from blasst.evaluation import report
 from blasst.hf.models import write_json
+from blasst.training.finetune import DENSE, SPARSE, WAYS, Case, Plan, read_log
 
 COLOURS = {DENSE: "tab:gray", SPARSE: "tab:blue"}
 

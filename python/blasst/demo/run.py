@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from blasst import calibration, disk, evaluation, prompts, report
-from blasst.console import console, show, shown_progress
+from blasst import calibration, files, prompts
+from blasst.cli.console import console, show, shown_progress
+from blasst.evaluation import report, runner
 from blasst.hf import models
 
 TARGETS = (0.5, 0.75)
@@ -62,13 +63,13 @@ def demo(name: str, out: Path) -> Path:
         raise ValueError(f"no demo of {name!r}; there is one of {', '.join(PLANS)}")
     plan = PLANS[name]
     length = plan.lengths[-1]
-    disk.check_folder(out)
+    files.check_folder(out)
     with shown_progress() as progress:
         loaded = models.load(name, progress=progress)
     found = _calibration(loaded, plan, out / "calibration.json")
     texts = dict(list(prompts.evaluation_texts().items())[: plan.texts])
     with shown_progress() as progress:
-        results = evaluation.evaluate(
+        results = runner.evaluate(
             loaded,
             targets=(0.0, *TARGETS),
             length=length,
@@ -87,7 +88,7 @@ def publish(
     loaded: models.Loaded,
     length: int,
     texts: Sequence[str],
-    results: evaluation.Results,
+    results: runner.Results,
     out: Path,
     found: calibration.Calibration | None = None,
     every: int = 1,
@@ -115,7 +116,7 @@ def publish(
 
 def _calibration(loaded: models.Loaded, plan: Plan, kept: Path) -> calibration.Calibration:
     """The calibration of an earlier run if there is one of this model and plan, else a new one."""
-    made_by = evaluation.fingerprint(loaded.model, plan, TARGETS)
+    made_by = runner.fingerprint(loaded.model, plan, TARGETS)
     if kept.exists():
         whole = json.loads(kept.read_text())
         if whole["made_by"] == made_by:

@@ -19,7 +19,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst.dhsa import VERSION, Predictor, load_predictors, read_about
 from blasst.hf import set_policy
 from blasst.hf.models import (
     attention_layers,
@@ -28,6 +27,7 @@ from blasst.hf.models import (
     replace_file,
     unwindowed_layers,
 )
+from blasst.methods.dhsa import VERSION, Predictor, load_predictors, read_about
 from blasst.policies import Call, Visit
 from blasst.progress import Progress, silent
 from blasst.prompts import reference_text, text_tokens

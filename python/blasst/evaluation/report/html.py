@@ -16,10 +16,19 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from blasst.bsfa import AbsoluteThresholds
 from blasst.calibration import Calibration
-from blasst.evaluation import CALIBRATED, DENSE, PAPER, Results, Row, Setting, mean_and_error, rows
+from blasst.evaluation.runner import (
+    CALIBRATED,
+    DENSE,
+    PAPER,
+    Results,
+    Row,
+    Setting,
+    mean_and_error,
+    rows,
+)
 from blasst.hf.models import replace_file, write_json
+from blasst.methods.bsfa import AbsoluteThresholds
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;

@@ -34,13 +34,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.calibration import calibrate
 from blasst.config import SparseAttention, parse
-from blasst.disk import ROOM, check_folder
-from blasst.evaluation import Results, fingerprint
+from blasst.evaluation.runner import Results, fingerprint
+from blasst.files import ROOM, check_folder
 from blasst.hf import models, record
+from blasst.measure.agreement import PIECE, log_probabilities
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, evaluation_texts, text_tokens, training_text
-from blasst.scoring import PIECE, log_probabilities
-from blasst.training import PHASE, FiniteGradients, SparsitySchedule
+from blasst.training.callbacks import PHASE, FiniteGradients, SparsitySchedule
 
 UNTRAINED, DENSE, SPARSE = "untrained", "dense", "sparse"
 WAYS = (DENSE, SPARSE)

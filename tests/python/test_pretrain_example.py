@@ -1,13 +1,14 @@
 """Training from scratch, dense and with bands: the same steps, resumable, errors."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from blasst import pretraining
-from blasst.__main__ import main
-from blasst.pretraining import Plan, Run, pretrain
+import pretrain as example
+from blasst import files
+from pretrain import Plan, Run, pretrain
 
 TINY = {"length": 40, "every": 2, "hidden": 64, "heads": 4, "layers": 1}
 
@@ -19,15 +20,15 @@ def small(monkeypatch):
     torch.set_num_threads(1)
     words = ["one", "two", "three", "four", "five", "six"]
     text = " ".join(words[i * i % 6] + words[i % 5] for i in range(6000))
-    monkeypatch.setattr(pretraining, "corpus", lambda seed: text)
+    monkeypatch.setattr(example, "corpus", lambda seed: text)
     yield
     torch.set_num_threads(threads)
 
 
 def test_the_model_has_about_ten_million_parameters():
     counts = [
-        sum(p.numel() for p in pretraining.make_model(Plan(), method).parameters())
-        for method in pretraining.METHODS
+        sum(p.numel() for p in example.make_model(Plan(), method).parameters())
+        for method in example.METHODS
     ]
     assert counts[0] == counts[1]
     assert 8e6 < counts[0] < 12e6
@@ -98,8 +99,14 @@ def test_too_little_text(tmp_path):
         Run(Plan(steps=2, **TINY), "dense", torch.zeros(500, dtype=torch.long), tmp_path)
 
 
+def test_a_disk_that_is_nearly_full_is_said_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000_000))
+    with pytest.raises(ValueError, match="is on a disk with 20 MB free"):
+        pretrain(Plan(steps=2, **TINY), tmp_path)
+
+
 def test_the_command(tmp_path, capsys, monkeypatch):
     tiny = Plan(steps=2, **TINY)
-    monkeypatch.setattr(pretraining, "Plan", lambda **_: tiny)
-    assert main(["pretrain", "--steps", "2", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(example, "Plan", lambda **_: tiny)
+    example.main(steps=2, out=tmp_path)
     assert "Loss curves:" in capsys.readouterr().out

@@ -23,10 +23,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from blasst.config import SparseAttention, parse
 from blasst.hf import Recording, record
 from blasst.hf.models import Loaded, attention_layers, check_length
-from blasst.methods import Method, made_by, saved_tiles
+from blasst.measure.agreement import DenseRun
+from blasst.methods.registry import Method, made_by, saved_tiles
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, Prompt, PromptMaker, reference_text, text_tokens
-from blasst.scoring import DenseRun
 
 ANSWER_TOKENS = 32
 DENSE, CALIBRATED, PAPER = "dense", "calibrated", "forward, one threshold"
@@ -424,7 +424,7 @@ class _Evaluation:
     # lm-eval
 
     def _tasks(self, tasks: Sequence[str], limit: int) -> None:
-        from blasst.harness import run_task
+        from blasst.evaluation.lm_eval import run_task
 
         work = [(task, s) for task in tasks for s in self.settings]
         for done, (task, setting) in enumerate(work):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from blasst.evaluation import Setting, generate, key
+from blasst.evaluation.runner import Setting, generate, key
 from blasst.hf import record
 
 if TYPE_CHECKING:
-    from blasst.evaluation import _Evaluation
+    from blasst.evaluation.runner import _Evaluation
 
 TASKS = (
     "niah_single_1",

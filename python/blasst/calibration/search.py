@@ -25,6 +25,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst import hf
 from blasst.attention import attention, tile_shape
+from blasst.calibration.curves import (
+    GAP_BINS,
+    HeadCurves,
+    UnfittableError,
+    UnreachableError,
+    fit_law,
+    ln_threshold_at,
+    promised_sparsity,
+    share_below,
+    share_out,
+    sparsity_at,
+)
 from blasst.config import (
     HEAD_SCHEMES,
     HIGHEST_LN_THRESHOLD,
@@ -37,24 +49,12 @@ from blasst.config import (
     SparseAttention,
     parse,
 )
-from blasst.curves import (
-    GAP_BINS,
-    HeadCurves,
-    UnfittableError,
-    UnreachableError,
-    fit_law,
-    ln_threshold_at,
-    promised_sparsity,
-    share_below,
-    share_out,
-    sparsity_at,
-)
 from blasst.hf import record
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
+from blasst.measure.agreement import Agreement, DenseRun
 from blasst.policies import Call
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
-from blasst.scoring import Agreement, DenseRun
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 CHOSEN_FROM = ("sink_first", "reverse")

@@ -10,11 +10,11 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from blasst.bsfa import AbsoluteThresholds
 from blasst.config import SparseAttention
-from blasst.dhsa import Dhsa, load_predictors
 from blasst.hf import Recording, set_policy
 from blasst.hf.models import attention_layers, unwindowed_layers
+from blasst.methods.bsfa import AbsoluteThresholds
+from blasst.methods.dhsa import Dhsa, load_predictors
 from blasst.operators import KEYS
 
 BLASST = "blasst"

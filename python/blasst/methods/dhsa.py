@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import blasst.operators  # noqa: F401, loads torch.ops.blasst
-from blasst.disk import open_tensors
+from blasst.files import open_tensors
 from blasst.hf.models import described, shape_of
 from blasst.policies import KINDS, Call, Visit
 

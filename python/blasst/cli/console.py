@@ -10,7 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from blasst import report
+from blasst.evaluation import report
 from blasst.progress import Progress
 
 WIDTH_OF_A_FILE = 120

@@ -1,4 +1,4 @@
-"""Training a small model from scratch, dense and with a band of distances per head, side by side.
+"""Example: training a small model from scratch, dense and with a band of distances per head.
 
 The text is made here or comes with every installation: licences and documentation of Python, of its
 packages and of the system, and generated facts that are asked for again later on. All of it goes
@@ -13,16 +13,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from safetensors.torch import load, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer import Option
 
 from blasst import prompts
-from blasst.disk import ROOM, check_folder
+from blasst.cli.console import console, shown_progress
+from blasst.files import ROOM, check_folder
 from blasst.hf import NAME
 from blasst.hf.models import replace_file, weights_size, write_json
 from blasst.policies import Bands
@@ -341,3 +344,29 @@ def plot(runs: list[Run]) -> bytes:
     figure.savefig(buffer, format="png", dpi=100)
     plt.close(figure)
     return buffer.getvalue()
+
+
+def main(
+    steps: Annotated[int, Option(min=1, help="of each")] = 400,
+    batch: Annotated[int, Option(min=1, help="sequences a step")] = 1,
+    length: Annotated[int, Option(min=1, help="tokens of a sequence")] = 2048,
+    every: Annotated[int, Option(min=1, help="steps a checkpoint")] = 50,
+    out: Annotated[Path, Option(help="folder of results")] = Path("blasst-pretraining"),
+) -> None:
+    """Train a small model from scratch, dense and with bands, and compare the two."""
+    plan = Plan(length=length, batch=batch, steps=steps, every=every)
+    with shown_progress() as progress:
+        runs = pretrain(plan, out, progress)
+    parameters = sum(p.numel() for p in runs[0].model.parameters())
+    console.print(f"{parameters / 1e6:.1f}M parameters, {batch * length} tokens a step")
+    for run in runs:
+        loss = run.held_out[-1][1]
+        console.print(
+            f"{run.method}: {run.step} steps, held-out loss {loss:.3f}, "
+            f"{run.tokens_per_second:.0f} tokens/s"
+        )
+    console.print(f"Loss curves: {(out / 'losses.png').resolve()}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

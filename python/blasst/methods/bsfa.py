@@ -24,7 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.attention import Result
-from blasst.disk import open_tensors
+from blasst.files import open_tensors
 from blasst.hf import Recording, Threshold, configure, recording_with
 from blasst.hf.models import (
     check_length,

@@ -1,0 +1,1 @@
+"""What a model loses and gains at several target sparsities, next to dense."""

@@ -1,0 +1,1 @@
+"""How far a sparse model is from the dense one: what calibration and evaluation share."""

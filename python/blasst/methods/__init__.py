@@ -1,0 +1,1 @@
+"""Sparse methods beside the calibrated thresholds, and their calibration or training."""
