@@ -28,6 +28,11 @@ test: build check-packages ## set up, build, run every test, check the format
 	$(python) -m pytest
 	$(MAKE) check-format
 
+.PHONY: test-lowest
+test-lowest: build $(VENV)/lowest/.complete ## calibration and evaluation under the oldest Transformers
+	PYTHONPATH=$(abspath $(VENV)/lowest) $(python) -m pytest -k 'not needs_lm_eval' \
+	  tests/python/test_reading.py tests/python/test_calibration.py tests/python/test_evaluation.py
+
 .PHONY: demo
 demo: build $(if $(filter gemma3,$(MODEL)),$(VENV)/.gemma3) ## calibrate a small model, compare it with dense (MODEL=gemma3: another)
 	$(python) -m blasst demo $(MODEL) --out build/demo/$(MODEL) $(ARGS)
@@ -112,6 +117,12 @@ check-packages:
 
 $(VENV)/.complete: requirements.txt scripts/python-env | build-packages
 	@scripts/python-env $(PYTHON) $(VENV)
+	@touch $@
+
+# Laid over the environment: what it holds is found first.
+$(VENV)/lowest/.complete: requirements-lowest.txt $(VENV)/.complete
+	rm -rf $(@D)
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
 
 $(VENV)/.gemma3: requirements-gemma3.txt $(VENV)/.complete

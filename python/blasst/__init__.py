@@ -19,6 +19,9 @@ from blasst.attention import Result, TileCounts, TileShape, attention, merge, ti
 __all__ = ["Result", "TileCounts", "TileShape", "attention", "merge", "tile_shape"]
 
 if find_spec("transformers"):
+    from blasst import versions
+
+    versions.check_version()
     from blasst.calibration import Calibration, calibrate
     from blasst.hf import Recording, Threshold, configure, record, set_policy
     from blasst.methods.dhsa import Dhsa

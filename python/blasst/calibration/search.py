@@ -51,6 +51,7 @@ from blasst.config import (
 )
 from blasst.hf import record
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
+from blasst.hf.reading import read
 from blasst.measure.agreement import Agreement, DenseRun
 from blasst.policies import Call
 from blasst.progress import Progress, silent
@@ -325,7 +326,7 @@ class _Job:
             tokens = self.maker.make(KINDS[index % len(KINDS)], length, seed=index).tokens
             with self._collecting(length, sweep=index < swept_prompts):
                 cache = DynamicCache(config=self.model.config)
-                hidden = self.model.base_model(tokens, cache=cache).last_hidden_state
+                hidden = read(self.model, tokens, cache)
                 if "decode" in self.targets:
                     self._decode(hidden, cache)
             if index == 0:
@@ -338,7 +339,7 @@ class _Job:
         head = self.model.get_output_embeddings()
         for _ in range(DECODE_STEPS):
             token = head(hidden[:, -1:]).argmax(-1)
-            hidden = self.model.base_model(token, cache=cache).last_hidden_state
+            hidden = read(self.model, token, cache)
 
     @contextmanager
     def _collecting(self, length: int, sweep: bool) -> Iterator[None]:
@@ -680,7 +681,7 @@ class _Job:
             self.model.config.sparse_attention_config = config.to_dict()
             with record() as recording:
                 tokens = self.maker.make(KINDS[0], length, seed=0).tokens
-                self.model.base_model(tokens, use_cache=False)
+                read(self.model, tokens)
             del self.model.config.sparse_attention_config
             reached = recording.sparsity("prefill", self.layers)
             self.drift.setdefault((tried.order, length), {})[tried.target] = reached - promised
@@ -805,7 +806,7 @@ class _Job:
     def _read(self, tokens: Tensor) -> None:
         """Prefill, and some steps of decode if that is calibrated."""
         cache = DynamicCache(config=self.model.config)
-        hidden = self.model.base_model(tokens, cache=cache).last_hidden_state
+        hidden = read(self.model, tokens, cache)
         if "decode" in self.targets:
             self._decode(hidden, cache)
 
@@ -823,8 +824,7 @@ class _Judge:
         self._cache, self._last = cache, hidden[-1:]
 
     def _prefill(self, cache: DynamicCache | None = None) -> Tensor:
-        passed = {"use_cache": False} if cache is None else {"cache": cache}
-        return self._model.base_model(self._tokens, **passed).last_hidden_state[0]
+        return read(self._model, self._tokens, cache)[0]
 
     def try_out(self, phase: str, config: SparseAttention) -> tuple[float, Agreement]:
         """Sparsity and agreement with dense of one configuration."""
@@ -859,7 +859,7 @@ class _Judge:
         return torch.cat([self._step(token[None], cache) for token in tokens])
 
     def _step(self, token: Tensor, cache: DynamicCache) -> Tensor:
-        return self._model.base_model(token[None], cache=cache).last_hidden_state[0]
+        return read(self._model, token[None], cache)[0]
 
 
 def _targets(given: float | Mapping[str, float] | Sequence[float]) -> dict[str, list[float]]:

@@ -23,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from blasst.config import SparseAttention, parse
 from blasst.hf import Recording, record
 from blasst.hf.models import Loaded, attention_layers, check_length
+from blasst.hf.reading import read
 from blasst.measure.agreement import DenseRun
 from blasst.methods.registry import Method, made_by, saved_tiles
 from blasst.progress import Progress, silent
@@ -305,9 +306,9 @@ class _Evaluation:
     def _prefill(self, tokens: Tensor, warm: bool = False) -> tuple[Tensor, float]:
         """[length, hidden] last hidden states, and seconds."""
         if warm:
-            self.model.base_model(tokens[:, :256], use_cache=False)
+            read(self.model, tokens[:, :256])
         start = time.perf_counter()
-        hidden = self.model.base_model(tokens, use_cache=False).last_hidden_state[0]
+        hidden = read(self.model, tokens)[0]
         return hidden, time.perf_counter() - start
 
     # Perplexity and agreement
@@ -470,12 +471,12 @@ def generate(
     head = model.get_output_embeddings()
     cache = DynamicCache(config=model.config)
     start = time.perf_counter()
-    hidden = model.base_model(tokens, cache=cache).last_hidden_state
+    hidden = read(model, tokens, cache)
     answer = [head(hidden[:, -1]).argmax(-1)]
     prefilled = time.perf_counter()
     text = ""
     while len(answer) < most and answer[-1].item() not in ends:
-        hidden = model.base_model(answer[-1][:, None], cache=cache).last_hidden_state
+        hidden = read(model, answer[-1][:, None], cache)
         answer.append(head(hidden[:, -1]).argmax(-1))
         if until:
             text = tokenizer.decode(torch.cat(answer), skip_special_tokens=True)

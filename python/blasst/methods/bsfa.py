@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.attention import Result
@@ -34,6 +34,7 @@ from blasst.hf.models import (
     replace_file,
     unwindowed_layers,
 )
+from blasst.hf.reading import read
 from blasst.operators import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
@@ -317,7 +318,7 @@ def calibrate(
         for i in range(prompts):
             progress("Absolute thresholds", i / prompts, f"prompt {i + 1} of {prompts}")
             tokens = maker.make(KINDS[i % len(KINDS)], length, seed=i).tokens.to(model.device)
-            model.base_model(tokens, cache=DynamicCache(config=model.config))
+            read(model, tokens)
     progress("Absolute thresholds", 1.0, "")
     return AbsoluteThresholds(
         identity(model), tuple(layers), keeps, *sums.table(), prompts, tile_shape

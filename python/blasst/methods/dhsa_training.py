@@ -27,6 +27,7 @@ from blasst.hf.models import (
     replace_file,
     unwindowed_layers,
 )
+from blasst.hf.reading import read
 from blasst.methods.dhsa import VERSION, Predictor, load_predictors, read_about
 from blasst.policies import Call, Visit
 from blasst.progress import Progress, silent
@@ -240,7 +241,7 @@ def _keys_of(
         for i in range(plan.stretches):
             progress("Keys", i / plan.stretches, f"stretch {i + 1} of {plan.stretches}")
             tokens = text_tokens(tokenizer, text, plan.length, "the training text", i * plan.length)
-            model.base_model(tokens, use_cache=False)
+            read(model, tokens)
     finally:
         for layer, policy in before.items():
             set_policy(model, policy, [layer])

@@ -37,6 +37,7 @@ from blasst.config import SparseAttention, parse
 from blasst.evaluation.runner import Results, fingerprint
 from blasst.files import ROOM, check_folder
 from blasst.hf import models, record
+from blasst.hf.reading import read
 from blasst.measure.agreement import PIECE, log_probabilities
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, evaluation_texts, text_tokens, training_text
@@ -296,7 +297,7 @@ class _Run:
 def loss_of(model: PreTrainedModel, tokens: Tensor, bf16: bool) -> float:
     """Mean negative log-likelihood of [1, length] tokens, nats; the last layer is float32."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        hidden = model.base_model(tokens, use_cache=False).last_hidden_state[0].float()
+        hidden = read(model, tokens)[0].float()
     total = 0.0
     for piece in torch.arange(tokens.shape[1] - 1).split(PIECE):
         found = log_probabilities(model, hidden[piece])

@@ -1,0 +1,45 @@
+"""The versions of Transformers that blasst runs with, and what they call differently."""
+
+import inspect
+from functools import cache
+from importlib.metadata import version
+
+from packaging.version import Version
+
+LOWEST = "5.6"
+"""The oldest that the tests run under."""
+CACHE_NAMES = ("cache", "past_key_values")
+"""A forward pass calls its cache one of these, the newer versions the first."""
+
+
+def check_version() -> None:
+    """An error if Transformers is older than `LOWEST`.
+
+    Raises:
+        ImportError: it is; the message names both versions.
+    """
+    found = version("transformers")
+    if Version(found) < Version(LOWEST):
+        raise ImportError(
+            f"transformers {found} is installed; blasst needs {LOWEST} or newer: "
+            f"pip install 'transformers>={LOWEST}'"
+        )
+
+
+@cache
+def cache_name(model_class: type) -> str:
+    """What the forward pass of this class calls its cache.
+
+    Others than the one it knows would be passed on and ignored, and the pass would have no cache.
+
+    Raises:
+        ValueError: it takes none.
+    """
+    known = inspect.signature(model_class.forward).parameters
+    for name in CACHE_NAMES:
+        if name in known:
+            return name
+    raise ValueError(
+        f"{model_class.__name__}.forward takes no cache; it must have one of the arguments "
+        f"{' or '.join(CACHE_NAMES)}"
+    )
