@@ -53,9 +53,8 @@ sanitize: build-packages check-packages ## C++ tests under ASan + UBSan, then un
 	for preset in asan tsan; do \
 	  cmake --preset $$preset; \
 	  cmake --build --preset $$preset --parallel $(JOBS); \
+	  ctest --preset $$preset; \
 	done
-	ctest --preset asan --exclude-regex '/sse4' # the same source as avx2, in shorter vectors
-	ctest --preset tsan --exclude-regex '/(avx2|sse4)' # threads are the same on every instruction set
 
 .PHONY: fuzz
 fuzz: build-packages check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)

@@ -5,7 +5,8 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <mutex>
+#include <string_view>
+#include <utility>
 
 #include "blasst/blasst.hpp"
 #include "hwy/targets.h"
@@ -19,31 +20,31 @@ struct Isa {
   KernelTable table;
 };
 
-std::string target_name(int64_t target) {
-  if (target == HWY_AVX3) return "avx512";
-  if (target == HWY_AVX2) return "avx2";
-  if (target == HWY_SSE4) return "sse4";
-  std::string name = hwy::TargetName(target);
-  for (char& c : name) c = static_cast<char>(std::tolower(c));
-  return name;
+bool runs_here(std::string_view name, int64_t target) {
+  if (!(hwy::SupportedTargets() & target)) return false;
+#if defined(__x86_64__)
+  if (name == "avx512_bf16") return __builtin_cpu_supports("avx512bf16");
+#endif
+  return true;
 }
 
 // What this build has and this machine can run, best first.
 std::vector<Isa> find_isas() {
   std::vector<Isa> isas;
-  const int64_t supported = hwy::SupportedTargets();
-  for (const int64_t target : compiled_targets()) {
-    if (!(supported & target)) continue;
-    isas.push_back({target_name(target), kernels_for(target)});
+  std::string built;
+#define BLASST_ADD(name, target, float32, float16, bfloat16) \
+  built += built.empty() ? #name : ", " #name;               \
+  if (runs_here(#name, target)) isas.push_back({#name, {float32(), float16(), bfloat16()}});
+  BLASST_CPU_TARGETS(BLASST_ADD)
+#undef BLASST_ADD
+  if (isas.empty())
+    throw Error(
+        BLASST_UNSUPPORTED,
+        fmt::format("this machine runs none of the instruction sets of this build: {}", built));
 #if defined(__x86_64__)
-    if (target == HWY_AVX3 && __builtin_cpu_supports("avx512bf16")) {
-      Isa bf16{"avx512_bf16", isas.back().table};
-      bf16.table[BLASST_BFLOAT16] = avx512_bf16_kernels();
-      // Intel's processors take longer for these dot products than for float32's multiply-adds.
-      isas.insert(isas.end() - !__builtin_cpu_is("intel"), bf16);
-    }
+  // Intel's processors take longer for bfloat16 dot products than for float32's multiply-adds.
+  if (isas.front().name == "avx512_bf16" && __builtin_cpu_is("intel")) std::swap(isas[0], isas[1]);
 #endif
-  }
   return isas;
 }
 

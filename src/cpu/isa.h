@@ -1,20 +1,20 @@
 // The instruction sets that kernels are compiled for, and the choice among them.
 #pragma once
 
-#include <cstdint>
-#include <string>
-#include <vector>
-
 #include "cpu/kernels.h"
+#include "cpu/targets.h"
 
 namespace blasst::cpu {
 
-// The float32 kernels of one Highway target, and the targets they were compiled for, best first.
-KernelTable kernels_for(int64_t target);
-std::vector<int64_t> compiled_targets();
-
-// Bfloat16 by AVX512_BF16; only in builds for x86-64.
-Kernels avx512_bf16_kernels();
+// The kernels of each, in objects of their own.
+#define BLASST_DECLARE_KERNELS(name, target, float32, float16, bfloat16) \
+  namespace name {                                                       \
+  Kernels kernels_float32();                                             \
+  Kernels kernels_float16();                                             \
+  Kernels kernels_bfloat16();                                            \
+  }
+BLASST_CPU_TARGETS(BLASST_DECLARE_KERNELS)
+#undef BLASST_DECLARE_KERNELS
 
 // Kernels of the instruction set in use.
 const Kernels& kernels(DType dtype);

@@ -148,7 +148,7 @@ struct Float32 {
   static constexpr int Lane(int element) { return element; }
 };
 
-#if BLASST_ISA_BF16_DOT
+#ifdef BLASST_ISA_BF16_DOT
 // Pairs of bfloat16 into float32 sums; probabilities are rounded to bfloat16 (half away from zero).
 struct BFloat16Dot {
   static constexpr DType kDType = BLASST_BFLOAT16;
@@ -216,6 +216,12 @@ struct BFloat16Dot {
     return element % 8 / 4 * kLanes + element / 8 * 4 + element % 4;
   }
 };
+
+template <DType kStored>
+using Arithmetic = std::enable_if_t<kStored == BLASST_BFLOAT16, BFloat16Dot>;
+#else
+template <DType kStored>
+using Arithmetic = Float32<kStored>;
 #endif
 
 // `most` or the larger magnitudes among `count` words (a multiple of kLanes), a lane each.

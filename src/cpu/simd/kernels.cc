@@ -1,72 +1,46 @@
-// The float32 kernels, compiled once for each instruction set, and the choice among them at run
-// time.
-#include <cstdint>
-#include <vector>
-
+// The kernels of one instruction set, BLASST_ISA, for one storage type, BLASST_ISA_DTYPE: compiled
+// once for each pair, which cmake/CpuTargets.cmake lists.
 #include "cpu/isa.h"
 
-// On x86-64 SSE4.1 is the least.
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_AVX3_DL)
+// Highway also goes through this file for the least that every processor of the kind has; there is
+// nothing here for it.
+#define HWY_DISABLED_TARGETS ~(BLASST_ISA_TARGET | HWY_SCALAR | HWY_EMU128)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/simd/kernels.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
-#undef BLASST_ISA
-#undef BLASST_BEFORE_NAMESPACE
-#define BLASST_ISA HWY_NAMESPACE
+#if HWY_TARGET == BLASST_ISA_TARGET
+
+#ifdef BLASST_ISA_BF16_DOT
+#define BLASST_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
+#else
 #define BLASST_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
-#if HWY_TARGET != HWY_SCALAR
+#endif
+
 #include "cpu/simd/backward-inl.h"
 #include "cpu/simd/chunks-inl.h"
 #include "cpu/simd/decode-inl.h"
 #include "cpu/simd/prefill-inl.h"
-#endif
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
 
-#if HWY_TARGET != HWY_SCALAR
-template <typename A>
-Kernels AllKernels() {
-  return {&Prefill<A>,       &DecodeSeeds<A>, &Decode<A>,         &Combine,
-          &BackwardDelta<A>, &Backward<A>,    &BackwardFinish<A>, AllChunkKernels<A::kDType>()};
-}
-#endif
-
-KernelTable Table() {
-#if HWY_TARGET == HWY_SCALAR
-  return {};  // Highway's fall-back on x86-64; compiled_targets leaves it out
-#else
-  return {AllKernels<Float32<BLASST_FLOAT32>>(), AllKernels<Float32<BLASST_FLOAT16>>(),
-          AllKernels<Float32<BLASST_BFLOAT16>>()};
-#endif
+Kernels BLASST_ISA_KERNELS() {
+  using A = Arithmetic<BLASST_ISA_DTYPE>;
+  // Backward keeps probabilities and their gradients in float32.
+  using Stored = Float32<BLASST_ISA_DTYPE>;
+  return {&Prefill<A>,
+          &DecodeSeeds<A>,
+          &Decode<A>,
+          &Combine,
+          &BackwardDelta<Stored>,
+          &Backward<Stored>,
+          &BackwardFinish<Stored>,
+          AllChunkKernels<BLASST_ISA_DTYPE>()};
 }
 
 }  // namespace blasst::cpu::BLASST_ISA
 HWY_AFTER_NAMESPACE();
 
-#if HWY_ONCE
-namespace blasst::cpu {
-
-HWY_EXPORT(Table);
-
-KernelTable kernels_for(int64_t target) {
-  hwy::SetSupportedTargetsForTest(target);
-  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  const KernelTable table = HWY_DYNAMIC_DISPATCH(Table)();
-  hwy::SetSupportedTargetsForTest(0);
-  return table;
-}
-
-std::vector<int64_t> compiled_targets() {
-  std::vector<int64_t> targets;
-  for (int64_t bit = 1; bit > 0 && bit <= HWY_TARGETS; bit <<= 1) {
-    if (HWY_TARGETS & ~HWY_SCALAR & bit)
-      targets.push_back(bit);  // Highway numbers better targets lower
-  }
-  return targets;
-}
-
-}  // namespace blasst::cpu
 #endif
