@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import blasst
-from blasst.calibration import Calibration, calibrate, search
+from blasst.calibration import Calibration, calibrate, run, search
 from blasst.calibration.curves import UnreachableError
 from blasst.config import parse
 from blasst.prompts import KINDS, PromptMaker, reference_text, text_tokens
@@ -74,7 +74,7 @@ def test_the_model_then_reaches_its_target(calibrated):
 
 def test_where_the_chosen_order_is_too_short_for_the_target_another_stands_in(monkeypatch):
     # Threshold 1 skips 20 % at 512 tokens in sink_first order, 28 % in reverse.
-    monkeypatch.setattr(search, "_cost", lambda c: (c.order != "sink_first", c.kl))
+    monkeypatch.setattr(search, "cost", lambda c: (c.order != "sink_first", c.kl))
     model = make_recency_model()
     found = calibrate(
         model,
@@ -184,7 +184,7 @@ def test_bad_input_is_an_error_that_names_it(options, message):
     ],
 )
 def test_what_is_held_out_is_checked_before_the_first_pass(options, message, monkeypatch):
-    monkeypatch.setattr(search._Job, "_measure", None)
+    monkeypatch.setattr(run._Calibrating, "_read_densely", None)
     with pytest.raises(ValueError, match=message):
         calibrate(make_recency_model(), make_tokenizer(), lengths=[256], prompts=1, **options)
 

@@ -1,0 +1,119 @@
+"""What dense passes measured: sums by phase, visit order, length, layer and head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from blasst.calibration.curves import GAP_BINS, HeadCurves, share_below
+
+SWEEP = (0.3, 0.55, 0.75, 0.9, 1.0)
+"""Shares of each head's highest sparsity at which its costs are measured in prefill."""
+DECODE_SWEEP = (-7.0, -5.0, -3.5, -2.0, -1.0, 0.0)
+"""ln thresholds of the same in decode, where one step has too few tiles for shares."""
+
+
+@dataclass
+class Measurement:
+    """Sums over the prompts of one length, by layer and head; one phase, one order."""
+
+    gaps: np.ndarray
+    """[layers, heads, 514] visited tiles by gap."""
+    swept: np.ndarray
+    """[points, layers, heads] tiles skipped at each point of the sweep."""
+    visitable: np.ndarray
+    """[layers, heads] visitable tiles, in the passes that swept."""
+    mass: np.ndarray
+    """[points, layers, heads] dropped softmax mass, summed over rows."""
+    error: np.ndarray
+    """[points, layers, heads] squared change of the layer's output over the squared residual."""
+    group: int
+    """Neighbouring heads that decide together: in decode, those of a KV head."""
+    rows: int = 0
+    """Query rows in the passes that swept."""
+
+    @classmethod
+    def empty(cls, layers: int, heads: int, points: int, group: int) -> "Measurement":
+        """Nothing measured yet."""
+        swept = np.zeros((points, layers, heads))
+        gaps = np.zeros((layers, heads, GAP_BINS))
+        return cls(gaps, swept, np.zeros((layers, heads)), swept.copy(), swept.copy(), group)
+
+    def curves(self, layers: Sequence[int]) -> HeadCurves:
+        """The heads of these layers, in one row."""
+
+        def rows(values: np.ndarray) -> np.ndarray:
+            grouped = values[:, layers].reshape(len(values), -1, self.group)
+            mean = np.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+            picked = mean.reshape(len(values), -1).T
+            return np.concatenate([np.zeros((len(picked), 1)), picked], -1)
+
+        visitable = self.visitable[layers].reshape(-1)
+        sparsity = rows(self.swept) / np.maximum(visitable, 1)[:, None]
+        return HeadCurves(
+            visitable / visitable.sum(),
+            np.maximum.accumulate(sparsity, -1),
+            rows(self.mass) / max(self.rows, 1),
+            rows(self.error),
+        )
+
+
+class Measurements:
+    """Everything that was measured, and what sparse passes say of it."""
+
+    def __init__(self, all_layers: int, layers: Sequence[int]) -> None:
+        """Nothing yet.
+
+        Args:
+            all_layers: of the model.
+            layers: those that are calibrated.
+        """
+        self._all_layers, self._layers = all_layers, layers
+        self._found: dict[tuple[str, str, int], Measurement] = {}
+        self._first: dict[tuple[str, int], np.ndarray] = {}
+        self._drift: dict[tuple[str, int], dict[float, float]] = {}
+        self.tile_shapes: dict[str, tuple[int, int]] = {}
+        """By phase: query rows and keys of the tiles that were counted."""
+
+    def at(self, phase: str, order: str, length: int) -> Measurement:
+        """What was measured of one phase, order and length."""
+        return self._found[phase, order, length]
+
+    def place_for(
+        self, phase: str, order: str, length: int, heads: int, kv_heads: int
+    ) -> Measurement:
+        """The same, to add to; made when it is first asked for."""
+        points, group = (
+            (len(SWEEP), 1) if phase == "prefill" else (len(DECODE_SWEEP), heads // kv_heads)
+        )
+        return self._found.setdefault(
+            (phase, order, length), Measurement.empty(self._all_layers, heads, points, group)
+        )
+
+    def pooled(self, phase: str, order: str, length: int) -> np.ndarray:
+        """[514] visited tiles by gap, of all calibrated heads."""
+        return self._found[phase, order, length].gaps[self._layers].sum((0, 1))
+
+    def highest(self, phase: str, order: str, length: int) -> float:
+        """The sparsity that threshold 1 reaches."""
+        return float(share_below(self.pooled(phase, order, length))[-1])
+
+    def keep_first(self, order: str, length: int) -> None:
+        """What prefill of the first prompt measured is what is there now."""
+        self._first[order, length] = self._found["prefill", order, length].gaps.copy()
+
+    def first(self, order: str, length: int) -> np.ndarray:
+        """[layers, heads, 514] gaps of prefill of the first prompt alone."""
+        return self._first[order, length]
+
+    def note_drift(self, order: str, length: int, target: float, drift: float) -> None:
+        """A sparse prefill at this target reached so much more than the dense gaps promise."""
+        self._drift.setdefault((order, length), {})[target] = drift
+
+    def nominal(self, phase: str, order: str, length: int, target: float) -> float:
+        """The target to read from dense gaps so that a sparse pass reaches `target`."""
+        drift = self._drift.get((order, length)) if phase == "prefill" else None
+        if not drift:
+            return target
+        points = sorted({0.0: 0.0, **drift}.items())
+        return max(0.0, target - float(np.interp(target, *zip(*points, strict=True))))

@@ -1,0 +1,263 @@
+"""Calibration: from a few long prompts to thresholds, by phase, length, layer and head.
+
+A skipped tile never raises the running maximum, so one dense pass tells the sparsity of every
+threshold at once: it fills, for each head, a histogram of gaps. In the same pass each attention
+call is repeated at a few thresholds on the same inputs, which tells what dropping costs a head:
+the softmax mass, and the error of the layer's output relative to the residual stream it joins.
+
+From these curves come candidates: a visit order and a way to share a target sparsity out among
+heads. The one that changes the model's predictions least, measured, is written down.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from blasst.calibration.collector import Collector
+from blasst.calibration.curves import UnreachableError, promised_sparsity, sparsity_at
+from blasst.calibration.measurement import Measurements
+from blasst.calibration.result import Calibration, HeldOut
+from blasst.calibration.search import choose, running
+from blasst.calibration.setup import Setup, lengths_of, targets_by_phase
+from blasst.calibration.tables import Tables
+from blasst.calibration.winners import Winners
+from blasst.config import HEAD_SCHEMES, Measured, Policy, SparseAttention
+from blasst.hf.models import check_length, context_length
+from blasst.hf.reading import read
+from blasst.progress import Progress, silent
+from blasst.prompts import KINDS, PromptMaker, reference_text
+
+CHOSEN_FROM = ("sink_first", "reverse")
+"""Orders that can win; forward is measured for the ecosystem's law alone."""
+VALIDATION_SEED, HELD_OUT_SEED = 10**6, 10**7
+
+
+@torch.inference_mode()
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    lengths: Sequence[int] | None = None,
+    target_sparsity: float | Mapping[str, float] | Sequence[float] = 0.5,
+    text: str | None = None,
+    prompts: int = 4,
+    swept_prompts: int = 1,
+    held_out: Sequence[int] | None = None,
+    orders: Sequence[str] = CHOSEN_FROM,
+    schemes: Sequence[str] = HEAD_SCHEMES,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Find thresholds for a model and write them into its `config.sparse_attention_config`.
+
+    `model.save_pretrained` then keeps them, and a model that is loaded with
+    `attn_implementation="blasst"` runs with them.
+
+    Args:
+        model: loaded with `attn_implementation="blasst"`.
+        tokenizer: its tokenizer.
+        lengths: prompt lengths in tokens; default: 1024, 2048 and 4096, within the context.
+        target_sparsity: share of the tiles to skip: a number, a number by phase, or several: the
+            first becomes the configuration's target, and the order and scheme are chosen for each.
+        text: prose to make prompts from; default: `prompts.reference_text()`.
+        prompts: prompts of each length.
+        swept_prompts: of these, the first so many measure what dropping costs.
+        held_out: lengths at which achieved sparsity is checked; default: half-way between the two
+            longest, and twice the longest if the context has room.
+        orders: visit orders to choose from.
+        schemes: ways to share thresholds among heads to choose from.
+        progress: told what is being done: see `blasst.progress`.
+
+    Raises:
+        UnreachableError: a target that no threshold up to 1 reaches at the longest length; the
+            message gives the highest reachable.
+        ValueError: a length beyond the model's context, a text too short, or a model that runs
+            another attention.
+    """
+    prose = reference_text() if text is None else text
+    setup = Setup(
+        model,
+        PromptMaker(tokenizer, prose, "the calibration text"),
+        lengths_of(model, lengths),
+        targets_by_phase(target_sparsity),
+        list(orders),
+        list(schemes),
+        progress or silent,
+    )
+    return _Calibrating(setup).run(prompts, swept_prompts, held_out)
+
+
+class _Calibrating:
+    """One calibration, step by step."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._measured = Measurements(len(setup.modules), setup.layers)
+        self._collector = Collector(setup, self._measured)
+        self._tables = Tables(self._measured, setup.layers, setup.lengths)
+
+    def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int] | None) -> Calibration:
+        setup = self._setup
+        if held_out is None:
+            held_out = default_held_out(setup.lengths, context_length(setup.model))
+        # Made first: a text that is too short is found before hours of work.
+        fresh = {length: self._held_out_prompts(length, prompts) for length in held_out}
+        validation = setup.maker.make("needle", setup.longest, seed=VALIDATION_SEED).tokens
+        self._read_densely(prompts, swept_prompts)
+        for phase, targets in setup.targets.items():
+            for target in targets:
+                self._check_reachable(phase, target)
+        candidates = choose(setup, self._measured, validation, self._configured)
+        winners = Winners(setup, self._measured, self._tables, candidates)
+        self._measure_drift(winners)
+        result = Calibration(
+            self._config({phase: winners.tables(phase) for phase in setup.targets}),
+            winners.marked(),
+            saturated=winners.saturated(),
+            ecosystem=self._ecosystem(),
+        )
+        result.held_out = self._held_out(result, fresh)
+        setup.model.config.sparse_attention_config = result.config.to_dict()
+        return result
+
+    def _read_densely(self, prompts: int, swept_prompts: int) -> None:
+        setup = self._setup
+        work = [(n, i) for n in setup.lengths for i in range(prompts)]
+        total, done = sum(n for n, _ in work), 0
+        for length, index in work:
+            what = f"{index + 1} of {prompts} at {length} tokens"
+            setup.progress("Dense passes", done / total, what)
+            tokens = setup.maker.make(KINDS[index % len(KINDS)], length, seed=index).tokens
+            with self._collector.collecting(length, sweep=index < swept_prompts):
+                setup.read(tokens)
+            if index == 0:
+                for order in setup.orders if "prefill" in setup.targets else ():
+                    self._measured.keep_first(order, length)
+            done += length
+        setup.progress("Dense passes", 1.0, "")
+
+    def _check_reachable(self, phase: str, target: float) -> None:
+        """An error unless some order reaches the target at the longest length."""
+        longest = self._setup.longest
+        reached = {o: self._measured.highest(phase, o, longest) for o in self._setup.orders}
+        best = max(reached, key=reached.get)
+        if target > reached[best]:
+            raise UnreachableError(
+                f"target sparsity {target:.0%} of {phase} cannot be reached at {longest} tokens: "
+                f"threshold 1 skips {reached[best]:.1%} of the tiles in {best} order, and that is "
+                "the most"
+            )
+
+    def _measure_drift(self, winners: Winners) -> None:
+        """Compare sparse passes of the winners with what the dense gaps promise.
+
+        What a layer drops changes what the layers above it see, and with it their gaps.
+        """
+        setup = self._setup
+        steps = [
+            (length, tried)
+            for length in setup.lengths
+            for winner in winners.chosen
+            for tried in winners.measured_at(winner, length)
+            if winner.phase == "prefill"
+            and winner.target <= self._measured.highest("prefill", tried.order, length)
+        ]
+        for i, (length, tried) in enumerate(steps):
+            what = f"{tried.order}, {tried.target:.0%} at {length} tokens"
+            setup.progress("Sparse passes", i / len(steps), what)
+            table = self._tables.table("prefill", tried.order, tried.heads, [tried.target])
+            gaps = self._measured.first(tried.order, length)
+            ln = np.broadcast_to(table.at(tried.target, length).log().numpy(), gaps.shape[:2])
+            promised = promised_sparsity(gaps[setup.layers], ln[setup.layers])
+            config = self._config({"prefill": [table]}, {"prefill": tried.target})
+            with running(setup.model, config) as recording:
+                tokens = setup.maker.make(KINDS[0], length, seed=0).tokens
+                read(setup.model, tokens.to(setup.model.device))
+            reached = recording.sparsity("prefill", setup.layers)
+            self._measured.note_drift(tried.order, length, tried.target, reached - promised)
+        setup.progress("Sparse passes", 1.0, "")
+
+    def _configured(self, phase: str, target: float, order: str, scheme: str) -> SparseAttention:
+        """One candidate's configuration, for its target alone."""
+        table = self._tables.table(phase, order, scheme, [target])
+        return self._config({phase: [table]}, {phase: target})
+
+    def _config(
+        self, tables: Mapping[str, list[Policy]], targets: Mapping[str, float] | None = None
+    ) -> SparseAttention:
+        """The configuration with these tables; at the first targets, unless others are given."""
+        setup = self._setup
+        if targets is None:
+            targets = {phase: some[0] for phase, some in setup.targets.items()}
+        ignore = [
+            name
+            for name, module in setup.model.named_modules()
+            if module in setup.modules.values() and module.layer_idx not in setup.layers
+        ]
+        laws = {phase: self._tables.ecosystem_law(phase) for phase in setup.targets}
+        shapes = self._measured.tile_shapes
+        return SparseAttention(
+            targets=tuple(sorted({type(m).__name__ for m in setup.modules.values()})),
+            laws={phase: law for phase, law in laws.items() if law},
+            target_sparsity=dict(targets),
+            ignore=tuple(ignore),
+            measured={p: Measured(shapes[p], tuple(some)) for p, some in tables.items()},
+        )
+
+    def _ecosystem(self) -> SparseAttention | None:
+        """The ecosystem's law alone, of the phases that have one."""
+        phases = [p for p in self._setup.targets if self._tables.ecosystem_law(p)]
+        targets = {phase: self._setup.targets[phase][0] for phase in phases}
+        return self._config({phase: [] for phase in phases}, targets) if phases else None
+
+    def _held_out_prompts(self, length: int, prompts: int) -> list[Tensor]:
+        """New ones, of the kinds that are calibrated on."""
+        check_length(self._setup.model, length, "a held-out prompt")
+        make = self._setup.maker.make
+        return [make(kind, length, seed=HELD_OUT_SEED).tokens for kind in KINDS[:prompts]]
+
+    def _held_out(
+        self, result: Calibration, fresh: Mapping[int, Sequence[Tensor]]
+    ) -> list[HeldOut]:
+        """Sparsity on new prompts of other lengths."""
+        found, done = [], 0
+        setup, steps = self._setup, sum(map(len, fresh.values()))
+        for length, prompts in fresh.items():
+            reached: dict[tuple[str, float], list[float]] = {}
+            for tokens in prompts:
+                setup.progress("Held-out lengths", done / steps, f"{length} tokens")
+                with self._collector.collecting(length, sweep=False):
+                    setup.read(tokens)
+                for key, sparsity in self._sparsities(result.config, tokens):
+                    reached.setdefault(key, []).append(sparsity)
+                done += 1
+            for (phase, target), values in sorted(reached.items(), reverse=True):
+                law = result.config.laws.get(phase)
+                pooled = self._measured.pooled(phase, "forward", length)
+                at = sparsity_at(pooled, law.ln_threshold(target, length)) if law else None
+                found.append(HeldOut(phase, length, target, float(np.mean(values)), at))
+        setup.progress("Held-out lengths", 1.0, "")
+        return found
+
+    def _sparsities(
+        self, config: SparseAttention, tokens: Tensor
+    ) -> list[tuple[tuple[str, float], float]]:
+        """Phase and target, and the sparsity that this prompt reaches, of every one."""
+        setup, found = self._setup, []
+        for target in sorted({t for some in setup.targets.values() for t in some}):
+            phases = [p for p, some in setup.targets.items() if target in some]
+            targets = {p: target if p in phases else 0.0 for p in setup.targets}
+            with running(setup.model, config.with_targets(**targets)) as recording:
+                setup.read(tokens)
+            found += [((p, target), recording.sparsity(p, setup.layers)) for p in phases]
+        return found
+
+
+def default_held_out(lengths: Sequence[int], context: int) -> list[int]:
+    """Half-way between the two longest, and twice the longest where the context has room."""
+    between = [sum(lengths[-2:]) // 2] if len(lengths) > 1 else []
+    double = 2 * lengths[-1]
+    return between + ([double] if double <= context else [])

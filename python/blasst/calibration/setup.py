@@ -1,0 +1,137 @@
+"""What is calibrated, and for what: checked before the work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from blasst import hf
+from blasst.config import HEAD_SCHEMES, ORDERS, PHASES
+from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
+from blasst.hf.reading import read
+from blasst.progress import Progress, silent
+from blasst.prompts import PromptMaker
+
+DEFAULT_LENGTHS = (1024, 2048, 4096)
+DECODE_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model, and what is asked of its calibration."""
+
+    model: PreTrainedModel
+    maker: PromptMaker
+    lengths: Sequence[int]
+    """Of prompts, ascending."""
+    targets: Mapping[str, Sequence[float]]
+    """By phase, those above 0; the first becomes the configuration's."""
+    orders: Sequence[str]
+    """Visit orders to choose from."""
+    schemes: Sequence[str]
+    """Ways to share thresholds among heads to choose from."""
+    progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        _check_attention(self.model)
+        for length in self.lengths:
+            check_length(self.model, length, "a calibration prompt")
+        for name, given, known in (
+            ("order", self.orders, ORDERS),
+            ("scheme", self.schemes, HEAD_SCHEMES),
+        ):
+            if not given or set(given) - set(known):
+                raise ValueError(f"{name}s are {list(given)}; choose from {', '.join(known)}")
+        for module in (self.modules[i] for i in self.layers if self.needs_error):
+            if not hasattr(module, "o_proj"):
+                raise ValueError(
+                    f"least_error needs the output projection, and {type(module).__name__} has no "
+                    f"o_proj; choose from {', '.join(HEAD_SCHEMES[:-1])}"
+                )
+
+    @cached_property
+    def modules(self) -> dict[int, nn.Module]:
+        """The attention modules, by layer."""
+        return attention_layers(self.model)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """The layers that are calibrated.
+
+        One with a sliding window has few tiles to skip and another length: it stays dense.
+        """
+        return unwindowed_layers(self.model)
+
+    @property
+    def needs_error(self) -> bool:
+        """Whether a scheme asks what dropping changes in a layer's output."""
+        return "least_error" in self.schemes
+
+    @property
+    def longest(self) -> int:
+        """The longest prompt, at which candidates are compared."""
+        return self.lengths[-1]
+
+    def read(self, tokens: Tensor) -> None:
+        """Prefill of [1, length] tokens, and some steps of decode if that is calibrated."""
+        tokens = tokens.to(self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        hidden = read(self.model, tokens, cache)
+        if "decode" not in self.targets:
+            return
+        head = self.model.get_output_embeddings()
+        for _ in range(DECODE_STEPS):
+            hidden = read(self.model, head(hidden[:, -1:]).argmax(-1), cache)
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    used = model.config._attn_implementation
+    if used != hf.NAME:
+        raise ValueError(f"the model's attn_implementation is {used!r}; load it with {hf.NAME!r}")
+    if hf.is_sharded(model):
+        raise ValueError(
+            "the model is split over processes; calibrate it in one process: the thresholds "
+            "that its configuration then holds are those of all heads"
+        )
+
+
+def lengths_of(model: PreTrainedModel, given: Sequence[int] | None) -> list[int]:
+    """Lengths of prompts, ascending: those given, else the default ones within the context.
+
+    Raises:
+        ValueError: the context has room for none.
+    """
+    longest = context_length(model)
+    lengths = sorted(set(given or [n for n in DEFAULT_LENGTHS if n <= longest]))
+    if not lengths:
+        raise ValueError(
+            f"the model's context is {longest} tokens, less than every default length; give lengths"
+        )
+    return lengths
+
+
+def targets_by_phase(
+    given: float | Mapping[str, float] | Sequence[float],
+) -> dict[str, list[float]]:
+    """Targets by phase, without those that are 0: dense needs no threshold.
+
+    Raises:
+        ValueError: an unknown phase, a target outside 0 to 1, or none above 0.
+    """
+    if isinstance(given, Mapping):
+        by_phase = {phase: [float(target)] for phase, target in given.items()}
+    else:
+        several = given if isinstance(given, Sequence) else [given]
+        by_phase = {phase: [float(target) for target in several] for phase in PHASES}
+    for phase, targets in by_phase.items():
+        if phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
+        for target in targets:
+            if not 0 <= target <= 1:
+                raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
+    positive = {p: list(dict.fromkeys(t for t in some if t)) for p, some in by_phase.items()}
+    if not any(positive.values()):
+        raise ValueError("every target sparsity is 0: dense needs no calibration")
+    return {phase: targets for phase, targets in positive.items() if targets}
