@@ -12,19 +12,18 @@
 #include <optional>
 #include <tuple>
 
-#include "check.h"
+#include "tensors.h"
 
 namespace {
 
 using namespace blasst::binding;
-using OptionalTensor = std::optional<Tensor>;
 
 int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 blasst::HeadRows rows_of(std::string_view name, Tensor& t) {
   check(t.dim() == 3, name, " is ", t, "; it must be [rows, heads, head_dim] of one request");
   t = readable(t);
-  return {.dtype = dtype_of(t),
+  return {.dtype = dtype_of(name, t),
           .data = t.data_ptr(),
           .rows = t.size(0),
           .heads = t.size(1),
@@ -40,10 +39,10 @@ blasst::BoundaryPredictor predictor_of(Tensor& weights, int64_t inputs, int64_t 
       inputs * features, window, window, (4 * features + 1) * hidden, hidden, hidden, int64_t{1}};
   int64_t total = 0;
   for (const int64_t size : sizes) total += size;
-  check(
-      weights.scalar_type() == ScalarType::Float && weights.dim() == 1 && weights.size(0) == total,
-      "predictor is ", weights, " of ", weights.scalar_type(), "; for inputs ", inputs, ", window ",
-      window, ", features ", features, ", hidden ", hidden, " it must be float32 [", total, "]");
+  check(weights.dim() == 1 && weights.size(0) == total, "predictor is ", weights, "; for inputs ",
+        inputs, ", window ", window, ", features ", features, ", hidden ", hidden, " it must be [",
+        total, "]");
+  check_type("predictor", weights, ScalarType::Float);
   weights = torch::stable::contiguous(weights);
   const auto* at = static_cast<const float*>(weights.const_data_ptr());
   std::array<const float*, sizes.size()> parts{};
@@ -80,12 +79,11 @@ void read_rule(Rule& r, std::string_view chunker, int64_t least, int64_t most, d
 
 // A view of what the tensors hold, which become contiguous.
 blasst::ChunkView chunks_of(Tensor& starts, Tensor& sums, int64_t keys) {
-  check(starts.scalar_type() == ScalarType::Int && starts.dim() == 1, "starts is ", starts, " of ",
-        starts.scalar_type(), "; it must be int32 [chunks]");
-  check(
-      sums.scalar_type() == ScalarType::Float && sums.dim() == 3 && sums.size(0) == starts.size(0),
-      "sums is ", sums, " of ", sums.scalar_type(),
-      "; it must be float32 [chunks, kv_heads, head_dim] with chunks ", starts.size(0));
+  check(starts.dim() == 1, "starts is ", starts, "; it must be [chunks]");
+  check_type("starts", starts, ScalarType::Int);
+  check(sums.dim() == 3 && sums.size(0) == starts.size(0), "sums is ", sums,
+        "; it must be [chunks, kv_heads, head_dim] with chunks ", starts.size(0));
+  check_type("sums", sums, ScalarType::Float);
   starts = torch::stable::contiguous(starts);
   sums = torch::stable::contiguous(sums);
   return {keys,
@@ -118,7 +116,7 @@ Tensor sample_of(const Tensor& key, const blasst::HeadRows& rows, int64_t keys) 
 bool same_bits(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == b.scalar_type() && a.numel() == b.numel() &&
          std::memcmp(a.const_data_ptr(), b.const_data_ptr(),
-                     a.numel() * element_bytes(dtype_of(a))) == 0;
+                     a.numel() * element_bytes(dtype_of("sample", a))) == 0;
 }
 
 std::tuple<int64_t, Tensor, Tensor, Tensor> next_chunks_of(Tensor key, Tensor starts, Tensor sums,
@@ -127,12 +125,18 @@ std::tuple<int64_t, Tensor, Tensor, Tensor> next_chunks_of(Tensor key, Tensor st
                                                            int64_t most, double threshold,
                                                            OptionalTensor predictor,
                                                            std::vector<int64_t> shape) {
+  check_devices("key", key,
+                {{"starts", &starts},
+                 {"sums", &sums},
+                 {"sample", &sample},
+                 {"predictor", pointer(predictor)}});
   Rule rule;
   read_rule(rule, chunker, least, most, threshold, predictor, shape);
   const blasst::HeadRows rows = rows_of("key", key);
   blasst::ChunkView known = chunks_of(starts, sums, keys);
-  check(keys <= rows.rows, rows.rows, " keys are given, fewer than the ", keys,
-        " that the chunks cover");
+  check(keys >= 0 && keys <= rows.rows, rows.rows, " keys are given; the chunks cover ", keys,
+        ", which must be 0 to as many");
+  dtype_of("sample", sample);
   sample = torch::stable::contiguous(sample);
   if (!same_bits(sample, sample_of(key, rows, keys))) known = {0, {}, {}};
   const blasst::Chunks next = blasst::next_chunks(known, rule.rule, rows, threads());
@@ -148,6 +152,7 @@ std::tuple<int64_t, Tensor, Tensor, Tensor> next_chunks_of(Tensor key, Tensor st
 
 Tensor boundary_scores_of(Tensor key, std::string chunker, OptionalTensor predictor,
                           std::vector<int64_t> shape) {
+  check_devices("key", key, {{"predictor", pointer(predictor)}});
   Rule rule;
   read_rule(rule, chunker, 1, 1, 0, predictor, shape);
   const blasst::HeadRows rows = rows_of("key", key);
@@ -161,6 +166,7 @@ Tensor boundary_scores_of(Tensor key, std::string chunker, OptionalTensor predic
 
 Tensor select_chunks(Tensor query, Tensor starts, Tensor sums, int64_t keys, bool decode,
                      int64_t budget_keys, double budget_share) {
+  check_devices("query", query, {{"starts", &starts}, {"sums", &sums}});
   const blasst::HeadRows rows = rows_of("query", query);
   const blasst::ChunkView chunks = chunks_of(starts, sums, keys);
   check(sums.size(2) == rows.head_dim, "sums is ", sums, ", but query is ", query);
@@ -192,7 +198,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blasst, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
-  m.impl("chunks_next", TORCH_BOX(next_chunks_of));
-  m.impl("chunks_scores", TORCH_BOX(boundary_scores_of));
-  m.impl("chunks_select", TORCH_BOX(select_chunks));
+  m.impl("chunks_next", TORCH_BOX(Kernel<next_chunks_of>::call));
+  m.impl("chunks_scores", TORCH_BOX(Kernel<boundary_scores_of>::call));
+  m.impl("chunks_select", TORCH_BOX(Kernel<select_chunks>::call));
 }

@@ -1,13 +1,17 @@
 """`attention`: the operator for Python callers."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-import blasst.operators  # noqa: F401, loads torch.ops.blasst
+from blasst.operators import REPORTS, call
+
+_INTEGERS = (numbers.Integral, torch.SymInt)
+_NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 
 
 class TileCounts(NamedTuple):
@@ -80,6 +84,8 @@ def attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     page_table: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     return_lse: bool = False,
     return_stats: bool = False,
     return_error_bound: bool = False,
@@ -132,6 +138,12 @@ def attention(
         cu_seqlens_q: [batch + 1] first row of each request, for ragged q.
         cu_seqlens_k: [batch + 1] first key of each request, for ragged k and v.
         page_table: [batch, pages a request] page ids, for paged k and v; needs lengths.
+        max_seqlen_q: no request of a ragged q has more rows. Without it, on cuda, room is made for
+            one that has all of them, which costs time. Checked on the cpu; on cuda rows beyond it
+            are not computed.
+        max_seqlen_k: no request of ragged or paged keys has more. Without it, on cuda, room is made
+            for all that k, or the page table, holds. Checked on the cpu; on cuda keys beyond it are
+            not seen.
         return_lse: fill Result.lse.
         return_stats: fill Result.stats.
         return_error_bound: fill Result.dropped_mass_bound.
@@ -146,12 +158,12 @@ def attention(
         any return_* is set.
 
     Raises:
-        TypeError: an argument that is no tensor, or no number.
-        ValueError: arguments that contradict each other, or a device without a backend.
-        RuntimeError: shapes, types or numbers out of range; the message says what was passed and
-            what is accepted.
-        NotImplementedError: thresholds that require a gradient; in the backward pass of a decode,
-            of pages that requests share, on cuda, or of a backward pass.
+        TypeError: an argument of a wrong type, a tensor of a wrong dtype included.
+        ValueError: shapes, numbers or names out of range, arguments that contradict each other,
+            tensors on different devices; the message says what was passed and what is accepted.
+        NotImplementedError: what this build or device does not do; thresholds that require a
+            gradient; in the backward pass of a decode, of pages that requests share, on cuda, or of
+            a backward pass.
     """
     _check_tensors(
         {"q": q, "k": k, "v": v},
@@ -168,26 +180,48 @@ def attention(
     )
     if phase is None:
         phase = "decode" if q.dim() == 4 and q.shape[1] == 1 else "prefill"
-    _check_options(phase, order, scale, softcap)
+    _check_choice("phase", phase, ("prefill", "decode"))
+    _check_choice("order", order, ("forward", "reverse", "sink_first"))
+    _check_flags(
+        causal=causal,
+        return_lse=return_lse,
+        return_stats=return_stats,
+        return_error_bound=return_error_bound,
+        return_gaps=return_gaps,
+        return_tile_maxima=return_tile_maxima,
+        check_pages=check_pages,
+    )
+    _check_positive("scale", scale, "1 / sqrt(head_dim)")
+    _check_positive("softcap", softcap, "none")
+    _check_count("max_seqlen_q", max_seqlen_q)
+    _check_count("max_seqlen_k", max_seqlen_k)
+    idle = None  # [batch, 1, 1] requests without a query
     if q.device.type == "cuda":
         starts, lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, page_table = (
-            None if t is None else t.to(torch.int32)
-            for t in (starts, lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, page_table)
+            _narrow(name, t)
+            for name, t in (
+                ("starts", starts),
+                ("lengths", lengths),
+                ("query_lengths", query_lengths),
+                ("cu_seqlens_q", cu_seqlens_q),
+                ("cu_seqlens_k", cu_seqlens_k),
+                ("page_table", page_table),
+            )
         )
         if phase == "decode" and query_lengths is not None:
             starts, lengths = _without_idle(q, k, starts, lengths, query_lengths)
-            query_lengths = None
+            idle, query_lengths = (query_lengths <= 0)[:, None, None], None
         if check_pages:
             _check_pages(k, lengths, page_table)
     left, right = _window(window)
     bands = _bands(bands, q.device)
     if blocks is not None:
         if blocks.dtype not in (torch.bool, torch.uint8):
-            raise ValueError(f"blocks is {blocks.dtype}; it must be torch.bool")
+            raise TypeError(f"blocks is {blocks.dtype}; it must be torch.bool")
         blocks = blocks.to(torch.uint8)
     test, thresholds = _tile_test(threshold, threshold_scale_factor, absolute_threshold, q.device)
     if sinks is not None and not sinks.is_floating_point():
-        raise ValueError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
+        raise TypeError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
     sinks = None if sinks is None else sinks.to(torch.float32)
     if thresholds is not None and thresholds.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
@@ -205,51 +239,64 @@ def attention(
         and torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
     )
-    out, lse, bound, tiles, gaps, maxima, _ = getattr(torch.ops.blasst, phase)(
-        q,
-        k,
-        v,
-        starts,
-        lengths,
-        query_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        page_table,
-        scale or 0.0,
-        softcap or 0.0,
-        sinks,
-        causal,
-        left,
-        right,
-        bands,
-        blocks,
-        order,
-        test,
-        thresholds,
-        return_lse or differentiable,
-        return_error_bound,
-        return_stats,
-        return_gaps,
-        return_tile_maxima,
-        differentiable,
+    wanted = {
+        "lse": return_lse or differentiable,
+        "dropped_mass_bound": return_error_bound,
+        "tiles": return_stats,
+        "gaps": return_gaps,
+        "maxima": return_tile_maxima,
+        "bits": differentiable,
+    }
+    out, reports = call(
+        phase,
+        q=q,
+        k=k,
+        v=v,
+        starts=starts,
+        lengths=lengths,
+        query_lengths=query_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        page_table=page_table,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale or 0.0,
+        softcap=softcap or 0.0,
+        sinks=sinks,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        bands=bands,
+        blocks=blocks,
+        order=order,
+        test=test,
+        thresholds=thresholds,
+        **{f"want_{name}": want for name, want in wanted.items()},
     )
     if not any((return_lse, return_stats, return_error_bound, return_gaps, return_tile_maxima)):
         return out
-    if return_tile_maxima:
-        # Decode has one query tile a request, and no dimension for it.
-        tiles_of_requests = maxima if phase == "decode" else maxima.unflatten(1, (q.shape[0], -1))
-        maxima = tiles_of_requests.transpose(0, 1)
+    reported = dict(zip((name for name in REPORTS if wanted[name]), reports, strict=True))
 
-    def by_row(t: Tensor) -> Tensor:
+    def by_row(name: str) -> Tensor:
+        t = reported[name]
         return t if q.dim() == 3 else t.unflatten(1, q.shape[:2]).transpose(0, 1)
 
+    def by_request(tiles: Tensor) -> Tensor:
+        # Decode has one query tile a request, and no dimension for it.
+        if phase == "prefill":
+            tiles = tiles.unflatten(1, (q.shape[0], -1))
+        return tiles.transpose(0, 1)
+
+    lse = by_row("lse") if return_lse else None
+    if lse is not None and sinks is not None and idle is not None:
+        lse = lse.masked_fill(idle, -math.inf)
     return Result(
         out,
-        by_row(lse) if return_lse else None,
-        TileCounts(tiles[0], tiles[1]) if return_stats else None,
-        by_row(bound) if return_error_bound else None,
-        gaps if return_gaps else None,
-        maxima if return_tile_maxima else None,
+        lse,
+        TileCounts(*reported["tiles"].unbind()) if return_stats else None,
+        by_row("dropped_mass_bound") if return_error_bound else None,
+        reported["gaps"] if return_gaps else None,
+        by_request(reported["maxima"]) if return_tile_maxima else None,
     )
 
 
@@ -271,16 +318,15 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
         with a sink but no key adds its sink to the denominator.
 
     Raises:
-        TypeError: an argument that is no tensor.
-        ValueError: tensors on different devices.
-        RuntimeError: shapes or types that do not fit each other; the message says which.
-        NotImplementedError: in a backward pass.
+        TypeError: an argument that is no tensor, or tensors of a wrong dtype.
+        ValueError: shapes that do not fit each other, or tensors on different devices.
+        NotImplementedError: a type that the device does not do; in a backward pass.
     """
     _check_tensors({"out1": out1, "lse1": lse1, "out2": out2, "lse2": lse2}, {})
     for name, out, lse in (("lse1", out1, lse1), ("lse2", out2, lse2)):
         shape = (*out.shape[:-3], out.shape[-2], out.shape[-3]) if out.dim() in (3, 4) else None
         if lse.shape != shape:
-            raise RuntimeError(
+            raise ValueError(
                 f"{name} is {list(lse.shape)} with an output of {list(out.shape)}; it must be "
                 "[batch, heads, query_length], or [heads, rows] for [rows, heads, value_dim]"
             )
@@ -288,21 +334,46 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
     def by_head(lse: Tensor) -> Tensor:
         return lse.transpose(0, 1).flatten(1) if lse.dim() == 3 else lse
 
-    out, lse = torch.ops.blasst.merge(out1, by_head(lse1), out2, by_head(lse2))
+    out, lse = call("merge", out_a=out1, lse_a=by_head(lse1), out_b=out2, lse_b=by_head(lse2))
     return out, lse.unflatten(1, out.shape[:2]).transpose(0, 1) if out.dim() == 4 else lse
 
 
-def _check_options(phase: str, order: str, scale: float | None, softcap: float | None) -> None:
-    if phase not in ("prefill", "decode"):
-        raise ValueError(f"phase is {phase!r}; it must be 'prefill' or 'decode'")
-    if not isinstance(order, str):
-        raise TypeError(f"order is {order!r}; it must be 'forward', 'reverse' or 'sink_first'")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(
-            f"scale is {scale}; it must be positive and finite, or None for 1 / sqrt(head_dim)"
-        )
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None for none")
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    accepted = f"it must be one of {', '.join(choices)}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; {accepted}")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be True or False")
+
+
+def _check_positive(name: str, value: float | None, default: str) -> None:
+    if value is None:
+        return
+    accepted = f"it must be positive and finite, or None for {default}"
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; {accepted}")
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, _INTEGERS)):
+        raise TypeError(f"{name} is {value!r}; it must be an integer of 0 or more, or None")
+
+
+def _narrow(name: str, index: Tensor | None) -> Tensor | None:
+    """As int32, which is what is read on cuda."""
+    if index is None:
+        return None
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {index.dtype}; it must be torch.int32 or torch.int64")
+    return index.to(torch.int32)
 
 
 def _without_idle(
@@ -325,18 +396,23 @@ def _check_pages(k: Tensor, lengths: Tensor | None, page_table: Tensor | None) -
     """An error if a page id or a length on the device is out of range."""
     if page_table is None or lengths is None:
         raise ValueError("check_pages is set; it needs page_table and lengths")
-    kind, request, *numbers = torch.ops.blasst.check_pages(
-        page_table, lengths, k.shape[1], k.shape[0]
-    ).tolist()
+    found = call(
+        "check_pages",
+        page_table=page_table,
+        lengths=lengths,
+        page_size=k.shape[1],
+        pages=k.shape[0],
+    )
+    kind, request, *numbers = found.tolist()
     if kind == 1:
         index, page = numbers
-        raise RuntimeError(
+        raise ValueError(
             f"page_table[{request}, {index}] is {page}; it must be 0 to {k.shape[0] - 1}, a page "
             "of k"
         )
     if kind == 2:
         length, room = numbers
-        raise RuntimeError(
+        raise ValueError(
             f"lengths[{request}] is {length}; it must be 0 to {room}, what the page table has room "
             "for"
         )
@@ -344,20 +420,25 @@ def _check_pages(k: Tensor, lengths: Tensor | None, page_table: Tensor | None) -
 
 def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
     """The tiles on which `attention` would decide for these dense inputs in this phase."""
-    return TileShape(*getattr(torch.ops.blasst, f"{phase}_tile_shape")(q, k, v))
+    _check_tensors({"q": q, "k": k, "v": v}, {})
+    _check_choice("phase", phase, ("prefill", "decode"))
+    return TileShape(*call(f"{phase}_tile_shape", q=q, k=k, v=v))
 
 
 def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """The operator's window_left and window_right; -1: no limit."""
     if window is None:
         return -1, -1
-    sides = tuple(window) if isinstance(window, Sequence) else ()
-    if len(sides) != 2 or not all(w is None or (isinstance(w, int) and w >= 0) for w in sides):
-        raise ValueError(
-            f"window is {window!r}; it must be (before, after), each an integer of 0 or more, or "
-            "None for no limit"
-        )
-    left, right = (-1 if w is None else w for w in sides)
+    accepted = "it must be (before, after), each an integer of 0 or more, or None for no limit"
+    if (
+        not isinstance(window, Sequence)
+        or isinstance(window, str)
+        or any(isinstance(w, bool) or not isinstance(w, int | None) for w in window)
+    ):
+        raise TypeError(f"window is {window!r}; {accepted}")
+    if len(window) != 2 or any(w is not None and w < 0 for w in window):
+        raise ValueError(f"window is {window!r}; {accepted}")
+    left, right = (-1 if w is None else w for w in window)
     return left, right
 
 
@@ -395,14 +476,19 @@ def _tile_test(
     if len(given) > 1:
         raise ValueError(f"{' and '.join(name for name, *_ in given)} exclude each other; give one")
     [(name, test, value)] = given
-    if isinstance(value, float | int):  # no copy from the host, so that a graph can capture it
+    accepted = "it must be a number, a list of numbers, or a tensor of them"
+    if isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if device.type == "cuda":
+        _check_host_values(name, test, value)
+    if isinstance(value, _NUMBERS):  # no copy from the host, so that a graph can capture it
         return test, torch.full((1, 1, 1), value, dtype=torch.float32, device=device)
+    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+        raise TypeError(f"{name} is {value.dtype}; {accepted}")
     try:
         values = torch.as_tensor(value, dtype=torch.float32, device=device)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} is {value!r}; it must be a number, a list of numbers, or a tensor"
-        ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {value!r}; {accepted}") from error
     if values.dim() > 3 or not values.numel():
         raise ValueError(
             f"{name} is {list(values.shape)}; it must be a number, [heads], [1 or batch, 1 or "
@@ -413,12 +499,28 @@ def _tile_test(
     return test, values
 
 
+def _check_host_values(name: str, test: str, value: object) -> None:
+    """An error if a number that the host has is no threshold: on cuda nobody looks at it later."""
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        value = [] if torch.compiler.is_compiling() else value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for element in value:
+            _check_host_values(name, test, element)
+    elif isinstance(value, _NUMBERS):
+        if test == "relative" and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it must be a number from 0 to 1")
+        if test == "scale_factor" and not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be finite and at least 0")
+        if test == "absolute" and math.isnan(value):
+            raise ValueError(f"{name} is {value}; it must be a number")
+
+
 def _check_tensors(needed: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
     """An error unless all are strided tensors on one device that has a backend."""
     [first, *_] = needed
     q = needed[first]
     if isinstance(q, Tensor) and q.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{first} is on {q.device}; blasst runs on: cpu, cuda")
+        raise NotImplementedError(f"{first} is on {q.device}; blasst runs on: cpu, cuda")
     for name, t in {**needed, **optional}.items():
         if t is None and name in optional:
             continue
@@ -426,7 +528,7 @@ def _check_tensors(needed: dict[str, Tensor], optional: dict[str, Tensor | None]
             none = ", or None" if name in optional else ""
             raise TypeError(f"{name} is a {type(t).__name__}; it must be a torch.Tensor{none}")
         if t.layout != torch.strided:
-            raise ValueError(f"{name} is {t.layout}; it must be torch.strided")
+            raise TypeError(f"{name} is {t.layout}; it must be torch.strided")
         if t.device != q.device:
             raise ValueError(
                 f"{name} is on {t.device}, {first} on {q.device}; they must share a device"

@@ -1,6 +1,8 @@
-"""Loads `torch.ops.blasst` and tells torch.compile, export and autograd what it needs to know."""
+"""Loads and calls `torch.ops.blasst`; says what torch.compile, export and autograd must know."""
 
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,11 +14,43 @@ if not _LIBRARY.exists():
 torch.ops.load_library(_LIBRARY)
 
 GAP_BINS = 514
+REPORTS = ("lse", "dropped_mass_bound", "tiles", "gaps", "maxima", "bits")
+"""What prefill and decode report if their argument want_... is true, in this order."""
+
+_ERRORS = {
+    error.__name__: error for error in (TypeError, ValueError, NotImplementedError, MemoryError)
+}
+
+
+def call(operator: str, **arguments: object) -> Any:
+    """An operator's result.
+
+    torch makes a RuntimeError of every error of an operator; here it gets the type that its message
+    begins with.
+    """
+    try:
+        return getattr(torch.ops.blasst, operator)(**arguments)
+    except RuntimeError as error:
+        kind, _, message = str(error).partition(": ")
+        if kind not in _ERRORS:
+            raise
+        raise _ERRORS[kind](message) from None
+
+
+@cache
+def _names(operator: str) -> tuple[str, ...]:
+    schema = getattr(torch.ops.blasst, operator).default._schema
+    return tuple(argument.name for argument in schema.arguments)
+
+
+def _wanted(arguments: dict[str, object]) -> list[str]:
+    """The reports that these arguments ask for, in order."""
+    return [name for name in REPORTS if arguments[f"want_{name}"]]
 
 
 def _prefill_tile() -> tuple[int, int]:
     """Query rows and keys of the tile on which prefill decides."""
-    row = torch.empty(1, 1, 1, 16, device="cpu")
+    row = torch.empty(1, 1, 1, 16, device="cpu", dtype=torch.float32)
     return tuple(torch.ops.blasst.prefill_tile_shape(row, row, row)[:2])
 
 
@@ -31,100 +65,63 @@ def prefill_tile(device: torch.device, head_dim: int) -> tuple[int, int]:
     return QUERY_ROWS, KEYS
 
 
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    query_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    page_table: Tensor | None,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    bands: Tensor | None,
-    blocks: Tensor | None,
-    order: str,
-    test: str,
-    thresholds: Tensor | None,
-    lse: bool,
-    dropped_mass_bound: bool,
-    tiles: bool,
-    gaps: bool,
-    maxima: bool,
-    bits: bool,
-    *,
-    decode: bool = False,
-) -> tuple[Tensor, ...]:
-    heads = q.shape[-2]
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    rows = q.shape[0] * q.shape[1] if cu_seqlens_q is None else q.shape[0]
-    query_rows, tile_keys = prefill_tile(q.device, q.shape[-1])
-    # As many tile bits as there may be: index tensors are not read here.
-    if cu_seqlens_q is not None:
-        query_tiles = rows // query_rows + batch
+def _check_devices(arguments: dict[str, object], first: str) -> None:
+    """An error unless all tensors are where the first one is; a meta tensor is nowhere else."""
+    device = arguments[first].device
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.device != device:
+            raise ValueError(
+                f"{name} is on {value.device}, {first} on {device}; they must share a device"
+            )
+
+
+def _fake(operator: str, *inputs: object) -> tuple[Tensor, list[Tensor]]:
+    """The output and the reports of prefill and decode, without their values."""
+    arguments = dict(zip(_names(operator), inputs, strict=True))
+    _check_devices(arguments, "q")
+    a = SimpleNamespace(**arguments)
+    heads, rows = a.q.shape[-2], a.q.shape[0]
+    if a.cu_seqlens_q is None:
+        rows = rows * a.q.shape[1]
+    batch = a.q.shape[0] if a.cu_seqlens_q is None else a.cu_seqlens_q.shape[0] - 1
+    tiles = _most_tiles(operator, a, batch, rows)
+    shapes = {
+        "lse": ((heads, rows), torch.float32),
+        "dropped_mass_bound": ((heads, rows), torch.float32),
+        "tiles": ((2, batch, heads), torch.int64),
+        "gaps": ((heads, GAP_BINS), torch.int64),
+        "maxima": (tiles, torch.float32),
+        "bits": ((tiles[0] * tiles[1] * -(-tiles[2] // 32),), torch.int32),
+    }
+    out = a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1]))
+    return out, [
+        a.q.new_empty(shape, dtype=dtype) for shape, dtype in map(shapes.get, _wanted(arguments))
+    ]
+
+
+def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tuple[int, int, int]:
+    """Heads, query tiles and key tiles of a report, as many as the index tensors allow."""
+    query_rows, tile_keys = prefill_tile(a.q.device, a.q.shape[-1])
+    if a.cu_seqlens_k is not None:
+        keys = a.k.shape[0]
+    elif a.page_table is not None:
+        keys = a.page_table.shape[1] * a.k.shape[1]
     else:
-        query_tiles = batch * -(-q.shape[1] // query_rows)
-    if cu_seqlens_k is not None:
-        keys = k.shape[0]
-    elif page_table is not None:
-        keys = page_table.shape[1] * k.shape[1]
-    else:
-        keys = k.shape[1]
-
-    maxima_shape = (heads, query_tiles, -(-keys // tile_keys))
-    if decode:
-        maxima_shape = (k.shape[-2], batch, -(-keys // tile_keys))
-
-    def output(wanted: bool, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return q.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    return (
-        q.new_empty((*q.shape[:-1], v.shape[-1])),
-        output(lse, (heads, rows), torch.float32),
-        output(dropped_mass_bound, (heads, rows), torch.float32),
-        output(tiles, (2, batch, heads), torch.int64),
-        output(gaps, (heads, GAP_BINS), torch.int64),
-        output(maxima, maxima_shape, torch.float32),
-        output(bits, (heads * query_tiles * -(-keys // (32 * tile_keys)),), torch.int32),
-    )
+        keys = a.k.shape[1]
+    if a.max_seqlen_k is not None:
+        keys = torch.sym_min(keys, a.max_seqlen_k)
+    key_tiles = -(-keys // tile_keys)
+    if operator == "decode":
+        return a.k.shape[-2], batch, key_tiles
+    if a.cu_seqlens_q is not None:
+        return a.q.shape[-2], rows // query_rows + batch, key_tiles
+    return a.q.shape[-2], batch * -(-a.q.shape[1] // query_rows), key_tiles
 
 
-def _fake_decode(q: Tensor, k: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-    if arguments[-1]:
-        raise NotImplementedError("blasst::decode has no tile bits for a backward pass")
-    return _fake(q, k, *arguments, decode=True)
-
-
-def _fake_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bits: Tensor,
-    starts: Tensor | None,
-    lengths: Tensor | None,
-    query_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    page_table: Tensor | None,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    bands: Tensor | None,
-    blocks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_backward(*inputs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = dict(zip(_names("prefill_backward"), inputs, strict=True))
+    _check_devices(arguments, "q")
+    q, k, v, sinks = (arguments[name] for name in ("q", "k", "v", "sinks"))
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
@@ -133,58 +130,52 @@ def _fake_backward(
     )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    *tensors, scale, softcap, sinks, causal, left, right, bands, blocks = inputs[:17]
-    out, lse, bound, _, _, maxima, bits = output
-    ctx.save_for_backward(*tensors, sinks, bands, blocks, out, lse, bits)
-    ctx.scalars = scale, softcap, causal, left, right
-    ctx.reported = inputs[20] and inputs[25]  # lse and bits
-    ctx.mark_non_differentiable(bound, maxima)
+def _fake_merge(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    arguments = dict(zip(_names("merge"), inputs, strict=True))
+    _check_devices(arguments, "out_a")
+    out, lse = arguments["out_a"], arguments["lse_a"]
+    return out.new_empty(out.shape), lse.new_empty(lse.shape)
+
+
+def _fake_check_pages(page_table: Tensor, lengths: Tensor, page_size: int, pages: int) -> Tensor:
+    return page_table.new_empty(4)
+
+
+def _save_for_backward(
+    ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, list[Tensor]]
+) -> None:
+    arguments = dict(zip(_names("prefill"), inputs, strict=True))
+    out, reports = output
+    ctx.reports = _wanted(arguments)
+    reported = dict(zip(ctx.reports, reports, strict=True))
+    saved = {name: arguments[name] for name in _names("prefill_backward") if name in arguments}
+    saved |= {"out": out, "lse": reported.get("lse"), "bits": reported.get("bits")}
+    ctx.others = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
+    ctx.names = [name for name in saved if name not in ctx.others]
+    ctx.save_for_backward(*(saved[name] for name in ctx.names))
+    ctx.mark_non_differentiable(*(t for name, t in reported.items() if name != "lse"))
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
+    ctx: Any, dout: Tensor | None, dreports: list[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, starts, lengths, query_lengths, cu_q, cu_k, page_table, *saved = ctx.saved_tensors
-    sinks, bands, blocks, out, lse, bits = saved
-    if q.device.type != "cpu":
+    saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
+    device = saved["q"].device
+    if device.type != "cpu":
         raise NotImplementedError(
-            f"blasst.attention has no backward pass on {q.device}; it has one on: cpu"
+            f"blasst.attention has no backward pass on {device}; it has one on: cpu"
         )
-    if not ctx.reported:
+    if saved["lse"] is None or saved["bits"] is None:
         raise NotImplementedError(
-            "torch.ops.blasst.prefill has a backward pass only with lse=True and bits=True"
+            "torch.ops.blasst.prefill has a backward pass only with want_lse=True and "
+            "want_bits=True"
         )
-    scale, softcap, causal, left, right = ctx.scalars
-    dq, dk, dv, dsinks = torch.ops.blasst.prefill_backward(
-        torch.zeros_like(out) if dout is None else dout,
-        dlse,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        bits,
-        starts,
-        lengths,
-        query_lengths,
-        cu_q,
-        cu_k,
-        page_table,
-        scale,
-        softcap,
-        sinks,
-        causal,
-        left,
-        right,
-        bands,
-        blocks,
-    )
-    gradients = [None] * len(ctx.needs_input_grad)
-    gradients[:3] = dq, dk, dv
-    gradients[11] = None if sinks is None else dsinks
-    return tuple(gradients)
+    dlse = dict(zip(ctx.reports, dreports, strict=True))["lse"]
+    dout = torch.zeros_like(saved["out"]) if dout is None else dout
+    dq, dk, dv, dsinks = call("prefill_backward", dout=dout, dlse=dlse, **saved)
+    gradients = {"q": dq, "k": dk, "v": dv, "sinks": None if saved["sinks"] is None else dsinks}
+    return tuple(gradients.get(name) for name in _names("prefill"))
 
 
 def _no_decode_backward(*_: object) -> None:
@@ -192,16 +183,6 @@ def _no_decode_backward(*_: object) -> None:
         "blasst.attention with phase='decode' has no backward pass: run it under torch.no_grad(), "
         "or pass phase='prefill'"
     )
-
-
-def _fake_merge(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
-
-
-def _fake_check_pages(page_table: Tensor, lengths: Tensor, page_size: int, pages: int) -> Tensor:
-    return page_table.new_empty(4)
 
 
 def _no_merge_backward(*_: object) -> None:
@@ -215,8 +196,8 @@ def _no_second_backward(*_: object) -> None:
     raise NotImplementedError("blasst.attention has no second derivative")
 
 
-torch.library.register_fake("blasst::prefill", _fake)
-torch.library.register_fake("blasst::decode", _fake_decode)
+torch.library.register_fake("blasst::prefill", partial(_fake, "prefill"))
+torch.library.register_fake("blasst::decode", partial(_fake, "decode"))
 torch.library.register_fake("blasst::prefill_backward", _fake_backward)
 torch.library.register_fake("blasst::merge", _fake_merge)
 torch.library.register_fake("blasst::check_pages", _fake_check_pages)

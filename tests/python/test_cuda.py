@@ -137,16 +137,52 @@ def test_pages_are_checked_where_that_is_asked_for() -> None:
         paged = {"phase": phase, "page_table": table, "lengths": lengths}
         good = blasst.attention(q, k, v, check_pages=True, **paged)
         table[1, 1] = 16
-        with pytest.raises(RuntimeError, match=r"page_table\[1, 1\] is 16; it must be 0 to 15"):
+        with pytest.raises(ValueError, match=r"page_table\[1, 1\] is 16; it must be 0 to 15"):
             blasst.attention(q, k, v, check_pages=True, **paged)
         assert blasst.attention(q, k, v, **paged).isfinite().all()
         table[1, 1] = 9
         lengths[0] = 513
-        with pytest.raises(RuntimeError, match=r"lengths\[0\] is 513; it must be 0 to 512"):
+        with pytest.raises(ValueError, match=r"lengths\[0\] is 513; it must be 0 to 512"):
             blasst.attention(q, k, v, check_pages=True, **paged)
         assert torch.equal(blasst.attention(q, k, v, **paged), good), "cut to the table's room"
     with pytest.raises(ValueError, match="needs page_table"):
         blasst.attention(q, k[:2], v[:2], check_pages=True)
+
+
+def test_most_tokens_of_a_request_change_nothing() -> None:
+    q, k, v = (t.cuda() for t in inputs(1, 450, 450, 8, 2, 128))
+    flat = [t[0] for t in (q, k, v)]
+    cu = torch.tensor([0, 300, 300, 370, 450], device="cuda")
+    options = {"causal": True, "threshold": 0.1, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    wanted = blasst.attention(*flat, **options)
+    for most in (300, 1000):
+        got = blasst.attention(*flat, max_seqlen_q=most, max_seqlen_k=most, **options)
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match="rows is 450, more than batch 4 times query_length 80"):
+        blasst.attention(*flat, max_seqlen_q=80, **options)
+    pages = [t.flatten(0, 1)[:448].view(7, 64, 2, 128) for t in (k, v)]
+    paged = {
+        "page_table": torch.arange(7, device="cuda")[None],
+        "lengths": torch.tensor([200], device="cuda"),
+    }
+    for queries in (q[:, :1], q):
+        wanted = blasst.attention(queries, *pages, **paged)
+        for most in (200, 10_000):
+            got = blasst.attention(queries, *pages, max_seqlen_k=most, **paged)
+            torch.testing.assert_close(got, wanted, atol=2e-3, rtol=0)
+
+
+def test_idle_decode_rows_have_no_lse() -> None:
+    q, k, v = (t.cuda() for t in inputs(2, 1, 100, 4, 2, 64))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], device="cuda")
+    options = {"sinks": sinks, "return_lse": True}
+    used = torch.tensor([1, 0], device="cuda")
+    lse = blasst.attention(q, k, v, query_lengths=used, **options).lse
+    assert lse[0].isfinite().all()
+    assert (lse[1] == -torch.inf).all()
+    none = torch.tensor([100, 0], device="cuda")
+    lse = blasst.attention(q, k, v, lengths=none, **options).lse
+    assert torch.equal(lse[1, :, 0], sinks)
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
@@ -170,9 +206,9 @@ def test_wrong_tensors_are_errors() -> None:
     with pytest.raises(ValueError, match="lengths is on cpu, q on cuda:0"):
         blasst.attention(q, k, v, lengths=torch.tensor([3]))
     odd = torch.empty(k.numel() + 1, dtype=k.dtype, device="cuda")[1:].view(k.shape)
-    with pytest.raises(RuntimeError, match=r"k\.data is .*; it must be 16-byte aligned"):
+    with pytest.raises(NotImplementedError, match=r"k\.data is .*; it must be 16-byte aligned"):
         blasst.attention(q, odd, v)
-    with pytest.raises(RuntimeError, match="float32; it does bfloat16 and float16"):
+    with pytest.raises(NotImplementedError, match="float32; it does bfloat16 and float16"):
         blasst.attention(q.float(), k.float(), v.float())
     with pytest.raises(NotImplementedError, match="no backward pass on cuda"):
         blasst.attention(q.requires_grad_(), k, v).sum().backward()

@@ -312,5 +312,5 @@ def test_padding_is_refused():
     model = make_model("llama", blasst_policy={"kind": "dhsa", "budget": 128})
     mask = torch.ones(2, 300, dtype=torch.long)
     mask[1, :60] = 0
-    with pytest.raises(RuntimeError, match="blocks is given together with starts or query_lengths"):
+    with pytest.raises(ValueError, match="blocks is given together with starts or query_lengths"):
         model(tokens(2), attention_mask=mask)

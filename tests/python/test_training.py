@@ -8,9 +8,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from blasst import attention
-from blasst.operators import KEYS, QUERY_ROWS
+from blasst.operators import KEYS, QUERY_ROWS, REPORTS, call
 
 THRESHOLD = 0.3
+ABSENT = (
+    *("starts", "lengths", "query_lengths", "cu_seqlens_q", "cu_seqlens_k", "page_table"),
+    *("max_seqlen_q", "max_seqlen_k", "bands", "blocks"),
+)
 
 
 def inputs(batch=2, queries=150, keys=330, heads=4, kv_heads=2, dim=32, dtype=torch.float32):
@@ -30,26 +34,18 @@ def kept_keys(q: Tensor, k: Tensor, v: Tensor, causal=True, threshold=THRESHOLD,
     """[batch, heads, queries, keys]: whether attention keeps the tile, by the operator's bits."""
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
-    none = [None] * 6
-    test = ("none", None) if threshold is None else ("relative", torch.tensor([[[threshold]]]))
-    policy = [None] * 2
-    report = (True, False, False, False, False, True)
-    scale, softcap, sinks = (options.get(o) for o in ("scale", "softcap", "sinks"))
-    mask = (causal, *options.get("window", (-1, -1)))
-    bits = torch.ops.blasst.prefill(
-        q,
-        k,
-        v,
-        *none,
-        scale or 0.0,
-        softcap or 0.0,
-        sinks,
-        *mask,
-        *policy,
-        "sink_first",
-        *test,
-        *report,
-    )[-1]
+    left, right = options.get("window", (-1, -1))
+    _, [bits] = call(
+        "prefill",
+        **dict.fromkeys(ABSENT),
+        **{"q": q, "k": k, "v": v, "causal": causal, "window_left": left, "window_right": right},
+        **{name: options.get(name) or 0.0 for name in ("scale", "softcap")},
+        sinks=options.get("sinks"),
+        order="sink_first",
+        test="none" if threshold is None else "relative",
+        thresholds=None if threshold is None else torch.tensor([[[threshold]]]),
+        **{f"want_{name}": name == "bits" for name in REPORTS},
+    )
     tiles = -(-keys // KEYS)
     bits = bits.reshape(heads, batch, -(-queries // QUERY_ROWS), -(-tiles // 32))
     kept = (bits[..., torch.arange(tiles) // 32] >> (torch.arange(tiles) % 32)) & 1
@@ -303,23 +299,94 @@ def test_autocast_gives_gradients_of_the_leaves_type():
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
+def backward_arguments(lengths=None, sinks=None) -> dict:
+    """What prefill_backward takes by name, after a prefill."""
+    q, k, v = (t.detach() for t in inputs())
+    problem = {
+        **dict.fromkeys(ABSENT),
+        **{"q": q, "k": k, "v": v, "lengths": lengths, "sinks": sinks},
+        **{"scale": 0.0, "softcap": 0.0, "causal": True, "window_left": -1, "window_right": -1},
+        "bands": torch.tensor([[0, 40], [41, 90], [0, 200], [3, 3]]),
+        "blocks": torch.ones(4, 6, 6, dtype=torch.uint8),
+    }
+    out, [lse, bits] = call(
+        "prefill",
+        **problem,
+        **{"order": "sink_first", "test": "none", "thresholds": None},
+        **{f"want_{name}": name in ("lse", "bits") for name in REPORTS},
+    )
+    return {"dout": noise_like(out), "dlse": None, **problem, "out": out, "lse": lse, "bits": bits}
+
+
 def test_fake_gradients_have_the_real_shapes():
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
     ends = torch.tensor([330, 130], dtype=torch.int32)
     for lengths, sink in ((None, None), (ends, sinks)):
-        q, k, v = (t.detach() for t in inputs())
-        bands = torch.tensor([[0, 40], [41, 90], [0, 200], [3, 3]])
-        blocks = torch.ones(4, 6, 6, dtype=torch.uint8)
-        masks = (True, -1, -1, bands, blocks)
-        places = (None, lengths, None, None, None)
-        out, lse, *_, bits = torch.ops.blasst.prefill(
-            q, k, v, *places, None, 0.0, 0.0, sink, *masks, "sink_first", "none", None,
-            True, False, False, False, False, True,
-        )  # fmt: skip
-        torch.library.opcheck(
-            torch.ops.blasst.prefill_backward,
-            (out, None, q, k, v, out, lse, bits, *places, None, 0.0, 0.0, sink, *masks),
-        )
+        given = backward_arguments(lengths, sink)
+        torch.library.opcheck(torch.ops.blasst.prefill_backward, (), given)
+
+
+def test_the_backward_reads_strided_tensors():
+    given = backward_arguments()
+    given["dlse"] = noise_like(given["lse"])
+    wanted = call("prefill_backward", **given)
+
+    def strided(t: Tensor) -> Tensor:
+        return torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]
+
+    for name in ("dout", "dlse", "q", "k", "v", "out", "lse", "bits", "bands", "blocks"):
+        for a, b in zip(
+            call("prefill_backward", **{**given, name: strided(given[name])}), wanted, strict=True
+        ):
+            assert torch.equal(a, b), name
+    ones = torch.full((1,), -1, dtype=torch.int32).expand(given["bits"].shape)
+    everything = torch.full_like(given["bits"], -1)
+    for a, b in zip(
+        call("prefill_backward", **{**given, "bits": ones}),
+        call("prefill_backward", **{**given, "bits": everything}),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("bits", lambda t: t.to(torch.int8), TypeError, "bits is Char; it must be Int"),
+        ("bits", lambda t: t.double(), TypeError, "bits is Double; it must be Int"),
+        ("bits", lambda t: t[1:], ValueError, "bits is [23]; it must be [24], as prefill"),
+        ("lse", lambda t: t.double(), TypeError, "lse is Double; it must be Float"),
+        ("lse", lambda t: t.half(), TypeError, "lse is Half; it must be Float"),
+        ("lse", lambda t: t[:, 1:], ValueError, "lse is [4, 299]; it must be [heads, rows]"),
+        ("dlse", lambda _: torch.zeros(4, 300, dtype=int), TypeError, "dlse is Long; it must be"),
+        ("dlse", lambda _: torch.zeros(4), ValueError, "dlse is [4]; it must be [heads, rows]"),
+        ("out", lambda t: t[..., :16], ValueError, "out is [2, 150, 4, 16]; it must be [..., heads"),
+        ("out", lambda t: t.half(), TypeError, "out is Half; it must be Float"),
+        ("dout", lambda t: t[0], ValueError, "dout is [150, 4, 32]; it must be [..., heads"),
+        ("dout", lambda t: t.double(), TypeError, "dout is Double; it must be Float"),
+        ("v", lambda t: t.half(), TypeError, "v is Half, but q is Float"),
+        ("k", lambda t: t[:, 1:], ValueError, "v is [2, 330, 2, 32], but k is [2, 329, 2, 32]"),
+        ("bands", lambda t: t.int(), TypeError, "bands is Int; it must be Long"),
+        ("blocks", lambda t: t.bool(), TypeError, "blocks is Bool; it must be Byte"),
+        ("blocks", lambda t: t[:, 1:], ValueError, "blocks is [4, 5, 6]; for tiles of 64 rows"),
+        ("starts", lambda _: torch.zeros(2), TypeError, "starts is Float; it must be int32"),
+        ("sinks", lambda _: torch.zeros(4).half(), TypeError, "sinks is Half; it must be Float"),
+    ],
+)
+def test_the_backward_checks_every_tensor(name, change, error, message):
+    given = backward_arguments()
+    with pytest.raises(error) as raised:
+        call("prefill_backward", **{**given, name: change(given[name])})
+    assert message in str(raised.value)
+
+
+def test_every_tensor_must_share_the_device():
+    given = backward_arguments(torch.tensor([330, 130]), torch.zeros(4))
+    given["dlse"] = noise_like(given["lse"])
+    for name in filter(lambda name: isinstance(given[name], Tensor), given):
+        first = "dout is on cpu, q on meta" if name == "q" else f"{name} is on meta, q on cpu"
+        with pytest.raises(ValueError, match=first):
+            call("prefill_backward", **{**given, name: given[name].to("meta")})
 
 
 def test_gradients_of_pages_are_those_of_the_keys_in_them():
@@ -356,9 +423,11 @@ def test_what_has_no_backward_is_named():
     pages = torch.zeros(2, 1, dtype=torch.int32)
     lengths = torch.full((2,), 200, dtype=torch.int32)
     kp, vp = (t.detach()[:, :200].clone().requires_grad_() for t in (k, v))
-    with pytest.raises(RuntimeError, match="page 0 is used by requests 0 and 1"):
+    with pytest.raises(NotImplementedError, match="page 0 is used by requests 0 and 1"):
         attention(q, kp, vp, page_table=pages, lengths=lengths, phase="prefill").sum().backward()
-    with pytest.raises(RuntimeError, match="query_lengths is given together with page_table"):
+    with pytest.raises(
+        NotImplementedError, match="query_lengths is given together with page_table"
+    ):
         attention(
             *(q, kp, vp),
             page_table=pages + torch.arange(2, dtype=torch.int32)[:, None],

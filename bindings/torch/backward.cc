@@ -1,0 +1,103 @@
+// torch.ops.blasst.prefill_backward: gradients of prefill, on the CPU.
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "blasst/blasst.hpp"
+#include "padding.h"
+#include "problem.h"
+#include "tensors.h"
+
+namespace {
+
+using namespace blasst::binding;
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
+    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    Tensor bits, OptionalTensor starts, OptionalTensor lengths, OptionalTensor query_lengths,
+    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor page_table,
+    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k, double scale,
+    double softcap, OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right,
+    OptionalTensor bands, OptionalTensor blocks) {
+  Arguments a{q,
+              k,
+              v,
+              starts,
+              lengths,
+              query_lengths,
+              cu_seqlens_q,
+              cu_seqlens_k,
+              page_table,
+              max_seqlen_q,
+              max_seqlen_k,
+              scale,
+              softcap,
+              sinks,
+              causal,
+              window_left,
+              window_right,
+              bands,
+              blocks};
+  blasst::PrefillParams forward;
+  describe(forward, a);
+  check_devices(
+      "q", a.q,
+      {{"dout", &dout}, {"dlse", pointer(dlse)}, {"out", &out}, {"lse", &lse}, {"bits", &bits}});
+  std::vector<int64_t> out_shape = shape_of(a.q);
+  out_shape.back() = forward.value_dim;
+  for (const auto& [name, t] : {std::pair{"out", &out}, std::pair{"dout", &dout}}) {
+    check_shape(name, *t, "[..., heads, value_dim], rows like q's", out_shape);
+    check_type(name, *t, a.q.scalar_type());
+    *t = readable(*t);
+  }
+  forward.out = view_of(out);
+  const Place place(a.q);
+  place.set(forward);
+  check_blocks(forward, a.blocks);
+
+  blasst::BackwardParams p = backward_of(forward);
+  p.dout = view_of(dout);
+  OptionalTensor known_lse = lse;
+  p.lse = floats("lse", known_lse, "[heads, rows]", {p.heads, a.rows()});
+  p.dlse = floats("dlse", dlse, "[heads, rows]", {p.heads, a.rows()});
+  const int64_t bit_words = tiles_of(forward, a).bit_words();
+  check(bits.dim() == 1 && bits.size(0) == bit_words, "bits is ", bits, "; it must be [", bit_words,
+        "], as prefill returned them");
+  check_type("bits", bits, ScalarType::Int);
+  bits = torch::stable::contiguous(bits);
+  p.tile_bits = static_cast<const uint32_t*>(bits.const_data_ptr());
+
+  const Tensor dq = new_like(a.q), dk = new_like(a.k), dv = new_like(a.v);
+  const Tensor dsinks =
+      torch::stable::new_empty(a.q, std::vector<int64_t>{a.sinks ? p.heads : 0}, ScalarType::Float);
+  p.dq = view_of(dq);
+  p.dk = view_of(dk);
+  p.dv = view_of(dv);
+  if (a.sinks) p.dsinks = dsinks.mutable_data_ptr<float>();
+  const Padding padding(forward, a);
+  if (padding.any()) {
+    if (a.page_table)
+      raise("NotImplementedError",
+            "query_lengths is given together with page_table, which has no backward");
+    run_padded_backward(forward, p, padding, bit_words);
+  } else {
+    blasst::backward(p);
+  }
+  return {dq, dk, dv, dsinks};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(blasst, m) {
+  m.def(
+      "prefill_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
+      " Tensor lse, Tensor bits, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
+      " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, SymInt? max_seqlen_q,"
+      " SymInt? max_seqlen_k, float scale, float softcap, Tensor? sinks, bool causal,"
+      " int window_left, int window_right, Tensor? bands, Tensor? blocks)"
+      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) {
+  m.impl("prefill_backward", TORCH_BOX(Kernel<prefill_backward>::call));
+}
