@@ -816,7 +816,10 @@ BAD = {
             {"k": K[0], "v": V[0], "cu_seqlens_k": i32(0, 30)},
             "cu_seqlens_k is [2]; it must be [batch",
         ),
-        ({**PAGED, "cu_seqlens_k": i32(0, 40, 80)}, "cu_seqlens_k is given together with page_table"),
+        (
+            {**PAGED, "cu_seqlens_k": i32(0, 40, 80)},
+            "cu_seqlens_k is given together with page_table",
+        ),
         ({**PAGED, "lengths": None}, "page_table is given without lengths"),
         ({**PAGED, "lengths": i32(49, 40)}, "lengths[0] is 49; it must be 0 to 48"),
         ({**PAGED, "page_table": torch.full((2, 3), 5)}, "page_table[0, 0] is 5; kv.pages is 5"),

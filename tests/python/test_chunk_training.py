@@ -118,7 +118,7 @@ def test_bad_input(loaded, tmp_path):
         blasst.set_policy(other, policy)
     wider = make_model("llama", head_dim=32)  # all else is as in the trained one
     blasst.set_policy(wider, policy)
-    with pytest.raises(RuntimeError, match="the boundary predictor is for keys of 32 elements"):
+    with pytest.raises(ValueError, match="the boundary predictor is for keys of 32 elements"):
         wider(torch.ones(1, 100, dtype=torch.long))
     loaded.model.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="holds no boundary predictors"):

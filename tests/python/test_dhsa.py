@@ -8,6 +8,7 @@ import torch
 import blasst
 from blasst import Dhsa, attention
 from blasst.methods.dhsa import Chunks, Predictor
+from blasst.operators import call as operator
 from blasst.policies import Call, from_dict
 from tiny_models import make_model
 
@@ -286,11 +287,12 @@ BAD = [
     (lambda: choose(starts=[0, 500, 400]), "chunk 2 begins at 400; chunks must cover the sequen"),
     (lambda: choose(starts=[5, 500, 700]), "chunk 0 begins at 5; chunks must cover the sequence"),
     (lambda: choose(starts=[0, 500, 1000]), "the last chunk begins at 1000, but there are 1000"),
-    (lambda: choose(starts=[0, 500]), "sums is [3, 2, 40] of Float; it must be float32 [chunks,"),
+    (lambda: choose(starts=[0, 500]), "sums is [3, 2, 40]; it must be [chunks, kv_heads, head"),
     (
         lambda: cut(inputs()[1], RULES["trained"], predictor(inputs=128)),
         "the boundary predictor is for keys of 128 elements; these have 2 KV heads of 40, 80",
     ),
+    (lambda: choose(starts=[[0, 500, 700]]), "starts is [1, 3]; it must be [chunks]"),
     (lambda: cut(inputs()[1], RULES["trained"]), "predictor goes with the chunker 'trained'"),
 ]
 
@@ -298,14 +300,35 @@ BAD = [
 def choose(starts=(0, 500, 700), budget=(0, 0.5)):
     q, _ = inputs(queries=10)
     starts = torch.tensor(starts, dtype=torch.int32)
-    return torch.ops.blasst.chunks_select(q, starts, torch.zeros(3, 2, 40), 1000, False, *budget)
+    return select(q, starts, torch.zeros(3, 2, 40), budget)
+
+
+def select(query, starts, sums, budget=(0, 0.5)):
+    keys, share = budget
+    return operator(
+        "chunks_select",
+        **{"query": query, "starts": starts, "sums": sums, "keys": 1000, "decode": False},
+        **{"budget_keys": keys, "budget_share": share},
+    )
 
 
 @pytest.mark.parametrize(("call", "message"), BAD, ids=[message[:40] for _, message in BAD])
 def test_bad_input(call, message):
-    with pytest.raises((ValueError, RuntimeError)) as error:
+    with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_the_chunks_of_another_type_or_device_are_refused():
+    q, _ = inputs(queries=10)
+    good = {"starts": torch.tensor([0, 500, 700], dtype=torch.int32), "sums": torch.zeros(3, 2, 40)}
+    select(q, **good)
+    with pytest.raises(TypeError, match="starts is Long; it must be Int"):
+        select(q, **{**good, "starts": good["starts"].long()})
+    with pytest.raises(TypeError, match="sums is Half; it must be Float"):
+        select(q, **{**good, "sums": good["sums"].half()})
+    with pytest.raises(TypeError, match="query is Double; blasst takes float32, float16 and b"):
+        select(q.double(), **good)
 
 
 def test_padding_is_refused():

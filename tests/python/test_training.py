@@ -360,7 +360,12 @@ def test_the_backward_reads_strided_tensors():
         ("lse", lambda t: t[:, 1:], ValueError, "lse is [4, 299]; it must be [heads, rows]"),
         ("dlse", lambda _: torch.zeros(4, 300, dtype=int), TypeError, "dlse is Long; it must be"),
         ("dlse", lambda _: torch.zeros(4), ValueError, "dlse is [4]; it must be [heads, rows]"),
-        ("out", lambda t: t[..., :16], ValueError, "out is [2, 150, 4, 16]; it must be [..., heads"),
+        (
+            "out",
+            lambda t: t[..., :16],
+            ValueError,
+            "out is [2, 150, 4, 16]; it must be [..., heads",
+        ),
         ("out", lambda t: t.half(), TypeError, "out is Half; it must be Float"),
         ("dout", lambda t: t[0], ValueError, "dout is [150, 4, 32]; it must be [..., heads"),
         ("dout", lambda t: t.double(), TypeError, "dout is Double; it must be Float"),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import blasst.operators  # noqa: F401, loads torch.ops.blasst
 from blasst.files import open_tensors
 from blasst.hf.models import described, shape_of
+from blasst.operators import call as operator
 from blasst.policies import KINDS, Call, Visit
 
 CHUNKERS = ("fixed", "shift", "trained")
@@ -93,21 +93,22 @@ class Chunks:
             predictor: of the trained chunker.
 
         Raises:
-            RuntimeError: fewer keys than are covered, a predictor for other keys.
+            ValueError: fewer keys than are covered, a predictor for other keys.
         """
         weights, shape = (None, []) if predictor is None else (predictor.weights, predictor.shape)
-        kept, starts, sums, self._sample = torch.ops.blasst.chunks_next(
-            key,
-            self.starts,
-            self.sums,
-            self.keys,
-            self._sample,
-            rule["chunker"],
-            rule["least"],
-            rule["most"],
-            rule["threshold"],
-            weights,
-            list(shape),
+        kept, starts, sums, self._sample = operator(
+            "chunks_next",
+            key=key,
+            starts=self.starts,
+            sums=self.sums,
+            keys=self.keys,
+            sample=self._sample,
+            chunker=rule["chunker"],
+            least=rule["least"],
+            most=rule["most"],
+            threshold=rule["threshold"],
+            predictor=weights,
+            predictor_shape=list(shape),
         )
         count = self._count = kept + len(starts)
         if count > len(self._starts):
@@ -210,14 +211,15 @@ class Dhsa:
             key = key[: int(call.lengths[request])]
         chunks = self._extended((call.layer, request), key, query.shape[0])
         whole = isinstance(self.budget, int)
-        return torch.ops.blasst.chunks_select(
-            query,
-            chunks.starts,
-            chunks.sums,
-            chunks.keys,
-            call.phase == "decode",
-            min(self.budget, chunks.keys) if whole else 0,
-            0.0 if whole else self.budget,
+        return operator(
+            "chunks_select",
+            query=query,
+            starts=chunks.starts,
+            sums=chunks.sums,
+            keys=chunks.keys,
+            decode=call.phase == "decode",
+            budget_keys=min(self.budget, chunks.keys) if whole else 0,
+            budget_share=0.0 if whole else self.budget,
         )
 
     def _extended(self, place: tuple[int, int], key: Tensor, new: int) -> Chunks:
