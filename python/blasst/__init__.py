@@ -1,13 +1,15 @@
 """Long-context attention made sparse by softmax thresholding (BLASST).
 
-`attention` is the operator, `merge` puts two calls over different keys together. With Transformers
-installed, importing this package also makes `attn_implementation="blasst"` available; `configure`
-sets a model's thresholds and `record` collects the sparsity that it reaches; `calibrate` finds
-thresholds and writes them into its config.
+`attention` is the operator, `merge` puts two calls over different keys together. Importing this
+package also makes `attn_implementation="blasst"` available to Transformers, which it does not
+import itself: `configure` sets a model's thresholds and `record` collects the sparsity that it
+reaches; `calibrate` finds thresholds and writes them into its config.
 """
 
+import logging
 import sys
-from importlib.util import find_spec
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if sys.argv[:1] == ["-m"]:  # python -m blasst, which imports this before its own first line
     from blasst.cli import interrupt
@@ -15,17 +17,71 @@ if sys.argv[:1] == ["-m"]:  # python -m blasst, which imports this before its ow
     interrupt.quit_at_once()
 
 from blasst.attention import Result, TileCounts, TileShape, attention, merge, tile_shape
+from blasst.errors import NotSupportedError
+from blasst.import_hook import when_imported
+from blasst.versions import check_version
 
-__all__ = ["Result", "TileCounts", "TileShape", "attention", "merge", "tile_shape"]
-
-if find_spec("transformers"):
-    from blasst import versions
-
-    versions.check_version()
+if TYPE_CHECKING:
     from blasst.calibration import Calibration, calibrate
     from blasst.hf import Recording, Threshold, configure, record, set_policy
     from blasst.methods.dhsa import Dhsa
     from blasst.policies import Bands
 
-    __all__ += ["Calibration", "calibrate"]
-    __all__ += ["Bands", "Dhsa", "Recording", "Threshold", "configure", "record", "set_policy"]
+__all__ = [
+    "Bands",
+    "Calibration",
+    "Dhsa",
+    "NotSupportedError",
+    "Recording",
+    "Result",
+    "Threshold",
+    "TileCounts",
+    "TileShape",
+    "attention",
+    "calibrate",
+    "configure",
+    "merge",
+    "record",
+    "set_policy",
+    "tile_shape",
+]
+
+_LAZY = {
+    "Bands": "blasst.policies",
+    "Calibration": "blasst.calibration",
+    "Dhsa": "blasst.methods.dhsa",
+    "Recording": "blasst.hf",
+    "Threshold": "blasst.hf",
+    "calibrate": "blasst.calibration",
+    "configure": "blasst.hf",
+    "record": "blasst.hf",
+    "set_policy": "blasst.hf",
+}
+"""What needs Transformers, and where it is."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'blasst' has no attribute {name!r}")
+    check_version()
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    """Make the implementation known to Transformers, which is being imported."""
+    try:
+        check_version()
+        import_module("blasst.hf")
+    except ImportError as error:  # whoever does not use blasst shall not notice
+        logging.getLogger("blasst").warning(
+            "attn_implementation='blasst' is not available with this Transformers: %s", error
+        )
+
+
+when_imported("transformers.modeling_utils", _register)

@@ -10,11 +10,14 @@ mapping with a "kind", which is saved with the model.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from importlib import import_module
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from blasst.heads import heads_by_layer
 
 
 class Call(NamedTuple):
@@ -42,6 +45,9 @@ class Visit(NamedTuple):
 
 class VisitPolicy(Protocol):
     """A policy for all the layers of a model."""
+
+    chooses_blocks: ClassVar[bool]
+    """Whether it looks at keys and queries, and so must see one sequence a request."""
 
     def check(self, model: PreTrainedModel) -> None:
         """A ValueError if it is not for such a model."""
@@ -78,6 +84,7 @@ class Bands:
     no key there: that head gives it 0.
     """
 
+    chooses_blocks: ClassVar[bool] = False
     length: int
     """Distances 0 to length - 1 are shared out: no request may have more keys."""
 
@@ -91,7 +98,7 @@ class Bands:
 
     def check(self, model: PreTrainedModel) -> None:
         """A ValueError if the model has more heads than there are distances."""
-        self.of(model.config.get_text_config().num_attention_heads)
+        self.of(max(heads_by_layer(model.config.get_text_config())))
 
     def visit(self, call: Call) -> Visit:
         """The same bands in every layer and phase."""
@@ -103,6 +110,8 @@ class Bands:
 
 
 KINDS: dict[str, type] = {"bands": Bands}
+_ELSEWHERE = {"dhsa": "blasst.methods.dhsa"}
+"""Kinds that a module adds when it is imported."""
 _made: dict[str, VisitPolicy] = {}
 """Policies of configurations: a layer asks at each call, and some remember the calls before."""
 
@@ -113,10 +122,12 @@ def from_dict(entry: Any) -> VisitPolicy:
     Raises:
         ValueError: it describes none; the message says what was passed and what is accepted.
     """
+    if isinstance(entry, Mapping) and entry.get("kind") in _ELSEWHERE:
+        import_module(_ELSEWHERE[entry["kind"]])
     if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
         raise ValueError(
             f"blasst_policy is {entry!r}; it must be a mapping whose kind is one of "
-            f"{', '.join(KINDS)}"
+            f"{', '.join(dict.fromkeys([*KINDS, *_ELSEWHERE]))}"
         )
     known = _made.get(key := repr(sorted(entry.items())))
     if known is None:

@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 import math
+import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -74,6 +76,97 @@ def test_a_target_changed_in_place_is_honoured():
     entry["config_groups"]["group_0"]["target_sparsity"]["prefill"] = 0.3
     after = thresholds_for(entry, "LlamaAttention", 0, "prefill", [8192]).threshold
     assert after.item() == pytest.approx(before.item() * math.exp(-0.2 * 8.61))
+
+
+def test_names_match_modules_and_not_numbers():
+    entry = copy.deepcopy(ECOSYSTEM)
+    entry["config_groups"]["group_0"]["ignore"] = ["model.visual.blocks.0.attn"]
+    for layer in (0, 1):
+        rule = thresholds_for(entry, "LlamaAttention", layer, "prefill", [4096])
+        assert rule.threshold is not None
+    name = "model.visual.blocks.0.attn"
+    rule = thresholds_for(entry, "LlamaAttention", 0, "prefill", [4096], name=name)
+    assert rule.threshold is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_type_and_device_change_no_threshold(dtype):
+    entries = [ECOSYSTEM, measured_config().to_dict()]
+    rules = []
+    for _ in range(2):
+        rules += [thresholds_for(copy.deepcopy(e), "LlamaAttention", 1, "prefill", [65536, 999])
+                  for e in entries]  # fmt: skip
+        torch.set_default_dtype(dtype)
+        torch.set_default_device("meta")
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    for before, after in zip(rules[:2], rules[2:], strict=True):
+        assert torch.equal(before.threshold, after.threshold)
+
+
+def test_threads_never_see_each_others_thresholds():
+    lengths = (20000, 40000)
+    found = {}
+    expected = {
+        n: thresholds_for(ECOSYSTEM, "LlamaAttention", 0, "prefill", [n]).threshold for n in lengths
+    }
+
+    def look(n: int) -> None:
+        found[n] = all(
+            torch.equal(
+                thresholds_for(ECOSYSTEM, "LlamaAttention", 0, "prefill", [n]).threshold,
+                expected[n],
+            )
+            for _ in range(1500)
+        )
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=look, args=(n,)) for n in lengths]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == dict.fromkeys(lengths, True)
+
+
+@pytest.mark.parametrize("edit", ["threshold", "lengths", "order"])
+def test_a_table_edited_in_place_is_honoured(edit):
+    entry = measured_config().with_targets(prefill=0.6).to_dict()
+    policy = entry["blasst"]["prefill"]["policies"][0]
+    before = thresholds_for(entry, "LlamaAttention", 1, "prefill", [4096])
+    if edit == "threshold":
+        policy["ln_threshold"][1][1][1][2] = -7.0
+    elif edit == "lengths":
+        policy["lengths"][1] = 2048
+    else:
+        policy["order"] = "forward"
+    after = thresholds_for(entry, "LlamaAttention", 1, "prefill", [4096])
+    if edit == "threshold":
+        assert after.threshold[0, 2].log().item() == pytest.approx(-7)
+    assert after.order == ("forward" if edit == "order" else "reverse")
+    assert torch.equal(before.threshold, after.threshold) == (edit == "order")
+
+
+def test_layers_may_differ_in_their_number_of_heads():
+    entry = measured_config().to_dict()
+    table = entry["blasst"]["prefill"]["policies"][0]["ln_threshold"]
+    for by_target in table:
+        for layers in by_target:
+            layers[0].pop()
+    parsed = parse(entry)
+    assert parsed.to_dict() == entry
+    for layer, heads in ((0, 2), (1, 3)):
+        rule = thresholds_for(entry, "LlamaAttention", layer, "prefill", [1024, 2000])
+        assert rule.threshold.shape == (2, heads)
+        schedule = parsed.schedule("LlamaAttention", layer, "prefill")
+        assert schedule.ln_threshold.shape == (2, 1, heads)
+    table[0][0][0].pop()
+    with pytest.raises(ValueError, match="the same number of heads, at least one, everywhere"):
+        parse(entry)
 
 
 def test_class_outside_targets_is_an_error_that_names_it():
@@ -215,7 +308,7 @@ POLICY = ("blasst", "prefill", "policies", 0)
         ((*GROUP, "threshold_scale_factor", "prefill", "b"), "x", "b is 'x'; it must be a finite"),
         ((*GROUP, "threshold_scale_factor", "train"), {}, "unknown key 'train'"),
         ((*GROUP, "target_sparsity", "prefill"), 1.5, "prefill is 1.5; it must be 0 to 1"),
-        ((*GROUP, "ignore"), ["lm_head"], "'lm_head', which names no layer"),
+        ((*GROUP, "ignore"), "lm_head", "ignore must be a list of names"),
         (("blasst", "version"), 9, "version is 9; this blasst reads 1"),
         ((*POLICY, "order"), "random", "order is 'random'; it must be one of sink_first"),
         ((*POLICY, "lengths"), [4096, 1024], "it must ascend"),

@@ -413,7 +413,7 @@ def test_recordings():
 def test_an_error_ends_the_recording():
     with pytest.raises(KeyError), blasst.record():
         raise KeyError
-    assert hf.forward._active == []
+    assert hf.recording.active == []
 
 
 # What cannot be honoured is an error that names it
@@ -434,12 +434,7 @@ BAD_CALLS = [
     ({"attention_mask": torch.zeros(2, 1, 60, 60)}, "torch.float32 tensor of shape [2, 1, 60, 60]"),
     ({"attention_mask": torch.ones(2, 60, 60)}, "attention_mask is [2, 60, 60]; it must be [batch"),
     ({"output_attentions": True}, "output_attentions is not supported"),
-    ({"head_mask": torch.ones(2, 4)}, "head_mask is not supported"),
-    ({"cu_seq_lens_q": torch.tensor([0, 60])}, "cu_seq_lens_q is not supported"),
-    (
-        {"position_ids": torch.arange(30).repeat(1, 2), "use_cache": False},
-        "mask pattern packed_sequence_mask_function",
-    ),
+    ({"head_mask": torch.ones(2, 4)}, "head_mask (of LlamaAttention) is not supported"),
 ]
 
 
@@ -483,7 +478,7 @@ BAD_MODELS = {
     "BloomConfig does not call Transformers' attention interface": lambda: causal_lm(
         BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=1, n_head=4)
     ),
-    "position_bias is not supported": lambda: AutoModel.from_config(
+    "position_bias (of T5Attention) is not supported": lambda: AutoModel.from_config(
         T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4),
         attn_implementation="blasst",
     ).encoder.eval(),
@@ -508,7 +503,10 @@ def test_a_window_that_only_the_layer_knows_is_refused(llama):
     model.model.layers[1].self_attn.forward = sliding
     with torch.no_grad(), pytest.raises(ValueError, match="LlamaAttention has a sliding window of"):
         model(IDS)
-    with torch.no_grad(), pytest.raises(ValueError, match="the model's mask has another"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="window of 8, but the model's mask has none"),
+    ):
         model(*prompts((60, 40)))
 
 
@@ -526,14 +524,65 @@ def test_configure_refuses():
         blasst.configure(make_model("llama", "sdpa"))
     with pytest.raises(ValueError, match="more than one threshold; they exclude each other"):
         Threshold(0.1, 3.0)
-    for bad, message in [
-        (Threshold(1.5), "head 0 is 1.5; it must be a number from 0 to 1"),
-        (Threshold((0.1, 0.2)), r"it must be \[1 or batch, 1 or heads, places\]"),
-        (Threshold(0.1, order="up"), "order is 'up'"),
-    ]:
-        blasst.configure(model, prefill=bad)
-        with torch.no_grad(), pytest.raises(ValueError, match=message):
-            model(IDS)
+    blasst.configure(model, prefill=Threshold((0.1, 0.2)))
+    message = r"it must be \[1 or batch, 1 or heads, places\]"
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(IDS)
+    with pytest.raises(TypeError, match=r"decode is 0.5; it must be a blasst.Threshold"):
+        blasst.configure(model, decode=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Threshold(1.5), ValueError, "threshold is 1.5; it must be a number from 0 to 1"),
+        (lambda: Threshold((0.1, -0.2)), ValueError, "threshold is -0.2; it must be a number from"),
+        (lambda: Threshold(math.nan), ValueError, "threshold is nan; it must be a number from 0"),
+        (lambda: Threshold(torch.tensor(2.0)), ValueError, "threshold is 2; it must be a number"),
+        (lambda: Threshold("0.1"), TypeError, "threshold is '0.1'; it must be a number from 0 to"),
+        (lambda: Threshold(True), TypeError, "threshold is True; it must be a number from 0 to 1"),
+        (lambda: Threshold(None, -1.0), ValueError, "threshold_scale_factor is -1; it must be a"),
+        (lambda: Threshold(0.1, order="up"), ValueError, "order is 'up'; it must be one of sink"),
+        (lambda: Threshold(0.1, order=None), TypeError, "order is None; it must be one of sink"),
+    ],
+)
+def test_a_threshold_checks_itself(make, error, message):
+    with pytest.raises(error, match=message) as raised:
+        make()
+    assert type(raised.value) is error
+
+
+@torch.inference_mode()
+def test_configuring_one_phase_leaves_the_other():
+    model = make_model("llama", sparse_attention_config=copy.deepcopy(CONFIG))
+    blasst.configure(model, decode=Threshold(0.5))
+    blasst.configure(model, prefill=Threshold(0.25), layers=[0])
+    first, second = (layer.self_attn.blasst_thresholds for layer in model.model.layers)
+    assert first == {"prefill": Threshold(0.25), "decode": Threshold(0.5)}
+    assert second == {"decode": Threshold(0.5)}
+
+
+def test_a_pass_of_one_token_trains():
+    gradients = []
+    for implementation in ("sdpa", "blasst"):
+        model = make_model("llama", implementation).train()
+        model(IDS[:, :1]).logits.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(
+            got, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item() + 1e-4
+        )
+
+
+@torch.no_grad()
+def test_a_prefix_in_the_cache_and_padding_behind_it(llama):
+    """As prefix tuning does it."""
+    cache = DynamicCache(config=llama.config)
+    llama(IDS[:, :10], cache=cache)
+    ids, mask = prompts((60, 40))
+    mask = torch.cat([torch.ones(2, 10, dtype=torch.long), mask], 1)
+    with pytest.raises(ValueError, match="as in prefix tuning, padding on the left lies between"):
+        llama(ids, attention_mask=mask, cache=cache)
 
 
 def test_a_model_trains_as_with_sdpa():
@@ -549,19 +598,23 @@ def test_a_model_trains_as_with_sdpa():
 # The mask interface by itself
 
 
-def test_no_mask_where_all_keys_count():
+def test_a_mask_where_all_keys_count_says_so():
     full = torch.ones(2, 60, dtype=torch.bool)
-    assert key_ranges(2, 60, 60) is None
-    assert key_ranges(2, 60, 60, attention_mask=full) is None
-    assert key_ranges(2, 1, 60, q_offset=59, attention_mask=full) is None
+    for mask in (
+        key_ranges(2, 60, 60),
+        key_ranges(2, 60, 60, attention_mask=full),
+        key_ranges(2, 1, 60, q_offset=59, attention_mask=full),
+    ):
+        assert mask.everything
+        assert mask.causal
 
 
 def test_key_ranges_of_padding_and_offsets():
     mask = torch.ones(2, 60, dtype=torch.bool)
     mask[0, :7] = mask[1, 50:] = False
     ranges = key_ranges(2, 60, 60, attention_mask=mask)
-    assert ranges[:, 0, 0].tolist() == [[7, 60, 60, 0, 1], [0, 50, 50, 0, 1]]
+    assert ranges.ranges.tolist() == [[7, 60, 60, 0, 1], [0, 50, 50, 0, 1]]
     chunk = key_ranges(2, 20, 60, q_offset=40, attention_mask=mask)
-    assert chunk[:, 0, 0].tolist() == [[7, 60, 20, 0, 1], [0, 50, 10, 0, 1]]
+    assert chunk.ranges.tolist() == [[7, 60, 20, 0, 1], [0, 50, 10, 0, 1]]
     static = key_ranges(2, 1, 100, q_offset=torch.tensor(59), attention_mask=mask)
     assert static[:, 0, 0].tolist() == [[7, 60, 1, 0, 1], [0, 50, 0, 0, 1]]

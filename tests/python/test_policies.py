@@ -159,12 +159,3 @@ def test_more_keys_than_the_bands_have_distances():
     mask = torch.ones(1, 310, dtype=torch.long)
     mask[:, :10] = 0
     model(tokens(length=310), attention_mask=mask)
-
-
-def test_a_policy_needs_a_causal_layer():
-    model = make_model("llama", blasst_policy=BANDS)
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False
-    with pytest.raises(ValueError, match="is not causal"):
-        model(tokens())

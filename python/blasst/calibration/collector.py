@@ -138,7 +138,7 @@ class Collector:
 
 def _asked(module: nn.Module, phase: str, inputs: list[Tensor], kwargs: dict[str, Any]) -> _Asked:
     call = Call(module.layer_idx, phase, inputs[0], inputs[1], None)
-    visit = hf.visit_of(module, call, None, causal=True)
+    visit = hf.visit_of(module, call, causal=True)
     options = {
         "causal": True,
         "scale": kwargs.get("scaling"),

@@ -7,7 +7,7 @@ which other readers ignore:
     {"config_groups": {"group_0": {
         "algorithm": "skip_softmax",
         "targets": ["LlamaAttention"],                     # classes of the attention layers
-        "ignore": ["model.layers.0.self_attn"],            # layers that stay dense
+        "ignore": ["model.layers.0.self_attn"],            # modules that stay dense
         "threshold_scale_factor": {"formula": "a * exp(b * target_sparsity)",
                                    "prefill": {"a": .., "b": ..}, "decode": {"a": .., "b": ..}},
         "target_sparsity": {"prefill": 0.5, "decode": 0.5}}},
@@ -19,7 +19,8 @@ which other readers ignore:
             "law": {"formula": "a * exp(b * target_sparsity) / length ** power",
                     "a": .., "b": .., "power": ..},
             "lengths": [1024, 2048], "target_sparsity": [0.3, 0.5],
-            "ln_threshold": [lengths][targets][layers][heads],        # or [1][1]: one for all
+            "ln_threshold": [lengths][targets][layers][heads],  # or [1][1]: one for all; layers
+                                                           # may differ in their number of heads
             "shorter": {"below": [2048, 4096], "policy": {..}}}]},    # optional
         "decode": ..}}
 
@@ -28,17 +29,20 @@ for all heads, tiles visited forward, fitted on tiles of 128 x 128 (or of `tile_
 `policies` is empty). With policies: the measured table, interpolated in target and in ln length,
 and beyond its lengths continued with a power half-way between the law's and 1. Where the keys are
 few, an order may not reach a target that another one does: `shorter` holds that one, and by target
-the number of keys below which it stands in.
+the number of keys below which it stands in. `targets` and `ignore` name classes or modules: see
+`SparseAttention`.
 """
 
+import fnmatch
 import logging
 import math
 import re
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +90,7 @@ class Schedule(NamedTuple):
     lengths: Tensor
     """[lengths] float64, ascending; beyond them thresholds fall with `power` of the length."""
     ln_threshold: Tensor
-    """[lengths, layers, heads] or [lengths, 1, 1] float32."""
+    """[lengths, layers, heads] or [lengths, 1, 1] float32; NaN: a head that a layer lacks."""
     power: float
     below: int = 0
     shorter: "Schedule | None" = None
@@ -128,8 +132,8 @@ class Law:
 
     def schedule(self, target: float) -> Schedule:
         """The thresholds for this target sparsity, tiles visited forward."""
-        ln = torch.tensor([[[self._at_one(target)]]])
-        return Schedule("forward", torch.ones(1, dtype=torch.float64), ln, self.power)
+        ln = _on_host([[[self._at_one(target)]]], torch.float32)
+        return Schedule("forward", _on_host([1.0], torch.float64), ln, self.power)
 
     def _at_one(self, target: float) -> float:
         """Of the ln threshold, for a length of 1: may be above threshold 1."""
@@ -148,7 +152,8 @@ class Policy:
     targets: tuple[float, ...]
     """Ascending, 0 to 1."""
     ln_threshold: Tensor = field(compare=False)
-    """[lengths, targets, layers, heads] float32, or [lengths, targets, 1, 1]: one for all."""
+    """[lengths, targets, layers, heads] float32, or [lengths, targets, 1, 1]: one for all. NaN
+    stands for the heads that a layer has fewer than others."""
     below: tuple[int, ...] = ()
     """By target: with fewer keys its order does not reach it, and `shorter` stands in."""
     shorter: "Policy | None" = None
@@ -157,7 +162,7 @@ class Policy:
     def schedule(self, target: float) -> Schedule:
         """The thresholds for this target sparsity."""
         by_length = _interpolate(self.ln_threshold.movedim(1, 0), self.targets, target)
-        lengths = torch.tensor(self.lengths, dtype=torch.float64)
+        lengths = _on_host(self.lengths, torch.float64)
         # Thresholds fall more slowly where lengths are long: the fitted power alone skips too
         # little there, the ecosystem's 1 too much.
         power = (1 + self.law.power) / 2
@@ -170,7 +175,12 @@ class Policy:
 
     def at(self, target: float, length: int) -> Tensor:
         """[layers, heads] or [1, 1]: thresholds, 0 to 1, for this target sparsity and key count."""
-        return self.schedule(target).of_call(length).at(torch.tensor([length]))[0]
+        return self.schedule(target).of_call(length).at(_on_host([length], torch.float64))[0]
+
+
+def _on_host(values: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU, whatever torch's default type and device are."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _interpolate(table: Tensor, points: Sequence[float], x: float) -> Tensor:
@@ -201,16 +211,21 @@ class Measured:
 
 @dataclass(frozen=True)
 class SparseAttention:
-    """A parsed `sparse_attention_config`."""
+    """A parsed `sparse_attention_config`.
+
+    `targets` and `ignore` hold class names of attention layers or names of modules, as
+    `named_modules` gives them, in whole or in part ("layers.0.self_attn", "model.visual"), with the
+    wildcards of fnmatch. A module's name covers all that is inside it.
+    """
 
     targets: tuple[str, ...]
-    """Class names of the attention layers."""
+    """The attention layers that are sparse."""
     laws: Mapping[str, Law]
     """By phase: the ecosystem's law (power 1), for tiles visited forward."""
     target_sparsity: Mapping[str, float]
     """By phase; 0: dense."""
     ignore: tuple[str, ...] = ()
-    """Module names of layers that stay dense."""
+    """Those of them that stay dense."""
     measured: Mapping[str, Measured] = field(default_factory=dict)
     """By phase."""
     producer: tuple[str, str] = ("blasst", "0.1.0")
@@ -234,46 +249,62 @@ class SparseAttention:
         measured = self.measured.get(phase)
         return measured.tile_shape if measured else ECOSYSTEM_TILE_SHAPE
 
-    @cached_property
-    def dense_layers(self) -> frozenset[int]:
-        """Layers under `ignore`."""
-        return frozenset(_layer_of(name) for name in self.ignore)
+    def is_target(self, attention_class: str, name: str) -> bool:
+        """Whether `targets` lists the attention layer of this class, at this place in the model."""
+        return self.targets == GENERIC_TARGETS or is_listed(self.targets, attention_class, name)
+
+    def is_dense(self, attention_class: str, name: str) -> bool:
+        """Whether `ignore` lists the attention layer of this class, at this place in the model."""
+        return is_listed(self.ignore, attention_class, name)
 
     def rule(
-        self, attention_class: str, layer: int, phase: str, lengths: Sequence[int], keys: int
+        self,
+        attention_class: str,
+        layer: int,
+        phase: str,
+        lengths: Sequence[int],
+        keys: int,
+        name: str | None = None,
     ) -> Rule:
         """The thresholds and the order of one layer: see `thresholds_for`."""
-        if not self._is_sparse(attention_class, layer, phase):
+        if not self._is_sparse(attention_class, layer, phase, name):
             return DENSE
-        # Every layer of a pass asks for the same lengths, so the whole model's table is kept.
+        # Every layer of a pass asks for the same lengths, so the whole model's table is kept. It is
+        # read once: another thread may put its own in the place.
         target = self.target_sparsity[phase]
         key = (target, keys, *lengths)
-        if self._tables.get(phase, (None,))[0] != key:
+        found = self._tables.get(phase)
+        if found is None or found[0] != key:
             schedule = self._schedule(phase).of_call(keys)
             for length in lengths:
                 self._tell_outside(phase, target, length)
-            self._tables[phase] = (key, schedule.order, schedule.at(torch.tensor(lengths)))
-        _, order, table = self._tables[phase]
-        return Rule(table[:, self._row(table.shape[1], layer)], order)
+            table = schedule.at(_on_host(lengths, torch.float64))
+            self._tables[phase] = found = (key, schedule.order, table)
+        _, order, table = found
+        return Rule(_of_layer(table, layer), order)
 
-    def schedule(self, attention_class: str, layer: int, phase: str) -> Schedule | None:
+    def schedule(
+        self, attention_class: str, layer: int, phase: str, name: str | None = None
+    ) -> Schedule | None:
         """One layer's thresholds at every length, [lengths, 1, heads]; None: dense."""
-        if not self._is_sparse(attention_class, layer, phase):
+        if not self._is_sparse(attention_class, layer, phase, name):
             return None
-        return self._of_layer(self._schedule(phase), layer)
+        return self._schedule_of(self._schedule(phase), layer)
 
-    def _of_layer(self, whole: Schedule, layer: int) -> Schedule:
-        row = self._row(whole.ln_threshold.shape[1], layer)
+    def _schedule_of(self, whole: Schedule, layer: int) -> Schedule:
         return whole._replace(
-            ln_threshold=whole.ln_threshold[:, row : row + 1],
-            shorter=whole.shorter and self._of_layer(whole.shorter, layer),
+            ln_threshold=_of_layer(whole.ln_threshold, layer)[:, None],
+            shorter=whole.shorter and self._schedule_of(whole.shorter, layer),
         )
 
-    def _is_sparse(self, attention_class: str, layer: int, phase: str) -> bool:
+    def _is_sparse(self, attention_class: str, layer: int, phase: str, name: str | None) -> bool:
+        name = f"model.layers.{layer}.self_attn" if name is None else name
         has_threshold = phase in self.measured or phase in self.laws
-        if not self.target_sparsity.get(phase) or not has_threshold or layer in self.dense_layers:
+        if not self.target_sparsity.get(phase) or not has_threshold:
             return False
-        if attention_class not in self.targets and self.targets != GENERIC_TARGETS:
+        if self.is_dense(attention_class, name):
+            return False
+        if not self.is_target(attention_class, name):
             raise ValueError(
                 f"sparse_attention_config targets {', '.join(self.targets)}; layer {layer} is a "
                 f"{attention_class}: list it under targets, or the layer under ignore"
@@ -289,18 +320,6 @@ class SparseAttention:
 
     def _has_table(self, phase: str) -> bool:
         return phase in self.measured and bool(self.measured[phase].policies)
-
-    @staticmethod
-    def _row(layers: int, layer: int) -> int:
-        """Of a table with so many layers, or with one for all."""
-        if layers == 1:
-            return 0
-        if layer >= layers:
-            raise ValueError(
-                f"sparse_attention_config holds thresholds for {layers} layers; the model asks "
-                f"for layer {layer}"
-            )
-        return layer
 
     def tell_tiles(self, phase: str, running: Callable[[], tuple[int, int]]) -> None:
         """Say, once a phase, that the kernel that runs has other tiles than the thresholds."""
@@ -365,6 +384,30 @@ class SparseAttention:
         return entry
 
 
+def _of_layer(table: Tensor, layer: int) -> Tensor:
+    """[n, heads of the layer] of a table [n, layers, heads], or of one for all, [n, 1, 1]."""
+    layers = table.shape[1]
+    if layers > 1 and layer >= layers:
+        raise ValueError(
+            f"sparse_attention_config holds thresholds for {layers} layers; the model asks for "
+            f"layer {layer}"
+        )
+    own = table[:, layer if layers > 1 else 0]
+    return own[:, ~own[0].isnan()]
+
+
+def is_listed(names: Sequence[str], attention_class: str, name: str) -> bool:
+    """Whether one of the names is this class, or this module or one around it."""
+    return any(entry == attention_class or _pattern(entry).search(name) for entry in names)
+
+
+@cache
+def _pattern(entry: str) -> re.Pattern[str]:
+    """Finds a module name with its wildcards, from a dot to a dot."""
+    anchored = fnmatch.translate(entry)  # ends in \Z, or \z from Python 3.14 on
+    return re.compile(rf"(?:^|\.){anchored[:-2]}(?:\.|$)")
+
+
 def thresholds_for(
     entry: Mapping[str, Any],
     attention_class: str,
@@ -372,6 +415,7 @@ def thresholds_for(
     phase: str,
     lengths: Sequence[int],
     keys: int | None = None,
+    name: str | None = None,
 ) -> Rule:
     """Thresholds and visit order of one attention call.
 
@@ -382,6 +426,8 @@ def thresholds_for(
         phase: "prefill" or "decode".
         lengths: keys of each request.
         keys: how many the call has room for a request; default: those of the longest.
+        name: of the module, which `targets` and `ignore` may list; default:
+            "model.layers.LAYER.self_attn".
 
     Returns:
         `Rule.threshold` [requests, heads or 1] float32 on the CPU, None for dense; `Rule.order`.
@@ -390,21 +436,62 @@ def thresholds_for(
         ValueError: the entry cannot be honoured; the message says why.
     """
     keys = max(lengths) if keys is None else keys
-    return parsed(entry).rule(attention_class, layer, phase, lengths, keys)
+    return parsed(entry, layer).rule(attention_class, layer, phase, lengths, keys, name)
 
 
-_parsed: list[tuple[Mapping[str, Any], Any, SparseAttention]] = []
+class _Read(NamedTuple):
+    """An entry, what it held when it was read, and what was made of that."""
+
+    entry: Mapping[str, Any]
+    held: Mapping[str, Any]
+    result: SparseAttention
 
 
-def parsed(entry: Mapping[str, Any]) -> SparseAttention:
-    """`parse`, once for each entry; a changed group (a new target, say) is read anew."""
-    for known, groups, result in _parsed:
-        if known is entry and groups == entry.get("config_groups"):
-            return result
-    result = parse(entry)
-    _parsed[:] = [kept for kept in _parsed if kept[0] is not entry][-7:]
-    _parsed.append((entry, deepcopy(entry["config_groups"]), result))
-    return result
+_READ_AT_MOST = 8
+_reading = threading.Lock()
+_read: tuple[_Read, ...] = ()
+"""Replaced, never changed, so that any thread may look through it."""
+
+
+def parsed(entry: Mapping[str, Any], layer: int) -> SparseAttention:
+    """`parse`, once for each entry and again after an edit that this layer can see."""
+    global _read  # noqa: PLW0603
+    for known in _read:
+        if known.entry is entry and _is_unchanged(known.held, entry, layer):
+            return known.result
+    found = _Read(entry, deepcopy(dict(entry)) if isinstance(entry, Mapping) else {}, parse(entry))
+    with _reading:
+        others = [known for known in _read if known.entry is not entry]
+        _read = (*others[1 - _READ_AT_MOST :], found)
+    return found.result
+
+
+def _is_unchanged(held: Any, entry: Any, layer: int) -> bool:
+    """Whether nothing but other layers' thresholds differs: one layer's are quick to compare."""
+    if not isinstance(held, Mapping):
+        if isinstance(held, list) and isinstance(entry, list) and len(held) == len(entry):
+            return all(_is_unchanged(*pair, layer) for pair in zip(held, entry, strict=True))
+        return held == entry
+    if not isinstance(entry, Mapping) or held.keys() != entry.keys():
+        return False
+    return all(
+        _is_row_unchanged(held[key], entry[key], layer)
+        if key == "ln_threshold"
+        else _is_unchanged(held[key], entry[key], layer)
+        for key in held
+    )
+
+
+def _is_row_unchanged(held: list, table: list, layer: int) -> bool:
+    """The same for a table: [lengths][targets][layers][heads]."""
+    if len(held) != len(table) or any(len(a) != len(b) for a, b in zip(held, table, strict=True)):
+        return False
+    return all(
+        len(layers) == len(now)
+        and layers[min(layer, len(layers) - 1)] == now[min(layer, len(now) - 1)]
+        for by_target, by_target_now in zip(held, table, strict=True)
+        for layers, now in zip(by_target, by_target_now, strict=True)
+    )
 
 
 def parse(entry: Any) -> SparseAttention:
@@ -428,8 +515,6 @@ def parse(entry: Any) -> SparseAttention:
     known = {"algorithm", "targets", "ignore", "threshold_scale_factor", "target_sparsity"}
     group = _mapping(group, where, known, {"targets", "threshold_scale_factor"})
     ignore = _strings(group.get("ignore", []), f"{where}.ignore")
-    for module in ignore:
-        _layer_of(module)
     name, version = _producer(entry.get("producer", {}))
     laws = _laws(group["threshold_scale_factor"], f"{where}.threshold_scale_factor")
     measured = _measured(entry.get("blasst"))
@@ -540,18 +625,11 @@ def _policy(value: Any, where: str, optional: Iterable[str] = ("shorter",)) -> P
     targets = _ascending(policy["target_sparsity"], f"{where}.target_sparsity")
     for target in targets:
         _fraction(target, f"{where}.target_sparsity")
-    try:
-        table = torch.tensor(policy["ln_threshold"], dtype=torch.float32)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}.ln_threshold is no table of numbers: {error}") from None
+    table = _table(policy["ln_threshold"], f"{where}.ln_threshold")
     _check(
-        table.dim() == 4 and table.shape[:2] == (len(lengths), len(targets)),
+        table.shape[:2] == (len(lengths), len(targets)),
         f"{where}.ln_threshold has shape {list(table.shape)}; it must be [{len(lengths)} lengths, "
         f"{len(targets)} targets, layers, heads]",
-    )
-    _check(
-        bool((table <= HIGHEST_LN_THRESHOLD).all()),
-        f"{where}.ln_threshold has a value above {HIGHEST_LN_THRESHOLD:g} or NaN",
     )
     law = _law(policy["law"], f"{where}.law", law_keys)
     found = Policy(
@@ -560,6 +638,33 @@ def _policy(value: Any, where: str, optional: Iterable[str] = ("shorter",)) -> P
     if "shorter" not in policy:
         return found
     return _with_shorter(found, policy["shorter"], f"{where}.shorter")
+
+
+def _table(value: Any, where: str) -> Tensor:
+    """[lengths, targets, layers, heads]; NaN in layers that have fewer heads than others."""
+    try:
+        heads = max(len(row) for by_target in value for layers in by_target for row in layers)
+        padded = [
+            [[[*row, *[math.nan] * (heads - len(row))] for row in layers] for layers in by_target]
+            for by_target in value
+        ]
+        table = _on_host(padded, torch.float32)
+        own = [len(row) for by_target in value for layers in by_target for row in layers]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is no table of numbers: {error}") from None
+    _check(table.dim() == 4, f"{where} has {table.dim()} dimensions; it must have 4")
+    missing = table.isnan()
+    own_heads = torch.tensor(own, device="cpu").reshape(table.shape[:3])
+    _check(
+        bool(((table <= HIGHEST_LN_THRESHOLD) | missing).all())
+        and torch.equal((~missing).sum(-1), own_heads),
+        f"{where} has a value above {HIGHEST_LN_THRESHOLD:g} or NaN",
+    )
+    _check(
+        bool((own_heads == own_heads[0, 0]).all()) and bool(own_heads.all()),
+        f"{where}: each layer must have the same number of heads, at least one, everywhere",
+    )
+    return table
 
 
 def _with_shorter(policy: Policy, value: Any, where: str) -> Policy:
@@ -598,18 +703,9 @@ def _policy_to_dict(policy: Policy) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    return [_rounded(v) for v in value] if isinstance(value, list) else round(value, 3)
-
-
-def _layer_of(module: str) -> int:
-    """The layer that a module name such as model.layers.3.self_attn belongs to."""
-    found = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)", module)
-    if not found:
-        raise ValueError(
-            f"sparse_attention_config ignores {module!r}, which names no layer (layers.N); blasst "
-            "cannot tell which attention should stay dense"
-        )
-    return int(found[1])
+    if isinstance(value, list):
+        return [_rounded(v) for v in value if not isinstance(v, float) or not math.isnan(v)]
+    return round(value, 3)
 
 
 def _check(condition: bool, message: str) -> None:

@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.config import SparseAttention, parse
 from blasst.hf import Recording, record
-from blasst.hf.models import Loaded, attention_layers, check_length
+from blasst.hf.models import Loaded, check_length, sparse_layers
 from blasst.hf.reading import read
 from blasst.measure.agreement import DenseRun
 from blasst.methods.registry import Method, made_by, saved_tiles
@@ -224,8 +224,7 @@ class _Evaluation:
         self.text_settings = list(self.settings)
         if compare_paper and with_calibrated and self.config and self.config.measured:
             self.text_settings += [Setting(PAPER, t) for t in targets if t]
-        ignored = self.config.dense_layers if self.config else frozenset()
-        self.layers = [i for i in attention_layers(self.model) if i not in ignored]
+        self.layers = sparse_layers(self.model, self.config)
 
     def run(
         self,
@@ -350,8 +349,12 @@ class _Evaluation:
                         "dense_perplexity": found.dense_perplexity,
                         "sparsity": self.sparsity(setting, recording, tokens.shape[1]),
                         "by_head": [
-                            [round(s, 4) for s in layer]
-                            for layer in recording.by_head("prefill").tolist()
+                            [round(s, 4) for s in layer[:heads]]
+                            for layer, heads in zip(
+                                recording.by_head("prefill").tolist(),
+                                recording.heads("prefill"),
+                                strict=True,
+                            )
                         ],
                         "prefill_seconds": seconds,
                     },

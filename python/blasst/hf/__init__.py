@@ -1,21 +1,16 @@
 """Transformers models: `attn_implementation="blasst"`, its thresholds, policies and recordings."""
 
-from blasst.hf.forward import (
-    NAME,
-    PHASES,
-    Recording,
-    Threshold,
-    attention_forward,
-    configure,
-    is_sharded,
-    key_ranges,
-    record,
-    recording_with,
-    set_policy,
-    visit_of,
-)
+from blasst.hf import register  # noqa: F401, makes the name known
+from blasst.hf.forward import attention_forward
+from blasst.hf.layers import NAME, PHASES
+from blasst.hf.masks import key_ranges
+from blasst.hf.recording import Recording, record, recording_with
+from blasst.hf.tensor_parallel import is_sharded
+from blasst.hf.thresholds import DENSE, Threshold, configure
+from blasst.hf.visits import set_policy, visit_of
 
 __all__ = [
+    "DENSE",
     "NAME",
     "PHASES",
     "Recording",

@@ -28,7 +28,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from blasst.config import SparseAttention
 from blasst.files import ROOM, check_folder
+from blasst.heads import heads_by_layer
+from blasst.hf.layers import place_of
 from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"
@@ -292,6 +295,15 @@ def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:
     }
 
 
+def sparse_layers(model: PreTrainedModel, config: SparseAttention | None) -> list[int]:
+    """The layers of a decoder that a calibration does not keep dense; without one, all."""
+    return [
+        layer
+        for layer, module in attention_layers(model).items()
+        if config is None or not config.is_dense(type(module).__name__, place_of(module).name or "")
+    ]
+
+
 def unwindowed_layers(model: PreTrainedModel) -> list[int]:
     """Layers without a sliding window: those that see the whole text, where sparsity pays."""
     return [i for i, m in attention_layers(model).items() if not getattr(m, "sliding_window", None)]
@@ -336,10 +348,11 @@ def quiet() -> Iterator[None]:
 def shape_of(model: PreTrainedModel) -> dict[str, Any]:
     """What thresholds and predictors by layer and head depend on."""
     config = model.config.get_text_config()
+    heads = heads_by_layer(config)
     return {
         "type": config.model_type,
         "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
+        "heads": heads[0] if len(set(heads)) == 1 else heads,
         "kv_heads": config.num_key_value_heads,
     }
 

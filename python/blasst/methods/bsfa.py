@@ -25,7 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.attention import Result
 from blasst.files import open_tensors
-from blasst.hf import Recording, Threshold, configure, recording_with
+from blasst.hf import DENSE, Recording, Threshold, configure, recording_with
 from blasst.hf.models import (
     check_length,
     context_length,
@@ -177,7 +177,7 @@ class AbsoluteThresholds:
                 "there"
             )
         table = (self.fitted() if fitted else self.table)[self.keeps.index(keep)]
-        configure(model)
+        configure(model, prefill=DENSE, decode=DENSE)
         for layer, thresholds in zip(self.layers, table, strict=True):
             rule = Threshold(absolute_threshold=thresholds[None], order="reverse")
             configure(model, prefill=rule, layers=[layer])
@@ -331,7 +331,7 @@ def _dense(model: PreTrainedModel) -> Iterator[None]:
     modules = [m for m in model.modules() if hasattr(m, "blasst_thresholds")]
     before = [m.blasst_thresholds for m in modules]
     entry = model.config.__dict__.pop("sparse_attention_config", None)
-    configure(model)
+    configure(model, prefill=DENSE, decode=DENSE)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -133,6 +133,7 @@ class Dhsa:
     is read whole. On the CPU, and not in compiled passes.
     """
 
+    chooses_blocks: ClassVar[bool] = True
     budget: float
     """Keys that a query tile may read: a number, or (below or equal to 1.0, a float) the share of
     those its last row sees. Key tile 0 and the tile's own are always read, and count."""

@@ -24,7 +24,7 @@ from transformers import (
 
 from blasst.config import SparseAttention, parse
 from blasst.hf import NAME, Recording, record
-from blasst.hf.models import attention_layers
+from blasst.hf.models import sparse_layers
 
 PHASE = "prefill"
 """A training pass reads whole sequences."""
@@ -106,7 +106,7 @@ class SparsitySchedule(TrainerCallback):
     ) -> None:
         """Read what the step reached."""
         self._stack.close()
-        layers = [i for i in attention_layers(model) if i not in self._config.dense_layers]
+        layers = sparse_layers(model, self._config)
         self.sparsity = _sparsity(self._recording, layers, args)
 
     def on_log(

@@ -278,7 +278,7 @@ class _Run:
         config = self._calibration(made, model)
         model.config.sparse_attention_config = config.with_targets(**{PHASE: target}).to_dict()
         losses: dict[str, list[float]] = {}
-        layers = [i for i in models.attention_layers(model) if i not in config.dense_layers]
+        layers = models.sparse_layers(model, config)
         with record() as recording:
             for done, (name, tokens) in enumerate(self.windows):
                 step = f"Measuring, {way} at target {target:.1%}"

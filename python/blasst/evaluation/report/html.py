@@ -3,9 +3,11 @@
 import base64
 import html
 import io
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib as mpl
@@ -568,7 +570,9 @@ def _by_head(results: Results) -> tuple[str, list[list[float]]] | None:
 
 def _draw_heads(table: list[list[float]]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
-        image = axes.imshow(list(zip(*table, strict=True)), vmin=0, vmax=1, aspect="auto")
+        # Layers may differ in their number of heads.
+        heads = list(zip_longest(*table, fillvalue=math.nan))
+        image = axes.imshow(heads, vmin=0, vmax=1, aspect="auto")
         axes.set(xlabel="layer", ylabel="head")
         axes.figure.colorbar(image, ax=axes, format="{x:.0%}", label="tiles skipped")
 

@@ -1,0 +1,188 @@
+"""Which modules of a model call Transformers' attention interface, and where each stands."""
+
+import gc
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType, FunctionType
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from blasst.errors import NotSupportedError
+
+NAME = "blasst"
+PHASES = ("prefill", "decode")
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""What modeling files call the interface."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attention module stands in its model."""
+
+    name: str | None
+    """Of the module in the whole model, as `named_modules` has it, with "model." before it if the
+    whole model is one without a head; None outside of any."""
+    layer: int
+    """`layer_idx`, or where a tower's modules have none, their order."""
+    tower: str = ""
+    """Model type of the tower that it belongs to; "": the language model, or the only tower."""
+    outer: PreTrainedConfig | None = None
+    """The configuration of the whole model, if the module has another."""
+    siblings: tuple[tuple[str, str], ...] = ()
+    """Class and name of every attention module of the whole model."""
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model, or of what wraps one, that call the attention interface."""
+    return [module for module in model.modules() if _calls_interface(type(module))]
+
+
+def modules_of_layers(model: nn.Module, layers: Iterable[int] | None) -> list[nn.Module]:
+    """The attention modules that run blasst, of these layers of the language model or of all.
+
+    Raises:
+        ValueError: the model runs another attention, or has no such layer.
+    """
+    modules = attention_modules(model)
+    if not modules:
+        raise NotSupportedError(
+            f"{type(model).__name__} does not call Transformers' attention interface; "
+            f"attn_implementation={NAME!r} cannot reach it"
+        )
+    running = [module for module in modules if runs_blasst(module)]
+    if not running:
+        used = modules[0].config._attn_implementation
+        raise ValueError(f"the model's attn_implementation is {used!r}; load it with {NAME!r}")
+    if layers is None:
+        return running
+    places = {module: place_of(module) for module in running}
+    known = {place.layer for place in places.values() if not place.tower}
+    wanted = set(layers)
+    if unknown := wanted - known:
+        raise ValueError(f"no attention layer {sorted(unknown)}; the model has {sorted(known)}")
+    return [module for module, place in places.items() if not place.tower and place.layer in wanted]
+
+
+def runs_blasst(module: nn.Module) -> bool:
+    """Whether an attention module's configuration asks for blasst."""
+    return module.config._attn_implementation == NAME
+
+
+def place_of(module: nn.Module) -> Place:
+    """Where an attention module stands; remembered by the module."""
+    place = getattr(module, "blasst_place", None)
+    if place is not None:
+        return place
+    for model in _whole_models():
+        modules = dict(model.named_modules())
+        if any(inner is module for inner in modules.values()):
+            for inner, found in _places(model, modules):
+                inner.blasst_place = found
+    if getattr(module, "blasst_place", None) is None:
+        module.blasst_place = Place(None, getattr(module, "layer_idx", None) or 0)
+    return module.blasst_place
+
+
+def _whole_models() -> Iterator[PreTrainedModel]:
+    """The models that are no part of another.
+
+    A layer does not know what it is a part of, and Transformers keeps no list of models. So this
+    asks Python's garbage collector, once for each model that runs.
+    """
+    models = [thing for thing in gc.get_objects() if issubclass(type(thing), PreTrainedModel)]
+    inner = {id(part) for model in models for part in model.modules() if part is not model}
+    return (model for model in models if id(model) not in inner)
+
+
+def _places(
+    model: PreTrainedModel, modules: dict[str, nn.Module]
+) -> Iterator[tuple[nn.Module, Place]]:
+    """The attention modules of a whole model, each with its place."""
+    found = {name: m for name, m in modules.items() if _calls_interface(type(m))}
+    main = type(_language_config(model.config, [m.config for m in found.values()]))
+    is_headless = model.base_model is model and model.base_model_prefix
+    prefix = f"{model.base_model_prefix}." if is_headless else ""
+    siblings = tuple((type(module).__name__, prefix + name) for name, module in found.items())
+    counted: dict[str, int] = {}
+    for name, module in found.items():
+        tower = "" if type(module.config) is main else module.config.model_type
+        number = getattr(module, "layer_idx", None)
+        if number is None:
+            number = counted.get(tower, 0)
+            counted[tower] = number + 1
+        outer = None if module.config is model.config else model.config
+        yield module, Place(prefix + name, number, tower, outer, siblings)
+
+
+def _language_config(
+    config: PreTrainedConfig, of_modules: list[PreTrainedConfig]
+) -> PreTrainedConfig:
+    """The configuration of a model's language part, where attention modules have one like it."""
+    kinds = {type(of_module) for of_module in of_modules}
+    for which in ({}, {"decoder": True}):
+        try:
+            found = config.get_text_config(**which)
+        except (AttributeError, TypeError, ValueError):  # several candidates, or none
+            continue
+        if type(found) in kinds:
+            return found
+    return of_modules[0] if of_modules else config
+
+
+def holder_of(module: nn.Module, key: str) -> PreTrainedConfig | None:
+    """The configuration that holds this key: the layer's, else that of the model around it."""
+    for config in (module.config, place_of(module).outer):
+        if getattr(config, key, None) is not None:
+            return config
+    return None
+
+
+@torch.compiler.assume_constant_result
+def place_when_compiled(module: nn.Module) -> tuple[str, int]:
+    """Tower and layer, for a pass that is being compiled."""
+    place = place_of(module)
+    return place.tower, place.layer
+
+
+def tower_and_layer(module: nn.Module) -> tuple[str, int]:
+    """What recordings and policies know a layer by."""
+    if torch.compiler.is_compiling():
+        return place_when_compiled(module)
+    place = place_of(module)
+    return place.tower, place.layer
+
+
+@cache
+def _calls_interface(kind: type) -> bool:
+    """Whether modules of this class compute attention through Transformers' interface."""
+    if issubclass(kind, PreTrainedModel):
+        return False
+    methods = {}
+    for base in reversed(kind.__mro__):
+        methods |= {name: f for name, f in vars(base).items() if isinstance(f, FunctionType)}
+    return any(_INTERFACE in _names(inspect.unwrap(f).__code__) for f in methods.values())
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """The global names that a function uses, and the functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+@cache
+def check_model(config_class: type) -> None:
+    """An error for a model that computes attention itself, whatever implementation it is given."""
+    name = config_class.__module__.replace(".configuration_", ".modeling_")
+    module = sys.modules.get(name)
+    if module is not None and not hasattr(module, _INTERFACE):
+        raise NotSupportedError(
+            f"the model of {config_class.__name__} does not call Transformers' attention "
+            f"interface; attn_implementation={NAME!r} cannot reach it"
+        )

@@ -1,0 +1,321 @@
+"""The mask interface: which keys, and which of its queries, each request uses.
+
+Transformers asks it once a pass for each pattern of layers, and hands the answer on to them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, masking_utils
+
+from blasst.errors import NotSupportedError
+from blasst.hf.layers import NAME, check_model
+
+
+class Pattern(NamedTuple):
+    """What a mask function stands for."""
+
+    causal: bool
+    window: int | None = None
+    """Keys that a query sees, itself included; None: all."""
+    sequences: Tensor | None = None
+    """[batch, queries] ascending: which of the packed sequences each query belongs to."""
+
+
+class KeyRanges(Tensor):
+    """[batch, 1, 1, 5] int32, see `key_ranges`, with what the host knows of it.
+
+    Four dimensions, for Transformers passes those on untouched. A model that computes with its mask
+    as if it held a number for every query and key gets an error.
+    """
+
+    ranges: Tensor
+    """The same numbers as an ordinary tensor [batch, 5]."""
+    causal: bool
+    window: int
+    """0: none."""
+    everything: bool
+    """Every request uses all keys and queries."""
+    sequences: Tensor | None
+    """See `Pattern`."""
+    lengths: list[int]
+    """Keys in use of each request."""
+    packed: dict[int, tuple[Tensor, Any]]
+    """By id of position_ids, which it keeps alive: what `packed.find` made of them."""
+
+    @classmethod
+    def of(cls, ranges: Tensor, pattern: Pattern, window: int, everything: bool) -> "KeyRanges":
+        """From [batch, 5]."""
+        made = ranges[:, None, None].as_subclass(cls)
+        made.ranges, made.sequences, made.everything = ranges, pattern.sequences, everything
+        made.causal, made.window = pattern.causal, window
+        made.lengths = (ranges[:, 1] - ranges[:, 0]).tolist()
+        made.packed = {}
+        return made
+
+    @classmethod
+    def plain(
+        cls, batch: int, queries: int, keys: int, causal: bool, device: torch.device
+    ) -> "KeyRanges":
+        """All keys and all queries of every request."""
+        row = torch.tensor([[0, keys, queries, 0, int(causal)]], dtype=torch.int32, device=device)
+        return cls.of(row.expand(batch, -1), Pattern(causal), 0, True)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        """What moves or describes a tensor is done; what computes with it is an error."""
+        name = func.__name__
+        if name == "__getitem__" and _keeps_all_requests(args[1]):
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            if name not in _MOVING and name not in _DESCRIBING:
+                raise NotSupportedError(
+                    f"the model computes ({name}) with its attention mask, as models do that "
+                    "choose keys for each query; under attn_implementation="
+                    f"{NAME!r} a mask only says which keys a request uses"
+                )
+            result = func(*args, **(kwargs or {}))
+            if name not in _MOVING or isinstance(result, cls):
+                return result
+            if result.dtype != torch.int32:
+                raise NotSupportedError(
+                    f"the model turns its attention mask into {result.dtype}; under "
+                    f"attn_implementation={NAME!r} it holds key ranges"
+                )
+            moved = result.as_subclass(cls)
+            moved.__dict__.update(args[0].__dict__)
+            moved.ranges = result[:, 0, 0]
+            return moved
+
+
+def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
+    """The mask as `KeyRanges`, read once a pass; as it is while a pass is being compiled.
+
+    Args:
+        mask: what `key_ranges` returned, or a model's own [batch, 1, 1, keys]: true, or 0, at keys
+            that all its queries see; false, or the least number there is, at padding.
+        queries: of a request.
+        keys: of a request.
+    """
+    if mask is None or isinstance(mask, KeyRanges) or torch.compiler.is_compiling():
+        return mask
+    if not hasattr(mask, "blasst_facts"):
+        if mask.dtype == torch.int32:
+            ranges = mask[:, 0, 0]
+        elif mask.shape[1:] == (1, 1, keys):
+            ranges = _ranges_of_padding(mask[:, 0, 0], queries)
+        else:
+            return mask
+        window, causal = ranges[0, 3:].tolist()
+        mask.blasst_facts = KeyRanges.of(ranges, Pattern(bool(causal)), window, False)
+    return mask.blasst_facts
+
+
+def _ranges_of_padding(padding: Tensor, queries: int) -> Tensor:
+    """[batch, 5] of a model's own mask [batch, keys], added to the scores unless it is bool."""
+    used = padding
+    if padding.dtype != torch.bool:
+        used = padding == 0
+        require((used | (padding <= -1e4)).all(), _BIAS)
+    first, last = _first_and_last(used)
+    no_window, not_causal = torch.zeros_like(first), torch.zeros_like(first)
+    columns = [first, last, torch.full_like(last, queries), no_window, not_causal]
+    return torch.stack(columns, -1).to(torch.int32)
+
+
+def _first_and_last(used: Tensor) -> tuple[Tensor, Tensor]:
+    """[batch]: first key and end of the keys, which must follow each other, of [batch, keys]."""
+    first = used.int().argmax(-1)
+    last = first + used.sum(-1)
+    index = torch.arange(used.shape[-1], device=used.device)
+    require((used == ((index >= first[:, None]) & (index < last[:, None]))).all(), _HOLES)
+    return first, last
+
+
+_MOVING = {"to", "cuda", "cpu", "clone", "detach", "contiguous", "pin_memory", "__deepcopy__"}
+_DESCRIBING = {
+    *("__get__", "__len__", "__hash__", "__repr__", "__format__", "__reduce_ex__", "as_subclass"),
+    *("size", "dim", "ndimension", "numel", "stride", "storage_offset", "element_size"),
+    *("is_contiguous", "is_floating_point", "is_complex", "get_device", "data_ptr"),
+    *("untyped_storage", "record_stream", "requires_grad_"),
+}
+
+
+def _keeps_all_requests(index: Any) -> bool:
+    """Whether an index, of a mask [batch, heads, queries, keys], only cuts its keys."""
+    whole = slice(None)
+    return (
+        isinstance(index, tuple)
+        and len(index) == 4
+        and all(part == whole for part in index[:3])
+        and isinstance(index[3], slice)
+        and index[3].start in (None, 0)
+        and index[3].step is None
+    )
+
+
+def key_ranges(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    config: PreTrainedConfig | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor:
+    """The mask interface: which keys, and which of its queries, each request uses.
+
+    Args:
+        batch_size: requests.
+        q_length: queries a request.
+        kv_length: keys a request has room for.
+        q_offset: position of the first query.
+        kv_offset: position of the first key.
+        mask_function: the pattern: causal, sliding window or all keys; packed sequences.
+        attention_mask: [batch, positions] bool, false at padding.
+        config: the model's.
+        device: where the ranges go.
+
+    Returns:
+        [batch, 1, 1, 5] int32: first key, end of the keys, end of the queries; sliding window (0:
+        none), causal. The last two are the same for all requests. A `KeyRanges`; an ordinary
+        tensor in a pass that is compiled, or that a compiled one may follow (`q_offset` a tensor).
+
+    Raises:
+        ValueError: padding between tokens, or a mask of another shape.
+        NotSupportedError: another pattern, or a model that has its own attention.
+    """
+    pattern = _pattern(mask_function)
+    window = pattern.window if pattern.window is not None and pattern.window < kv_length else 0
+    tracing = torch.compiler.is_compiling()
+    if tracing and pattern.sequences is not None:  # there: also where there is one only
+        require((pattern.sequences[:, -1] == 0).all(), PACKED_COMPILED)
+        pattern = pattern._replace(sequences=None)
+    for_compiled = tracing or isinstance(q_offset, Tensor)
+    if not tracing:
+        q_offset = int(q_offset)
+        if config is not None:
+            check_model(type(config))
+    first_query = q_offset - kv_offset if pattern.causal else 0
+    end = first_query + q_length if pattern.causal else kv_length
+    _check_padding(attention_mask, kv_offset + end)
+    everything = not for_compiled and end == kv_length
+    if everything and attention_mask is not None:
+        everything = bool(attention_mask[:, kv_offset : kv_offset + end].all())
+    if everything:
+        row = [0, kv_length, q_length, window, int(pattern.causal)]
+        ranges = torch.tensor([row], dtype=torch.int32, device=device).expand(batch_size, -1)
+        return KeyRanges.of(ranges, pattern, window, everything)
+
+    index = torch.arange(kv_length, device=device)
+    used = (index < end).expand(batch_size, -1)
+    if attention_mask is not None:
+        padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        used = used & padding[:, kv_offset : kv_offset + kv_length]
+    first, last = _first_and_last(used)
+    # A request that is padded on the right has as many trailing queries of padding.
+    all_queries = torch.full_like(last, q_length)
+    queries = (last - first_query).clamp(0, q_length) if pattern.causal else all_queries
+    same = torch.ones_like(last)
+    columns = [first, last, queries, same * window, same * pattern.causal]
+    ranges = torch.stack(columns, -1).to(torch.int32)
+    if for_compiled:
+        return ranges[:, None, None]
+    return KeyRanges.of(ranges, pattern, window, everything)
+
+
+_HOLES = (
+    "attention_mask has padding between tokens of a request; blasst needs the tokens of a request "
+    "to follow each other (pad on the left for generation; where the cache begins with a prefix, "
+    "as in prefix tuning, padding on the left lies between prefix and prompt: pass requests of "
+    "one length, or one at a time)"
+)
+_BIAS = (
+    "attention_mask adds other numbers to the scores than 0 and the least there is; blasst does no "
+    "biases"
+)
+PACKED_COMPILED = (
+    "position_ids start anew within a pass: packed sequences, which blasst does not support in a "
+    "compiled pass; run it without torch.compile"
+)
+
+
+def _check_padding(attention_mask: Tensor | None, end: int | Tensor) -> None:
+    if attention_mask is None:
+        return
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}; it must be [batch, positions]"
+        )
+    if isinstance(end, int) and attention_mask.shape[1] < end:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[1]} positions, but this pass ends at "
+            f"position {end}; it must cover the tokens in the cache as well"
+        )
+
+
+def require(condition: Tensor, message: str) -> None:
+    """A ValueError unless `condition` [] holds; while tracing, a check in the graph."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+def _pattern(mask_function: Callable) -> Pattern:
+    """What a mask function stands for; an error if the operator cannot do it."""
+    if mask_function is masking_utils.causal_mask_function:
+        return Pattern(True)  # without its name, which torch 2.11 cannot trace
+    parts = dict(_parts(mask_function))
+    names = parts.keys() - {"packed_sequence_mask_function"}
+    packed = parts.get("packed_sequence_mask_function")
+    sequences = packed and _cell(packed, "packed_sequence_mask")
+    if names == {"bidirectional_mask_function"}:
+        return Pattern(False, None, sequences)
+    if "causal_mask_function" in names and names <= {
+        "causal_mask_function",
+        "sliding_window_overlay",
+    }:
+        overlay = parts.get("sliding_window_overlay")
+        return Pattern(True, overlay and _cell(overlay, "sliding_window"), sequences)
+    raise NotSupportedError(
+        f"mask pattern {' & '.join(sorted(names))} is not supported by attn_implementation="
+        f"{NAME!r}; it does causal, causal with a sliding window, and bidirectional masks with "
+        "padding at either end, and packed sequences"
+    )
+
+
+def _parts(mask_function: Callable) -> Iterator[tuple[str, Callable]]:
+    """The patterns that `masking_utils` put together, by the name of what made them."""
+    name = mask_function.__qualname__.split(".")[0]
+    if name == "and_masks":
+        for part in mask_function.__closure__[0].cell_contents:
+            yield from _parts(part)
+    elif name == "or_masks":
+        yield from _parts_of_union(mask_function.__closure__[0].cell_contents)
+    elif name == "remap_positions_for_packed_sequence":
+        # Within a sequence positions differ as rows do: distances stay as they are.
+        yield from _parts(_cell(mask_function, "mask_function"))
+    else:
+        yield name, mask_function
+
+
+def _parts_of_union(mask_functions: Iterable[Callable]) -> Iterator[tuple[str, Callable]]:
+    """Parts of `or_masks`: blocks that see each other, of images say, add nothing to a text."""
+    for function in mask_functions:
+        for name, part in _parts(function):
+            if name != "blockwise_overlay" or (_cell(part, "block_sequence_ids") >= 0).any():
+                yield name, part
+
+
+def _cell(function: Callable, name: str) -> Any:
+    """What an inner function knows under a name of the function around it."""
+    cells = zip(function.__code__.co_freevars, function.__closure__, strict=True)
+    return dict(cells)[name].cell_contents

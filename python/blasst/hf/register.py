@@ -1,0 +1,10 @@
+"""Makes `attn_implementation="blasst"` known to Transformers."""
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from blasst.hf.forward import attention_forward
+from blasst.hf.layers import NAME
+from blasst.hf.masks import key_ranges
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, key_ranges)

@@ -1,0 +1,199 @@
+"""Thresholds of a model's layers: what `configure` set, else what its configuration says."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blasst.config import (
+    ORDERS,
+    Schedule,
+    SparseAttention,
+    is_listed,
+    parsed,
+    thresholds_for,
+)
+from blasst.hf.layers import Place, holder_of, modules_of_layers, place_of
+
+CONFIG_KEY = "sparse_attention_config"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """When a layer drops a key tile, and in which order it visits them: see `blasst.attention`.
+
+    At most one of the three thresholds; each a number, one per head, or a tensor. None: dense. Of
+    a tensor-parallel model: one per head of the whole model.
+
+    Raises:
+        TypeError: a threshold that is no number, or an order that is no text.
+        ValueError: a number out of range, several thresholds, or an order that there is not.
+    """
+
+    threshold: float | tuple[float, ...] | Tensor | None = None
+    threshold_scale_factor: float | tuple[float, ...] | Tensor | None = None
+    absolute_threshold: float | tuple[float, ...] | Tensor | None = None
+    order: str = "sink_first"
+
+    def __post_init__(self) -> None:
+        values = {name: getattr(self, name) for name in _RANGES}
+        given = {name: value for name, value in values.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} are both given, more than one threshold; they exclude each "
+                "other"
+            )
+        for name, value in given.items():
+            _check_threshold(name, value)
+        if not isinstance(self.order, str):
+            raise TypeError(f"order is {self.order!r}; it must be one of {', '.join(ORDERS)}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order is {self.order!r}; it must be one of {', '.join(ORDERS)}")
+
+    def options(self) -> dict[str, Any]:
+        """As `blasst.attention` takes them."""
+        return {name: getattr(self, name) for name in (*_RANGES, "order")}
+
+
+_RANGES = {
+    "threshold": (0.0, 1.0, "a number from 0 to 1"),
+    "threshold_scale_factor": (0.0, math.inf, "a number of 0 or more"),
+    "absolute_threshold": (-math.inf, math.inf, "a number"),
+}
+
+
+def _check_threshold(name: str, value: Any) -> None:
+    """An error unless these are numbers in range; tensors on other devices are not read."""
+    low, high, what = _RANGES[name]
+    try:
+        numbers = torch.as_tensor(value, device=None if isinstance(value, Tensor) else "cpu")
+    except (TypeError, ValueError, RuntimeError):
+        numbers = None
+    if numbers is None or numbers.dtype == torch.bool or numbers.is_complex():
+        raise TypeError(f"{name} is {value!r}; it must be {what}, a list of them, or a tensor")
+    if numbers.device.type != "cpu":
+        return
+    # A tensor may hold NaN, which drops nothing.
+    inside = (numbers >= low) & (numbers <= high)
+    inside |= numbers.isnan() if isinstance(value, Tensor) else False
+    if not inside.all():
+        wrong = numbers[~inside].flatten()[0].item()
+        raise ValueError(f"{name} is {wrong:g}; it must be {what}")
+
+
+DENSE = Threshold()
+
+
+def configure(
+    model: nn.Module,
+    *,
+    prefill: Threshold | None = None,
+    decode: Threshold | None = None,
+    layers: Iterable[int] | None = None,
+) -> None:
+    """Set the thresholds of a model that runs with `attn_implementation="blasst"`.
+
+    Args:
+        model: the model, also wrapped (compiled, or for data parallelism), or a part of one; its
+            attention layers keep the setting.
+        prefill: for passes with more than one query a request. None: stays as it is; `Threshold()`
+            is dense.
+        decode: for passes with one query a request; None likewise.
+        layers: the layers of the language model to set; default: everything that calls attention,
+            image encoders too if they run blasst.
+
+    Raises:
+        TypeError: something else than a `Threshold`.
+        ValueError: the model runs another attention, or has no such layer.
+    """
+    given = {"prefill": prefill, "decode": decode}
+    for phase, threshold in given.items():
+        if not isinstance(threshold, Threshold | None):
+            raise TypeError(
+                f"{phase} is {threshold!r}; it must be a blasst.Threshold, for example "
+                f"Threshold(0.01) (Threshold() is dense)"
+            )
+    changed = {phase: threshold for phase, threshold in given.items() if threshold is not None}
+    for module in modules_of_layers(model, layers):
+        module.blasst_thresholds = getattr(module, "blasst_thresholds", {}) | changed
+
+
+def options_of(
+    module: nn.Module,
+    phase: str,
+    keys: int,
+    lengths: Callable[[], list[int]],
+    tiles: Callable[[], tuple[int, int]],
+) -> dict[str, Any]:
+    """Threshold and order of a call, as `blasst.attention` takes them.
+
+    Args:
+        module: the attention layer.
+        phase: "prefill" or "decode".
+        keys: how many the call has room for a request.
+        lengths: keys in use of each request; asked only where thresholds depend on them.
+        tiles: query rows and keys of the tiles that decide.
+    """
+    configured = getattr(module, "blasst_thresholds", {}).get(phase)
+    if configured is not None:
+        return configured.options()
+    found = _calibration_of(module)
+    if found is None:
+        return {}
+    entry, read, place = found
+    kind = type(module).__name__
+    rule = thresholds_for(entry, kind, place.layer, phase, lengths(), keys, place.name)
+    if rule.threshold is not None:
+        read.tell_tiles(phase, tiles)
+    return {"threshold": rule.threshold, "order": rule.order}
+
+
+def options_when_compiled(
+    module: nn.Module, phase: str, keys: int, lengths: Callable[[], Tensor]
+) -> dict[str, Any]:
+    """The same of a pass that is being compiled, for which lengths is a tensor."""
+    configured = getattr(module, "blasst_thresholds", {}).get(phase)
+    if configured is not None:
+        return configured.options()
+    schedule = _schedule_of(module, phase)
+    if schedule is None:
+        return {}
+    schedule = schedule.of_call(keys)
+    return {"threshold": schedule.at(lengths().cpu())[:, 0], "order": schedule.order}
+
+
+@torch.compiler.assume_constant_result
+def _schedule_of(module: nn.Module, phase: str) -> Schedule | None:
+    """What a compiled pass computes thresholds from; it keeps what held when it was compiled."""
+    found = _calibration_of(module)
+    if found is None:
+        return None
+    _, read, place = found
+    return read.schedule(type(module).__name__, place.layer, phase, place.name)
+
+
+def _calibration_of(module: nn.Module) -> tuple[Any, SparseAttention, Place] | None:
+    """What the configuration says, as it stands and read, and where the layer is; None: nothing.
+
+    Nothing for a layer that `targets` leaves out in favour of others, either.
+    """
+    holder = holder_of(module, CONFIG_KEY)
+    if holder is None:
+        return None
+    entry, place = holder.sparse_attention_config, place_of(module)
+    read = parsed(entry, place.layer)
+    kind = type(module).__name__
+    is_left_out = place.name is not None and not read.is_target(kind, place.name)
+    if is_left_out and _any_target(read.targets, place.siblings):
+        return None
+    return entry, read, place
+
+
+@cache
+def _any_target(targets: tuple[str, ...], modules: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a module, class and name, is one of the targets."""
+    return any(is_listed(targets, kind, name) for kind, name in modules)

@@ -1,0 +1,110 @@
+"""Policies of a model's layers: which tiles their attention may visit."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blasst.errors import NotSupportedError
+from blasst.hf.layers import holder_of, modules_of_layers
+from blasst.hf.masks import require
+from blasst.policies import Call, Visit, VisitPolicy, from_dict
+
+CONFIG_KEY = "blasst_policy"
+
+
+def set_policy(
+    model: nn.Module, policy: VisitPolicy | None, layers: Iterable[int] | None = None
+) -> None:
+    """Say which tiles a model's attention may visit; its thresholds stay as they are.
+
+    A whole model can also carry its policy in its configuration: `blasst_policy`, a mapping with a
+    "kind", for example `LlamaConfig(..., blasst_policy={"kind": "bands", "length": 2048})`.
+
+    Args:
+        model: runs with `attn_implementation="blasst"`; also wrapped, or a part of a model.
+        policy: of these layers; None: what the configuration says.
+        layers: default: all that are causal. Others have no policies.
+
+    Raises:
+        ValueError: the model runs another attention, or has no such layer, or the policy is for
+            another model.
+    """
+    modules = modules_of_layers(model, layers)
+    if policy is not None:
+        causal = [module for module in modules if getattr(module, "is_causal", False)]
+        if modules and not causal:
+            raise NotSupportedError(
+                f"{type(model).__name__} has no causal attention layers; policies need them"
+            )
+        modules = causal
+        policy.check(_inside(model))
+    for module in modules:
+        module.blasst_policy = policy
+
+
+def _inside(model: nn.Module) -> PreTrainedModel:
+    """The outermost model of Transformers in a model, or in what wraps it."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+
+
+def visit_of(
+    module: nn.Module,
+    call: Call,
+    causal: bool,
+    longest: Callable[[], Tensor] | None = None,
+    *,
+    is_packed: bool = False,
+) -> Visit:
+    """What the layer's policy, or the configuration's, lets the call visit.
+
+    Args:
+        module: the attention layer.
+        call: what it is asked.
+        causal: whether the call is.
+        longest: keys of the longest request, []; default: all that the call has room for.
+        is_packed: a request holds several sequences.
+    """
+    policy = getattr(module, "blasst_policy", None)
+    if policy is None:
+        entry = _entry_of(module)
+        if entry is None:
+            return Visit()
+        policy = from_dict(entry)
+    if not causal:
+        raise NotSupportedError(
+            f"{type(module).__name__} is not causal; blasst_policy needs causal layers"
+        )
+    if is_packed and policy.chooses_blocks:
+        raise NotSupportedError(
+            "a policy that chooses blocks is not supported for packed sequences: it would choose "
+            "among the keys of all of them"
+        )
+    visit = policy.visit(call)
+    if visit.longest is not None:
+        keys = call.key.shape[1]
+        require(
+            (torch.tensor(keys) if longest is None else longest()) <= visit.longest,
+            f"blasst_policy is {policy.to_dict()}, which is for at most {visit.longest} keys; a "
+            f"request has more (the cache has room for {keys})",
+        )
+    return visit
+
+
+def _entry_of(module: nn.Module) -> Any:
+    """What the configuration says, the layer's or that of the model around it."""
+    own = getattr(module.config, CONFIG_KEY, None)
+    if own is None and torch.compiler.is_compiling():
+        return _entry_when_compiled(module)
+    return _outer_entry(module) if own is None else own
+
+
+@torch.compiler.assume_constant_result
+def _entry_when_compiled(module: nn.Module) -> Any:
+    return _outer_entry(module)
+
+
+def _outer_entry(module: nn.Module) -> Any:
+    return getattr(holder_of(module, CONFIG_KEY), CONFIG_KEY, None)
