@@ -58,33 +58,33 @@ void describe_decision(Params& p, Decision& d, const Tensor& q) {
   p.test.stride_request = t.size(0) == 1 ? 0 : t.size(1) * p.test.places;
 }
 
-// What the call writes beside the output; each if it is wanted.
+// What the call writes beside the output; undefined where it is not wanted.
 struct Reports {
-  OptionalTensor lse, dropped_mass_bound;  // float32 [heads, rows]
-  OptionalTensor tiles;                    // int64 [2, batch, heads]: visitable, skipped
-  OptionalTensor gaps;                     // int64 [heads, gap bins]
-  OptionalTensor maxima;                   // float32 [heads, query tiles, key tiles]
+  Tensor lse, dropped_mass_bound;  // float32 [heads, rows]
+  Tensor tiles;                    // int64 [2, batch, heads]: visitable, skipped
+  Tensor gaps;                     // int64 [heads, gap bins]
+  Tensor maxima;                   // float32 [heads, query tiles, key tiles]
   // int32: a bit a tile, packed as the call packs them, in a flat tensor as large as they may get.
   // A padded batch's requests each have room for all rows and keys.
-  OptionalTensor bits;
+  Tensor bits;
 };
 
 template <typename T>
-T* data_of(const OptionalTensor& t) {
-  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+T* data_of(const Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
 template <typename Params>
 void set_report(Params& p, const Reports& r) {
   p.report.lse = data_of<float>(r.lse);
   p.report.dropped_mass_bound = data_of<float>(r.dropped_mass_bound);
-  if (r.tiles) {
+  if (r.tiles.defined()) {
     p.report.tiles_visitable = data_of<int64_t>(r.tiles);
     p.report.tiles_skipped = p.report.tiles_visitable + p.batch * p.heads;
   }
   p.report.gap_histogram = data_of<uint64_t>(r.gaps);
   p.report.tile_maxima = data_of<float>(r.maxima);
-  if (r.maxima) p.report.tile_maxima_stride = r.maxima->size(2);
+  if (r.maxima.defined()) p.report.tile_maxima_stride = r.maxima.size(2);
   p.report.tile_bits = data_of<uint32_t>(r.bits);
 }
 
@@ -109,12 +109,12 @@ void run_cuda(Params& p, Arguments& a) {
 
 template <typename Params>
 void run_cpu(Params& p, Arguments& a, const Reports& reports) {
-  if (reports.bits)  // also what the call leaves unused
-    std::memset(p.report.tile_bits, 0, reports.bits->numel() * sizeof(*p.report.tile_bits));
+  if (p.report.tile_bits)  // also what the call leaves unused
+    std::memset(p.report.tile_bits, 0, reports.bits.numel() * sizeof(*p.report.tile_bits));
   check_blocks(p, a.blocks);
   const Padding padding(p, a);
   if (padding.any()) {
-    check(!a.blocks && !reports.maxima, a.blocks ? "blocks is given" : "maxima is true",
+    check(!a.blocks && !p.report.tile_maxima, a.blocks ? "blocks is given" : "maxima is true",
           " together with starts or query_lengths, but it is of the tiles of the whole batch: pass "
           "the requests one by one, or ragged");
     run_padded(p, padding, tiles_of(p, a).bit_words());
@@ -125,41 +125,20 @@ void run_cpu(Params& p, Arguments& a, const Reports& reports) {
   }
 }
 
-// The output and the reports that are wanted, in this order.
+// The reports that are wanted, in their order; the others are undefined, which Python sees as None.
+using Reported = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Wanted {
+  bool lse, dropped_mass_bound, tiles, gaps, maxima, bits;
+};
+
+// Runs the call into `out`, [..., heads, value_dim] with rows like q's; a new tensor if it is none.
 template <typename Params>
-std::tuple<Tensor, std::vector<Tensor>> attention(
-    Tensor q, Tensor k, Tensor v, OptionalTensor starts, OptionalTensor lengths,
-    OptionalTensor query_lengths, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
-    OptionalTensor page_table, std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k, double scale, double softcap, OptionalTensor sinks,
-    bool causal, int64_t window_left, int64_t window_right, OptionalTensor bands,
-    OptionalTensor blocks, std::string order, std::string test, OptionalTensor thresholds,
-    bool want_lse, bool want_bound, bool want_tiles, bool want_gaps, bool want_maxima,
-    bool want_bits) {
-  Arguments a{q,
-              k,
-              v,
-              starts,
-              lengths,
-              query_lengths,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              page_table,
-              max_seqlen_q,
-              max_seqlen_k,
-              scale,
-              softcap,
-              sinks,
-              causal,
-              window_left,
-              window_right,
-              bands,
-              blocks};
-  Decision decision{order, test, thresholds};
+Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTensor& out) {
   Params p;
   describe(p, a);
   describe_decision(p, decision, a.q);
-  check(!want_maxima || !a.cu_seqlens_q,
+  check(!wanted.maxima || !a.cu_seqlens_q,
         "maxima is true; it needs q as [batch, query_length, heads, head_dim], without "
         "cu_seqlens_q");
   const Place place(a.q);
@@ -167,30 +146,58 @@ std::tuple<Tensor, std::vector<Tensor>> attention(
 
   std::vector<int64_t> out_shape = shape_of(a.q);
   out_shape.back() = p.value_dim;
-  const Tensor out = torch::stable::new_empty(a.q, out_shape);
-  p.out = view_of(out);
+  if (!out) out = torch::stable::new_empty(a.q, out_shape);
+  check_devices("q", a.q, {{"out", &*out}});
+  check_shape("out", *out, "[..., heads, value_dim], rows like q's", out_shape);
+  check_type("out", *out, a.q.scalar_type());
+  check(out->numel() == 0 || out->stride(out->dim() - 1) == 1,
+        "out has a last dimension that is not contiguous; it is written in place");
+  p.out = view_of(*out);
 
-  const Tiles tiles = want_maxima || want_bits ? tiles_of(p, a) : Tiles{};
-  std::vector<Tensor> wanted;
-  const auto report = [&](bool want, ScalarType type, std::vector<int64_t> shape) {
-    if (!want) return OptionalTensor{};
-    wanted.push_back(torch::stable::new_empty(a.q, shape, type));
-    return OptionalTensor(wanted.back());
+  const Tiles tiles = wanted.maxima || wanted.bits ? tiles_of(p, a) : Tiles{};
+  const auto report = [&](bool want, ScalarType type, const std::vector<int64_t>& shape) {
+    return want ? torch::stable::new_empty(a.q, shape, type) : Tensor();
   };
-  const Reports reports{
-      .lse = report(want_lse, ScalarType::Float, {p.heads, a.rows()}),
-      .dropped_mass_bound = report(want_bound, ScalarType::Float, {p.heads, a.rows()}),
-      .tiles = report(want_tiles, ScalarType::Long, {2, p.batch, p.heads}),
-      .gaps = report(want_gaps, ScalarType::Long, {p.heads, BLASST_GAP_BINS}),
-      .maxima =
-          report(want_maxima, ScalarType::Float, {tiles.heads, tiles.query_tiles, tiles.key_tiles}),
-      .bits = report(want_bits, ScalarType::Int, {tiles.bit_words()})};
+  const Reports reports{.lse = report(wanted.lse, ScalarType::Float, {p.heads, a.rows()}),
+                        .dropped_mass_bound = report(wanted.dropped_mass_bound, ScalarType::Float,
+                                                     {p.heads, a.rows()}),
+                        .tiles = report(wanted.tiles, ScalarType::Long, {2, p.batch, p.heads}),
+                        .gaps = report(wanted.gaps, ScalarType::Long, {p.heads, BLASST_GAP_BINS}),
+                        .maxima = report(wanted.maxima, ScalarType::Float,
+                                         {tiles.heads, tiles.query_tiles, tiles.key_tiles}),
+                        .bits = report(wanted.bits, ScalarType::Int, {tiles.bit_words()})};
   set_report(p, reports);
   if (a.q.is_cuda())
     run_cuda(p, a);
   else
     run_cpu(p, a, reports);
-  return {out, wanted};
+  return {reports.lse, reports.dropped_mass_bound, reports.tiles, reports.gaps, reports.maxima,
+          reports.bits};
+}
+
+template <typename Params>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
+    Tensor q, Tensor k, Tensor v, BLASST_ARGUMENTS, std::string order, std::string test,
+    OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
+    bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
+    std::optional<int64_t> max_seqlen_k) {
+  OptionalTensor out;
+  const Reported reported =
+      run<Params>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
+                  {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, out);
+  return std::tuple_cat(std::tuple{*out}, reported);
+}
+
+// The same into a tensor of the caller's.
+template <typename Params>
+Reported attention_into(Tensor out, Tensor q, Tensor k, Tensor v, BLASST_ARGUMENTS,
+                        std::string order, std::string test, OptionalTensor thresholds,
+                        bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
+                        bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
+                        std::optional<int64_t> max_seqlen_k) {
+  OptionalTensor into = out;
+  return run<Params>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
+                     {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, into);
 }
 
 // What blasst_check_pages finds, int32 [4] on the device.
@@ -229,19 +236,29 @@ std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
   return {shape.query_rows, shape.keys, shape.split_tiles};
 }
 
-constexpr const char* kArguments =
-    "(Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
-    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, SymInt? max_seqlen_q,"
-    " SymInt? max_seqlen_k, float scale, float softcap, Tensor? sinks, bool causal,"
-    " int window_left, int window_right, Tensor? bands, Tensor? blocks, str order, str test,"
-    " Tensor? thresholds, bool want_lse, bool want_dropped_mass_bound, bool want_tiles,"
-    " bool want_gaps, bool want_maxima, bool want_bits) -> (Tensor out, Tensor[] reports)";
+constexpr std::string_view kArguments =
+    "Tensor q, Tensor k, Tensor v, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
+    " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, float scale, float softcap,"
+    " Tensor? sinks, bool causal, int window_left, int window_right, Tensor? bands,"
+    " Tensor? blocks, str order, str test, Tensor? thresholds, bool want_lse,"
+    " bool want_dropped_mass_bound, bool want_tiles, bool want_gaps, bool want_maxima,"
+    " bool want_bits, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (";
+constexpr std::string_view kReports =
+    "Tensor lse, Tensor dropped_mass_bound, Tensor tiles, Tensor gaps, Tensor maxima, Tensor bits)";
+
+std::string joined(std::initializer_list<std::string_view> parts) {
+  std::string text;
+  for (const std::string_view part : parts) text += part;
+  return text;
+}
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(blasst, m) {
-  m.def((std::string("prefill") + kArguments).c_str());
-  m.def((std::string("decode") + kArguments).c_str());
+  for (const std::string_view phase : {"prefill", "decode"}) {
+    m.def(joined({phase, "(", kArguments, "Tensor out, ", kReports}).c_str());
+    m.def(joined({phase, "_into(Tensor(a!) out, ", kArguments, kReports}).c_str());
+  }
   m.def("check_pages(Tensor page_table, Tensor lengths, int page_size, int pages) -> Tensor");
   m.def("prefill_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
   m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
@@ -250,6 +267,8 @@ STABLE_TORCH_LIBRARY(blasst, m) {
 #define BLASST_IMPLEMENT(m)                                                                 \
   m.impl("prefill", TORCH_BOX(Kernel<attention<blasst::PrefillParams>>::call));             \
   m.impl("decode", TORCH_BOX(Kernel<attention<blasst::DecodeParams>>::call));               \
+  m.impl("prefill_into", TORCH_BOX(Kernel<attention_into<blasst::PrefillParams>>::call));   \
+  m.impl("decode_into", TORCH_BOX(Kernel<attention_into<blasst::DecodeParams>>::call));     \
   m.impl("prefill_tile_shape", TORCH_BOX(Kernel<tile_shape<blasst::PrefillParams>>::call)); \
   m.impl("decode_tile_shape", TORCH_BOX(Kernel<tile_shape<blasst::DecodeParams>>::call))
 

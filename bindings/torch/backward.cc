@@ -12,32 +12,13 @@ namespace {
 
 using namespace blasst::binding;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(
-    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-    Tensor bits, OptionalTensor starts, OptionalTensor lengths, OptionalTensor query_lengths,
-    OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor page_table,
-    std::optional<int64_t> max_seqlen_q, std::optional<int64_t> max_seqlen_k, double scale,
-    double softcap, OptionalTensor sinks, bool causal, int64_t window_left, int64_t window_right,
-    OptionalTensor bands, OptionalTensor blocks) {
-  Arguments a{q,
-              k,
-              v,
-              starts,
-              lengths,
-              query_lengths,
-              cu_seqlens_q,
-              cu_seqlens_k,
-              page_table,
-              max_seqlen_q,
-              max_seqlen_k,
-              scale,
-              softcap,
-              sinks,
-              causal,
-              window_left,
-              window_right,
-              bands,
-              blocks};
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(Tensor dout, OptionalTensor dlse,
+                                                            Tensor q, Tensor k, Tensor v,
+                                                            Tensor out, Tensor lse, Tensor bits,
+                                                            BLASST_ARGUMENTS,
+                                                            std::optional<int64_t> max_seqlen_q,
+                                                            std::optional<int64_t> max_seqlen_k) {
+  Arguments a = BLASST_ARGUMENTS_GIVEN;
   blasst::PrefillParams forward;
   describe(forward, a);
   check_devices(
@@ -92,9 +73,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(blasst, m) {
   m.def(
       "prefill_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
       " Tensor lse, Tensor bits, Tensor? starts, Tensor? lengths, Tensor? query_lengths,"
-      " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, SymInt? max_seqlen_q,"
-      " SymInt? max_seqlen_k, float scale, float softcap, Tensor? sinks, bool causal,"
-      " int window_left, int window_right, Tensor? bands, Tensor? blocks)"
+      " Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? page_table, float scale,"
+      " float softcap, Tensor? sinks, bool causal, int window_left, int window_right,"
+      " Tensor? bands, Tensor? blocks, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 }
 

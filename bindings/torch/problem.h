@@ -25,6 +25,19 @@ struct Arguments {
   int64_t rows() const { return cu_seqlens_q ? q.size(0) : q.size(0) * q.size(1); }
 };
 
+// The arguments of an operator between v and what it decides by, as torch passes them, and the
+// struct of them; it takes q, k, v, max_seqlen_q and max_seqlen_k, too.
+#define BLASST_ARGUMENTS                                                                    \
+  OptionalTensor starts, OptionalTensor lengths, OptionalTensor query_lengths,              \
+      OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor page_table,  \
+      double scale, double softcap, OptionalTensor sinks, bool causal, int64_t window_left, \
+      int64_t window_right, OptionalTensor bands, OptionalTensor blocks
+#define BLASST_ARGUMENTS_GIVEN                                                                     \
+  Arguments {                                                                                      \
+    q, k, v, starts, lengths, query_lengths, cu_seqlens_q, cu_seqlens_k, page_table, max_seqlen_q, \
+        max_seqlen_k, scale, softcap, sinks, causal, window_left, window_right, bands, blocks      \
+  }
+
 // The device of a call's tensors and torch's stream there, or torch's number of threads.
 class Place {
  public:

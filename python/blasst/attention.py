@@ -86,6 +86,7 @@ def attention(
     page_table: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     return_stats: bool = False,
     return_error_bound: bool = False,
@@ -144,6 +145,8 @@ def attention(
         max_seqlen_k: no request of ragged or paged keys has more. Without it, on cuda, room is made
             for all that k, or the page table, holds. Checked on the cpu; on cuda keys beyond it are
             not seen.
+        out: where the output is written: its shape and type, the last dimension contiguous, sharing
+            no memory with the inputs. Without a gradient.
         return_lse: fill Result.lse.
         return_stats: fill Result.stats.
         return_error_bound: fill Result.dropped_mass_bound.
@@ -176,6 +179,7 @@ def attention(
             "cu_seqlens_k": cu_seqlens_k,
             "page_table": page_table,
             "blocks": blocks,
+            "out": out,
         },
     )
     if phase is None:
@@ -232,13 +236,9 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 
+    with_gradient = _with_gradient(out, (q, k, v, sinks))
     # A backward pass needs the forward's lse and its decisions.
-    differentiable = (
-        phase == "prefill"
-        and q.device.type == "cpu"
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
-    )
+    differentiable = with_gradient and phase == "prefill" and q.device.type == "cpu"
     wanted = {
         "lse": return_lse or differentiable,
         "dropped_mass_bound": return_error_bound,
@@ -247,8 +247,10 @@ def attention(
         "maxima": return_tile_maxima,
         "bits": differentiable,
     }
-    out, reports = call(
-        phase,
+    into = {} if out is None else {"out": out}
+    results = call(
+        f"{phase}_into" if into else phase,
+        **into,
         q=q,
         k=k,
         v=v,
@@ -258,8 +260,6 @@ def attention(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         page_table=page_table,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
         scale=scale or 0.0,
         softcap=softcap or 0.0,
         sinks=sinks,
@@ -272,10 +272,13 @@ def attention(
         test=test,
         thresholds=thresholds,
         **{f"want_{name}": want for name, want in wanted.items()},
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
     )
+    out, *reports = results if out is None else (out, *results)
     if not any((return_lse, return_stats, return_error_bound, return_gaps, return_tile_maxima)):
         return out
-    reported = dict(zip((name for name in REPORTS if wanted[name]), reports, strict=True))
+    reported = dict(zip(REPORTS, reports, strict=True))
 
     def by_row(name: str) -> Tensor:
         t = reported[name]
@@ -336,6 +339,17 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
 
     out, lse = call("merge", out_a=out1, lse_a=by_head(lse1), out_b=out2, lse_b=by_head(lse2))
     return out, lse.unflatten(1, out.shape[:2]).transpose(0, 1) if out.dim() == 4 else lse
+
+
+def _with_gradient(out: Tensor | None, inputs: tuple[Tensor | None, ...]) -> bool:
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
+        return False
+    if out is not None:
+        raise NotImplementedError(
+            "out is given, but an input requires a gradient: run under torch.no_grad(), or leave "
+            "out to the call"
+        )
+    return True
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

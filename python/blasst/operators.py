@@ -1,6 +1,7 @@
 """Loads and calls `torch.ops.blasst`; says what torch.compile, export and autograd must know."""
 
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ torch.ops.load_library(_LIBRARY)
 
 GAP_BINS = 514
 REPORTS = ("lse", "dropped_mass_bound", "tiles", "gaps", "maxima", "bits")
-"""What prefill and decode report if their argument want_... is true, in this order."""
+"""What prefill and decode report, in this order: each a tensor if want_... is true, else None."""
 
 _ERRORS = {
     error.__name__: error for error in (TypeError, ValueError, NotImplementedError, MemoryError)
@@ -43,9 +44,9 @@ def _names(operator: str) -> tuple[str, ...]:
     return tuple(argument.name for argument in schema.arguments)
 
 
-def _wanted(arguments: dict[str, object]) -> list[str]:
-    """The reports that these arguments ask for, in order."""
-    return [name for name in REPORTS if arguments[f"want_{name}"]]
+def _arguments(operator: str, inputs: tuple[object, ...]) -> dict[str, object]:
+    """The inputs by name. torch leaves out the last ones if they are the default, None."""
+    return dict(zip_longest(_names(operator), inputs))
 
 
 def _prefill_tile() -> tuple[int, int]:
@@ -75,9 +76,9 @@ def _check_devices(arguments: dict[str, object], first: str) -> None:
             )
 
 
-def _fake(operator: str, *inputs: object) -> tuple[Tensor, list[Tensor]]:
-    """The output and the reports of prefill and decode, without their values."""
-    arguments = dict(zip(_names(operator), inputs, strict=True))
+def _fake_into(operator: str, *inputs: object) -> tuple[Tensor | None, ...]:
+    """The reports of prefill and decode, without their values."""
+    arguments = _arguments(operator, inputs)
     _check_devices(arguments, "q")
     a = SimpleNamespace(**arguments)
     heads, rows = a.q.shape[-2], a.q.shape[0]
@@ -93,10 +94,16 @@ def _fake(operator: str, *inputs: object) -> tuple[Tensor, list[Tensor]]:
         "maxima": (tiles, torch.float32),
         "bits": ((tiles[0] * tiles[1] * -(-tiles[2] // 32),), torch.int32),
     }
-    out = a.q.new_empty((*a.q.shape[:-1], a.v.shape[-1]))
-    return out, [
-        a.q.new_empty(shape, dtype=dtype) for shape, dtype in map(shapes.get, _wanted(arguments))
-    ]
+    return tuple(
+        a.q.new_empty(shape, dtype=dtype) if arguments[f"want_{name}"] else None
+        for name, (shape, dtype) in shapes.items()
+    )
+
+
+def _fake(operator: str, *inputs: object) -> tuple[Tensor | None, ...]:
+    reports = _fake_into(operator, *inputs)
+    q, _, v, *_ = inputs
+    return (q.new_empty((*q.shape[:-1], v.shape[-1])), *reports)
 
 
 def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tuple[int, int, int]:
@@ -111,7 +118,7 @@ def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tup
     if a.max_seqlen_k is not None:
         keys = torch.sym_min(keys, a.max_seqlen_k)
     key_tiles = -(-keys // tile_keys)
-    if operator == "decode":
+    if operator.startswith("decode"):
         return a.k.shape[-2], batch, key_tiles
     if a.cu_seqlens_q is not None:
         return a.q.shape[-2], rows // query_rows + batch, key_tiles
@@ -119,7 +126,7 @@ def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tup
 
 
 def _fake_backward(*inputs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = dict(zip(_names("prefill_backward"), inputs, strict=True))
+    arguments = _arguments("prefill_backward", inputs)
     _check_devices(arguments, "q")
     q, k, v, sinks = (arguments[name] for name in ("q", "k", "v", "sinks"))
     return (
@@ -131,7 +138,7 @@ def _fake_backward(*inputs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _fake_merge(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    arguments = dict(zip(_names("merge"), inputs, strict=True))
+    arguments = _arguments("merge", inputs)
     _check_devices(arguments, "out_a")
     out, lse = arguments["out_a"], arguments["lse_a"]
     return out.new_empty(out.shape), lse.new_empty(lse.shape)
@@ -142,23 +149,22 @@ def _fake_check_pages(page_table: Tensor, lengths: Tensor, page_size: int, pages
 
 
 def _save_for_backward(
-    ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor, list[Tensor]]
+    ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor | None, ...]
 ) -> None:
-    arguments = dict(zip(_names("prefill"), inputs, strict=True))
-    out, reports = output
-    ctx.reports = _wanted(arguments)
-    reported = dict(zip(ctx.reports, reports, strict=True))
+    arguments = _arguments("prefill", inputs)
+    out, *reports = output
+    reported = dict(zip(REPORTS, reports, strict=True))
     saved = {name: arguments[name] for name in _names("prefill_backward") if name in arguments}
-    saved |= {"out": out, "lse": reported.get("lse"), "bits": reported.get("bits")}
+    saved |= {"out": out, "lse": reported.pop("lse"), "bits": reported["bits"]}
     ctx.others = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
     ctx.names = [name for name in saved if name not in ctx.others]
     ctx.save_for_backward(*(saved[name] for name in ctx.names))
-    ctx.mark_non_differentiable(*(t for name, t in reported.items() if name != "lse"))
+    ctx.mark_non_differentiable(*(t for t in reported.values() if t is not None))
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, dout: Tensor | None, dreports: list[Tensor | None]
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
     device = saved["q"].device
@@ -171,7 +177,6 @@ def _backward(
             "torch.ops.blasst.prefill has a backward pass only with want_lse=True and "
             "want_bits=True"
         )
-    dlse = dict(zip(ctx.reports, dreports, strict=True))["lse"]
     dout = torch.zeros_like(saved["out"]) if dout is None else dout
     dq, dk, dv, dsinks = call("prefill_backward", dout=dout, dlse=dlse, **saved)
     gradients = {"q": dq, "k": dk, "v": dv, "sinks": None if saved["sinks"] is None else dsinks}
@@ -198,6 +203,8 @@ def _no_second_backward(*_: object) -> None:
 
 torch.library.register_fake("blasst::prefill", partial(_fake, "prefill"))
 torch.library.register_fake("blasst::decode", partial(_fake, "decode"))
+torch.library.register_fake("blasst::prefill_into", partial(_fake_into, "prefill_into"))
+torch.library.register_fake("blasst::decode_into", partial(_fake_into, "decode_into"))
 torch.library.register_fake("blasst::prefill_backward", _fake_backward)
 torch.library.register_fake("blasst::merge", _fake_merge)
 torch.library.register_fake("blasst::check_pages", _fake_check_pages)

@@ -539,17 +539,91 @@ def test_fake_tensors_have_the_real_shapes():
             for maxima in (True, False):
                 torch.library.opcheck(
                     torch.ops.blasst.prefill,
-                    (q, k, v, *[None] * 8, *tail(blocks), *report, maxima, bits),
+                    (q, k, v, *[None] * 6, *tail(blocks), *report, maxima, bits),
                 )
-            ragged = (q[0], k[0], v[0], None, None, None, cu, cu, None, 100, 120)
-            torch.library.opcheck(
-                torch.ops.blasst.prefill, (*ragged, *tail(blocks[:, :3]), *report, False, bits)
-            )
+            ragged = (q[0], k[0], v[0], None, None, None, cu, cu, None, *tail(blocks[:, :3]))
+            for most in ((), (100, 120)):
+                torch.library.opcheck(
+                    torch.ops.blasst.prefill, (*ragged, *report, False, bits, *most)
+                )
         one_row = q[:, :1].mT.contiguous().mT
         torch.library.opcheck(
             torch.ops.blasst.decode,
-            (one_row, k, v, *[None] * 8, *tail(blocks[:2, :2]), *report, True, True),
+            (one_row, k, v, *[None] * 6, *tail(blocks[:2, :2]), *report, True, True),
         )
+        torch.library.opcheck(
+            torch.ops.blasst.prefill_into,
+            (torch.empty_like(q), q, k, v, *[None] * 6, *tail(blocks), *report, True, True),
+        )
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_output_is_written_in_place(phase, padded):
+    q, k, v = inputs(queries=16, value_dim=48)
+    options = {"causal": True, "threshold": 0.2, "phase": phase, **EVERYTHING}
+    if padded:
+        options["starts"], options["query_lengths"] = torch.tensor([0, 140]), torch.tensor([16, 3])
+    wanted = attention(q, k, v, **options)
+    whole = torch.full((2, 18, 5, 64), 7.0)
+    out = whole[:, 1:17, :4, 8:56]
+    got = attention(q, k, v, out=out, **options)
+    assert got.out is out
+    assert_same(got, wanted)
+    out.fill_(7.0)
+    assert (whole == 7.0).all(), "what lies between the rows is left alone"
+    plain = torch.empty(2, 16, 4, 48)
+    del options["return_lse"], options["return_stats"]
+    del options["return_error_bound"], options["return_gaps"]
+    assert attention(q, k, v, out=plain, **options) is plain
+    assert torch.equal(plain, wanted.out)
+
+
+def test_an_output_that_does_not_fit_is_refused():
+    q, k, v = inputs()
+    good = torch.empty_like(q)
+    for out, error, message in [
+        (good[:, 1:], ValueError, r"out is \[2, 149, 4, 32\]; it must be \[\.\.\., heads"),
+        (good.half(), TypeError, "out is Half; it must be Float"),
+        (good.mT.contiguous().mT, ValueError, "out has a last dimension that is not contiguous"),
+        (good[:1].expand(2, -1, -1, -1), ValueError, "overlaps elements of out"),
+        (q, ValueError, "out and q share memory; out needs a buffer of its own"),
+        (good.to("meta"), ValueError, "out is on meta, q on cpu"),
+        ([], TypeError, r"out is a list; it must be a torch\.Tensor, or None"),
+    ]:
+        with pytest.raises(error, match=message):
+            attention(q, k, v, out=out)
+    with pytest.raises(NotImplementedError, match="out is given, but an input requires a gradient"):
+        attention(q.requires_grad_(), k, v, out=good)
+    with torch.no_grad():
+        attention(q, k, v, out=good)
+
+
+def test_compiles_with_an_output_of_the_callers():
+    q, k, v = inputs()
+
+    def run(q, k, v, out):
+        attention(2 * q, k, v, causal=True, threshold=0.2, out=out)
+        return out + 1
+
+    compiled = torch.compile(run, fullgraph=True)
+    outs = torch.empty_like(q), torch.empty_like(q)
+    assert torch.equal(compiled(q, k, v, outs[0]), run(q, k, v, outs[1]))
+    assert torch.equal(*outs)
+
+
+def test_a_dimension_of_one_element_may_have_any_stride():
+    q, k, v = inputs(batch=1, queries=1, heads=1, kv_heads=1)
+    wanted = attention(q, k, v, return_lse=True)
+
+    def odd(t):
+        strides = [3 if n == 1 else stride for n, stride in zip(t.shape, t.stride(), strict=True)]
+        return t.as_strided(t.shape, strides)
+
+    got = attention(*map(odd, (q, k, v)), return_lse=True, out=odd(torch.empty_like(q)))
+    assert torch.equal(got.out, wanted.out)
+    merged = blasst.merge(odd(got.out), got.lse, odd(got.out), got.lse)
+    assert torch.equal(merged[0], blasst.merge(wanted.out, got.lse, wanted.out, got.lse)[0])
 
 
 # Policies: bands, block masks, thresholds by place

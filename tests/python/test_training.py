@@ -35,7 +35,7 @@ def kept_keys(q: Tensor, k: Tensor, v: Tensor, causal=True, threshold=THRESHOLD,
     batch, queries, heads, _ = q.shape
     keys = k.shape[1]
     left, right = options.get("window", (-1, -1))
-    _, [bits] = call(
+    *_, bits = call(
         "prefill",
         **dict.fromkeys(ABSENT),
         **{"q": q, "k": k, "v": v, "causal": causal, "window_left": left, "window_right": right},
@@ -309,7 +309,7 @@ def backward_arguments(lengths=None, sinks=None) -> dict:
         "bands": torch.tensor([[0, 40], [41, 90], [0, 200], [3, 3]]),
         "blocks": torch.ones(4, 6, 6, dtype=torch.uint8),
     }
-    out, [lse, bits] = call(
+    out, lse, *_, bits = call(
         "prefill",
         **problem,
         **{"order": "sink_first", "test": "none", "thresholds": None},
