@@ -13,7 +13,7 @@ APT_INSTALL ?= scripts/apt-install
 MODEL ?= smollm2
 ARGS ?=
 
-BUILD_PACKAGES := g++ cmake ninja-build python3-venv libhwy-dev nlohmann-json3-dev libcli11-dev \
+BUILD_PACKAGES := g++ cmake ninja-build python3-venv nlohmann-json3-dev libcli11-dev \
 	libfmt-dev libgtest-dev libbenchmark-dev
 CHECK_PACKAGES := clang clang-format clang-tidy libclang-rt-14-dev
 
@@ -49,16 +49,16 @@ build: build-packages $(VENV)/.complete ## set up and build (Release) into build
 
 ##@ Checks
 .PHONY: sanitize
-sanitize: build-packages check-packages ## C++ tests under ASan + UBSan, then under TSan
+sanitize: $(VENV)/.complete check-packages ## C++ tests under ASan + UBSan, then under TSan
 	for preset in asan tsan; do \
-	  cmake --preset $$preset; \
+	  cmake --preset $$preset -DPython_EXECUTABLE=$(CURDIR)/$(python); \
 	  cmake --build --preset $$preset --parallel $(JOBS); \
 	  ctest --preset $$preset; \
 	done
 
 .PHONY: fuzz
-fuzz: build-packages check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)
-	cmake --preset fuzz
+fuzz: $(VENV)/.complete check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)
+	cmake --preset fuzz -DPython_EXECUTABLE=$(CURDIR)/$(python)
 	cmake --build --preset fuzz --parallel $(JOBS)
 	build/fuzz/tests/fuzz/fuzz_attention -seed=1 -max_total_time=$(FUZZ_SECONDS) $(ARGS)
 
