@@ -26,6 +26,8 @@ inline void check_aligned(std::string_view name, const View& view) {
   for (const auto& [stride_name, stride] :
        {std::pair{"stride_request", view.stride_request},
         std::pair{"stride_token", view.stride_token}, std::pair{"stride_head", view.stride_head}}) {
+    if (stride >= int64_t{1} << 39)
+      refuse("{}.{} is {}; it must be less than 2^39 elements, 1 TiB", name, stride_name, stride);
     if (stride % 8 != 0)
       refuse("{}.{} is {}; it must be a multiple of 8 elements, 16 bytes", name, stride_name,
              stride);
@@ -37,12 +39,12 @@ struct KeyRoom {
   int64_t outer, tokens, most;
 };
 
-// Whole tokens in a ragged view.
-inline int64_t tokens_in(const View& view, int64_t heads, int64_t dim) {
+// Whole tokens in a ragged view, `limit` at most.
+inline int64_t tokens_in(const View& view, int64_t heads, int64_t dim, int64_t limit) {
   const int64_t first = (heads - 1) * view.stride_head + dim;
   if (!view.data || view.elements < first) return 0;
-  if (view.stride_token == 0) return 1;
-  return 1 + (view.elements - first) / view.stride_token;
+  if (view.stride_token == 0) return limit;
+  return std::min(limit, 1 + (view.elements - first) / view.stride_token);
 }
 
 // What is the same for all requests of a page table. Returns the most keys of a request.
@@ -76,8 +78,8 @@ KeyRoom check_keys(const Params& params, int64_t limit) {
     if (kv.page_table || kv.lengths)
       fail("kv.cu_seqlens is set together with kv.page_table or kv.lengths; choose one layout");
     room.outer = 1;
-    room.tokens = std::min(tokens_in(kv.k, params.kv_heads, params.head_dim),
-                           tokens_in(kv.v, params.kv_heads, params.value_dim));
+    room.tokens = std::min(tokens_in(kv.k, params.kv_heads, params.head_dim, limit),
+                           tokens_in(kv.v, params.kv_heads, params.value_dim, limit));
     if (room.most == 0) room.most = room.tokens;
   } else if (kv.page_table) {
     room.most = check_page_table(kv, limit);

@@ -61,12 +61,8 @@ void launch_merge(const MergeParams& p) {
   if (threads == 0) return;
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   const auto stream = static_cast<cudaStream_t>(p.stream);
-  const auto grid = static_cast<unsigned>(blocks);
-  if (p.dtype == BLASST_FLOAT16)
-    merge_rows<__half><<<grid, kThreads, 0, stream>>>(p);
-  else
-    merge_rows<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(p);
-  check(cudaGetLastError(), "merge");
+  enqueue(p.dtype == BLASST_FLOAT16 ? merge_rows<__half> : merge_rows<__nv_bfloat16>,
+          static_cast<int>(blocks), kThreads, stream, p);
 }
 
 }  // namespace blasst::cuda

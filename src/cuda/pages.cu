@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(kThreads) find_fault(const __grid_constant__ P
 }  // namespace
 
 void launch_page_check(const PageCheck& c) {
-  find_fault<<<1, kThreads, 0, static_cast<cudaStream_t>(c.stream)>>>(c);
-  check(cudaGetLastError(), "check_pages");
+  enqueue(find_fault, 1, kThreads, static_cast<cudaStream_t>(c.stream), c);
 }
 
 }  // namespace blasst::cuda

@@ -1,9 +1,12 @@
-// Calls on a GPU beside the plain ones: padded batches, merging, page checks, wrong memory.
+// Calls on a GPU beside the plain ones: padded batches, merging, page checks, calls that fail.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "check/compare.h"
@@ -91,6 +94,7 @@ TEST_F(Calls, PaddedRequestsAreAsAlone) {
          .kv_heads = kKvHeads,
          .head_dim = kDim,
          .value_dim = kDim,
+         .sinks = true,
          .causal = true,
          .test = BLASST_TEST_RELATIVE,
          .threshold = 0.05f};
@@ -100,6 +104,9 @@ TEST_F(Calls, PaddedRequestsAreAsAlone) {
   PrefillParams& p = device.params;
   p.kv.starts = memory.copy(starts.data(), 4);
   p.query_lengths = memory.copy(used.data(), 4);
+  p.workspace_bytes = 0;
+  p.workspace_bytes = workspace_bytes(p, false);
+  p.workspace = memory.allocate(p.workspace_bytes);
   DeviceProblem::put(p.kv.lengths, ends);
   device.run();
   const std::vector<std::byte> batch = problem.out_bits();
@@ -135,8 +142,11 @@ TEST_F(Calls, PaddedRequestsAreAsAlone) {
     EXPECT_EQ(part(batch, used[b], kRows - used[b]),
               std::vector<std::byte>((kRows - used[b]) * row_bytes))
         << b;
-    for (int64_t i = 0; i < kRows; ++i)
-      EXPECT_EQ(std::isinf(lse[b * kRows + i]), i < first || i >= used[b]) << b << ' ' << i;
+    // Rows in use that stand before every key have the sink, rows that are not in use nothing.
+    for (int64_t i = 0; i < kRows; ++i) {
+      EXPECT_EQ(lse[b * kRows + i] == problem.sinks[0], i < first) << b << ' ' << i;
+      EXPECT_EQ(std::isinf(lse[b * kRows + i]), i >= used[b]) << b << ' ' << i;
+    }
     for (int64_t h = 0; h < kHeads; ++h)
       EXPECT_EQ(skipped[b * kHeads + h], problem.tiles_skipped[h]) << b << ' ' << h;
   }
@@ -245,19 +255,199 @@ TEST_F(Calls, MergeIsExactUpToRounding) {
   }
 }
 
-TEST_F(Calls, MemoryOfTheHostIsRefused) {
-  for (const bool decode : {false, true}) {
-    Problem problem(paged_case(decode));
-    DeviceProblem device(problem);
-    device.params.kv.k = problem.params.kv.k;
-    try {
-      device.launch();
-      FAIL() << "accepted";
-    } catch (const Error& error) {
-      EXPECT_EQ(error.status(), BLASST_INVALID_ARGUMENT);
-      EXPECT_NE(std::string(error.what()).find("k.data is host memory"), std::string::npos)
-          << error.what();
+// --- what fails, fails whole -------------------------------------------------------------------
+
+// Runs `call`, which must fail: the error says `part`, no error is left to the caller.
+template <typename Call>
+void expect_failure(blasst_status status, const std::string& part, const Call& call) {
+  try {
+    call();
+    ADD_FAILURE() << "accepted: " << part;
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), status) << error.what();
+    EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+  }
+  EXPECT_EQ(cudaPeekAtLastError(), cudaSuccess) << part;
+}
+
+// Any kind of call, with all arrays that a call of its kind may have.
+struct AnyCall {
+  explicit AnyCall(bool decode, Layout layout) : problem(case_of(decode, layout)), device(problem) {
+    PrefillParams& p = device.params;
+    if (!decode && layout == Layout::kDense) {
+      p.kv.starts = memory.copy(std::vector<int32_t>(4, 0).data(), 4);
+      p.query_lengths = memory.copy(std::vector<int32_t>(4, 2).data(), 4);
     }
+    p.workspace_bytes = 0;
+    p.workspace_bytes = workspace_bytes(p, decode);
+    p.workspace = memory.allocate(p.workspace_bytes);
+  }
+
+  // Everything that a call may write.
+  auto outputs() {
+    device.download();
+    return std::tuple(problem.out_bits(), problem.lse, problem.dropped_mass_bound,
+                      problem.tiles_visitable, problem.tiles_skipped, problem.tile_bits,
+                      problem.gap_histogram, problem.tile_maxima);
+  }
+
+  static Case case_of(bool decode, Layout layout) {
+    Case c = paged_case(decode);
+    c.layout = layout;
+    c.ragged_queries = !decode && layout == Layout::kRagged;
+    c.bands = !decode;
+    c.sinks = true;
+    c.test = BLASST_TEST_RELATIVE;
+    c.threshold = 0.1f;
+    return c;
+  }
+
+  Problem problem;
+  DeviceMemory memory;
+  DeviceProblem device;
+};
+
+TEST_F(Calls, MemoryOfTheHostIsRefusedInAnyArray) {
+  alignas(256) static std::byte host[4096];
+  for (const bool decode : {false, true}) {
+    for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
+      AnyCall any(decode, layout);
+      PrefillParams& p = any.device.params;
+      any.device.mark();
+      const auto before = any.outputs();
+      int tried = 0;
+      const auto try_array = [&](const char* name, auto& array) {
+        if (!array) return;
+        using Pointer = std::remove_reference_t<decltype(array)>;
+        const Pointer good = std::exchange(array, static_cast<Pointer>(static_cast<void*>(host)));
+        expect_failure(BLASST_INVALID_ARGUMENT, std::string(name) + " is host memory",
+                       [&] { any.device.launch(); });
+        array = good;
+        ++tried;
+      };
+      try_array("q.data", p.q.data);
+      try_array("out.data", p.out.data);
+      try_array("k.data", p.kv.k.data);
+      try_array("v.data", p.kv.v.data);
+      try_array("cu_seqlens_q", p.cu_seqlens_q);
+      try_array("query_lengths", p.query_lengths);
+      try_array("kv.starts", p.kv.starts);
+      try_array("kv.lengths", p.kv.lengths);
+      try_array("kv.cu_seqlens", p.kv.cu_seqlens);
+      try_array("kv.page_table", p.kv.page_table);
+      try_array("sinks", p.sinks);
+      try_array("mask.bands", p.mask.bands);
+      try_array("test.values", p.test.values);
+      try_array("report.lse", p.report.lse);
+      try_array("report.dropped_mass_bound", p.report.dropped_mass_bound);
+      try_array("report.tiles_visitable", p.report.tiles_visitable);
+      try_array("report.tiles_skipped", p.report.tiles_skipped);
+      try_array("report.tile_bits", p.report.tile_bits);
+      try_array("report.gap_histogram", p.report.gap_histogram);
+      try_array("report.tile_maxima", p.report.tile_maxima);
+      try_array("workspace", p.workspace);
+      EXPECT_GE(tried, 13);
+      EXPECT_EQ(any.outputs(), before);
+      any.device.run();  // the device is still there
+    }
+  }
+}
+
+TEST_F(Calls, MemoryOfTheHostIsRefusedByMergeAndPageCheck) {
+  Problem problem(paged_case(false));
+  DeviceProblem device(problem);
+  const PrefillParams& p = device.params;
+  std::vector<float> host(1 << 16);
+  auto* found = reinterpret_cast<int32_t*>(host.data());
+  expect_failure(BLASST_INVALID_ARGUMENT, "found is host memory",
+                 [&] { check_pages(p.kv, p.batch, found, nullptr); });
+  KeysValues kv = p.kv;
+  kv.lengths = found;
+  expect_failure(BLASST_INVALID_ARGUMENT, "kv.lengths is host memory",
+                 [&] { check_pages(kv, p.batch, static_cast<int32_t*>(p.workspace), nullptr); });
+  DeviceMemory memory;
+  MergeParams m{.backend = BLASST_BACKEND_CUDA_SM90,
+                .dtype = p.dtype,
+                .batch = p.batch,
+                .query_length = p.query_length,
+                .heads = p.heads,
+                .value_dim = p.value_dim,
+                .out_a = p.out,
+                .out_b = memory.copy(p.out, p.dtype),
+                .lse_a = p.report.lse,
+                .lse_b = p.report.dropped_mass_bound,
+                .out = p.out};
+  m.lse = host.data();
+  expect_failure(BLASST_INVALID_ARGUMENT, "lse is host memory", [&] { merge(m); });
+  m.lse = nullptr, m.lse_b = host.data();
+  expect_failure(BLASST_INVALID_ARGUMENT, "lse_b is host memory", [&] { merge(m); });
+}
+
+// The runtime remembers the newest error of a thread. The caller's is not thrown as ours, and what
+// is left there afterwards is not ours.
+TEST_F(Calls, AnEarlierErrorOfTheCallerIsNotOurs) {
+  for (const bool decode : {false, true}) {
+    for (const Layout layout : {Layout::kDense, Layout::kPaged}) {
+      AnyCall any(decode, layout);
+      any.device.run();
+      const std::vector<std::byte> bits = any.problem.out_bits();
+      any.device.mark();
+      void* nothing = nullptr;
+      EXPECT_EQ(cudaMalloc(&nothing, size_t{1} << 60), cudaErrorMemoryAllocation);
+      any.device.launch();
+      backends();
+      const cudaError_t left = cudaGetLastError();
+      EXPECT_TRUE(left == cudaErrorMemoryAllocation || left == cudaSuccess) << left;
+      any.device.download();
+      EXPECT_EQ(any.problem.out_bits(), bits);
+    }
+  }
+}
+
+// A stream whose capture was broken takes nothing.
+TEST_F(Calls, NothingIsWrittenWhereLaunchingFails) {
+  for (const bool decode : {false, true}) {
+    for (const Layout layout : {Layout::kDense, Layout::kRagged}) {
+      AnyCall any(decode, layout);
+      any.device.mark();
+      const auto before = any.outputs();
+      cudaStream_t stream;
+      must(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+      EXPECT_NE(cudaStreamSynchronize(stream), cudaSuccess);
+      cudaGetLastError();
+      any.device.params.stream = stream;
+      expect_failure(BLASST_INTERNAL, "capture", [&] { any.device.launch(); });
+      cudaGraph_t graph = nullptr;
+      EXPECT_NE(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+      cudaGetLastError();
+      must(cudaStreamDestroy(stream));
+      any.device.params.stream = nullptr;
+      EXPECT_EQ(any.outputs(), before);
+      any.device.run();
+    }
+  }
+}
+
+// The current device counts: its memory is taken, another's is refused, the bits are the same.
+TEST_F(Calls, SecondDevice) {
+  int devices = 0;
+  must(cudaGetDeviceCount(&devices));
+  if (devices < 2) GTEST_SKIP() << "one device";
+  for (const bool decode : {false, true}) {
+    AnyCall first(decode, Layout::kPaged);
+    first.device.run();
+    const std::vector<std::byte> bits = first.problem.out_bits();
+    must(cudaSetDevice(1));
+    expect_failure(BLASST_INVALID_ARGUMENT,
+                   "q.data is on device 0; it must be memory of the current device, 1",
+                   [&] { first.device.launch(); });
+    {
+      AnyCall second(decode, Layout::kPaged);
+      second.device.run();
+      EXPECT_EQ(second.problem.out_bits(), bits);
+    }
+    must(cudaSetDevice(0));
   }
 }
 

@@ -11,7 +11,7 @@ using P = PrefillParams;
 
 P dense() {
   P p = dense_call<P>(kRoom);
-  p.workspace_bytes = kWorkspaceBytes;
+  p.workspace_bytes = 16;
   return p;
 }
 
@@ -19,6 +19,7 @@ P ragged() {
   P p = dense();
   p.cu_seqlens_q = p.kv.cu_seqlens = array<int32_t>(0x60000000);
   p.rows = 2000;
+  p.workspace_bytes = 16 + 2 * 4 * 4;  // where the blocks and tiles of three requests begin
   return p;
 }
 
@@ -77,6 +78,27 @@ TEST(PrefillPlan, PassesLayoutsOn) {
   EXPECT_EQ(g.params.key_length, 15 * 64);
   EXPECT_EQ(g.k.outer, 40);
   EXPECT_EQ(g.k.tokens, 64);
+}
+
+TEST(PrefillPlan, WorkspaceGrowsWhereRequestsDiffer) {
+  EXPECT_EQ(workspace_bytes(dense()), 16u);
+  EXPECT_EQ(workspace_bytes(ragged()), 48u);
+  P p = dense();
+  p.query_lengths = array<int32_t>(0x60000000);
+  EXPECT_EQ(workspace_bytes(p), 48u);
+  EXPECT_THROW(plan(p), Error);
+  p.query_lengths = nullptr, p.kv.starts = array<int32_t>(0x60000000);
+  EXPECT_EQ(workspace_bytes(p), 48u);
+}
+
+TEST(PrefillPlan, RaggedNeedsNoLongestRequest) {
+  P p = ragged();
+  p.query_length = p.kv.key_length = 0;
+  const Launch l = plan(p);
+  EXPECT_EQ(l.params.query_length, 2000);
+  EXPECT_EQ(l.params.key_length, 3 * kRoom);
+  p.kv.k.stride_token = p.kv.v.stride_token = 0;  // any number of them
+  EXPECT_EQ(plan(p).params.key_length, kUnlimited - 1);
 }
 
 TEST(PrefillPlan, TileShapeDependsOnTheDimensionAlone) {

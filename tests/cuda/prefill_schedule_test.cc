@@ -1,10 +1,12 @@
 // What the prefill kernel works on and in which order. No GPU needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <set>
 #include <tuple>
+#include <vector>
 
 #include "attention/tiles.h"
 #include "cuda/sm90/prefill/schedule.h"
@@ -31,6 +33,43 @@ TEST(PrefillSchedule, EveryBlockOnce) {
       }
     }
   }
+}
+
+// Requests of any number of rows, some of none: every block once, no item without rows.
+TEST(PrefillSchedule, EveryBlockOfAListOnce) {
+  constexpr int kRows = 128;
+  for (const std::vector<int>& rows :
+       {std::vector<int>{1000}, {0, 0, 300}, {128, 1, 0, 0, 4000, 129, 0}, {64, 64, 64}, {0, 1}}) {
+    const auto batch = static_cast<int>(rows.size());
+    std::vector<int> first = {0};
+    int all = 0, most = 0;
+    for (const int count : rows) {
+      first.push_back(first.back() + (count + kRows - 1) / kRows);
+      all += count, most = std::max(most, count);
+    }
+    EXPECT_LE(first.back(), most_blocks(all, batch, all, kRows));
+    EXPECT_LE(first.back(), most_blocks(all, batch, most, kRows));
+    for (const int heads : {1, 6}) {
+      for (const int section : {1, 2, 4, 6}) {
+        if (section > heads) continue;
+        std::set<std::tuple<int, int, int>> seen;
+        for (int i = 0; i < heads * first.back(); ++i) {
+          const Item item = item_of_list(i, first.data(), batch, heads, section);
+          ASSERT_TRUE(item.request >= 0 && item.request < batch);
+          EXPECT_TRUE(item.head >= 0 && item.head < heads);
+          EXPECT_TRUE(item.block >= 0 && item.block * kRows < rows[item.request]);
+          seen.emplace(item.request, item.head, item.block);
+        }
+        EXPECT_EQ(seen.size(), static_cast<size_t>(heads * first.back()));
+      }
+    }
+  }
+}
+
+TEST(PrefillSchedule, MostBlocks) {
+  EXPECT_EQ(most_blocks(4096, 4, 1024, 128), 32);      // as dense
+  EXPECT_EQ(most_blocks(65536, 64, 65536, 128), 576);  // lengths not known: one more a request
+  EXPECT_EQ(most_blocks(0, 3, 0, 128), 0);
 }
 
 TEST(PrefillSchedule, LongestFirstAndOneKvHeadSideBySide) {

@@ -104,6 +104,31 @@ TEST_F(PrefillOnGpu, BandsInAWindow) {
   }
 }
 
+// Requests are found whatever their number of rows, and whether or not the call knows the longest.
+TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
+  for (const int64_t dim : {64, 128}) {
+    Case c = long_case(BLASST_BFLOAT16, dim);
+    c.ragged_queries = true;
+    c.layout = Layout::kRagged;
+    c.requests = {{0, 0}, {700, 900}, {0, 5}};
+    for (int64_t i = 0; i < 600; ++i) c.requests.push_back({i % 7 == 0 ? 0 : i % 11, i % 13});
+    c.requests.push_back({390, 390});
+    Problem problem(c);
+    DeviceProblem device(problem);
+    device.run();
+    EXPECT_EQ(compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff).mismatch, "");
+    const std::vector<std::byte> wanted = problem.out_bits();
+    PrefillParams& p = device.params;
+    p.report = {};
+    for (const auto& [rows, keys] :
+         {std::pair<int64_t, int64_t>{700, 900}, {0, 0}, {p.rows, 1 << 20}}) {
+      p.query_length = rows, p.kv.key_length = keys;
+      device.run();
+      EXPECT_EQ(problem.out_bits(), wanted) << rows << ' ' << keys;
+    }
+  }
+}
+
 TEST_F(PrefillOnGpu, NothingToDo) {
   for (const Lengths lengths : {Lengths{0, 0}, Lengths{0, 100}, Lengths{70, 0}}) {
     Case c = long_case(BLASST_BFLOAT16, 128);

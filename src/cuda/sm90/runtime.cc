@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include "blasst/blasst.hpp"
 
@@ -9,6 +10,9 @@ namespace blasst::cuda {
 namespace {
 
 [[noreturn]] void fail(const std::string& what) { throw Error(BLASST_INTERNAL, what); }
+
+// CMakeLists.txt asks for as much: cudaGetDriverEntryPointByVersion.
+static_assert(CUDART_VERSION >= 12050);
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
@@ -29,7 +33,12 @@ EncodeTiled encode_tiled() {
 }  // namespace
 
 void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) fail(std::string(what) + ": " + cudaGetErrorString(status));
+  if (forgotten(status) != cudaSuccess) fail(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+cudaError_t forgotten(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
 }
 
 void clear(void* data, std::size_t bytes, cudaStream_t stream) {
@@ -42,6 +51,15 @@ int multiprocessors() {
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
         "cudaDeviceGetAttribute");
   return count;
+}
+
+void enqueue(const void* kernel, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+             std::initializer_list<const void*> arguments) {
+  std::vector<void*> addresses;
+  for (const void* argument : arguments) addresses.push_back(const_cast<void*>(argument));
+  check(
+      cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), addresses.data(), shared_bytes, stream),
+      "cudaLaunchKernel");
 }
 
 void allow_shared_memory(const void* kernel, int bytes) {

@@ -7,17 +7,34 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
+#include <type_traits>
 
 #include "cuda/sm90/tensor.h"
 
 namespace blasst::cuda {
 
+// Throws unless the call succeeded. The runtime remembers the newest error of a thread: what is
+// thrown is not left there, and what the caller left there is not thrown.
 void check(cudaError_t status, const char* what);
+
+// The status of a call that may fail; an error is not left behind.
+cudaError_t forgotten(cudaError_t status);
 
 // Zeros, on the stream; nothing where there is no data.
 void clear(void* data, std::size_t bytes, cudaStream_t stream);
 
 int multiprocessors();  // of the current device
+
+// Enqueues a kernel, by its address and those of its arguments.
+void enqueue(const void* kernel, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+             std::initializer_list<const void*> arguments);
+
+template <typename... Parameters>
+void enqueue(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream,
+             const std::type_identity_t<Parameters>&... arguments) {
+  enqueue(reinterpret_cast<const void*>(kernel), blocks, threads, 0, stream, {&arguments...});
+}
 
 // Lets the kernel have so much dynamic shared memory.
 void allow_shared_memory(const void* kernel, int bytes);

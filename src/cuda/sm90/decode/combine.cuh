@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "cuda/core/skipped_mass.cuh"
 #include "cuda/sm90/decode/fold.cuh"
 #include "cuda/sm90/decode/layout.cuh"
 #include "cuda/sm90/decode/params.h"
@@ -18,14 +19,15 @@ inline constexpr int kMostGroups = (kSlots + kGroupSplits - 1) / kGroupSplits;
 // Sums over keys of one row, relative to a maximum; a lane's share of the elements.
 template <int kElements>
 struct RowResult {
-  float m = -INFINITY, l = 0, bound = 0;
+  float m = -INFINITY, l = 0;
+  SkippedMass mass = SkippedMass::none();
   float o[kElements] = {};
 
   __device__ __forceinline__ void add(const RowResult& next, float log2_scale) {
     const FoldWeights weights(m, next.m, log2_scale);
     m = weights.maximum;
     l = weights(l, next.l);
-    bound = weights(bound, next.bound);
+    mass.add(next.mass);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) o[i] = weights(o[i], next.o[i]);
   }
@@ -38,7 +40,8 @@ class Combine {
 
  public:
   struct Shared {
-    float m[kMostGroups], l[kMostGroups], bound[kMostGroups];
+    float m[kMostGroups], l[kMostGroups];
+    SkippedMass mass[kMostGroups];
     float o[kMostGroups][kDim];
   };
 
@@ -91,8 +94,7 @@ class Combine {
     for (int g = warp_; g < groups; g += warps_) {
       Result total;
       add_items(g * kGroupSplits, min(kGroupSplits, splits_ - g * kGroupSplits), false, total);
-      if (lane_ == 0)
-        shared_.m[g] = total.m, shared_.l[g] = total.l, shared_.bound[g] = total.bound;
+      if (lane_ == 0) shared_.m[g] = total.m, shared_.l[g] = total.l, shared_.mass[g] = total.mass;
 #pragma unroll
       for (int i = 0; i < kElements; ++i) shared_.o[g][element(i)] = total.o[i];
     }
@@ -102,7 +104,7 @@ class Combine {
     Result total;
     for (int g = 0; g < groups; ++g) {
       Result next;
-      next.m = shared_.m[g], next.l = shared_.l[g], next.bound = shared_.bound[g];
+      next.m = shared_.m[g], next.l = shared_.l[g], next.mass = shared_.mass[g];
 #pragma unroll
       for (int i = 0; i < kElements; ++i) next.o[i] = shared_.o[g][element(i)];
       if (g == 0)
@@ -133,12 +135,12 @@ class Combine {
 
   __device__ __forceinline__ Result load(int item) const {
     const int64_t slot = first_slot_ + item * p_.kv_heads;
-    const float* statistics = plan_.statistics + slot * 3 * plan_.rows + row_;
+    const float* statistics = plan_.statistics + slot * kStatistics * plan_.rows + row_;
     const float* partial = plan_.partial + (slot * plan_.rows + row_) * kDim;
     Result result;
     result.m = statistics[0];
     result.l = statistics[plan_.rows];
-    result.bound = statistics[2 * plan_.rows];
+    result.mass = {statistics[2 * plan_.rows], statistics[3 * plan_.rows]};
 #pragma unroll
     for (int i = 0; i < kElements; i += 2) {
       const float2 pair = *reinterpret_cast<const float2*>(partial + element(i));
@@ -176,9 +178,12 @@ class Combine {
       *reinterpret_cast<uint32_t*>(out + element(i)) = pair;
     }
     if (lane_ != 0) return;
-    if (p_.lse) p_.lse[cell] = none ? -INFINITY : total.m * plan_.unit_scale + logf(total.l);
+    if (p_.lse) {
+      const float of_none = p_.sinks ? p_.sinks[head_] : -INFINITY;
+      p_.lse[cell] = none ? of_none : total.m * plan_.unit_scale + logf(total.l);
+    }
     if (p_.dropped_mass_bound)
-      p_.dropped_mass_bound[cell] = none ? 0.0f : total.bound / (total.bound + total.l);
+      p_.dropped_mass_bound[cell] = total.mass.share(total.m * log2_scale_, total.l);
   }
 
   const Params& p_;

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "blasst/blasst.h"
+#include "cuda/core/skipped_mass.cuh"
 #include "cuda/sm90/decode/fold.cuh"
 #include "cuda/sm90/decode/layout.cuh"
 #include "cuda/sm90/decode/mma.cuh"
@@ -122,14 +123,22 @@ class Consumer {
   }
 
   __device__ __forceinline__ void begin_split() {
+    seeded_ = !first_split_;
+    first_split_ = false;
+    // The absolute test may skip the seeds' tiles: sums relative to their maxima could vanish.
+    const bool from_seeds = seeded_ && p_.test != BLASST_TEST_ABSOLUTE;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      m_[c] = first_split_ ? -kInf : seed_[c];
+      m_[c] = from_seeds ? seed_[c] : -kInf;
       if (row_of(c) >= plan_.rows) m_[c] = 0;
       l_[c] = 0;
-      if constexpr (kReports) bound_[c] = 0;
+      if constexpr (kReports) mass_[c] = SkippedMass::none();
     }
-    first_split_ = false;
+  }
+
+  // The running maximum that tiles are tested against.
+  __device__ __forceinline__ float running(int column) const {
+    return seeded_ ? fmaxf(m_[column], seed_[column]) : m_[column];
   }
 
   __device__ __forceinline__ void end_split() {
@@ -139,7 +148,7 @@ class Consumer {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         split_m_[c] = m_[c], split_l_[c] = l_[c];
-        if constexpr (kReports) split_bound_[c] = bound_[c];
+        if constexpr (kReports) split_mass_[c] = mass_[c];
       }
       unfolded_ = pending_;
       if (unfolded_ == 0) fold();
@@ -166,18 +175,18 @@ class Consumer {
   __device__ __forceinline__ void end_item() {
     while (pending_ > 0) add_oldest();
     if constexpr (kFolds) {
-      write(total_, total_m_, total_l_, total_bound_);
+      write(total_, total_m_, total_l_, total_mass_);
     } else {
-      write(o_, m_, l_, bound_);
+      write(o_, m_, l_, mass_);
     }
     queries_.next();
   }
 
   __device__ __forceinline__ void write(const float (&o)[kPanels][kScores],
                                         const float (&m)[kColumns], const float (&l)[kColumns],
-                                        const float (&bound)[kColumns]) const {
+                                        const SkippedMass (&mass)[kColumns]) const {
     float* partial = plan_.partial + int64_t{item_.slot} * plan_.rows * kDim;
-    float* statistics = plan_.statistics + int64_t{item_.slot} * 3 * plan_.rows;
+    float* statistics = plan_.statistics + int64_t{item_.slot} * kStatistics * plan_.rows;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = row_of(c);
@@ -190,7 +199,8 @@ class Consumer {
       if (threadIdx.x < 4) {
         statistics[row] = m[c];
         statistics[plan_.rows + row] = l[c];
-        statistics[2 * plan_.rows + row] = kReports ? bound[c] : 0.0f;
+        statistics[2 * plan_.rows + row] = kReports ? mass[c].maximum : -kInf;
+        statistics[3 * plan_.rows + row] = kReports ? mass[c].sum : 0.0f;
       }
     }
     if (threadIdx.x == 0) plan_.dropped[item_.slot] = dropped_;
@@ -301,8 +311,8 @@ class Consumer {
       bool allow = true;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const float tested = p_.test == BLASST_TEST_ABSOLUTE ? t[c] : t[c] - m_[c];
-        allow &= t[c] == -kInf || (m_[c] > -kInf && tested < below_[c]);
+        const float tested = p_.test == BLASST_TEST_ABSOLUTE ? t[c] : t[c] - running(c);
+        allow &= t[c] == -kInf || (running(c) > -kInf && tested < below_[c]);
       }
       keep = ptx::warp_uniform(!__all_sync(kAll, allow) || nan);
     }
@@ -314,7 +324,7 @@ class Consumer {
       if (++pending_ == kValueStages) add_oldest();
     } else {
       ++dropped_;
-      if constexpr (kReports) add_bound(t);
+      if constexpr (kReports) add_skipped(t);
     }
   }
 
@@ -322,7 +332,7 @@ class Consumer {
     float gap = -kInf;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (row_of(c) < plan_.rows && t[c] > -kInf) gap = fmaxf(gap, t[c] - m_[c]);
+      if (row_of(c) < plan_.rows && t[c] > -kInf) gap = fmaxf(gap, t[c] - running(c));
     }
     gap = fmaxf(gap, __shfl_xor_sync(kAll, gap, 1));
     gap = fmaxf(gap, __shfl_xor_sync(kAll, gap, 2));
@@ -346,14 +356,13 @@ class Consumer {
     return min(inner, 1 + static_cast<int>((gap + range) * (inner / range)));
   }
 
-  __device__ __forceinline__ void add_bound(const float (&t)[kColumns]) {
+  __device__ __forceinline__ void add_skipped(const float (&t)[kColumns]) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       if (t[c] == -kInf) continue;  // the row sees no key here
       const Range seen = range_of(min(row_of(c), plan_.rows - 1));
       const int keys = min(seen.end, (tile_ + 1) * kTileKeys) - max(seen.begin, tile_ * kTileKeys);
-      bound_[c] += static_cast<float>(keys) *
-                   ptx::exp2_approx(__fmul_rn(__fsub_rn(t[c], m_[c]), log2_scale_));
+      mass_[c].add(t[c] * log2_scale_, static_cast<float>(keys));
     }
   }
 
@@ -397,7 +406,6 @@ class Consumer {
         sum = half == 0 ? x : __fadd_rn(sum, x);
       }
       l_[c] = __fmaf_rn(l_[c], factor, sum);
-      if constexpr (kReports) bound_[c] *= factor;
     }
     const uint32_t base = ptx::shared_address(shared_.probabilities[stage]);
     const int chunk = 2 * warp_ + lane_ / 8 % 2;  // 8 keys
@@ -481,7 +489,7 @@ class Consumer {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         total_m_[c] = split_m_[c], total_l_[c] = split_l_[c];
-        if constexpr (kReports) total_bound_[c] = split_bound_[c];
+        if constexpr (kReports) total_mass_[c] = split_mass_[c];
       }
     }
 #pragma unroll
@@ -498,7 +506,7 @@ class Consumer {
       if (total_empty_) continue;
       total_m_[c] = add.maximum;
       total_l_[c] = add(total_l_[c], split_l_[c]);
-      if constexpr (kReports) total_bound_[c] = add(total_bound_[c], split_bound_[c]);
+      if constexpr (kReports) total_mass_[c].add(split_mass_[c]);
     }
     total_empty_ = false;
   }
@@ -521,18 +529,21 @@ class Consumer {
   Item item_;
   Range seen_by_all_;  // keys that every row sees
   int tile_;
-  int dropped_;  // tiles, of this item
-  bool first_split_;
+  int dropped_;       // tiles, of this item
+  bool first_split_;  // of the visit, is the next to begin
+  bool seeded_;       // the split at hand lies behind the seeds
   bool total_empty_;
 
   // By column: the split at hand, ...
-  float m_[kColumns], l_[kColumns], bound_[kColumns];
+  float m_[kColumns], l_[kColumns];
+  SkippedMass mass_[kColumns];  // reports only
   float below_[kColumns], seed_[kColumns];
 
   float o_[kPanels][kScores];
   // ... the split before, until its last tile is added, and the item's splits before that.
-  float split_m_[kColumns], split_l_[kColumns], split_bound_[kColumns];
-  float total_m_[kColumns], total_l_[kColumns], total_bound_[kColumns];
+  float split_m_[kColumns], split_l_[kColumns];
+  float total_m_[kColumns], total_l_[kColumns];
+  SkippedMass split_mass_[kColumns], total_mass_[kColumns];
   float total_[kPanels][kScores];
 };
 

@@ -50,7 +50,7 @@ std::size_t place(Plan& plan, int dim, std::byte* workspace) {
   };
   const std::size_t rows = std::size_t(plan.items) * plan.rows;
   plan.partial = reinterpret_cast<float*>(take(rows * dim * sizeof(float)));
-  plan.statistics = reinterpret_cast<float*>(take(rows * 3 * sizeof(float)));
+  plan.statistics = reinterpret_cast<float*>(take(rows * kStatistics * sizeof(float)));
   plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.items) * sizeof(int)));
   plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
   return at;
@@ -76,11 +76,11 @@ std::size_t workspace_bytes(int batch, int heads, int kv_heads, int query_length
   return place(plan, dim, nullptr);
 }
 
+// All that can fail on the host comes before the first write.
 void launch(const Launch& l) {
   Params p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
-  clear_report(p, stream);
-  if (p.batch == 0) return;
+  if (p.batch == 0) return clear_report(p, stream);
   Plan plan = make_plan(p.batch, p.heads, p.kv_heads, p.query_length, p.key_length, l.dim);
   const std::size_t needed = place(plan, l.dim, static_cast<std::byte*>(l.workspace));
   if (l.workspace_bytes < needed)
@@ -97,18 +97,14 @@ void launch(const Launch& l) {
 
   const Kernels kernels = find_kernels(l.element, l.dim, plan.rows, variant_of(p));
   allow_shared_memory(kernels.attend, kernels.shared_bytes);
+  allow_shared_memory(kernels.combine, 0);  // loads it
   const int blocks = std::min(plan.items, multiprocessors() * kernels.blocks);
   plan.chunk = chunk_items(plan.items, blocks);
-  if (blocks * plan.chunk < plan.items) {
-    clear(plan.next_item, sizeof(int), stream);
-  } else {
-    plan.next_item = nullptr;
-  }
-  void* arguments[] = {&p, &plan, const_cast<CUtensorMap*>(&q), const_cast<CUtensorMap*>(&k),
-                       const_cast<CUtensorMap*>(&v)};
-  check(cudaLaunchKernel(kernels.attend, dim3(blocks), dim3(kThreads), arguments,
-                         kernels.shared_bytes, stream),
-        "cudaLaunchKernel");
+  if (blocks * plan.chunk >= plan.items) plan.next_item = nullptr;
+
+  clear_report(p, stream);
+  clear(plan.next_item, sizeof(int), stream);
+  enqueue(kernels.attend, blocks, kThreads, kernels.shared_bytes, stream, {&p, &plan, &q, &k, &v});
 
   // The combining kernel is set up while the attention kernel runs, and waits for its results.
   cudaLaunchAttribute early{};
@@ -122,6 +118,7 @@ void launch(const Launch& l) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
+  void* arguments[] = {&p, &plan};
   check(cudaLaunchKernelExC(&config, kernels.combine, arguments), "cudaLaunchKernelExC");
 }
 

@@ -65,7 +65,7 @@ struct Plan {
   int box_tokens;     // tokens a copy: kTileKeys or a smaller page
   float unit_scale;   // a score in natural units / a score as the kernel keeps it
   float* partial;     // [items, rows, dim]
-  float* statistics;  // [items, 3, rows]: maximum, sum, bound on the skipped
+  float* statistics;  // [items, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
   int* dropped;       // [items]: skipped tiles
 };
 
@@ -77,6 +77,7 @@ enum class Variant {
 };
 
 inline constexpr int kTileKeys = 64;
+inline constexpr int kStatistics = 4;
 inline constexpr int kMaxRows = 64;  // query rows of a KV head
 
 }  // namespace blasst::cuda::decode

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "blasst/blasst.h"
+#include "cuda/core/tile_test.h"
 #include "cuda/sm90/decode/layout.cuh"
 #include "cuda/sm90/decode/params.h"
 #include "cuda/sm90/decode/schedule.h"
@@ -198,11 +199,7 @@ class Producer {
   // What the tested value of a row must stay below for a skip, as scores are kept.
   __device__ __forceinline__ float below(const Item& item, int row, float value) const {
     if (row >= plan_.rows) return INFINITY;  // no row: allows every skip
-    if (p_.test == BLASST_TEST_NONE) return -INFINITY;
-    if (p_.test == BLASST_TEST_ABSOLUTE) return isnan(value) ? -INFINITY : value / plan_.unit_scale;
-    const float lambda =
-        p_.test == BLASST_TEST_SCALE_FACTOR ? value / static_cast<float>(item.keys) : value;
-    return lambda > 0 ? logf(fminf(lambda, 1.0f)) / plan_.unit_scale : -INFINITY;
+    return log_threshold(p_.test, value, item.keys) / plan_.unit_scale;
   }
 
   __device__ __forceinline__ void feed_keys(const Item& item, int tile, int flags) {

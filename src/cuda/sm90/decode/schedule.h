@@ -11,13 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/core/host_device.h"
 #include "cuda/sm90/decode/params.h"
-
-#if defined(__CUDACC__)
-#define BLASST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define BLASST_HOST_DEVICE inline
-#endif
 
 namespace blasst::cuda::decode {
 

@@ -6,6 +6,7 @@
 #include <cstddef>
 
 #include "blasst/blasst.h"
+#include "cuda/core/skipped_mass.cuh"
 #include "cuda/sm90/prefill/config.cuh"
 #include "cuda/sm90/prefill/request.cuh"
 #include "cuda/sm90/prefill/schedule.h"
@@ -144,7 +145,8 @@ class Consumer {
       threshold_ = work.threshold[at_.warpgroup];
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) maximum_[r] = -INFINITY, sum_[r] = 0, dropped_[r] = 0;
+    for (int r = 0; r < 2; ++r)
+      maximum_[r] = -INFINITY, sum_[r] = 0, mass_[r] = SkippedMass::none();
 #pragma unroll
     for (int j = 0; j < kOutputs; ++j) o_[j] = 0;
   }
@@ -345,7 +347,7 @@ class Consumer {
       const KeyRange seen = keys_of(at, at, work.least, work.most, work.keys);
       const int keys = min(seen.end, (tile + 1) * C::kKeys) - max(seen.begin, tile * C::kKeys);
       if (maximum == -INFINITY || keys <= 0) continue;
-      dropped_[r] += keys * ptx::exp2_approx((maximum - maximum_[r]) * p_.score_to_log2);
+      mass_[r].add(maximum * p_.score_to_log2, keys);
     }
   }
 
@@ -378,7 +380,6 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       sum_[r] *= alpha[r];
-      if constexpr (C::kReports) dropped_[r] *= alpha[r];
 #pragma unroll
       for (int j = 0; j < kOutputs / 4; ++j)
         o_[4 * j + 2 * r] *= alpha[r], o_[4 * j + 2 * r + 1] *= alpha[r];
@@ -555,19 +556,24 @@ class Consumer {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float sum = quad_sum(sum_[r]);
+      float sum = quad_sum(sum_[r]), base = log2_maximum(r), weight = 1;
       const bool empty = maximum_[r] == -INFINITY && sum == 0;
-      if (p_.sinks && !empty)
-        sum += ptx::exp2_approx(p_.sinks[work.head] * kLog2e - log2_maximum(r));
-      inverse[r] = empty ? 0.f : 1 / sum;
+      const float sink = p_.sinks ? p_.sinks[work.head] : -INFINITY;
+      if (p_.sinks && !empty) {  // it may lie far above every score
+        const float kept = base;
+        base = fmaxf(kept, sink * kLog2e);
+        weight = ptx::exp2_approx(kept - base);
+        sum = sum * weight + ptx::exp2_approx(sink * kLog2e - base);
+      }
+      inverse[r] = empty ? 0.f : weight / sum;
       if (p_.lse && at_.lane() % 4 == 0 && at_.row(r) < count) {
         p_.lse[int64_t{work.head} * p_.rows + output_row + at_.row(r)] =
-            empty ? -INFINITY : log2_maximum(r) * kLn2 + logf(sum);
+            empty ? sink : base * kLn2 + logf(sum);
       }
       if constexpr (C::kReports) {
         if (p_.dropped_mass_bound && at_.lane() % 4 == 0 && at_.row(r) < count) {
           p_.dropped_mass_bound[int64_t{work.head} * p_.rows + output_row + at_.row(r)] =
-              empty ? 0.f : dropped_[r] / (dropped_[r] + sum);
+              mass_[r].share(base, sum);
         }
       }
     }
@@ -634,7 +640,7 @@ class Consumer {
   float maximum_[2];       // running
   float sum_[2];           // of this thread's keys
   float tile_maximum_[2];  // of the rows in tile_
-  float dropped_[2];  // upper bound on the skipped probabilities, scaled like sum_; reports only
+  SkippedMass mass_[2];    // reports only
   float o_[kOutputs];
   Ring<L::kKeyStages> keys_;    // the next to score
   Ring<L::kKeyStages> scored_;  // the next to give back

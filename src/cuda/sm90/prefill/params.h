@@ -60,11 +60,12 @@ struct Params {
   float* tile_maxima;                 // [heads, query tiles of all requests, tile_maxima_stride]
   int64_t tile_maxima_stride;
 
-  // Work: item i is a block of query rows of one head of one request (schedule.h).
-  int items;
-  int row_blocks;     // of a request
-  int section_heads;  // request-heads that run side by side
-  int* next_item;     // zero when the kernel starts
+  // Work: an item is a block of query rows of one head of one request (schedule.h).
+  int row_blocks;         // of a request; not used with first_block
+  int section_heads;      // request-heads, or with first_block heads, that run side by side
+  int* next_item;         // zero when the kernel starts
+  int* first_block;       // [batch + 1] blocks of the requests before; null: row_blocks each
+  int* first_query_tile;  // [batch + 1] the same of a ragged batch's query tiles
 };
 
 // What is compiled into a kernel.
@@ -81,6 +82,11 @@ inline constexpr int kRowsPerWarpgroup = 64;  // rows that decide together: a qu
 inline constexpr int kMostWarpgroups = 3;
 constexpr int warpgroups(int dim) { return dim > 64 ? 2 : 3; }
 constexpr int rows_per_block(int dim) { return warpgroups(dim) * kRowsPerWarpgroup; }
+
+// Whether requests differ in their number of rows, which only the device knows.
+constexpr bool rows_differ(const Params& p) {
+  return p.cu_seqlens_q || p.starts || p.query_lengths;
+}
 
 // Keys a tile. 256-wide heads leave room for 64.
 constexpr int tile_keys(int dim) { return dim > 128 ? 64 : 128; }

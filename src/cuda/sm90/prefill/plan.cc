@@ -9,6 +9,7 @@
 #include "attention/tiles.h"
 #include "cuda/checks.h"
 #include "cuda/sm90/plan.h"
+#include "cuda/sm90/prefill/schedule.h"
 
 namespace blasst::cuda::prefill {
 namespace {
@@ -20,18 +21,22 @@ using attention::fail;
 void plan_rows(Launch& l, const PrefillParams& params) {
   const bool ragged = params.cu_seqlens_q != nullptr;
   check_range("query_length", params.query_length, 0, kUnlimited - 1);
+  if (ragged) check_range("rows", params.rows, 0, kUnlimited - 1);
+  // 0 rows a ragged request at most: not known.
+  const int64_t most = ragged && params.query_length == 0 ? params.rows : params.query_length;
   if (!ragged && params.rows != 0)
     fail("rows is {}, but cu_seqlens_q is null; it is for ragged queries", params.rows);
   if (ragged && params.query_lengths)
     fail("query_lengths is set together with cu_seqlens_q; it is for dense queries");
   if (ragged && params.kv.starts)
     fail("kv.starts is set together with cu_seqlens_q; it is for dense queries");
-  const int64_t rows = ragged ? params.rows : params.batch * params.query_length;
-  check_range(ragged ? "rows" : "batch * query_length", rows, 0, kUnlimited - 1);
-  if (ragged && rows > params.batch * params.query_length)
+  const int64_t rows = ragged ? params.rows : params.batch * most;
+  if (!ragged) check_range("batch * query_length", rows, 0, kUnlimited - 1);
+  if (ragged && rows > params.batch * most)
     fail("rows is {}, more than batch {} times query_length {}, the most rows of a request", rows,
-         params.batch, params.query_length);
-  plan_queries(l, params, ragged ? 1 : params.batch, ragged ? rows : params.query_length);
+         params.batch, most);
+  plan_queries(l, params, ragged ? 1 : params.batch, ragged ? rows : most);
+  l.params.query_length = static_cast<int>(most);
   l.params.rows = static_cast<int>(rows);
   l.params.cu_seqlens_q = params.cu_seqlens_q;
   l.params.query_lengths = params.query_lengths;
@@ -80,8 +85,9 @@ Launch plan_all(const PrefillParams& params) {
   plan_maxima(l.params, params.report, tile_keys(l.dim));
   l.variant = variant_of(l.params);
   check_range("blocks of query rows",
-              params.batch * params.heads * ceil_div(params.query_length, rows_per_block(l.dim)), 0,
-              kUnlimited - 1);
+              params.heads * most_blocks(l.params.rows, params.batch, l.params.query_length,
+                                         rows_per_block(l.dim)),
+              0, kUnlimited - 1);
   return l;
 }
 
@@ -89,9 +95,9 @@ Launch plan_all(const PrefillParams& params) {
 
 Launch plan(const PrefillParams& params) {
   Launch l = plan_all(params);
-  if (params.workspace_bytes < kWorkspaceBytes)
-    fail("workspace has {} bytes; a cuda call allocates nothing and needs {}",
-         params.workspace_bytes, kWorkspaceBytes);
+  if (const std::size_t needed = workspace_bytes(l.params); params.workspace_bytes < needed)
+    fail("workspace has {} bytes; a cuda call allocates nothing and this one needs {}",
+         params.workspace_bytes, needed);
   if (reinterpret_cast<uintptr_t>(params.workspace) % 16 != 0)
     fail("workspace is {}; it must be 16-byte aligned", params.workspace);
   l.workspace = static_cast<int*>(params.workspace);
@@ -99,8 +105,7 @@ Launch plan(const PrefillParams& params) {
 }
 
 std::size_t workspace_bytes(const PrefillParams& params) {
-  plan_all(params);
-  return kWorkspaceBytes;
+  return workspace_bytes(plan_all(params).params);
 }
 
 TileShape tile_shape(const PrefillParams& params) {

@@ -1,6 +1,7 @@
 // The producer warpgroup: work, queries, keys and values into shared memory.
 #pragma once
 
+#include "cuda/core/tile_test.h"
 #include "cuda/sm90/prefill/config.cuh"
 #include "cuda/sm90/prefill/request.cuh"
 #include "cuda/sm90/prefill/schedule.h"
@@ -13,14 +14,13 @@ __device__ __forceinline__ float threshold_of(const Params& p, const Work& w, in
   if (p.test == BLASST_TEST_NONE) return -INFINITY;
   const int position = w.first_row + warpgroup * kRowsPerWarpgroup + w.offset;
   const int place = min(max(position, 0) / kRowsPerWarpgroup, p.threshold_places - 1);
-  float value = p.thresholds[w.request * p.threshold_stride_request +
-                             w.head * p.threshold_stride_head + place * p.threshold_stride_place];
-  if (p.test == BLASST_TEST_SCALE_FACTOR) value /= w.keys;
-  if (p.test != BLASST_TEST_ABSOLUTE) value = logf(fminf(value, 1.f));
-  return value * kLog2e / p.score_to_log2;
+  const float value =
+      p.thresholds[w.request * p.threshold_stride_request + w.head * p.threshold_stride_head +
+                   place * p.threshold_stride_place];
+  return log_threshold(p.test, value, w.keys) * kLog2e / p.score_to_log2;
 }
 
-// Reads where an item's rows and keys are. rows is 0 if the request has none there.
+// Reads where an item's rows and keys are.
 template <typename C>
 __device__ Work describe(const Params& p, const Item& item) {
   Work w;
@@ -43,14 +43,10 @@ __device__ Work describe(const Params& p, const Item& item) {
     for (int wg = 0; wg < C::Layout::kWarpgroups; ++wg) w.threshold[wg] = threshold_of(p, w, wg);
   }
   if constexpr (C::kReports) {
-    w.query_tile = w.first_row / kRowsPerWarpgroup;
-    w.query_tiles = 0;
-    for (int b = 0; b < p.batch; ++b) {
-      const int count = p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.query_length;
-      const int tiles = (count + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup;
-      if (b < item.request) w.query_tile += tiles;
-      w.query_tiles += tiles;
-    }
+    const int tiles = (p.query_length + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup;
+    w.query_tile = w.first_row / kRowsPerWarpgroup +
+                   (p.cu_seqlens_q ? p.first_query_tile[item.request] : item.request * tiles);
+    w.query_tiles = p.cu_seqlens_q ? p.first_query_tile[p.batch] : p.batch * tiles;
   }
   const int first = w.first_row + w.offset;
   const int last = first + min(w.rows, C::Layout::kRowsPerBlock) - 1;
@@ -110,15 +106,16 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
   Ring<L::kKeyStages> keys;
   Ring<2> works;
   uint32_t query_phase = 0;
+  const int items = p.heads * (p.first_block ? p.first_block[p.batch] : p.batch * p.row_blocks);
   bool more = true;
   for (int index = blockIdx.x; more;) {
-    more = index < p.items;
+    more = index < items;
     Work w{};
     if (more) {
-      const Item item = item_at(index, p.batch, p.heads, p.row_blocks, p.section_heads);
-      w = describe<C>(p, item);
+      w = describe<C>(p, p.first_block
+                             ? item_of_list(index, p.first_block, p.batch, p.heads, p.section_heads)
+                             : item_at(index, p.batch, p.heads, p.row_blocks, p.section_heads));
       index = gridDim.x + atomicAdd(p.next_item, 1);
-      if (w.rows == 0) continue;
     }
     ptx::mbarrier_wait(address(b.work_empty[works.stage]), works.phase ^ 1);
     s.work[works.stage] = w;

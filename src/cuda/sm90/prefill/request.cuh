@@ -21,7 +21,7 @@ __device__ __forceinline__ Span keys_of_request(const Params& p, int request) {
 }
 
 // Whether some rows are padding, which rows_of_request leaves out.
-__device__ __forceinline__ bool may_be_padded(const Params& p) {
+__host__ __device__ __forceinline__ bool may_be_padded(const Params& p) {
   return p.starts || p.query_lengths;
 }
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ bool may_be_padded(const Params& p) {
 __device__ __forceinline__ Span rows_of_request(const Params& p, int request, int keys) {
   if (p.cu_seqlens_q) {
     const int first = p.cu_seqlens_q[request];
-    return {first, p.cu_seqlens_q[request + 1] - first};
+    return {first, max(0, p.cu_seqlens_q[request + 1] - first)};
   }
   const int first = request * p.query_length;
   int used = p.query_length;

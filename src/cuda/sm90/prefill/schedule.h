@@ -4,13 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/core/host_device.h"
 #include "cuda/sm90/prefill/params.h"
-
-#if defined(__CUDACC__)
-#define BLASST_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define BLASST_HOST_DEVICE inline
-#endif
 
 namespace blasst::cuda::prefill {
 
@@ -32,6 +27,34 @@ BLASST_HOST_DEVICE Item item_at(int index, int batch, int heads, int row_blocks,
   const int within = index - first * row_blocks;
   const int request_head = first + within % width;
   return {request_head / heads, request_head % heads, row_blocks - 1 - within / width};
+}
+
+// The most blocks of all requests: what one counts, a block may lack rows at the end of each
+// request.
+inline int64_t most_blocks(int64_t rows, int64_t batch, int64_t query_length, int64_t block_rows) {
+  return std::min(batch * ((query_length + block_rows - 1) / block_rows),
+                  rows / block_rows + batch);
+}
+
+// The request with block `block`, of those of all requests. first: [batch + 1], the blocks of the
+// requests before.
+BLASST_HOST_DEVICE int request_of(const int* first, int batch, int block) {
+  int low = 0, high = batch;  // first[low] <= block < first[high]
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (first[middle] <= block ? low : high) = middle;
+  }
+  return low;
+}
+
+// The same order where requests differ in rows: their blocks stand side by side like those of one
+// request, and a section is of heads.
+BLASST_HOST_DEVICE Item item_of_list(int index, const int* first_block, int batch, int heads,
+                                     int section_heads) {
+  Item item = item_at(index, 1, heads, first_block[batch], section_heads);
+  item.request = request_of(first_block, batch, item.block);
+  item.block -= first_block[item.request];
+  return item;
 }
 
 // Request-heads a section: a whole number of KV heads, as many as fit in `l2_bytes`, at least one.
