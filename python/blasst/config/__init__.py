@@ -1,30 +1,31 @@
 """`sparse_attention_config`: the entry of a model's config.json that holds its thresholds."""
 
+from typing import get_args
+
+from blasst.config.laws import LOWEST_LN_THRESHOLD, Law, Measured, Policy, Schedule
+from blasst.config.reading import parse, parsed, thresholds_for
 from blasst.config.schema import (
     ALGORITHM,
     ECOSYSTEM_TARGET,
-    ECOSYSTEM_TILE_SHAPE,
     FORMULA,
-    GENERIC_TARGETS,
-    HEAD_SCHEMES,
     HIGHEST_LN_THRESHOLD,
     LENGTH_FORMULA,
-    LOWEST_LN_THRESHOLD,
-    NEAR,
-    ORDERS,
-    PHASES,
     VERSION,
-    Law,
-    Measured,
-    Policy,
+    HeadScheme,
+    Order,
+)
+from blasst.config.sparse_attention import (
+    ECOSYSTEM_TILE_SHAPE,
+    GENERIC_TARGETS,
+    NEAR,
+    PHASES,
     Rule,
-    Schedule,
     SparseAttention,
     is_listed,
-    parse,
-    parsed,
-    thresholds_for,
 )
+
+ORDERS: tuple[str, ...] = get_args(Order)
+HEAD_SCHEMES: tuple[str, ...] = get_args(HeadScheme)
 
 __all__ = [
     "ALGORITHM",

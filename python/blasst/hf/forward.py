@@ -11,10 +11,13 @@ from blasst.hf import packed, recording
 from blasst.hf.layers import NAME, tower_and_layer
 from blasst.hf.masks import KeyRanges, require, with_facts
 from blasst.hf.packed import Sequences
-from blasst.hf.tensor_parallel import share_of
+from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import options_of, options_when_compiled
 from blasst.hf.visits import visit_of
-from blasst.policies import Call, Visit
+from blasst.policies import Call
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value, [batch, length, heads, size]."""
 
 
 def attention_forward(
@@ -61,32 +64,13 @@ def attention_forward(
     ranges, causal, window = _pattern(module, mask, says_causal, layer_window, queries, keys)
     phase = _phase(queries, query, key, value)
     sequences = packed.find(mask, causal, query, key, kwargs)
-    share = share_of(module, heads)
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    inputs = tuple(t.transpose(1, 2) for t in (query, key, value))
     lengths = _Lengths(mask, ranges, sequences, batch, keys)
-
-    def tiles() -> tuple[int, int]:
-        return tuple(tile_shape(query, key, value, phase=phase)[:2])
-
-    if torch.compiler.is_compiling():
-        test = options_when_compiled(module, phase, lengths.room, lengths.tensor)
-    else:
-        test = options_of(module, phase, lengths.room, lengths.numbers, tiles)
-    tower, layer = tower_and_layer(module)
-    call = Call(layer, phase, query, key, None if ranges is None else ranges[:, 1])
-    is_packed = sequences is not None
-    visit = visit_of(module, call, causal, lengths.longest, is_packed=is_packed)
-    if share is not None:
-        _check_share(visit)
-        test = {
-            name: value if name == "order" else share.of_thresholds(value)
-            for name, value in test.items()
-        }
+    share = share_of(module, heads)
     result = attention(
-        **_layout(query, key, value, ranges, sequences),
-        **test,
-        bands=visit.bands,
-        blocks=visit.blocks,
+        **_layout(*inputs, ranges, sequences),
+        **_test(module, phase, inputs, lengths, share),
+        **_visit(module, phase, inputs, lengths, share, causal),
         phase=phase,
         causal=causal,
         scale=scaling,
@@ -97,12 +81,50 @@ def attention_forward(
         return_gaps=any(r.wants_gaps for r in recording.active),
         return_tile_maxima=any(r.wants_maxima for r in recording.active),
     )
-    out = result
     if isinstance(result, Result):
-        out = result.out
+        tower, layer = tower_and_layer(module)
         for active in recording.active:
             active.of(tower).add(phase, layer, result, share)
-    return out if sequences is None else sequences.spread(out, batch, queries), None
+        result = result.out
+    return result if sequences is None else sequences.spread(result, batch, queries), None
+
+
+def _test(
+    module: nn.Module, phase: str, inputs: Inputs, lengths: "_Lengths", share: Share | None
+) -> dict[str, Any]:
+    """Thresholds and order, those of this process's heads."""
+
+    def tiles() -> tuple[int, int]:
+        return tuple(tile_shape(*inputs, phase=phase)[:2])
+
+    if torch.compiler.is_compiling():
+        test = options_when_compiled(module, phase, lengths.room, lengths.tensor)
+    else:
+        test = options_of(module, phase, lengths.room, lengths.numbers, tiles)
+    if share is None:
+        return test
+    return {n: v if n == "order" else share.of_thresholds(v) for n, v in test.items()}
+
+
+def _visit(
+    module: nn.Module,
+    phase: str,
+    inputs: Inputs,
+    lengths: "_Lengths",
+    share: Share | None,
+    causal: bool,
+) -> dict[str, Any]:
+    """Bands and blocks that the layer's policy leaves."""
+    query, key, _ = inputs
+    _, layer = tower_and_layer(module)
+    call = Call(layer, phase, query, key, lengths.ends)
+    visit = visit_of(module, call, causal, lengths.longest, is_packed=lengths.are_packed)
+    if share is not None and any(part is not None for part in visit):
+        raise NotSupportedError(
+            "a policy (blasst.set_policy, blasst_policy) is not supported for a tensor-parallel "
+            "model: it would count the heads of this process only"
+        )
+    return {"bands": visit.bands, "blocks": visit.blocks}
 
 
 def _phase(queries: int, *inputs: Tensor) -> str:
@@ -145,6 +167,12 @@ class _Lengths:
     ) -> None:
         self._mask, self._ranges, self._sequences = mask, ranges, sequences
         self._batch, self._keys = batch, keys
+        self.are_packed = sequences is not None
+
+    @property
+    def ends(self) -> Tensor | None:
+        """[batch] end of the keys in use; None: all."""
+        return None if self._ranges is None else self._ranges[:, 1]
 
     def tensor(self) -> Tensor:
         """[requests] int."""
@@ -224,15 +252,6 @@ def _require_pattern(name: str, ranges: Tensor, causal: bool, window: int, queri
         require(
             ranges[0, 4] == causal,
             f"{name} asks for is_causal={causal}, but the model's mask says otherwise",
-        )
-
-
-def _check_share(visit: Visit) -> None:
-    """An error for a policy in a process that holds some of the heads only."""
-    if any(part is not None for part in visit):
-        raise NotSupportedError(
-            "a policy (blasst.set_policy, blasst_policy) is not supported for a tensor-parallel "
-            "model: it would count the heads of this process only"
         )
 
 

@@ -122,9 +122,7 @@ def _ranges_of_padding(padding: Tensor, queries: int) -> Tensor:
         used = padding == 0
         require((used | (padding <= -1e4)).all(), _BIAS)
     first, last = _first_and_last(used)
-    no_window, not_causal = torch.zeros_like(first), torch.zeros_like(first)
-    columns = [first, last, torch.full_like(last, queries), no_window, not_causal]
-    return torch.stack(columns, -1).to(torch.int32)
+    return _ranges(first, last, torch.full_like(last, queries), 0, False)
 
 
 def _first_and_last(used: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,8 +212,7 @@ def key_ranges(
         ranges = torch.tensor([row], dtype=torch.int32, device=device).expand(batch_size, -1)
         return KeyRanges.of(ranges, pattern, window, everything)
 
-    index = torch.arange(kv_length, device=device)
-    used = (index < end).expand(batch_size, -1)
+    used = (torch.arange(kv_length, device=device) < end).expand(batch_size, -1)
     if attention_mask is not None:
         padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
         used = used & padding[:, kv_offset : kv_offset + kv_length]
@@ -223,12 +220,16 @@ def key_ranges(
     # A request that is padded on the right has as many trailing queries of padding.
     all_queries = torch.full_like(last, q_length)
     queries = (last - first_query).clamp(0, q_length) if pattern.causal else all_queries
-    same = torch.ones_like(last)
-    columns = [first, last, queries, same * window, same * pattern.causal]
-    ranges = torch.stack(columns, -1).to(torch.int32)
+    ranges = _ranges(first, last, queries, window, pattern.causal)
     if for_compiled:
         return ranges[:, None, None]
     return KeyRanges.of(ranges, pattern, window, everything)
+
+
+def _ranges(first: Tensor, last: Tensor, queries: Tensor, window: int, causal: bool) -> Tensor:
+    """[batch, 5] int32 of [batch] each."""
+    same = torch.ones_like(last)
+    return torch.stack([first, last, queries, same * window, same * causal], -1).to(torch.int32)
 
 
 _HOLES = (

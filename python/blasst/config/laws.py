@@ -1,0 +1,151 @@
+"""Thresholds as functions of target sparsity and length: the fitted law, the measured tables."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOWEST_LN_THRESHOLD = -32.0
+"""Where the gap histograms end; a head at this threshold drops nothing that matters."""
+
+
+class Schedule(NamedTuple):
+    """Thresholds at every length, for one target."""
+
+    order: str
+    lengths: Tensor
+    """[lengths] float64, ascending; beyond them thresholds fall with `power` of the length."""
+    ln_threshold: Tensor
+    """[lengths, layers, heads] or [lengths, 1, 1] float32; NaN: a head that a layer lacks."""
+    power: float
+    below: int = 0
+    shorter: "Schedule | None" = None
+    """Stands in for this one in a call with fewer keys than `below`."""
+
+    def of_call(self, keys: int) -> "Schedule":
+        """The one for a call with room for so many keys a request: a call has one order."""
+        return self.shorter if keys < self.below else self
+
+    def at(self, lengths: Tensor) -> Tensor:
+        """[requests] keys -> [requests, layers, heads] float32: thresholds, 0 to 1."""
+        ln_length, points = lengths.double().log(), self.lengths.log()
+        nearest = ln_length.clamp(points[0], points[-1])
+        if len(points) == 1:
+            ln = self.ln_threshold
+        else:
+            right = torch.searchsorted(points, nearest).clamp(min=1)
+            left = right - 1
+            share = (nearest - points[left]) / (points[right] - points[left])
+            ln = self.ln_threshold[left].lerp(
+                self.ln_threshold[right], share.float()[:, None, None]
+            )
+        beyond = self.power * (ln_length - nearest)
+        ln = ln - beyond.float()[:, None, None]
+        return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()
+
+
+@dataclass(frozen=True)
+class Law:
+    """threshold = min(1, a * exp(b * target) / length ** power), for all heads."""
+
+    a: float
+    b: float
+    power: float = 1.0
+
+    def ln_threshold(self, target: float, length: float) -> float:
+        """Natural log of the threshold, at most 0."""
+        return min(0.0, self._at_one(target) - self.power * math.log(length))
+
+    def schedule(self, target: float) -> Schedule:
+        """The thresholds for this target sparsity, tiles visited forward."""
+        ln = on_host([[[self._at_one(target)]]], torch.float32)
+        return Schedule("forward", on_host([1.0], torch.float64), ln, self.power)
+
+    def _at_one(self, target: float) -> float:
+        """Of the ln threshold, for a length of 1: may be above threshold 1."""
+        return math.log(self.a) + self.b * target if self.a else LOWEST_LN_THRESHOLD
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Measured thresholds for a range of targets: one order, one way to share among heads."""
+
+    order: str
+    heads: str
+    law: Law
+    lengths: tuple[int, ...]
+    """Ascending, in keys."""
+    targets: tuple[float, ...]
+    """Ascending, 0 to 1."""
+    ln_threshold: Tensor = field(compare=False)
+    """[lengths, targets, layers, heads] float32, or [lengths, targets, 1, 1]: one for all. NaN
+    stands for the heads that a layer has fewer than others."""
+    below: tuple[int, ...] = ()
+    """By target: with fewer keys its order does not reach it, and `shorter` stands in."""
+    shorter: "Policy | None" = None
+    """Of another order, for the same targets."""
+
+    def schedule(self, target: float) -> Schedule:
+        """The thresholds for this target sparsity."""
+        by_length = _interpolate(self.ln_threshold.movedim(1, 0), self.targets, target)
+        lengths = on_host(self.lengths, torch.float64)
+        # Thresholds fall more slowly where lengths are long: the fitted power alone skips too
+        # little there, the ecosystem's 1 too much.
+        power = (1 + self.law.power) / 2
+        found = Schedule(self.order, lengths, by_length, power)
+        if self.shorter is None:
+            return found
+        # Between two targets: what the higher one needs.
+        nearest = min(bisect_left(self.targets, target), len(self.targets) - 1)
+        return found._replace(below=self.below[nearest], shorter=self.shorter.schedule(target))
+
+    def at(self, target: float, length: int) -> Tensor:
+        """[layers, heads] or [1, 1]: thresholds, 0 to 1, for this target sparsity and key count."""
+        return self.schedule(target).of_call(length).at(on_host([length], torch.float64))[0]
+
+
+def on_host(values: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU, whatever torch's default type and device are."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+def _interpolate(table: Tensor, points: Sequence[float], x: float) -> Tensor:
+    """Linear between the rows of `table`, which stand at `points`; constant outside."""
+    x = min(max(x, points[0]), points[-1])
+    right = next(i for i, point in enumerate(points) if point >= x)
+    if points[right] == x:
+        return table[right]
+    share = (x - points[right - 1]) / (points[right] - points[right - 1])
+    return table[right - 1] * (1 - share) + table[right] * share
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a calibration of ours found for one phase."""
+
+    tile_shape: tuple[int, int]
+    """Query rows and keys of the tiles that it was measured on."""
+    policies: tuple[Policy, ...]
+    """By ascending target; each covers the targets from its first to its last. None: the law."""
+
+    def policy(self, target: float) -> Policy:
+        """The one that covers this target, else the nearest."""
+        return min(
+            self.policies, key=lambda p: max(p.targets[0] - target, target - p.targets[-1], 0.0)
+        )
+
+
+def of_layer(table: Tensor, layer: int) -> Tensor:
+    """[n, heads of the layer] of a table [n, layers, heads], or of one for all, [n, 1, 1]."""
+    layers = table.shape[1]
+    if layers > 1 and layer >= layers:
+        raise ValueError(
+            f"sparse_attention_config holds thresholds for {layers} layers; the model asks for "
+            f"layer {layer}"
+        )
+    own = table[:, layer if layers > 1 else 0]
+    return own[:, ~own[0].isnan()]

@@ -1,0 +1,163 @@
+"""Reading a `sparse_attention_config`, and thresholds from it at each attention call."""
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blasst.config.laws import Law, Measured, Policy, on_host
+from blasst.config.schema import (
+    MainPolicyEntry,
+    MeasuredEntry,
+    PolicyEntry,
+    validated,
+)
+from blasst.config.sparse_attention import PHASES, Rule, SparseAttention
+
+
+def parse(entry: Any) -> SparseAttention:
+    """Read a `sparse_attention_config`.
+
+    Raises:
+        TypeError: it is no object at all.
+        ValueError: an unknown key or formula, a value out of range, or an algorithm that blasst
+            does not do; the message names it and says what is accepted.
+    """
+    read = validated(entry)
+    group = read.group
+    laws = {phase: getattr(group.threshold_scale_factor, phase) for phase in PHASES}
+    laws = {phase: Law(law.a, law.b) for phase, law in laws.items() if law is not None}
+    own = {phase: read.blasst and getattr(read.blasst, phase) for phase in PHASES}
+    measured = {phase: _measured(part) for phase, part in own.items() if part is not None}
+    return SparseAttention(
+        targets=tuple(group.targets),
+        laws=laws,
+        target_sparsity={
+            phase: getattr(group.target_sparsity, phase)
+            for phase in PHASES
+            if phase in laws or phase in measured
+        },
+        ignore=tuple(group.ignore),
+        measured=measured,
+        producer=(read.producer.name, read.producer.version),
+    )
+
+
+def _measured(entry: MeasuredEntry) -> Measured:
+    rows, keys = entry.tile_shape
+    return Measured((rows, keys), tuple(_main_policy(policy) for policy in entry.policies))
+
+
+def _main_policy(entry: MainPolicyEntry) -> Policy:
+    policy = _policy(entry)
+    if entry.shorter is None:
+        return policy
+    below, shorter = tuple(entry.shorter.below), _policy(entry.shorter.policy)
+    return replace(policy, below=below, shorter=shorter)
+
+
+def _policy(entry: PolicyEntry) -> Policy:
+    law = Law(entry.law.a, entry.law.b, entry.law.power)
+    lengths, targets = tuple(entry.lengths), tuple(entry.target_sparsity)
+    return Policy(entry.order, entry.heads, law, lengths, targets, _table(entry.ln_threshold))
+
+
+def _table(rows: list[list[list[list[float]]]]) -> Tensor:
+    """[lengths, targets, layers, heads]; NaN in layers that have fewer heads than others."""
+    most = max(len(row) for row in rows[0][0])
+    padded = [
+        [[[*row, *[math.nan] * (most - len(row))] for row in layers] for layers in by_target]
+        for by_target in rows
+    ]
+    return on_host(padded, torch.float32)
+
+
+def thresholds_for(
+    entry: Mapping[str, Any],
+    attention_class: str,
+    layer: int,
+    phase: str,
+    lengths: Sequence[int],
+    keys: int | None = None,
+    name: str | None = None,
+) -> Rule:
+    """Thresholds and visit order of one attention call.
+
+    Args:
+        entry: the model's `sparse_attention_config`.
+        attention_class: class name of the attention layer.
+        layer: its index.
+        phase: "prefill" or "decode".
+        lengths: keys of each request.
+        keys: how many the call has room for a request; default: those of the longest.
+        name: of the module, which `targets` and `ignore` may list; default:
+            "model.layers.LAYER.self_attn".
+
+    Returns:
+        `Rule.threshold` [requests, heads or 1] float32 on the CPU, None for dense; `Rule.order`.
+
+    Raises:
+        ValueError: the entry cannot be honoured; the message says why.
+    """
+    keys = max(lengths) if keys is None else keys
+    return parsed(entry, layer).rule(attention_class, layer, phase, lengths, keys, name)
+
+
+class _Read(NamedTuple):
+    """An entry, what it held when it was read, and what was made of that."""
+
+    entry: Mapping[str, Any]
+    held: Mapping[str, Any]
+    result: SparseAttention
+
+
+_READ_AT_MOST = 8
+_reading = threading.Lock()
+_read: tuple[_Read, ...] = ()
+"""Replaced, never changed, so that any thread may look through it."""
+
+
+def parsed(entry: Mapping[str, Any], layer: int) -> SparseAttention:
+    """`parse`, once for each entry and again after an edit that this layer can see."""
+    global _read  # noqa: PLW0603
+    for known in _read:
+        if known.entry is entry and _is_unchanged(known.held, entry, layer):
+            return known.result
+    found = _Read(entry, deepcopy(dict(entry)) if isinstance(entry, Mapping) else {}, parse(entry))
+    with _reading:
+        others = [known for known in _read if known.entry is not entry]
+        _read = (*others[1 - _READ_AT_MOST :], found)
+    return found.result
+
+
+def _is_unchanged(held: Any, entry: Any, layer: int) -> bool:
+    """Whether nothing but other layers' thresholds differs: one layer's are quick to compare."""
+    if not isinstance(held, Mapping):
+        if isinstance(held, list) and isinstance(entry, list) and len(held) == len(entry):
+            return all(_is_unchanged(*pair, layer) for pair in zip(held, entry, strict=True))
+        return held == entry
+    if not isinstance(entry, Mapping) or held.keys() != entry.keys():
+        return False
+    return all(
+        _is_row_unchanged(held[key], entry[key], layer)
+        if key == "ln_threshold"
+        else _is_unchanged(held[key], entry[key], layer)
+        for key in held
+    )
+
+
+def _is_row_unchanged(held: list, table: list, layer: int) -> bool:
+    """The same for a table: [lengths][targets][layers][heads]."""
+    if len(held) != len(table) or any(len(a) != len(b) for a, b in zip(held, table, strict=True)):
+        return False
+    return all(
+        len(layers) == len(now)
+        and layers[min(layer, len(layers) - 1)] == now[min(layer, len(now) - 1)]
+        for by_target, by_target_now in zip(held, table, strict=True)
+        for layers, now in zip(by_target, by_target_now, strict=True)
+    )

@@ -1,0 +1,220 @@
+"""What a `sparse_attention_config` says: which layers are sparse, and at which thresholds."""
+
+import fnmatch
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blasst.config.laws import Law, Measured, Schedule, of_layer, on_host
+from blasst.config.writing import ecosystem_entry, own_entry
+
+PHASES = ("prefill", "decode")
+ECOSYSTEM_TILE_SHAPE = (128, 128)
+GENERIC_TARGETS = ("Attention",)
+"""What Model-Optimizer writes where it does not know the class: any."""
+NEAR = 1.1
+"""Requests up to so many times the longest calibrated length pass without a word."""
+
+_log = logging.getLogger("blasst")
+
+
+class Rule(NamedTuple):
+    """What one attention call needs to know."""
+
+    threshold: Tensor | None
+    """[requests, heads] or [requests, 1] float32, 0 to 1; None: dense."""
+    order: str
+
+
+DENSE = Rule(None, "sink_first")
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """A parsed `sparse_attention_config`.
+
+    `targets` and `ignore` hold class names of attention layers or names of modules, as
+    `named_modules` gives them, in whole or in part ("layers.0.self_attn", "model.visual"), with the
+    wildcards of fnmatch. A module's name covers all that is inside it.
+    """
+
+    targets: tuple[str, ...]
+    """The attention layers that are sparse."""
+    laws: Mapping[str, Law]
+    """By phase: the ecosystem's law (power 1), for tiles visited forward."""
+    target_sparsity: Mapping[str, float]
+    """By phase; 0: dense."""
+    ignore: tuple[str, ...] = ()
+    """Those of them that stay dense."""
+    measured: Mapping[str, Measured] = field(default_factory=dict)
+    """By phase."""
+    producer: tuple[str, str] = ("blasst", "0.1.0")
+    """Name and version of what wrote it."""
+    _tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def with_targets(self, **target_sparsity: float) -> "SparseAttention":
+        """The same thresholds for other targets, by phase."""
+        for phase, target in target_sparsity.items():
+            check_target(phase, target)
+        return replace(self, target_sparsity={**self.target_sparsity, **target_sparsity})
+
+    def under_the_law(self) -> "SparseAttention":
+        """The ecosystem's law, fitted on the same tiles, instead of the measured tables."""
+        laws = {phase: replace(m, policies=()) for phase, m in self.measured.items()}
+        return replace(self, measured={p: m for p, m in laws.items() if p in self.laws})
+
+    def tile_shape(self, phase: str) -> tuple[int, int]:
+        """Query rows and keys of the tiles that the thresholds of this phase belong to."""
+        measured = self.measured.get(phase)
+        return measured.tile_shape if measured else ECOSYSTEM_TILE_SHAPE
+
+    def is_target(self, attention_class: str, name: str) -> bool:
+        """Whether `targets` lists the attention layer of this class, at this place in the model."""
+        return self.targets == GENERIC_TARGETS or is_listed(self.targets, attention_class, name)
+
+    def is_dense(self, attention_class: str, name: str) -> bool:
+        """Whether `ignore` lists the attention layer of this class, at this place in the model."""
+        return is_listed(self.ignore, attention_class, name)
+
+    def rule(
+        self,
+        attention_class: str,
+        layer: int,
+        phase: str,
+        lengths: Sequence[int],
+        keys: int,
+        name: str | None = None,
+    ) -> Rule:
+        """The thresholds and the order of one layer: see `thresholds_for`."""
+        if not self._is_sparse(attention_class, layer, phase, name):
+            return DENSE
+        # Every layer of a pass asks for the same lengths, so the whole model's table is kept. It is
+        # read once: another thread may put its own in the place.
+        target = self.target_sparsity[phase]
+        key = (target, keys, *lengths)
+        found = self._tables.get(phase)
+        if found is None or found[0] != key:
+            schedule = self._schedule(phase).of_call(keys)
+            for length in lengths:
+                self._tell_outside(phase, target, length)
+            table = schedule.at(on_host(lengths, torch.float64))
+            self._tables[phase] = found = (key, schedule.order, table)
+        _, order, table = found
+        return Rule(of_layer(table, layer), order)
+
+    def schedule(
+        self, attention_class: str, layer: int, phase: str, name: str | None = None
+    ) -> Schedule | None:
+        """One layer's thresholds at every length, [lengths, 1, heads]; None: dense."""
+        if not self._is_sparse(attention_class, layer, phase, name):
+            return None
+        return self._schedule_of(self._schedule(phase), layer)
+
+    def _schedule_of(self, whole: Schedule, layer: int) -> Schedule:
+        return whole._replace(
+            ln_threshold=of_layer(whole.ln_threshold, layer)[:, None],
+            shorter=whole.shorter and self._schedule_of(whole.shorter, layer),
+        )
+
+    def _is_sparse(self, attention_class: str, layer: int, phase: str, name: str | None) -> bool:
+        name = f"model.layers.{layer}.self_attn" if name is None else name
+        has_threshold = phase in self.measured or phase in self.laws
+        if not self.target_sparsity.get(phase) or not has_threshold:
+            return False
+        if self.is_dense(attention_class, name):
+            return False
+        if not self.is_target(attention_class, name):
+            raise ValueError(
+                f"sparse_attention_config targets {', '.join(self.targets)}; layer {layer} is a "
+                f"{attention_class}: list it under targets, or the layer under ignore"
+            )
+        return True
+
+    def _schedule(self, phase: str) -> Schedule:
+        """The whole model's."""
+        target = self.target_sparsity[phase]
+        if not self._has_table(phase):
+            return self.laws[phase].schedule(target)
+        return self.measured[phase].policy(target).schedule(target)
+
+    def _has_table(self, phase: str) -> bool:
+        return phase in self.measured and bool(self.measured[phase].policies)
+
+    def tell_tiles(self, phase: str, running: Callable[[], tuple[int, int]]) -> None:
+        """Say, once a phase, that the kernel that runs has other tiles than the thresholds."""
+        if ("tiles", phase) in self._tables:
+            return
+        self._tables["tiles", phase] = True
+        measured, runs = self.tile_shape(phase), tuple(running())
+        if measured != runs:
+            more = "more" if math.prod(runs) < math.prod(measured) else "less"
+            _log.warning(
+                "%s: thresholds are for tiles of %d x %d, the kernel's are %d x %d; expect %s "
+                "sparsity than the target",
+                *(phase, *measured, *runs, more),
+            )
+
+    def _tell_outside(self, phase: str, target: float, length: int) -> None:
+        """Say, once a phase, how far a request or the target is outside what was measured."""
+        if not self._has_table(phase):
+            return
+        policy = self.measured[phase].policy(target)
+        low, high = self.measured[phase].policies[0], self.measured[phase].policies[-1]
+        messages = []
+        if length > NEAR * policy.lengths[-1]:
+            times = length / policy.lengths[-1]
+            messages.append(
+                f"{length} keys are {times:.2f}x the longest calibrated length, "
+                f"{policy.lengths[-1]}; thresholds are extrapolated"
+            )
+        if not low.targets[0] <= target <= high.targets[-1]:
+            messages.append(
+                f"target sparsity {target} is outside the calibrated {low.targets[0]} to "
+                f"{high.targets[-1]}; the nearest is used"
+            )
+        for message in messages:
+            told = (phase, message.split()[-1])
+            if told not in self._tables:
+                self._tables[told] = True
+                _log.warning("%s: %s", phase, message)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        name, version = self.producer
+        groups = ecosystem_entry(self.targets, self.ignore, self.laws, self.target_sparsity)
+        entry = {"config_groups": groups, "producer": {"name": name, "version": version}}
+        return entry | {"blasst": own_entry(self.measured)} if self.measured else entry
+
+
+def is_listed(names: Sequence[str], attention_class: str, name: str) -> bool:
+    """Whether one of the names is this class, or this module or one around it."""
+    return any(entry == attention_class or _pattern(entry).search(name) for entry in names)
+
+
+@cache
+def _pattern(entry: str) -> re.Pattern[str]:
+    """Finds a module name with its wildcards, from a dot to a dot."""
+    anchored = fnmatch.translate(entry)  # ends in \Z, or \z from Python 3.14 on
+    return re.compile(rf"(?:^|\.){anchored[:-2]}(?:\.|$)")
+
+
+def check_target(phase: str, target: float) -> None:
+    """An error unless a phase may have this target sparsity.
+
+    Raises:
+        TypeError: no number.
+        ValueError: another phase, or a number out of range.
+    """
+    if phase not in PHASES:
+        raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
+    if not isinstance(target, int | float) or isinstance(target, bool):
+        raise TypeError(f"target sparsity of {phase} is {target!r}; it must be a number, 0 to 1")
+    if not 0 <= target <= 1:
+        raise ValueError(f"target sparsity of {phase} is {target}; it must be 0 to 1")
