@@ -15,11 +15,11 @@ def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     tmp_path, monkeypatch, capsys
 ):
     schemes = ("one_threshold", "water_filling")
-    plan = demo.Plan(
+    size = demo.Size(
         (400, 800), (600,), (500,), prompts=1, schemes=schemes, texts=1, every=2, needles=1
     )
     (tmp_path / "results.jsonl").write_text('{"fingerprint": "of an older calibration"}\n')
-    monkeypatch.setitem(demo.PLANS, "smollm2", plan)
+    monkeypatch.setitem(demo.SIZES, "smollm2", size)
     monkeypatch.setattr(demo, "TARGETS", (0.1, 0.15))
     monkeypatch.setattr(models, "load", lambda name, progress: make_loaded())
     assert main(["demo", "--out", str(tmp_path)]) == 0

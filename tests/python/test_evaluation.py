@@ -8,10 +8,13 @@ import torch
 import blasst
 from blasst.cli.app import main
 from blasst.config import Law, Measured, Policy, SparseAttention
-from blasst.evaluation import lm_eval, report, runner
-from blasst.evaluation.runner import CALIBRATED, DENSE, PAPER, Results, Setting
+from blasst.evaluation import Options, evaluate, lm_eval, prompted, report, shorter_lengths, texts
+from blasst.evaluation.answers import answer
+from blasst.evaluation.settings import DENSELY, Scheme
+from blasst.evaluation.summary import rows
 from blasst.hf.models import Loaded
 from blasst.measure.agreement import DenseRun
+from blasst.measure.results import Results
 from blasst.prompts import reference_text
 from recency_model import make_loaded
 
@@ -35,8 +38,8 @@ def configured() -> Loaded:
 
 
 def run(out, **options) -> Results:
-    defaults = {"targets": (0, 0.9), "length": LENGTH, "texts": TEXTS, "out": out}
-    return runner.evaluate(configured(), **{**defaults, **options})
+    defaults = {"targets": (0, 0.9), "length": LENGTH, "texts": TEXTS}
+    return evaluate(configured(), Options(**{**defaults, **options}), out=out)
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +53,12 @@ def results(out) -> Results:
 
 
 def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
-    dense, sparse, paper = runner.rows(results)
-    assert dense.setting == Setting(DENSE, 0.0)
+    dense, sparse, paper = rows(results)
+    assert dense.setting == DENSELY
     assert dense.top1 == (1.0, 0.0)
     assert dense.kl[0] == pytest.approx(0, abs=1e-9)
     assert dense.sparsity[0] == 0
-    assert (sparse.setting.scheme, paper.setting.scheme) == (CALIBRATED, PAPER)
+    assert (sparse.setting.scheme, paper.setting.scheme) == (Scheme.CALIBRATED, Scheme.PAPER)
     assert sparse.sparsity[0] > 0
     assert sparse.kl[0] > 0
     assert sparse.texts == len(TEXTS)
@@ -65,7 +68,7 @@ def test_every_prompt_was_answered_in_every_setting(results):
     assert {key for key, _ in results.all("needle")} == {
         (index, scheme, target)
         for index in range(2)
-        for scheme, target in ((DENSE, 0.0), (CALIBRATED, 0.9))
+        for scheme, target in ((Scheme.DENSE, 0.0), (Scheme.CALIBRATED, 0.9))
     }
 
 
@@ -77,8 +80,8 @@ def test_sparsity_at_other_lengths_is_a_mean_over_prompts(results, out):
 
 
 def test_a_second_run_does_nothing_again(results, out, monkeypatch):
-    monkeypatch.setattr(runner, "generate", None)
-    monkeypatch.setattr(runner, "DenseRun", None)
+    monkeypatch.setattr(prompted, "answer", None)
+    monkeypatch.setattr(texts, "DenseRun", None)
     again = run(out, needles=2, compare_paper=True, other_lengths=(300, 600), length_prompts=2)
     assert sorted(map(str, again.all("text"))) == sorted(map(str, results.all("text")))
 
@@ -114,7 +117,7 @@ def test_results_of_other_weights_are_refused(results, out):
     with torch.no_grad():
         other.model.model.layers[1].mlp.up_proj.weight.mul_(1.001)
     with pytest.raises(ValueError, match="another model, calibration or length"):
-        runner.evaluate(other, targets=(0, 0.9), length=LENGTH, texts=TEXTS, out=out)
+        evaluate(other, Options((0, 0.9), LENGTH, TEXTS), out=out)
 
 
 def test_a_text_that_has_changed_is_refused(results, out):
@@ -124,7 +127,7 @@ def test_a_text_that_has_changed_is_refused(results, out):
 
 def test_lengths_of_two_schemes_are_two_rows(tmp_path):
     found = Results(tmp_path / "results.jsonl", "")
-    for scheme, sparsity in ((CALIBRATED, 0.5), ("bsfa", 0.3)):
+    for scheme, sparsity in ((Scheme.CALIBRATED, 0.5), ("bsfa", 0.3)):
         found.put(sparsity, "length", 300, 0, scheme, 0.5)
     [table] = report.tables(found, None)
     assert [row[:4] for row in table.rows] == [
@@ -146,7 +149,7 @@ def test_a_folder_in_which_nothing_was_measured_yet_serves_anything(tmp_path):
 def test_the_configuration_is_left_as_it_was(tmp_path):
     loaded = configured()
     before = json.dumps(loaded.model.config.sparse_attention_config)
-    runner.evaluate(loaded, targets=(0.5,), length=256, texts={}, out=tmp_path)
+    evaluate(loaded, Options((0.5,), 256), out=tmp_path)
     assert json.dumps(loaded.model.config.sparse_attention_config) == before
 
 
@@ -180,7 +183,7 @@ def test_the_command_compares_at_every_nth_position(tmp_path, capsys):
 
 def test_a_model_without_calibration_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="tiny has no sparse_attention_config: calibrate it"):
-        runner.evaluate(make_loaded(), targets=(0.5,), length=LENGTH, texts=TEXTS, out=tmp_path)
+        evaluate(make_loaded(), Options((0.5,), LENGTH, TEXTS), out=tmp_path)
 
 
 def test_the_report_is_one_page_with_its_plots_inside(results, out):
@@ -200,35 +203,41 @@ def test_the_report_is_one_page_with_its_plots_inside(results, out):
         "heads.png",
     }
     kept = json.loads((out / "results.json").read_text())
-    assert kept["tables"]["Perplexity and agreement with dense"][0]["setting"] == DENSE
+    assert kept["tables"]["Perplexity and agreement with dense"][0]["setting"] == Scheme.DENSE
 
 
-def test_a_task_of_lm_eval_runs_and_is_scored_needs_lm_eval(tmp_path):
+def test_a_task_of_lm_eval_runs_and_is_scored_needs_lm_eval(tmp_path, monkeypatch):
     loaded = configured()
     loaded.tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = Loaded("tiny", loaded.model, loaded.tokenizer, str(tmp_path / "tokenizer"))
-    found = runner.evaluate(
-        loaded,
-        targets=(0.9,),
-        length=900,
-        texts={},
-        tasks=["niah_single_1"],
-        limit=1,
-        out=tmp_path,
-    )
-    scores = dict(found.all("task"))
-    assert set(scores) == {
-        ("niah_single_1", 0, DENSE, 0.0),
-        ("niah_single_1", 0, CALIBRATED, 0.9),
+    options = Options((0.9,), 900, tasks=["niah_single_1"], limit=2)
+    made = []
+    load = lm_eval.load_tasks
+
+    def load_once(*arguments):
+        made.append(load(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(lm_eval, "load_tasks", load_once)
+    found = dict(evaluate(loaded, options, out=tmp_path).all("task"))
+    assert set(found) == {
+        ("niah_single_1", index, scheme, target)
+        for index in range(2)
+        for scheme, target in ((Scheme.DENSE, 0.0), (Scheme.CALIBRATED, 0.9))
     }
-    assert all(0 <= value["score"] <= 1 for value in scores.values())
-    again = lm_eval.load_task("niah_single_1", loaded.folder, 900)
-    document = next(iter(again.test_docs()))
-    assert {tuple(value["expected"]) for value in scores.values()} == {tuple(document["outputs"])}
+    for (_, _, scheme, _), value in found.items():
+        assert 0 <= value["score"] <= 1
+        assert value["prefill_seconds"] > 0
+        assert (value["sparsity"] > 0) == (scheme == Scheme.CALIBRATED)
+    documents = [*made[0]["tasks"]["niah_single_1"].test_docs()]
+    for (_, index, *_), value in found.items():
+        assert value["expected"] == documents[index]["outputs"]
 
 
 def test_an_unknown_task_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match="no task niah_single_9; choose from niah_single_1"):
+    with pytest.raises(
+        ValueError, match=r"no task niah_single_9; choose from niah_single_1.* other \d+"
+    ):
         lm_eval.check_tasks(["ruler_vt", "niah_single_9"])
 
 
@@ -236,12 +245,14 @@ def test_greedy_answers_are_those_of_generate():
     loaded = make_loaded()
     prompt = loaded.tokenizer("A short prompt", return_tensors="pt").input_ids
     expected = loaded.model.generate(prompt, max_new_tokens=8, do_sample=False)
-    answer = runner.generate(loaded.model, loaded.tokenizer, prompt, 8)
+    found = answer(loaded.model, loaded.tokenizer, prompt, 8)
     text = loaded.tokenizer.decode(expected[0, prompt.shape[1] :], skip_special_tokens=True)
-    assert answer.text == text.strip()
+    assert found.text == text.strip()
+    assert found.times.prefill > 0
+    assert found.times.decode > 0
     assert blasst.record  # the operator is loaded
 
 
 def test_default_lengths_have_room_for_a_prompt():
-    assert runner.shorter_lengths(4096) == [1024, 1536, 2048, 3072]
-    assert runner.shorter_lengths(512) == [256, 384]
+    assert shorter_lengths(4096) == [1024, 1536, 2048, 3072]
+    assert shorter_lengths(512) == [256, 384]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from blasst.cli.app import main
-from blasst.evaluation import report, runner
-from blasst.evaluation.runner import CALIBRATED, DENSE
+from blasst.evaluation import Options, evaluate, report
+from blasst.evaluation.settings import Scheme
+from blasst.evaluation.summary import rows as rows_of
 from blasst.hf import record
 from blasst.hf.models import attention_layers, unwindowed_layers
 from blasst.methods import bsfa
@@ -30,19 +31,15 @@ def thresholds(tmp_path_factory):
 def test_all_methods_in_one_evaluation(tmp_path, thresholds):
     loaded = configured()
     before = dict(loaded.model.config.sparse_attention_config)
-    results = runner.evaluate(
+    results = evaluate(
         loaded,
-        targets=(0, 0.5),
-        length=LENGTH,
-        texts=TEXTS,
-        needles=1,
-        other_lengths=(600,),
+        Options((0, 0.5), LENGTH, TEXTS, needles=1, other_lengths=(600,)),
         methods=make_methods(["blasst", "bsfa", "dhsa", "dhsa+blasst"], thresholds),
         out=tmp_path,
     )
-    rows = {row.setting.scheme: row for row in runner.rows(results)}
-    assert list(rows) == [DENSE, CALIBRATED, "bsfa", "dhsa", "dhsa+blasst"]
-    assert rows[DENSE].sparsity[0] == 0
+    rows = {row.setting.scheme: row for row in rows_of(results)}
+    assert list(rows) == [Scheme.DENSE, Scheme.CALIBRATED, "bsfa", "dhsa", "dhsa+blasst"]
+    assert rows[Scheme.DENSE].sparsity[0] == 0
     for name in ("bsfa", "dhsa", "dhsa+blasst"):
         assert 0.2 < rows[name].sparsity[0] < 0.8, name
         assert rows[name].kl[0] > 0
@@ -57,24 +54,18 @@ def test_all_methods_in_one_evaluation(tmp_path, thresholds):
 
 
 def test_methods_without_a_calibration(tmp_path):
-    results = runner.evaluate(
+    results = evaluate(
         make_loaded(),
-        targets=(0.5,),
-        length=LENGTH,
-        texts=TEXTS,
+        Options((0.5,), LENGTH, TEXTS, with_calibrated=False),
         methods=make_methods(["dhsa"]),
-        with_calibrated=False,
         out=tmp_path,
     )
-    assert [row.setting.scheme for row in runner.rows(results)] == [DENSE, "dhsa"]
+    assert [row.setting.scheme for row in rows_of(results)] == [Scheme.DENSE, "dhsa"]
     with pytest.raises(ValueError, match="calibrate it first"):
-        runner.evaluate(
+        evaluate(
             make_loaded(),
-            targets=(0.5,),
-            length=LENGTH,
-            texts=TEXTS,
+            Options((0.5,), LENGTH, TEXTS, with_calibrated=False),
             methods=make_methods(["dhsa+blasst"]),
-            with_calibrated=False,
             out=tmp_path / "other",
         )
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from blasst.cli import interrupt
 from blasst.config import HEAD_SCHEMES
@@ -338,10 +339,9 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from blasst import files, prompts
+    from blasst import evaluation, files, prompts
     from blasst.cli.console import shown_progress
-    from blasst.demo.run import publish
-    from blasst.evaluation import lm_eval, runner
+    from blasst.evaluation import lm_eval, report
     from blasst.hf import models
     from blasst.methods.registry import BLASST, make_methods
 
@@ -354,26 +354,33 @@ def _evaluate(options: argparse.Namespace) -> None:
         texts = prompts.evaluation_texts()
     other_lengths = options.other_lengths
     if other_lengths is None:
-        other_lengths = runner.shorter_lengths(options.length)
+        other_lengths = evaluation.shorter_lengths(options.length)
+    measured = evaluation.Options(
+        targets=options.target_sparsity,
+        length=options.length,
+        texts=texts,
+        every=options.every,
+        needles=options.needles,
+        other_lengths=other_lengths,
+        length_prompts=options.length_prompts,
+        tasks=options.tasks,
+        limit=options.limit,
+        with_calibrated=BLASST in options.method,
+    )
     with shown_progress() as progress:
         loaded = models.load(options.model, progress=progress)
-        results = runner.evaluate(
-            loaded,
-            targets=options.target_sparsity,
-            length=options.length,
-            texts=texts,
-            needles=options.needles,
-            tasks=options.tasks,
-            limit=options.limit,
-            other_lengths=other_lengths,
-            length_prompts=options.length_prompts,
-            every=options.every,
-            methods=methods,
-            with_calibrated=BLASST in options.method,
-            out=options.out,
-            progress=progress,
+        results = evaluation.evaluate(
+            loaded, measured, methods=methods, out=options.out, progress=progress
         )
-    publish(loaded, options.length, list(texts), results, options.out, every=options.every)
+    _show_report(report.publish(loaded, measured, results, options.out))
+
+
+def _show_report(written: Any) -> None:
+    from blasst.cli.console import console, show
+
+    for table in written.tables:
+        show(table)
+    console.print(f"Report: {written.path.resolve()}")
 
 
 def _bsfa(options: argparse.Namespace) -> None:
@@ -403,8 +410,6 @@ def _bsfa(options: argparse.Namespace) -> None:
 
 
 def _chunks(options: argparse.Namespace) -> None:
-    from statistics import mean
-
     from blasst import files, prompts
     from blasst.cli.console import console, show, shown_progress
     from blasst.evaluation import report
@@ -420,26 +425,14 @@ def _chunks(options: argparse.Namespace) -> None:
         trained = dhsa_training.train(
             loaded.model, loaded.tokenizer, out, plan, text, progress
         ).values()
-    show(
-        report.Table(
-            f"Boundary predictors of {len(trained)} layers, on positions not trained on",
-            ("", "mean", "lowest"),
-            tuple(
-                (name, f"{mean(values):.0%}", f"{min(values):.0%}")
-                for name, values in (
-                    ("precision", [t.precision for t in trained]),
-                    ("recall", [t.recall for t in trained]),
-                )
-            ),
-        )
-    )
+    show(report.predictor_table(trained))
     console.print(f"Boundary predictors: {out.resolve()}")
 
 
 def _finetune(options: argparse.Namespace) -> None:
     from blasst import prompts
     from blasst.cli.console import console, show, shown_progress
-    from blasst.demo.run import about_run
+    from blasst.pages import about_run
     from blasst.training import finetune
     from blasst.training import report as finetuning_report
 
@@ -469,6 +462,9 @@ def _finetune(options: argparse.Namespace) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from blasst.demo.run import demo
+    from blasst.cli.console import shown_progress
+    from blasst.demo import demo
 
-    demo(options.model, options.out or Path("blasst-demo") / options.model)
+    with shown_progress() as progress:
+        written = demo(options.model, options.out or Path("blasst-demo") / options.model, progress)
+    _show_report(written)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from blasst.evaluation import report
+from blasst.pages import Table as ReportTable
 from blasst.progress import Progress
 
 WIDTH_OF_A_FILE = 120
@@ -69,7 +69,7 @@ class _Lines:
             console.print(f"{step}: {share:.0%} after {now - begun:.0f} s {what}".rstrip())
 
 
-def show(table: report.Table) -> None:
+def show(table: ReportTable) -> None:
     """Print a table of the report."""
     printed = Table(title=table.title, caption=table.note or None)
     for column in table.columns:

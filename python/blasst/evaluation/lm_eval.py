@@ -1,22 +1,22 @@
-"""The RULER tasks of lm-eval that need no download, run one document at a time."""
+"""lm-eval's tasks, through its own runner, one document at a time so that a run can be stopped."""
 
 import contextlib
 import io
 import logging
 import random
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from blasst.evaluation.runner import Setting, generate, key
-from blasst.hf import record
+from blasst.evaluation.clock import Clock, Times
+from blasst.evaluation.session import Session
+from blasst.evaluation.settings import Setting
+from blasst.hf import Recording
 
-if TYPE_CHECKING:
-    from blasst.evaluation.runner import _Evaluation
-
-TASKS = (
+WITHOUT_DOWNLOAD = (
     "niah_single_1",
     "niah_multikey_2",
     "niah_multikey_3",
@@ -24,96 +24,124 @@ TASKS = (
     "ruler_cwe",
     "ruler_fwe",
 )
-"""What needs no download; the others read essays or question sets from the network."""
+"""Tasks of RULER; the others read essays or question sets from the network."""
+MISSING = -1
+"""RULER's score for lengths that a document does not have."""
 
 
-def check_tasks(tasks: list[str]) -> None:
-    """An error that names the tasks that cannot be run."""
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise ValueError(f"no task {', '.join(unknown)}; choose from {', '.join(TASKS)}")
+def check_tasks(tasks: Sequence[str]) -> None:
+    """An error that names the tasks that lm-eval does not know."""
+    if all(task in WITHOUT_DOWNLOAD for task in tasks):
+        return
+    known = set(_manager("", 0).all_tasks)
+    if unknown := [task for task in tasks if task not in known]:
+        raise ValueError(
+            f"no task {', '.join(unknown)}; choose from {', '.join(WITHOUT_DOWNLOAD)}, or from "
+            f"lm-eval's other {len(known)} (`lm_eval ls tasks`), which download what they need"
+        )
 
 
-def load_task(name: str, folder: str, length: int) -> Any:
-    """One lm-eval task with prompts of at most `length` tokens of the tokenizer in `folder`."""
+def load_tasks(name: str, folder: str, length: int) -> Any:
+    """A task or group, as lm-eval loads it.
+
+    Args:
+        name: lm-eval's.
+        folder: of the tokenizer that RULER makes its documents with.
+        length: the most tokens that these have.
+    """
+    with _seeded():
+        loaded = _manager(folder, length).load([name])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=0)
+    return loaded
+
+
+def measure_tasks(session: Session) -> None:
+    """Answer and score the first documents of every task, in every setting."""
+    from blasst.evaluation.timed_lm import make_timed_lm
+
+    options = session.options
+    with _silence():
+        lm = make_timed_lm(session.model, session.tokenizer)
+    for place, name in enumerate(options.tasks):
+        share = place / len(options.tasks)
+        session.progress("Tasks", share, f"{name}: making its documents")
+        loaded = load_tasks(name, session.loaded.folder, options.length)
+        work = [
+            (task, setting, index)
+            for task in loaded["tasks"]
+            for setting in session.settings
+            for index in range(min(options.limit, len(loaded["tasks"][task].eval_docs)))
+        ]
+        for done, (task, setting, index) in enumerate(work):
+            if session.results.get("task", task, index, *setting.key) is not None:
+                continue
+            what = f"{task} {index + 1} of {options.limit}, {setting.name}"
+            session.progress("Tasks", share + done / len(work) / len(options.tasks), what)
+            one = {"tasks": {task: loaded["tasks"][task]}, "groups": {}}
+            with session.applied(setting) as recording, lm.timed() as timed:
+                sample = _evaluate(lm, one, task, index)
+            found = _found(session, setting, sample, recording, timed)
+            session.results.put(found, "task", task, index, *setting.key)
+    session.progress("Tasks", 1.0, "")
+
+
+def _evaluate(lm: Any, tasks: Any, name: str, index: int) -> Mapping[str, Any]:
+    """One document, as lm-eval's log of samples has it."""
+    from lm_eval.evaluator import evaluate
+
+    with _silence(), _seeded():
+        found = evaluate(
+            lm,
+            tasks,
+            samples={name: [index]},
+            apply_chat_template=lm.tokenizer.chat_template is not None,
+            bootstrap_iters=0,
+        )
+    return found["samples"][name][0]
+
+
+def _found(
+    session: Session,
+    setting: Setting,
+    sample: Mapping[str, Any],
+    recording: Recording,
+    timed: Sequence[tuple[Tensor, Clock]],
+) -> dict[str, Any]:
+    scores = [sample[metric] for metric in sample["metrics"]]
+    [score, *_] = [score for score in scores if score != MISSING]
+    found = {
+        "score": float(score),
+        "answer": str(sample["filtered_resps"][0]),
+        "expected": sample["target"],
+        "sparsity": recording.sparsity("prefill", session.layers),
+        "decode_sparsity": recording.sparsity("decode", session.layers),
+    }
+    if not timed:  # answers that are ranked, not written
+        return found
+    [(tokens, clock)] = timed
+    times: Times = clock.times
+    return found | {
+        "sparsity": session.sparsity(setting, recording, tokens.shape[1]),
+        "prefill_seconds": times.prefill,
+        "decode_seconds": times.decode,
+    }
+
+
+def _manager(folder: str, length: int) -> Any:
     try:
-        with _silence(), _seeded():
+        with _silence():
             from lm_eval.tasks import TaskManager
 
-            manager = TaskManager(metadata={"tokenizer": folder, "max_seq_lengths": [length]})
-            return manager.load([name])["tasks"][name]
+            return TaskManager(metadata={"tokenizer": folder, "max_seq_lengths": [length]})
     except ImportError as error:
         raise ValueError(f"tasks need lm-eval: {error}; pip install 'blasst[evaluate]'") from None
 
 
-def run_task(
-    evaluation: "_Evaluation",
-    name: str,
-    setting: Setting,
-    limit: int,
-    done: float,
-    share: float,
-) -> None:
-    """Answer and score the first `limit` documents that have no result yet."""
-    results, missing = evaluation.results, []
-    for index in range(limit):
-        if results.get("task", name, index, *key(setting)) is None:
-            missing.append(index)
-    if not missing:
-        return
-    tasks: dict[str, Any] = evaluation.__dict__.setdefault("_loaded_tasks", {})
-    if name not in tasks:
-        evaluation.progress("Tasks", done, f"{name}: making its documents")
-        tasks[name] = load_task(name, evaluation.loaded.folder, evaluation.length)
-    task = tasks[name]
-    documents = list(task.test_docs())[:limit]
-    options: Mapping[str, Any] = task.config.generation_kwargs
-    for index in missing:
-        if index >= len(documents):
-            break
-        what = f"{name} {index + 1} of {limit}, {setting.name}"
-        evaluation.progress("Tasks", done + share * index / limit, what)
-        document = documents[index]
-        tokens = _prompt(evaluation.tokenizer, task, document)
-        with record() as recording:
-            answer = generate(
-                evaluation.model,
-                evaluation.tokenizer,
-                tokens,
-                options["max_gen_toks"],
-                [end for end in options["until"] if end],
-            )
-        scores = task.process_results(document, [answer.text])
-        results.put(
-            {
-                "score": scores[str(document["max_length"])],
-                "answer": answer.text,
-                "expected": list(document["outputs"]),
-                "prefill_seconds": answer.prefill_seconds,
-                "decode_seconds": answer.decode_seconds,
-                "sparsity": evaluation.sparsity(setting, recording, tokens.shape[1]),
-                "decode_sparsity": recording.sparsity("decode", evaluation.layers),
-            },
-            "task",
-            name,
-            index,
-            *key(setting),
-        )
-
-
-def _prompt(tokenizer: Any, task: Any, document: Mapping[str, Any]) -> Any:
-    """[1, length] tokens: the document as a user's message where the model chats."""
-    text = task.doc_to_text(document)
-    prefix = document["gen_prefix"]
-    if tokenizer.chat_template is None:
-        return tokenizer(f"{text} {prefix}", return_tensors="pt").input_ids
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer(whole + prefix, add_special_tokens=False, return_tensors="pt").input_ids
-
-
 @contextlib.contextmanager
-def _seeded() -> Any:
+def _seeded() -> Iterator[None]:
     """The same documents in every process: a run that goes on compares what it began with."""
     states = random.getstate(), np.random.get_state()
     random.seed(0)
@@ -126,7 +154,7 @@ def _seeded() -> Any:
 
 
 @contextlib.contextmanager
-def _silence() -> Any:
+def _silence() -> Iterator[None]:
     """Without lm-eval's prints, progress bars and advice."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

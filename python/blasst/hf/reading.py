@@ -11,7 +11,7 @@ def read(model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None) -> 
 
     Args:
         model: with or without its output layer.
-        tokens: [batch, length] int64.
+        tokens: [batch, length] int64, on any device.
         cache: of what was read before; None: the tokens are read alone, and not kept.
 
     Returns:
@@ -22,4 +22,4 @@ def read(model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None) -> 
     """
     body = model.base_model
     kept = {"use_cache": False} if cache is None else {cache_name(type(body)): cache}
-    return body(tokens, **kept).last_hidden_state
+    return body(tokens.to(body.device), **kept).last_hidden_state

@@ -42,6 +42,7 @@ class DenseRun:
             every: compare at every so many positions.
         """
         self._model, self._hidden = model, hidden
+        tokens = tokens.to(hidden.device)
         positions = torch.arange(0, len(tokens) - 1, every)
         self._pieces = [(piece, tokens[piece + 1][:, None]) for piece in positions.split(PIECE)]
         self._count = len(positions)

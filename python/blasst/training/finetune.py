@@ -34,11 +34,11 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.calibration import calibrate
 from blasst.config import SparseAttention, parse
-from blasst.evaluation.runner import Results, fingerprint
 from blasst.files import ROOM, check_folder
 from blasst.hf import models, record
 from blasst.hf.reading import read
 from blasst.measure.agreement import PIECE, log_probabilities
+from blasst.measure.results import Results, fingerprint
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, evaluation_texts, text_tokens, training_text
 from blasst.training.callbacks import PHASE, FiniteGradients, SparsitySchedule

@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from blasst.evaluation import report
 from blasst.hf.models import write_json
+from blasst.pages import Table, tables_to_dict, write_page
 from blasst.training.finetune import DENSE, SPARSE, WAYS, Case, Plan, read_log
 
 COLOURS = {DENSE: "tab:gray", SPARSE: "tab:blue"}
@@ -36,11 +36,11 @@ def about(plan: Plan) -> str:
     )
 
 
-def table(cases: Sequence[Case], plan: Plan) -> report.Table:
+def table(cases: Sequence[Case], plan: Plan) -> Table:
     """The four cases."""
     basis = cases[0].perplexity
     cost = costs(cases)
-    return report.Table(
+    return Table(
         f"Perplexity at {plan.length} tokens, target sparsity {plan.target:.0%}",
         ("trained", "measured", "sparsity", "perplexity", "change", *cases[0].by_text),
         tuple(
@@ -71,7 +71,7 @@ def write(title: str, about: str, cases: Sequence[Case], plan: Plan, out: Path) 
             "plan": asdict(plan),
             "cost_of_sparsity": costs(cases),
             "cases": [asdict(case) for case in cases],
-            "tables": report.tables_to_dict([found]),
+            "tables": tables_to_dict([found]),
             "training": logs,
         },
     )
@@ -80,7 +80,7 @@ def write(title: str, about: str, cases: Sequence[Case], plan: Plan, out: Path) 
         ("loss", "Training loss", _draw_loss(logs)),
         ("sparsity", "Sparsity while training", _draw_sparsity(logs[SPARSE])),
     ]
-    return report.write_page(title, about, [found], plots, out)
+    return write_page(title, about, [found], plots, out)
 
 
 def _draw_cases(cases: Sequence[Case]) -> Callable[[Axes], None]:

@@ -1,21 +1,16 @@
 """Tables and plots of what was measured, on one HTML page."""
 
-from blasst.evaluation.report.html import (
-    Table,
-    calibration_tables,
-    tables,
-    tables_to_dict,
-    threshold_table,
-    write,
-    write_page,
-)
+from blasst.evaluation.report.calibration import calibration_tables
+from blasst.evaluation.report.methods import predictor_table, threshold_table
+from blasst.evaluation.report.tables import tables
+from blasst.evaluation.report.write import Written, publish, write
 
 __all__ = [
-    "Table",
+    "Written",
     "calibration_tables",
+    "predictor_table",
+    "publish",
     "tables",
-    "tables_to_dict",
     "threshold_table",
     "write",
-    "write_page",
 ]

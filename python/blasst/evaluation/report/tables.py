@@ -1,0 +1,167 @@
+"""What was measured, as tables."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from blasst.calibration import Calibration
+from blasst.evaluation.report.calibration import calibration_tables
+from blasst.evaluation.report.values import by_head, sparsity_by_length, with_method
+from blasst.evaluation.settings import Setting
+from blasst.evaluation.summary import mean_and_error, rows
+from blasst.measure.results import Results
+from blasst.pages import Table, with_error
+
+NEEDLES_SHOWN = 3
+
+
+def tables(results: Results, calibration: Calibration | None) -> list[Table]:
+    """Everything that was measured, in the order of the report."""
+    found = [_agreement_table(results), _needle_table(results), _task_table(results)]
+    found += [_layer_table(results), _answer_table(results), _length_table(results)]
+    found = [table for table in found if table.rows]
+    return found + (calibration_tables(calibration) if calibration else [])
+
+
+def _agreement_table(results: Results) -> Table:
+    found = rows(results)
+    sdpa = next((value for _, value in results.all("sdpa")), None)
+    return Table(
+        "Perplexity and agreement with dense",
+        (
+            "setting",
+            "sparsity",
+            "perplexity",
+            "same next token",
+            "KL divergence",
+            "prefill",
+            "against sdpa",
+        ),
+        tuple(
+            (
+                row.setting.name,
+                with_error(row.sparsity, ".1%"),
+                with_error(row.perplexity_change, "+.2%") if row.setting.target else "dense",
+                with_error(row.top1, ".2%"),
+                with_error(row.kl, ".4f"),
+                f"{row.prefill_seconds:.2f} s",
+                f"{sdpa['prefill_seconds'] / row.prefill_seconds:.2f}x" if sdpa else "",
+            )
+            for row in found
+        ),
+        _mean_over(found[0].texts) if found else "",
+    )
+
+
+def _mean_over(texts: int) -> str:
+    return (
+        f"Mean over {texts} texts, ± the standard error of the mean." if texts > 1 else "One text."
+    )
+
+
+def _needle_table(results: Results) -> Table:
+    groups: dict[Setting, list[dict]] = {}
+    for (_, scheme, target), value in results.all("needle"):
+        groups.setdefault(Setting(scheme, target), []).append(value)
+    return Table(
+        "Finding a fact in a long text",
+        ("setting", "found", "sparsity of prefill", "of decode", "prefill", "decode"),
+        tuple(
+            (
+                setting.name,
+                f"{sum(v['right'] for v in values)} of {len(values)}",
+                f"{statistics.fmean(v['sparsity'] for v in values):.1%}",
+                f"{statistics.fmean(v['decode_sparsity'] for v in values):.1%}",
+                *_times(values),
+            )
+            for setting, values in groups.items()
+        ),
+    )
+
+
+def _times(values: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Of prefill and decode; none of answers that were not generated."""
+    if "prefill_seconds" not in values[0]:
+        return "", ""
+    return (
+        f"{statistics.fmean(v['prefill_seconds'] for v in values):.2f} s",
+        f"{1e3 * statistics.fmean(v['decode_seconds'] for v in values):.1f} ms a token",
+    )
+
+
+def _answer_table(results: Results) -> Table:
+    shown: dict[int, dict[str, str]] = {}
+    settings: list[str] = []
+    for (index, scheme, target), value in results.all("needle"):
+        if index < NEEDLES_SHOWN:
+            name = Setting(scheme, target).name
+            settings += [name] if name not in settings else []
+            shown.setdefault(index, {"": f"{value['question']} ({', '.join(value['expected'])})"})[
+                name
+            ] = value["answer"]
+    return Table(
+        "Answers side by side",
+        ("question (expected)", *settings),
+        tuple((row[""], *(row.get(s, "") for s in settings)) for row in shown.values()),
+    )
+
+
+def _task_table(results: Results) -> Table:
+    groups: dict[tuple[str, Setting], list[dict]] = {}
+    for (task, _, scheme, target), value in results.all("task"):
+        groups.setdefault((task, Setting(scheme, target)), []).append(value)
+    return Table(
+        "Tasks (lm-eval)",
+        (
+            "task",
+            "setting",
+            "documents",
+            "score",
+            "sparsity of prefill",
+            "of decode",
+            "prefill",
+            "decode",
+        ),
+        tuple(
+            (
+                task,
+                setting.name,
+                str(len(values)),
+                with_error(mean_and_error([v["score"] for v in values]), ".2f"),
+                f"{statistics.fmean(v['sparsity'] for v in values):.1%}",
+                f"{statistics.fmean(v['decode_sparsity'] for v in values):.1%}",
+                *_times(values),
+            )
+            for (task, setting), values in groups.items()
+        ),
+    )
+
+
+def _layer_table(results: Results) -> Table:
+    """Ten layers a row, each the mean over its heads."""
+    found = by_head(results)
+    layers = [f"{statistics.fmean(heads):.0%}" for heads in found[1]] if found else []
+    rows = (layers[i : i + 10] for i in range(0, len(layers), 10))
+    return Table(
+        f"Sparsity by layer, {found[0]}" if found else "Sparsity by layer",
+        ("layers from", *(f"+{i}" for i in range(10))),
+        tuple((str(10 * i), *row, *[""] * (10 - len(row))) for i, row in enumerate(rows)),
+    )
+
+
+def _length_table(results: Results) -> Table:
+    found = sorted(sparsity_by_length(results).items())
+    return Table(
+        "Sparsity at other lengths",
+        ("tokens", "target", "prompts", "sparsity of prefill", "off by"),
+        tuple(
+            (
+                str(length),
+                with_method(f"{target:.0%}", scheme),
+                str(len(values)),
+                with_error(mean_and_error(values), ".1%"),
+                f"{100 * (statistics.fmean(values) - target):+.1f} points",
+            )
+            for (length, scheme, target), values in found
+        ),
+    )

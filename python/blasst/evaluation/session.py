@@ -1,0 +1,127 @@
+"""A model under evaluation: its settings, one after the other, and what was found so far."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from blasst.config import SparseAttention, parse
+from blasst.evaluation.clock import now
+from blasst.evaluation.options import Options
+from blasst.evaluation.settings import DENSELY, Scheme, Setting
+from blasst.hf import Recording, record
+from blasst.hf.models import Loaded, check_length, sparse_layers
+from blasst.hf.reading import read
+from blasst.measure.results import Results, fingerprint
+from blasst.methods.registry import Method, made_by, saved_tiles
+from blasst.progress import Progress
+from blasst.prompts import KINDS, Prompt, PromptMaker, reference_text
+
+ANSWER_TOKENS = 32
+NEEDLE_SEED = 10**5
+
+
+class Session:
+    """What the parts of an evaluation share."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        options: Options,
+        methods: Mapping[str, Method],
+        out: Path,
+        progress: Progress,
+    ) -> None:
+        """Check that the model can be evaluated so.
+
+        Raises:
+            ValueError: it cannot; the message says why.
+        """
+        self.loaded, self.options, self.progress = loaded, options, progress
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self._methods = methods
+        check_length(self.model, options.length, "a prompt")
+        entry = getattr(self.model.config, "sparse_attention_config", None)
+        self.config: SparseAttention | None = parse(entry) if entry is not None else None
+        self._check_calibrated()
+        made = [options.length, options.every, *([made_by(methods)] if methods else [])]
+        self.results = Results(out / "results.jsonl", fingerprint(self.model, *made))
+        self.layers = sparse_layers(self.model, self.config)
+
+    def _check_calibrated(self) -> None:
+        needed = any(method.needs_calibration for method in self._methods.values())
+        needed = (needed or self.options.with_calibrated) and any(self.options.targets)
+        if needed and self.config is None:
+            raise ValueError(
+                f"{self.loaded.title} has no sparse_attention_config: calibrate it first "
+                "(python -m blasst calibrate)"
+            )
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """What is compared, dense first."""
+        schemes = [Scheme.CALIBRATED] * self.options.with_calibrated + list(self._methods)
+        targets = [target for target in self.options.targets if target]
+        return [DENSELY, *(Setting(scheme, t) for scheme in schemes for t in targets)]
+
+    @property
+    def text_settings(self) -> list[Setting]:
+        """What is compared on texts: the paper's scheme too, if that is asked for."""
+        options = self.options
+        measured = self.config.measured if self.config else {}
+        if not (options.compare_paper and options.with_calibrated and measured):
+            return self.settings
+        return self.settings + [Setting(Scheme.PAPER, t) for t in options.targets if t]
+
+    @contextmanager
+    def applied(self, setting: Setting) -> Iterator[Recording]:
+        """The model runs as the setting says, and is recorded."""
+        self.model.config.__dict__.pop("sparse_attention_config", None)
+        if setting.scheme in self._methods:
+            method = self._methods[setting.scheme]
+            with (
+                method.applied(self.model, self.config, setting.target, self.options.length),
+                record() as recording,
+            ):
+                yield recording
+            return
+        if not setting.is_dense:
+            phases = dict.fromkeys(self.config.target_sparsity, setting.target)
+            config = self.config.with_targets(**phases)
+            if setting.scheme == Scheme.PAPER:
+                config = config.under_the_law()
+            self.model.config.sparse_attention_config = config.to_dict()
+        with record() as recording:
+            yield recording
+
+    def restore(self) -> None:
+        """The model's configuration is what it was."""
+        if self.config:
+            self.model.config.sparse_attention_config = self.config.to_dict()
+
+    def sparsity(self, setting: Setting, recording: Recording, length: int) -> float:
+        """Share of a prefill's tiles that were dropped; of a method's, those never visited too."""
+        if setting.scheme in self._methods:
+            return saved_tiles(recording, self.model, length)
+        return recording.sparsity("prefill", self.layers)
+
+    def prefill(self, tokens: Tensor) -> tuple[Tensor, float]:
+        """[length, hidden] last hidden states of [1, length] tokens, and seconds."""
+        began = now(self.model.device)
+        hidden = read(self.model, tokens)[0]
+        return hidden, now(self.model.device) - began
+
+    @cached_property
+    def _maker(self) -> PromptMaker:
+        return PromptMaker(self.tokenizer, reference_text(), "the reference text")
+
+    def needle(self, index: int) -> Prompt:
+        """A prompt with a fact to find, with room for its answer."""
+        length = self.options.length - ANSWER_TOKENS
+        return self._maker.make("needle", length, NEEDLE_SEED + index)
+
+    def any_prompt(self, index: int, length: int) -> Prompt:
+        """A prompt of so many tokens, of one kind after the other."""
+        return self._maker.make(KINDS[index % len(KINDS)], length, NEEDLE_SEED + index)

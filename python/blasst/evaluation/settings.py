@@ -1,0 +1,39 @@
+"""What is compared: schemes, each at some target sparsities."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Scheme(StrEnum):
+    """Schemes that need no method of their own; the others go by the name of their method."""
+
+    DENSE = "dense"
+    CALIBRATED = "calibrated"
+    PAPER = "forward, one threshold"
+    """The paper's scheme, and the only one that the ecosystem's keys can express."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One column of the comparison."""
+
+    scheme: str
+    target: float
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return self.scheme if self.is_dense else f"{self.scheme}, {self.target:.0%}"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is skipped."""
+        return self.scheme == Scheme.DENSE
+
+    @property
+    def key(self) -> tuple[str, float]:
+        """Its part of a result's key."""
+        return str(self.scheme), self.target
+
+
+DENSELY = Setting(Scheme.DENSE, 0.0)
