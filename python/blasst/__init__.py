@@ -17,9 +17,9 @@ if sys.argv[:1] == ["-m"]:  # python -m blasst, which imports this before its ow
     interrupt.quit_at_once()
 
 from blasst._version import __version__
-from blasst.attention import Result, TileCounts, TileShape, attention, merge, tile_shape
 from blasst.errors import NotSupportedError
 from blasst.import_hook import when_imported
+from blasst.ops import Result, TileCounts, TileShape, attention, merge, tile_shape
 from blasst.versions import check_version
 
 if TYPE_CHECKING:

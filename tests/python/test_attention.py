@@ -12,6 +12,7 @@ from torch import Tensor
 import blasst
 import c_api
 from blasst import attention
+from blasst.ops import arguments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERYTHING = {
@@ -510,7 +511,7 @@ def test_the_package_can_be_imported_with_any_default_type(dtype):
 
 
 def test_numbers_for_a_gpu_are_checked_on_the_host():
-    check = blasst.attention.__globals__["_check_host_values"]
+    check = arguments._check_host_values
     for test, good, bad in (
         ("relative", [0, 1.0, [0.5]], [-1e-9, 1.1, math.nan, [0.1, 2], torch.tensor([0.1, -1.0])]),
         ("scale_factor", [0, 1e9], [-1, math.inf, math.nan, ((3.0, -3.0),)]),
@@ -923,7 +924,7 @@ BAD = {
             "max_seqlen_k is 19, but request 1 has 20 tokens by cu_seqlens_k",
         ),
     ],
-    NotImplementedError: [
+    blasst.NotSupportedError: [
         ({"q": Q.to("meta")}, "q is on meta; blasst runs on: cpu, cuda"),
     ],
 }

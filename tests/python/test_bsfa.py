@@ -12,7 +12,7 @@ from blasst.cli.app import main
 from blasst.hf import models
 from blasst.methods import bsfa
 from blasst.methods.bsfa import AbsoluteThresholds, thresholds_of
-from blasst.operators import KEYS, QUERY_ROWS
+from blasst.ops.library import KEYS, QUERY_ROWS
 from recency_model import make_loaded
 
 KEEPS = (1, 2, 4)

@@ -8,7 +8,7 @@ import torch
 import blasst
 from blasst import Dhsa, attention
 from blasst.methods.dhsa import Chunks, Predictor
-from blasst.operators import call as operator
+from blasst.ops.library import call as operator
 from blasst.policies import Call, from_dict
 from tiny_models import make_model
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from blasst import attention
-from blasst.operators import KEYS, QUERY_ROWS, REPORTS, call
+from blasst.ops.library import KEYS, QUERY_ROWS, REPORTS, call
 
 THRESHOLD = 0.3
 ABSENT = (

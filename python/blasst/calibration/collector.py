@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from blasst import hf
-from blasst.attention import Result, attention, tile_shape
 from blasst.calibration.curves import ln_threshold_at, share_below
 from blasst.calibration.measurement import DECODE_SWEEP, SWEEP, Measurement, Measurements
 from blasst.calibration.setup import Setup
+from blasst.ops.attention import Result, attention, tile_shape
 from blasst.policies import Call
 
 OWN_ATTENTION = "blasst_calibration"

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blasst.attention import Result, attention, tile_shape
 from blasst.errors import NotSupportedError
 from blasst.hf import packed, recording
 from blasst.hf.layers import NAME, tower_and_layer
@@ -14,6 +13,7 @@ from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import options_of, options_when_compiled
 from blasst.hf.visits import visit_of
+from blasst.ops.attention import Result, attention, tile_shape
 from blasst.policies import Call
 
 Inputs = tuple[Tensor, Tensor, Tensor]

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from blasst.attention import Result
 from blasst.hf.layers import PHASES
 from blasst.hf.tensor_parallel import Share
-from blasst.operators import GAP_BINS
+from blasst.ops.attention import Result
+from blasst.ops.library import GAP_BINS
 
 
 class Recording:

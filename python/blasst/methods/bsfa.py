@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst.attention import Result
 from blasst.files import open_tensors
 from blasst.hf import DENSE, Recording, Threshold, configure, recording_with
 from blasst.hf.models import (
@@ -35,7 +34,8 @@ from blasst.hf.models import (
     unwindowed_layers,
 )
 from blasst.hf.reading import read
-from blasst.operators import KEYS, QUERY_ROWS, prefill_tile
+from blasst.ops.attention import Result
+from blasst.ops.library import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
 from blasst.prompts import KINDS, PromptMaker, reference_text
 

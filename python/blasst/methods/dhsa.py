@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from blasst.files import open_tensors
 from blasst.hf.models import described, shape_of
-from blasst.operators import call as operator
+from blasst.ops.library import call as operator
 from blasst.policies import KINDS, Call, Visit
 
 CHUNKERS = ("fixed", "shift", "trained")

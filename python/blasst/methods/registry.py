@@ -15,7 +15,7 @@ from blasst.hf import Recording, set_policy
 from blasst.hf.models import attention_layers, unwindowed_layers
 from blasst.methods.bsfa import AbsoluteThresholds
 from blasst.methods.dhsa import Dhsa, load_predictors
-from blasst.operators import KEYS
+from blasst.ops.library import KEYS
 
 BLASST = "blasst"
 NAMES = (BLASST, "bsfa", "dhsa", "dhsa+blasst")

@@ -1,0 +1,264 @@
+"""Checks of what Python callers pass, and its forms for the operators."""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blasst.errors import NotSupportedError
+from blasst.ops.library import call
+
+_INTEGERS = (numbers.Integral, torch.SymInt)
+_NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """An error unless it is one of these names."""
+    accepted = f"it must be one of {', '.join(choices)}"
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; {accepted}")
+
+
+def check_flags(**flags: bool) -> None:
+    """An error unless each is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; it must be True or False")
+
+
+def check_positive(name: str, value: float | None, default: str) -> None:
+    """An error unless it is None or a finite number above 0."""
+    if value is None:
+        return
+    accepted = f"it must be positive and finite, or None for {default}"
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}; {accepted}")
+
+
+def check_count(name: str, value: int | None) -> None:
+    """An error unless it is None or an integer."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, _INTEGERS)):
+        raise TypeError(f"{name} is {value!r}; it must be an integer of 0 or more, or None")
+
+
+def phase_of(phase: str | None, q: Tensor) -> str:
+    """The phase that was chosen, or that the number of queries says."""
+    if phase is None:
+        return "decode" if q.dim() == 4 and q.shape[1] == 1 else "prefill"
+    check_choice("phase", phase, ("prefill", "decode"))
+    return phase
+
+
+def places_on_cuda(
+    places: dict[str, Tensor | None], q: Tensor, k: Tensor, phase: str
+) -> tuple[dict[str, Tensor | None], Tensor | None]:
+    """The index tensors as they are read on cuda, and [batch, 1, 1] requests without a query.
+
+    Decode there has no query_lengths: a request without a query gets no keys either.
+    """
+    places = {name: _narrowed(name, index) for name, index in places.items()}
+    query_lengths, starts, lengths = (
+        places[name] for name in ("query_lengths", "starts", "lengths")
+    )
+    if phase == "prefill" or query_lengths is None:
+        return places, None
+    if q.shape[1] != 1:
+        raise NotSupportedError(
+            f"query_lengths is given for a decode of {q.shape[1]} positions on {q.device}; there "
+            "it works with one"
+        )
+    if starts is None:
+        starts = torch.zeros_like(query_lengths)
+    if lengths is None:
+        lengths = torch.full_like(query_lengths, k.shape[1])
+    lengths = torch.where(query_lengths > 0, lengths, starts)
+    places |= {"query_lengths": None, "starts": starts, "lengths": lengths}
+    return places, (query_lengths <= 0)[:, None, None]
+
+
+def _narrowed(name: str, index: Tensor | None) -> Tensor | None:
+    if index is None:
+        return None
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} is {index.dtype}; it must be torch.int32 or torch.int64")
+    return index.to(torch.int32)
+
+
+def check_page_table(k: Tensor, lengths: Tensor | None, page_table: Tensor | None) -> None:
+    """An error if a page id or a length on the device is out of range."""
+    if page_table is None or lengths is None:
+        raise ValueError("check_pages is set; it needs page_table and lengths")
+    found = call(
+        "check_pages",
+        page_table=page_table,
+        lengths=lengths,
+        page_size=k.shape[1],
+        pages=k.shape[0],
+    )
+    kind, request, *numbers = found.tolist()
+    if kind == 1:
+        index, page = numbers
+        raise ValueError(
+            f"page_table[{request}, {index}] is {page}; it must be 0 to {k.shape[0] - 1}, a page "
+            "of k"
+        )
+    if kind == 2:
+        length, room = numbers
+        raise ValueError(
+            f"lengths[{request}] is {length}; it must be 0 to {room}, what the page table has room "
+            "for"
+        )
+
+
+def mask_of(
+    window: tuple[int | None, int | None] | None,
+    bands: Sequence[Sequence[int]] | Tensor | None,
+    blocks: Tensor | None,
+    device: torch.device,
+) -> dict[str, int | Tensor | None]:
+    """The operator's arguments that say, besides `causal`, which keys a query sees."""
+    left, right = _sides(window)
+    if blocks is not None:
+        if blocks.dtype not in (torch.bool, torch.uint8):
+            raise TypeError(f"blocks is {blocks.dtype}; it must be torch.bool")
+        blocks = blocks.to(torch.uint8)
+    bands = _bands(bands, device)
+    return {"window_left": left, "window_right": right, "bands": bands, "blocks": blocks}
+
+
+def sinks_of(sinks: Tensor | None) -> Tensor | None:
+    """As float32."""
+    if sinks is None:
+        return None
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
+    return sinks.to(torch.float32)
+
+
+def _sides(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """The operator's window_left and window_right; -1: no limit."""
+    if window is None:
+        return -1, -1
+    accepted = "it must be (before, after), each an integer of 0 or more, or None for no limit"
+    if (
+        not isinstance(window, Sequence)
+        or isinstance(window, str)
+        or any(isinstance(w, bool) or not isinstance(w, int | None) for w in window)
+    ):
+        raise TypeError(f"window is {window!r}; {accepted}")
+    if len(window) != 2 or any(w is not None and w < 0 for w in window):
+        raise ValueError(f"window is {window!r}; {accepted}")
+    left, right = (-1 if w is None else w for w in window)
+    return left, right
+
+
+def _bands(bands: Sequence[Sequence[int]] | Tensor | None, device: torch.device) -> Tensor | None:
+    """The operator's bands, [heads, 2] int64."""
+    if bands is None:
+        return None
+    try:
+        values = torch.as_tensor(bands, device=device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"bands is {bands!r}; it must be [heads, 2] whole numbers") from error
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise TypeError(f"bands is {values.dtype}; it must be [heads, 2] whole numbers")
+    return values.to(torch.int64)
+
+
+def decision_of(
+    threshold: float | Sequence[float] | Tensor | None,
+    threshold_scale_factor: float | Sequence[float] | Tensor | None,
+    absolute_threshold: float | Sequence[float] | Tensor | None,
+    device: torch.device,
+) -> dict[str, str | Tensor | None]:
+    """The operator's name for the test that was chosen, and its thresholds."""
+    given = [
+        (name, test, value)
+        for name, test, value in (
+            ("threshold", "relative", threshold),
+            ("threshold_scale_factor", "scale_factor", threshold_scale_factor),
+            ("absolute_threshold", "absolute", absolute_threshold),
+        )
+        if value is not None
+    ]
+    if not given:
+        return {"test": "none", "thresholds": None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(name for name, *_ in given)} exclude each other; give one")
+    [(name, test, value)] = given
+    thresholds = _thresholds(name, test, value, device)
+    if thresholds.requires_grad and torch.is_grad_enabled():
+        raise NotSupportedError(
+            "the threshold requires a gradient; dropping a tile or not has none: pass "
+            "threshold.detach()"
+        )
+    return {"test": test, "thresholds": thresholds}
+
+
+def _thresholds(
+    name: str, test: str, value: float | Sequence[float] | Tensor, device: torch.device
+) -> Tensor:
+    """As [1 or batch, 1 or heads, places]."""
+    accepted = "it must be a number, a list of numbers, or a tensor of them"
+    if isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if device.type == "cuda":
+        _check_host_values(name, test, value)
+    if isinstance(value, _NUMBERS):  # no copy from the host, so that a graph can capture it
+        return torch.full((1, 1, 1), value, dtype=torch.float32, device=device)
+    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+        raise TypeError(f"{name} is {value.dtype}; {accepted}")
+    try:
+        values = torch.as_tensor(value, dtype=torch.float32, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is {value!r}; {accepted}") from error
+    if values.dim() > 3 or not values.numel():
+        raise ValueError(
+            f"{name} is {list(values.shape)}; it must be a number, [heads], [1 or batch, 1 or "
+            "heads], or [1 or batch, 1 or heads, places]"
+        )
+    if values.dim() < 3:
+        values = values.reshape((1,) * (2 - values.dim()) + values.shape + (1,))
+    return values
+
+
+def _check_host_values(name: str, test: str, value: object) -> None:
+    """An error if a number that the host has is no threshold: on cuda nobody looks at it later."""
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        value = [] if torch.compiler.is_compiling() else value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for element in value:
+            _check_host_values(name, test, element)
+    elif isinstance(value, _NUMBERS):
+        if test == "relative" and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; it must be a number from 0 to 1")
+        if test == "scale_factor" and not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be finite and at least 0")
+        if test == "absolute" and math.isnan(value):
+            raise ValueError(f"{name} is {value}; it must be a number")
+
+
+def check_tensors(needed: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    """An error unless all are strided tensors on one device that has a backend."""
+    [first, *_] = needed
+    q = needed[first]
+    if isinstance(q, Tensor) and q.device.type not in ("cpu", "cuda"):
+        raise NotSupportedError(f"{first} is on {q.device}; blasst runs on: cpu, cuda")
+    for name, t in {**needed, **optional}.items():
+        if t is None and name in optional:
+            continue
+        if not isinstance(t, Tensor):
+            none = ", or None" if name in optional else ""
+            raise TypeError(f"{name} is a {type(t).__name__}; it must be a torch.Tensor{none}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name} is {t.layout}; it must be torch.strided")
+        if t.device != q.device:
+            raise ValueError(
+                f"{name} is on {t.device}, {first} on {q.device}; they must share a device"
+            )

@@ -1,0 +1,68 @@
+"""What autograd knows of the operators."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blasst.errors import NotSupportedError
+from blasst.ops.library import REPORTS, arguments_of, call, names
+
+
+def _save_for_backward(
+    ctx: Any, inputs: tuple[object, ...], output: tuple[Tensor | None, ...]
+) -> None:
+    arguments = arguments_of("prefill", inputs)
+    out, *reports = output
+    reported = dict(zip(REPORTS, reports, strict=True))
+    saved = {name: arguments[name] for name in names("prefill_backward") if name in arguments}
+    saved |= {"out": out, "lse": reported.pop("lse"), "bits": reported["bits"]}
+    ctx.others = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
+    ctx.names = [name for name in saved if name not in ctx.others]
+    ctx.save_for_backward(*(saved[name] for name in ctx.names))
+    ctx.mark_non_differentiable(*(t for t in reported.values() if t is not None))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
+    device = saved["q"].device
+    if device.type != "cpu":
+        raise NotSupportedError(
+            f"blasst.attention has no backward pass on {device}; it has one on: cpu"
+        )
+    if saved["lse"] is None or saved["bits"] is None:
+        raise NotSupportedError(
+            "torch.ops.blasst.prefill has a backward pass only with want_lse=True and "
+            "want_bits=True"
+        )
+    dout = torch.zeros_like(saved["out"]) if dout is None else dout
+    dq, dk, dv, dsinks = call("prefill_backward", dout=dout, dlse=dlse, **saved)
+    gradients = {"q": dq, "k": dk, "v": dv, "sinks": None if saved["sinks"] is None else dsinks}
+    return tuple(gradients.get(name) for name in names("prefill"))
+
+
+def _no_decode_backward(*_: object) -> None:
+    raise NotSupportedError(
+        "blasst.attention with phase='decode' has no backward pass: run it under torch.no_grad(), "
+        "or pass phase='prefill'"
+    )
+
+
+def _no_merge_backward(*_: object) -> None:
+    raise NotSupportedError(
+        "blasst.merge has no backward pass: run it under torch.no_grad(), or attend to all keys in "
+        "one call"
+    )
+
+
+def _no_second_backward(*_: object) -> None:
+    raise NotSupportedError("blasst.attention has no second derivative")
+
+
+torch.library.register_autograd("blasst::prefill", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("blasst::prefill_backward", _no_second_backward)
+torch.library.register_autograd("blasst::decode", _no_decode_backward)
+torch.library.register_autograd("blasst::merge", _no_merge_backward)

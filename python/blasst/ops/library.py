@@ -1,0 +1,70 @@
+"""Loads and calls `torch.ops.blasst`."""
+
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blasst.errors import NotSupportedError
+
+_LIBRARY = Path(__file__).parents[1] / "_ops.so"
+if not _LIBRARY.exists():
+    raise ImportError(f"{_LIBRARY} is missing; run `make build` (source tree) or `pip install .`")
+torch.ops.load_library(_LIBRARY)
+
+GAP_BINS = 514
+REPORTS = ("lse", "dropped_mass_bound", "tiles", "gaps", "maxima", "bits")
+"""What prefill and decode report, in this order: each a tensor if want_... is true, else None."""
+
+_ERRORS = {
+    "TypeError": TypeError,
+    "ValueError": ValueError,
+    "NotImplementedError": NotSupportedError,
+    "MemoryError": MemoryError,
+}
+
+
+def call(operator: str, **arguments: object) -> Any:
+    """An operator's result.
+
+    torch makes a RuntimeError of every error of an operator; here it gets the type that its message
+    begins with.
+    """
+    try:
+        return getattr(torch.ops.blasst, operator)(**arguments)
+    except RuntimeError as error:
+        kind, _, message = str(error).partition(": ")
+        if kind not in _ERRORS:
+            raise
+        raise _ERRORS[kind](message) from None
+
+
+@cache
+def names(operator: str) -> tuple[str, ...]:
+    """Of its arguments, as its schema has them."""
+    schema = getattr(torch.ops.blasst, operator).default._schema
+    return tuple(argument.name for argument in schema.arguments)
+
+
+def arguments_of(operator: str, inputs: tuple[object, ...]) -> dict[str, object]:
+    """The inputs by name. torch leaves out the last ones if they are the default, None."""
+    return dict(zip_longest(names(operator), inputs))
+
+
+def _prefill_tile() -> tuple[int, int]:
+    """Query rows and keys of the tile on which prefill decides."""
+    row = torch.empty(1, 1, 1, 16, device="cpu", dtype=torch.float32)
+    return tuple(torch.ops.blasst.prefill_tile_shape(row, row, row)[:2])
+
+
+QUERY_ROWS, KEYS = _prefill_tile()
+"""On the CPU."""
+
+
+def prefill_tile(device: torch.device, head_dim: int) -> tuple[int, int]:
+    """Query rows and keys of the tile on which prefill decides on this kind of device."""
+    if device.type == "cuda":
+        return 64, 64 if head_dim > 128 else 128
+    return QUERY_ROWS, KEYS
