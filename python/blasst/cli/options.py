@@ -1,0 +1,96 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from blasst.cli.parsing import FRACTION, POSITIVE, Choice
+from blasst.config import HEAD_SCHEMES
+
+Model = Annotated[str, Argument(metavar="MODEL", help="smollm2, gemma3, a folder or a hub name")]
+PromptText = Annotated[
+    Path | None, Option("--text", metavar="FILE", help="make the prompts from this text")
+]
+Targets = Annotated[
+    list[float] | None,
+    Option(
+        parser=FRACTION,
+        metavar="S ...",
+        help="shares of the tiles to skip; the first becomes the configuration's (default: 0.5)",
+    ),
+]
+Prompts = Annotated[int, Option(parser=POSITIVE, metavar="N", help="how many")]
+Length = Annotated[int, Option(parser=POSITIVE, metavar="TOKENS", help="of a prompt or text")]
+Every = Annotated[
+    int,
+    Option(parser=POSITIVE, metavar="N", help="compare texts with dense at every N-th position"),
+]
+Lengths = Annotated[
+    list[int] | None,
+    Option(parser=POSITIVE, metavar="TOKENS ...", help="of prompts (default: 1024 2048 4096)"),
+]
+HeldOut = Annotated[
+    list[int] | None,
+    Option(
+        parser=POSITIVE,
+        metavar="TOKENS ...",
+        help="lengths to check (default: half-way between the two longest, and twice the longest)",
+    ),
+]
+OtherLengths = Annotated[
+    list[int] | None,
+    Option(
+        parser=POSITIVE,
+        metavar="TOKENS ...",
+        help="where only sparsity is measured (default: four shorter ones)",
+    ),
+]
+Folder = Annotated[Path, Option("--out", metavar="FOLDER", help="of all results")]
+EvaluatedTargets = Annotated[
+    list[float] | None,
+    Option(
+        parser=FRACTION,
+        metavar="S ...",
+        help="shares of the tiles to skip; 0: dense (default: 0 0.5 0.75)",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    Option(
+        metavar="TASK ...",
+        help="of lm-eval; those of RULER without questions or essays need no download "
+        "(default: none)",
+    ),
+]
+Texts = Annotated[
+    list[str] | None,
+    Option(
+        metavar="FILE ...",
+        help="texts for perplexity (default: five that come with Python and its packages)",
+    ),
+]
+FinalTarget = Annotated[
+    float, Option(parser=FRACTION, metavar="S", help="share of the tiles to skip at the end")
+]
+StartTarget = Annotated[float, Option(parser=FRACTION, metavar="S", help="share at the first step")]
+Distill = Annotated[
+    bool,
+    Option(
+        "--distill",
+        help="learn the untrained model's predictions, not the texts' tokens; nothing is trained "
+        "densely",
+    ),
+]
+TrainingText = Annotated[
+    Path | None,
+    Option(metavar="FILE", help="train on this text, without its last fifth, which is held out"),
+]
+Schemes = Annotated[
+    list[str] | None,
+    Option(
+        parser=Choice(HEAD_SCHEMES),
+        metavar="SCHEME ...",
+        help=f"ways to share thresholds out among heads: {', '.join(HEAD_SCHEMES)} (default: all)",
+    ),
+]
