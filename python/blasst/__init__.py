@@ -1,9 +1,10 @@
 """Long-context attention made sparse by softmax thresholding (BLASST).
 
-`attention` is the operator, `merge` puts two calls over different keys together. Importing this
-package also makes `attn_implementation="blasst"` available to Transformers, which it does not
-import itself: `configure` sets a model's thresholds and `record` collects the sparsity that it
-reaches; `calibrate` finds thresholds and writes them into its config.
+`attention` is the operator, `merge` puts two calls over different keys together; `flash_attn_func`
+and its like, and `scaled_dot_product_attention`, are `attention` with the arguments of others.
+Importing this package also makes `attn_implementation="blasst"` available to Transformers, which it
+does not import itself: `configure` sets a model's thresholds and `record` collects the sparsity
+that it reaches; `calibrate` finds thresholds and writes them into its config.
 """
 
 import logging
@@ -19,7 +20,18 @@ if sys.argv[:1] == ["-m"]:  # python -m blasst, which imports this before its ow
 from blasst._version import __version__
 from blasst.errors import NotSupportedError
 from blasst.import_hook import when_imported
-from blasst.ops import Result, TileCounts, TileShape, attention, merge, tile_shape
+from blasst.ops import (
+    Result,
+    TileCounts,
+    TileShape,
+    attention,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    merge,
+    scaled_dot_product_attention,
+    tile_shape,
+)
 from blasst.versions import check_version
 
 if TYPE_CHECKING:
@@ -42,8 +54,12 @@ __all__ = [
     "attention",
     "calibrate",
     "configure",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "merge",
     "record",
+    "scaled_dot_product_attention",
     "set_policy",
     "tile_shape",
 ]

@@ -2,5 +2,18 @@
 
 from blasst.ops import autograd, fakes  # noqa: F401, they register what torch must know
 from blasst.ops.attention import Result, TileCounts, TileShape, attention, merge, tile_shape
+from blasst.ops.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from blasst.ops.sdpa import scaled_dot_product_attention
 
-__all__ = ["Result", "TileCounts", "TileShape", "attention", "merge", "tile_shape"]
+__all__ = [
+    "Result",
+    "TileCounts",
+    "TileShape",
+    "attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "merge",
+    "scaled_dot_product_attention",
+    "tile_shape",
+]

@@ -21,6 +21,7 @@ from blasst.ops.arguments import (
     places_on_cuda,
     sinks_of,
 )
+from blasst.ops.layouts import check_layout
 from blasst.ops.library import REPORTS, call
 
 
@@ -193,6 +194,8 @@ def attention(
         },
     )
     phase = phase_of(phase, q)
+    if page_table is None:
+        check_layout(q, k, tokens=1, causal=causal)
     check_choice("order", order, ("forward", "reverse", "sink_first"))
     check_flags(causal=causal, check_pages=check_pages)
     check_positive("scale", scale, "1 / sqrt(head_dim)")
