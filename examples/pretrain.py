@@ -49,7 +49,7 @@ WINDOWS = 8
 
 
 @dataclass(frozen=True)
-class Plan:
+class PretrainingPlan:
     """One training run."""
 
     length: int = 2048
@@ -126,7 +126,7 @@ def make_tokenizer(text: str) -> Tokenizer:
     return tokenizer
 
 
-def make_model(plan: Plan, method: str) -> LlamaForCausalLM:
+def make_model(plan: PretrainingPlan, method: str) -> LlamaForCausalLM:
     """An untrained model; the same weights for every method."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -149,7 +149,7 @@ def make_model(plan: Plan, method: str) -> LlamaForCausalLM:
 class Run:
     """One method's training: steps, losses, and a checkpoint that it goes on from."""
 
-    def __init__(self, plan: Plan, method: str, tokens: Tensor, out: Path) -> None:
+    def __init__(self, plan: PretrainingPlan, method: str, tokens: Tensor, out: Path) -> None:
         self.plan, self.method = plan, method
         held_out = int(len(tokens) * (1 - HELD_OUT))
         self._train, self._held_out = tokens[:held_out], tokens[held_out:]
@@ -286,7 +286,7 @@ class Run:
         }
 
 
-def pretrain(plan: Plan, out: Path, progress: Progress = silent) -> list[Run]:
+def pretrain(plan: PretrainingPlan, out: Path, progress: Progress = silent) -> list[Run]:
     """Train dense and with bands to the same number of steps; write results and a plot into `out`.
 
     Both are written anew after each measurement, so a run that is stopped has them too. The same
@@ -354,7 +354,7 @@ def main(
     out: Annotated[Path, Option(help="folder of results")] = Path("blasst-pretraining"),
 ) -> None:
     """Train a small model from scratch, dense and with bands, and compare the two."""
-    plan = Plan(length=length, batch=batch, steps=steps, every=every)
+    plan = PretrainingPlan(length=length, batch=batch, steps=steps, every=every)
     with shown_progress() as progress:
         runs = pretrain(plan, out, progress)
     parameters = sum(p.numel() for p in runs[0].model.parameters())

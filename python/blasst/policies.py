@@ -109,7 +109,7 @@ class Bands:
         return {"kind": "bands", "length": self.length}
 
 
-KINDS: dict[str, type] = {"bands": Bands}
+POLICY_KINDS: dict[str, type] = {"bands": Bands}
 _ELSEWHERE = {"dhsa": "blasst.methods.dhsa"}
 """Kinds that a module adds when it is imported."""
 _made: dict[str, VisitPolicy] = {}
@@ -124,16 +124,16 @@ def from_dict(entry: Any) -> VisitPolicy:
     """
     if isinstance(entry, Mapping) and entry.get("kind") in _ELSEWHERE:
         import_module(_ELSEWHERE[entry["kind"]])
-    if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
+    if not isinstance(entry, Mapping) or entry.get("kind") not in POLICY_KINDS:
         raise ValueError(
             f"blasst_policy is {entry!r}; it must be a mapping whose kind is one of "
-            f"{', '.join(dict.fromkeys([*KINDS, *_ELSEWHERE]))}"
+            f"{', '.join(dict.fromkeys([*POLICY_KINDS, *_ELSEWHERE]))}"
         )
     known = _made.get(key := repr(sorted(entry.items())))
     if known is None:
         options = {name: value for name, value in entry.items() if name != "kind"}
         try:
-            known = KINDS[entry["kind"]](**options)
+            known = POLICY_KINDS[entry["kind"]](**options)
         except TypeError as error:
             raise ValueError(f"blasst_policy is {dict(entry)!r}: {error}") from None
         _made[key] = known

@@ -12,7 +12,7 @@ import blasst
 from blasst.calibration import Calibration, calibrate, run, search
 from blasst.calibration.curves import UnreachableError
 from blasst.config import parse
-from blasst.prompts import KINDS, PromptMaker, reference_text, text_tokens
+from blasst.prompts import PROMPT_KINDS, PromptMaker, reference_text, text_tokens
 from recency_model import make_recency_model, make_tokenizer
 
 TARGET = 0.2
@@ -58,7 +58,7 @@ def test_the_last_target_is_the_highest_that_is_reached(calibrated):
     blasst.configure(model, prefill=blasst.Threshold(1.0, order=policy.order))
     with blasst.record() as r, torch.inference_mode():
         for index in range(2):
-            model(tokens(LENGTHS[-1], KINDS[index], seed=index))
+            model(tokens(LENGTHS[-1], PROMPT_KINDS[index], seed=index))
     assert 0 <= r.sparsity("prefill") - policy.targets[-1] < 0.01
 
 
@@ -196,7 +196,7 @@ def test_another_attention_is_an_error():
         calibrate(model, make_tokenizer(), lengths=[256])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PROMPT_KINDS)
 def test_a_prompt_has_the_length_and_holds_its_answer(kind):
     tokenizer = make_tokenizer()
     maker = PromptMaker(tokenizer, reference_text(), "text")

@@ -11,12 +11,12 @@ from blasst.cli.app import main
 from blasst.hf import models
 from blasst.methods import dhsa_training
 from blasst.methods.dhsa import load_predictors
-from blasst.methods.dhsa_training import BoundaryModel, Plan, labels_of, train, train_layer
+from blasst.methods.dhsa_training import BoundaryModel, PredictorPlan, labels_of, train, train_layer
 from recency_model import make_loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = Plan(size=16, length=256, stretches=2, steps=30, window=4)
+TINY = PredictorPlan(size=16, length=256, stretches=2, steps=30, window=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_labels_are_where_neighbours_are_least_alike():
 
 
 def test_a_predictor_learns_the_boundaries():
-    plan = Plan(size=30, steps=200, window=4)
+    plan = PredictorPlan(size=30, steps=200, window=4)
     stretches = [stretches_of_keys(seed=seed)[0] for seed in range(4)]
     trained = train_layer(stretches, plan, seed=0)
     # Chance would be right once in thirty times.
@@ -83,8 +83,9 @@ def test_a_trained_model_runs_and_a_training_goes_on(loaded, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(loaded.model, loaded.tokenizer, parts, TINY, progress=stop)
     assert not parts.exists()
+    other = PredictorPlan(size=17, length=256, stretches=2)
     with pytest.raises(ValueError, match="holds layers of another training"):
-        train(loaded.model, loaded.tokenizer, parts, Plan(size=17, length=256, stretches=2))
+        train(loaded.model, loaded.tokenizer, parts, other)
     train(loaded.model, loaded.tokenizer, parts, TINY)
     assert parts.read_bytes() == whole.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.safetensors", "whole.safetensors"]
@@ -103,7 +104,7 @@ def test_a_trained_model_runs_and_a_training_goes_on(loaded, tmp_path):
 
 def test_bad_input(loaded, tmp_path):
     with pytest.raises(ValueError, match="size is 1; it must be at least 2"):
-        Plan(size=1)
+        PredictorPlan(size=1)
     with pytest.raises(ValueError, match="the training text has"):
         train(loaded.model, loaded.tokenizer, tmp_path / "a", TINY, text="too short")
     wide = tmp_path / "wide.safetensors"
@@ -127,7 +128,7 @@ def test_bad_input(loaded, tmp_path):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(models, "load", lambda name: make_loaded())
-    monkeypatch.setattr(dhsa_training, "Plan", lambda **_: TINY)
+    monkeypatch.setattr(dhsa_training, "PredictorPlan", lambda **_: TINY)
     path = tmp_path / "chunks.safetensors"
     assert main(["chunks", "tiny", "--out", str(path)]) == 0
     assert "precision" in capsys.readouterr().out

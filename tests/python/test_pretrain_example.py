@@ -8,7 +8,7 @@ import torch
 
 import pretrain as example
 from blasst import files
-from pretrain import Plan, Run, pretrain
+from pretrain import PretrainingPlan, Run, pretrain
 
 TINY = {"length": 40, "every": 2, "hidden": 64, "heads": 4, "layers": 1}
 
@@ -27,7 +27,7 @@ def small(monkeypatch):
 
 def test_the_model_has_about_ten_million_parameters():
     counts = [
-        sum(p.numel() for p in example.make_model(Plan(), method).parameters())
+        sum(p.numel() for p in example.make_model(PretrainingPlan(), method).parameters())
         for method in example.METHODS
     ]
     assert counts[0] == counts[1]
@@ -35,7 +35,7 @@ def test_the_model_has_about_ten_million_parameters():
 
 
 def test_both_methods_train_and_are_plotted(tmp_path):
-    runs = pretrain(Plan(steps=6, **TINY), tmp_path)
+    runs = pretrain(PretrainingPlan(steps=6, **TINY), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [r["method"] for r in results] == ["dense", "bands"]
     for run, result in zip(runs, results, strict=True):
@@ -47,18 +47,18 @@ def test_both_methods_train_and_are_plotted(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
-    whole = pretrain(Plan(steps=6, **TINY), tmp_path / "whole")
+    whole = pretrain(PretrainingPlan(steps=6, **TINY), tmp_path / "whole")
 
     def stop(step, share, what):
         if what.startswith("step 3"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrain(Plan(steps=6, **TINY), tmp_path / "parts", stop)
+        pretrain(PretrainingPlan(steps=6, **TINY), tmp_path / "parts", stop)
     stopped = json.loads((tmp_path / "parts/results.json").read_text())
     assert [result["step"] for result in stopped] == [2, 2]
     assert (tmp_path / "parts/losses.png").exists()
-    parts = pretrain(Plan(steps=6, **TINY), tmp_path / "parts")
+    parts = pretrain(PretrainingPlan(steps=6, **TINY), tmp_path / "parts")
     for a, b in zip(whole, parts, strict=True):
         assert a.losses == b.losses
         assert a.held_out == b.held_out
@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(tmp_path):
 
 
 def test_a_batch_is_several_sequences(tmp_path):
-    (run, _) = pretrain(Plan(steps=2, batch=3, **TINY), tmp_path)
+    (run, _) = pretrain(PretrainingPlan(steps=2, batch=3, **TINY), tmp_path)
     seen = []
     run.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     run.train_step()
@@ -76,9 +76,9 @@ def test_a_batch_is_several_sequences(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    pretrain(Plan(steps=2, **TINY), tmp_path)
+    pretrain(PretrainingPlan(steps=2, **TINY), tmp_path)
     with pytest.raises(ValueError, match="is a checkpoint of another run"):
-        pretrain(Plan(steps=2, **{**TINY, "length": 48}), tmp_path)
+        pretrain(PretrainingPlan(steps=2, **{**TINY, "length": 48}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,22 +91,22 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 )
 def test_bad_plans(options, message):
     with pytest.raises(ValueError, match=message):
-        Plan(steps=2, **{**TINY, **options})
+        PretrainingPlan(steps=2, **{**TINY, **options})
 
 
 def test_too_little_text(tmp_path):
     with pytest.raises(ValueError, match="sequences of 40 need at least 49 held out"):
-        Run(Plan(steps=2, **TINY), "dense", torch.zeros(500, dtype=torch.long), tmp_path)
+        Run(PretrainingPlan(steps=2, **TINY), "dense", torch.zeros(500, dtype=torch.long), tmp_path)
 
 
 def test_a_disk_that_is_nearly_full_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000_000))
     with pytest.raises(ValueError, match="is on a disk with 20 MB free"):
-        pretrain(Plan(steps=2, **TINY), tmp_path)
+        pretrain(PretrainingPlan(steps=2, **TINY), tmp_path)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    tiny = Plan(steps=2, **TINY)
-    monkeypatch.setattr(example, "Plan", lambda **_: tiny)
+    tiny = PretrainingPlan(steps=2, **TINY)
+    monkeypatch.setattr(example, "PretrainingPlan", lambda **_: tiny)
     example.main(steps=2, out=tmp_path)
     assert "Loss curves:" in capsys.readouterr().out

@@ -29,7 +29,7 @@ from blasst.config import HEAD_SCHEMES, Measured, Policy, SparseAttention
 from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import read
 from blasst.progress import Progress, silent
-from blasst.prompts import KINDS, PromptMaker, reference_text
+from blasst.prompts import PROMPT_KINDS, PromptMaker, kind_at, reference_text
 
 CHOSEN_FROM = ("sink_first", "reverse")
 """Orders that can win; forward is measured for the ecosystem's law alone."""
@@ -130,7 +130,7 @@ class _Calibrating:
         for length, index in work:
             what = f"{index + 1} of {prompts} at {length} tokens"
             setup.progress("Dense passes", done / total, what)
-            tokens = setup.maker.make(KINDS[index % len(KINDS)], length, seed=index).tokens
+            tokens = setup.maker.make(kind_at(index), length, seed=index).tokens
             with self._collector.collecting(length, sweep=index < swept_prompts):
                 setup.read(tokens)
             if index == 0:
@@ -174,7 +174,7 @@ class _Calibrating:
             promised = promised_sparsity(gaps[setup.layers], ln[setup.layers])
             config = self._config({"prefill": [table]}, {"prefill": tried.target})
             with running(setup.model, config) as recording:
-                tokens = setup.maker.make(KINDS[0], length, seed=0).tokens
+                tokens = setup.maker.make(PROMPT_KINDS[0], length, seed=0).tokens
                 read(setup.model, tokens.to(setup.model.device))
             reached = recording.sparsity("prefill", setup.layers)
             self._measured.note_drift(tried.order, length, tried.target, reached - promised)
@@ -217,7 +217,7 @@ class _Calibrating:
         """New ones, of the kinds that are calibrated on."""
         check_length(self._setup.model, length, "a held-out prompt")
         make = self._setup.maker.make
-        return [make(kind, length, seed=HELD_OUT_SEED).tokens for kind in KINDS[:prompts]]
+        return [make(kind, length, seed=HELD_OUT_SEED).tokens for kind in PROMPT_KINDS[:prompts]]
 
     def _held_out(
         self, result: Calibration, fresh: Mapping[int, Sequence[Tensor]]

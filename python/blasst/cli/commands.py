@@ -179,10 +179,11 @@ def finetune(
     from blasst.cli.console import console, show, shown_progress
     from blasst.pages import about_run
     from blasst.prompts import read_text
-    from blasst.training import finetune as training
     from blasst.training import report
+    from blasst.training.finetune import fine_tune
+    from blasst.training.plan import TrainingPlan
 
-    plan = training.Plan(
+    plan = TrainingPlan(
         target=target_sparsity,
         start=start_sparsity,
         ramp=ramp,
@@ -196,7 +197,7 @@ def finetune(
     )
     prose = None if text is None else read_text(text)
     with shown_progress() as progress:
-        cases = training.fine_tune(model, plan, text=prose, out=out, progress=progress)
+        cases = fine_tune(model, plan, text=prose, out=out, progress=progress)
     show(report.table(cases, plan))
     title = f"{model}: {plan.steps} steps dense and sparse"
     path = report.write(title, about_run(report.about(plan)), cases, plan, out)
@@ -289,7 +290,7 @@ def chunks(
     from blasst.methods import dhsa, dhsa_training
     from blasst.prompts import read_text
 
-    plan = dhsa_training.Plan(size=size, length=length)
+    plan = dhsa_training.PredictorPlan(size=size, length=length)
     prose = None if text is None else read_text(text)
     loaded = models.load(model)
     out = out or Path(f"{loaded.title}-chunks.safetensors")

@@ -17,7 +17,7 @@ from blasst.hf.reading import read
 from blasst.measure.results import Results, fingerprint
 from blasst.methods.registry import Method, made_by, saved_tiles
 from blasst.progress import Progress
-from blasst.prompts import KINDS, Prompt, PromptMaker, reference_text
+from blasst.prompts import Prompt, PromptMaker, kind_at, reference_text
 
 ANSWER_TOKENS = 32
 NEEDLE_SEED = 10**5
@@ -124,4 +124,4 @@ class Session:
 
     def any_prompt(self, index: int, length: int) -> Prompt:
         """A prompt of so many tokens, of one kind after the other."""
-        return self._maker.make(KINDS[index % len(KINDS)], length, NEEDLE_SEED + index)
+        return self._maker.make(kind_at(index), length, NEEDLE_SEED + index)

@@ -37,7 +37,7 @@ from blasst.hf.reading import read
 from blasst.ops.attention import Result
 from blasst.ops.library import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
-from blasst.prompts import KINDS, PromptMaker, reference_text
+from blasst.prompts import PromptMaker, kind_at, reference_text
 
 KEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DEFAULT_LENGTH = 4096
@@ -317,7 +317,7 @@ def calibrate(
     with _dense(model), recording_with(sums):
         for i in range(prompts):
             progress("Absolute thresholds", i / prompts, f"prompt {i + 1} of {prompts}")
-            tokens = maker.make(KINDS[i % len(KINDS)], length, seed=i).tokens.to(model.device)
+            tokens = maker.make(kind_at(i), length, seed=i).tokens
             read(model, tokens)
     progress("Absolute thresholds", 1.0, "")
     return AbsoluteThresholds(

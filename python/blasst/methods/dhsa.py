@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from blasst.files import open_tensors
 from blasst.hf.models import described, shape_of
 from blasst.ops.library import call as operator
-from blasst.policies import KINDS, Call, Visit
+from blasst.policies import POLICY_KINDS, Call, Visit
 
 CHUNKERS = ("fixed", "shift", "trained")
 VERSION = 1
@@ -251,4 +251,4 @@ class Dhsa:
         return self._predictors[layer]
 
 
-KINDS["dhsa"] = Dhsa
+POLICY_KINDS["dhsa"] = Dhsa

@@ -39,7 +39,7 @@ HELD_OUT = 0.1
 
 
 @dataclass(frozen=True)
-class Plan:
+class PredictorPlan:
     """How predictors are trained."""
 
     size: int = 32
@@ -73,7 +73,7 @@ class Trained:
 class BoundaryModel(nn.Module):
     """The predictor, as `include/blasst/chunks.hpp` defines it."""
 
-    def __init__(self, inputs: int, plan: Plan) -> None:
+    def __init__(self, inputs: int, plan: PredictorPlan) -> None:
         super().__init__()
         self.shape = (inputs, plan.window, plan.features, plan.hidden)
         self.projection = nn.Parameter(torch.randn(inputs, plan.features) / inputs**0.5)
@@ -125,7 +125,7 @@ def labels_of(keys: Tensor, size: int) -> Tensor:
     return similarity <= torch.quantile(similarity[1:], 1 / size)
 
 
-def train_layer(stretches: list[Tensor], plan: Plan, seed: int) -> Trained:
+def train_layer(stretches: list[Tensor], plan: PredictorPlan, seed: int) -> Trained:
     """One layer's predictor.
 
     Args:
@@ -179,7 +179,7 @@ def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
-    plan: Plan | None = None,
+    plan: PredictorPlan | None = None,
     text: str | None = None,
     progress: Progress = silent,
 ) -> dict[int, Trained]:
@@ -192,7 +192,7 @@ def train(
         tokenizer: its tokenizer.
         out: a safetensors file for `Dhsa(predictors=...)`. Layers that are done are kept in a file
             beside it, from which the same call goes on after an interruption.
-        plan: default: `Plan()`.
+        plan: default: `PredictorPlan()`.
         text: prose; default: `prompts.reference_text()`.
         progress: told what is being done.
 
@@ -200,7 +200,7 @@ def train(
         ValueError: a text too short, a model that runs another attention, or layers kept of another
             training.
     """
-    plan = plan or Plan()
+    plan = plan or PredictorPlan()
     text = reference_text() if text is None else text
     check_length(model, plan.length, "a stretch of text")
     about = {
@@ -228,7 +228,7 @@ def train(
 def _keys_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
+    plan: PredictorPlan,
     text: str,
     progress: Progress,
 ) -> dict[int, list[Tensor]]:

@@ -43,7 +43,7 @@ class Method(Protocol):
 
 
 @dataclass(frozen=True)
-class Bsfa:
+class BsfaMethod:
     """Absolute thresholds; decode is dense."""
 
     thresholds: AbsoluteThresholds
@@ -64,7 +64,7 @@ class Bsfa:
 
 
 @dataclass(frozen=True)
-class Chunks:
+class DhsaMethod:
     """Chunks chosen before scoring; where they are needed, the calibrated thresholds among them."""
 
     predictors: str | None
@@ -122,11 +122,11 @@ def make_methods(
     methods: dict[str, Method] = {}
     for name in dict.fromkeys(names):
         if name == "bsfa":
-            methods[name] = Bsfa(AbsoluteThresholds.load(thresholds), _digest(thresholds))
+            methods[name] = BsfaMethod(AbsoluteThresholds.load(thresholds), _digest(thresholds))
         elif name != BLASST:
             made_by = "fixed" if predictors is None else _digest(predictors)
             kept = None if predictors is None else str(predictors)
-            methods[name] = Chunks(kept, name == "dhsa+blasst", made_by)
+            methods[name] = DhsaMethod(kept, name == "dhsa+blasst", made_by)
     return methods
 
 

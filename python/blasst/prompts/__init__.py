@@ -1,14 +1,15 @@
 """Texts that every installation carries, and long prompts made from them."""
 
 from blasst.prompts.maker import (
-    KINDS,
     NEEDLE,
+    PROMPT_KINDS,
     QUESTION,
     Prompt,
     PromptMaker,
     a_phrase,
     a_place,
     evaluation_texts,
+    kind_at,
     read_text,
     reference_text,
     text_tokens,
@@ -16,14 +17,15 @@ from blasst.prompts.maker import (
 )
 
 __all__ = [
-    "KINDS",
     "NEEDLE",
+    "PROMPT_KINDS",
     "QUESTION",
     "Prompt",
     "PromptMaker",
     "a_phrase",
     "a_place",
     "evaluation_texts",
+    "kind_at",
     "read_text",
     "reference_text",
     "text_tokens",

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-KINDS = ("needle", "chain", "pairs", "words")
+PROMPT_KINDS = ("needle", "chain", "pairs", "words")
 """Prose first: few prompts then say most about prose."""
 TRAINED_ON = (
     *("calendar", "configparser", "dataclasses", "difflib", "ftplib", "functools", "random"),
@@ -51,6 +51,11 @@ class Prompt:
     def is_answered_by(self, text: str) -> bool:
         """Whether a text contains every expected answer, in any case."""
         return all(answer.lower() in text.lower() for answer in self.answers)
+
+
+def kind_at(index: int) -> str:
+    """Of the prompt of this number, where kinds follow one after the other."""
+    return PROMPT_KINDS[index % len(PROMPT_KINDS)]
 
 
 def reference_text() -> str:

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 
 from blasst.hf.models import write_json
 from blasst.pages import Table, tables_to_dict, write_page
-from blasst.training.finetune import DENSE, SPARSE, WAYS, Case, Plan, read_log
+from blasst.training.plan import TRAINED, Case, TrainingPlan, Way
+from blasst.training.trainer import read_log
 
-COLOURS = {DENSE: "tab:gray", SPARSE: "tab:blue"}
+COLOURS = {Way.DENSE: "tab:gray", Way.SPARSE: "tab:blue"}
 
 
 def costs(cases: Sequence[Case]) -> dict[str, float]:
@@ -20,10 +21,10 @@ def costs(cases: Sequence[Case]) -> dict[str, float]:
     Perplexity measured sparse over that of the dense-trained model measured dense, - 1.
     """
     found = {(case.trained, case.measured): case.perplexity for case in cases}
-    return {way: found[way, SPARSE] / found[DENSE, DENSE] - 1 for way in WAYS}
+    return {way: found[way, Way.SPARSE] / found[Way.DENSE, Way.DENSE] - 1 for way in TRAINED}
 
 
-def about(plan: Plan) -> str:
+def about(plan: TrainingPlan) -> str:
     """The plan in a sentence."""
     if plan.distill:
         towards = ", towards the predictions of the untrained model, the dense one here,"
@@ -36,7 +37,7 @@ def about(plan: Plan) -> str:
     )
 
 
-def table(cases: Sequence[Case], plan: Plan) -> Table:
+def table(cases: Sequence[Case], plan: TrainingPlan) -> Table:
     """The four cases."""
     basis = cases[0].perplexity
     cost = costs(cases)
@@ -54,15 +55,16 @@ def table(cases: Sequence[Case], plan: Plan) -> Table:
             )
             for case in cases
         ),
-        f"Change: against dense-trained, measured dense. Sparsity costs {cost[DENSE]:+.2%} after "
-        f"dense training and {cost[SPARSE]:+.2%} after sparse training.",
+        "Change: against dense-trained, measured dense. Sparsity costs "
+        f"{cost[Way.DENSE]:+.2%} after dense training and {cost[Way.SPARSE]:+.2%} after sparse "
+        "training.",
     )
 
 
-def write(title: str, about: str, cases: Sequence[Case], plan: Plan, out: Path) -> Path:
+def write(title: str, about: str, cases: Sequence[Case], plan: TrainingPlan, out: Path) -> Path:
     """Write report.html, its plots as PNG and results.json into the run's folder; the report."""
     found = table(cases, plan)
-    logs = {way: read_log(out / way / "log.jsonl") for way in WAYS}
+    logs = {way: read_log(out / way / "log.jsonl") for way in TRAINED}
     write_json(
         out / "results.json",
         {
@@ -78,7 +80,7 @@ def write(title: str, about: str, cases: Sequence[Case], plan: Plan, out: Path) 
     plots = [
         ("perplexity", "Perplexity of the four cases", _draw_cases(cases)),
         ("loss", "Training loss", _draw_loss(logs)),
-        ("sparsity", "Sparsity while training", _draw_sparsity(logs[SPARSE])),
+        ("sparsity", "Sparsity while training", _draw_sparsity(logs[Way.SPARSE])),
     ]
     return write_page(title, about, [found], plots, out)
 
@@ -123,7 +125,7 @@ def _draw_sparsity(lines: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None]
         steps = [line["step"] for line in lines]
         reached = [line["sparsity"] for line in lines]
         target = [line["target_sparsity"] for line in lines]
-        axes.plot(steps, reached, color=COLOURS[SPARSE], label="reached")
+        axes.plot(steps, reached, color=COLOURS[Way.SPARSE], label="reached")
         axes.plot(steps, target, ls="--", color="tab:gray", label="target")
         axes.set(xlabel="step", ylabel="sparsity", ylim=(0, 1))
         axes.yaxis.set_major_formatter("{x:.0%}")

@@ -1,0 +1,68 @@
+"""What a fine-tuning run trains and measures."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Way(StrEnum):
+    """How a model was trained, or is measured."""
+
+    UNTRAINED = "untrained"
+    DENSE = "dense"
+    SPARSE = "sparse"
+
+
+TRAINED = (Way.DENSE, Way.SPARSE)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained and measured."""
+
+    target: float = 0.75
+    """Target sparsity at the end of the ramp, and of the measurement."""
+    start: float = 0.4
+    """Target sparsity of the first step."""
+    ramp: int = 8
+    """Steps from `start` to `target`."""
+    steps: int = 30
+    length: int = 2048
+    """Tokens of a sample."""
+    batch: int = 1
+    """Samples a step."""
+    learning_rate: float = 1e-4
+    """At its highest; it falls to 0 along a cosine."""
+    distill: bool = False
+    """Sparse training learns what the untrained model predicts densely, in place of the samples'
+    own tokens. Trained densely so, a model stays as it is: it is its own dense-trained model."""
+    bf16: bool = False
+    """Compute in bfloat16; weights, optimizer and, measuring, the last layer stay float32."""
+    save_every: int = 5
+    """Steps between checkpoints."""
+    windows: int = 1
+    """Pieces of each held-out text that are measured."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise ValueError(f"target sparsity is {self.target}; it must be above 0, at most 1")
+        if not 0 <= self.start <= self.target:
+            raise ValueError(
+                f"start sparsity is {self.start}; it must be 0 to the target, {self.target}"
+            )
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning rate is {self.learning_rate}; it must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of the four: trained one way, measured one way."""
+
+    trained: str
+    measured: str
+    sparsity: float
+    """Reached, over all held-out windows."""
+    perplexity: float
+    """Over all held-out windows."""
+    by_text: dict[str, float]
+    """Perplexity of each text."""

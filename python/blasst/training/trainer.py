@@ -1,0 +1,180 @@
+"""Training with Transformers' Trainer, from checkpoints that are whole or not there."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from blasst.hf import models
+from blasst.training.callbacks import FiniteGradients, SparsitySchedule
+from blasst.training.plan import TrainingPlan
+
+TORCH_SAVE = "inline_container.cc"
+"""In the message of torch.save's RuntimeError where a file cannot be written."""
+
+
+def train(
+    model: PreTrainedModel,
+    samples: Sequence[dict[str, Tensor]],
+    plan: TrainingPlan,
+    schedule: SparsitySchedule,
+    out: Path,
+    progress: Callable[[float, str], None],
+    teacher: PreTrainedModel | None = None,
+) -> None:
+    """Train, from the last checkpoint in `out` if there is one.
+
+    Data order, optimizer, learning rate and random state go on as if nothing had happened.
+
+    Args:
+        model: changed in place.
+        samples: of all steps, in order.
+        plan: how.
+        schedule: of the target sparsity.
+        out: folder of log.jsonl and of the checkpoint.
+        progress: told the share that is done, and the last step's loss.
+        teacher: whose predictions are learned in place of the samples' own tokens.
+    """
+    working = out / ".working"
+    shutil.rmtree(working, ignore_errors=True)  # what a run that was killed left half-written
+    found = checkpoints(out)
+    arguments = TrainingArguments(
+        output_dir=str(working),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.batch,
+        train_sampling_strategy="sequential",
+        learning_rate=plan.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, plan.steps // 20),
+        weight_decay=0.0,
+        logging_steps=1,
+        save_steps=plan.save_every,
+        seed=plan.seed,
+        bf16=plan.bf16,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    callbacks = [schedule, FiniteGradients(), _Log(out / "log.jsonl", progress), _Checkpoints(out)]
+    kind = Trainer if teacher is None else partial(_Distillation, teacher)
+    trainer = kind(model, arguments, train_dataset=samples, callbacks=callbacks)
+    trainer.remove_callback(PrinterCallback)
+    cached, model.config.use_cache = model.config.use_cache, False
+    try:
+        with models.quiet():
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+    except RuntimeError as error:
+        if TORCH_SAVE not in str(error):
+            raise
+        raise OSError(f"a checkpoint could not be written into {out}: is the disk full?") from None
+    model.config.use_cache = cached
+    model.eval()
+    shutil.rmtree(working)
+
+
+class _Distillation(Trainer):
+    """The loss is the divergence from a teacher's predictions."""
+
+    def __init__(self, teacher: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._teacher = teacher
+
+    def compute_loss(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], *_: Any, **__: Any
+    ) -> Tensor:
+        """Mean KL divergence of the next token's distribution from the teacher's, nats."""
+        tokens = inputs["input_ids"]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+            wanted = self._teacher(tokens, use_cache=False).logits[:, :-1]
+        found = model(tokens, use_cache=False).logits[:, :-1]
+        wanted, found = (logits.float().log_softmax(-1) for logits in (wanted, found))
+        divergence = functional.kl_div(found, wanted, reduction="sum", log_target=True)
+        return divergence / found[..., 0].numel()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints in a folder, by step."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+class _Checkpoints(TrainerCallback):
+    """Gives a checkpoint its place when it is whole, and then removes the one before."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Called when the Trainer has written all files of a checkpoint."""
+        before = checkpoints(self._folder)
+        name = f"checkpoint-{state.global_step}"
+        (Path(args.output_dir) / name).rename(self._folder / name)
+        for older in before:
+            shutil.rmtree(older)
+
+
+class _Log(TrainerCallback):
+    """Writes a line for each step, and tells the progress."""
+
+    def __init__(self, path: Path, progress: Callable[[float, str], None]) -> None:
+        self._path, self._progress = path, progress
+        self._since = perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Forget the steps after the checkpoint that training goes on from."""
+        lines = [entry for entry in read_log(self._path) if entry["step"] <= state.global_step]
+        models.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take the time."""
+        self._since = perf_counter()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        """Write the line."""
+        if "loss" not in logs:
+            return
+        kept = ("loss", "grad_norm", "learning_rate", "target_sparsity", "sparsity")
+        line = {"step": state.global_step} | {name: logs[name] for name in kept}
+        line["seconds"] = round(perf_counter() - self._since, 2)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._progress(
+            state.global_step / state.max_steps,
+            f"step {state.global_step}, loss {logs['loss']:.3f}, sparsity {logs['sparsity']:.1%}",
+        )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log of training; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

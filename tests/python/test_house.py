@@ -1,0 +1,83 @@
+"""Rooms stand in floors, functions are small, and nothing is imported before it is needed."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "python/blasst"
+FILES = sorted(ROOT.rglob("*.py"))
+LONGEST_FUNCTION, LONGEST_CLASS = 60, 200
+LONGER = {"attention": 80}
+"""Passes every argument of the operator on."""
+
+
+def room_of(path: Path) -> str:
+    """The folder of a module, or the module itself where it is in none."""
+    inside = path.relative_to(ROOT)
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def rooms_imported(path: Path) -> Iterator[str]:
+    """Also inside functions, where an import can hide a circle; not what only types need."""
+    tree = ast.parse(path.read_text())
+    for_types = {
+        part
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for part in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in for_types or not isinstance(node, ast.ImportFrom | ast.Import):
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif node.module == "blasst":
+            names = [f"blasst.{alias.name}" for alias in node.names]
+        else:
+            names = [node.module]
+        for name in names:
+            first, _, rest = name.partition(".")
+            room = rest.partition(".")[0]
+            if first == "blasst" and ((ROOT / room).is_dir() or (ROOT / f"{room}.py").exists()):
+                yield room
+
+
+def test_no_room_needs_itself_through_others():
+    needs: dict[str, set[str]] = {}
+    for path in FILES:
+        room = room_of(path)
+        if room not in ("__init__", "__main__"):
+            needs.setdefault(room, set()).update(set(rooms_imported(path)) - {room, ""})
+    floors = [*TopologicalSorter(needs).static_order()]  # a CycleError names the circle
+    assert floors.index("hf") < floors.index("calibration") < floors.index("evaluation")
+    assert floors[-1] == "cli", "nothing needs the command line"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_and_classes_are_read_in_one_sitting(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        documented = ast.get_docstring(node) is not None
+        first = node.body[documented] if len(node.body) > documented else node.body[0]
+        lines = node.end_lineno - first.lineno + 1
+        usual = LONGEST_FUNCTION if isinstance(node, ast.FunctionDef) else LONGEST_CLASS
+        most = LONGER.get(node.name, usual)
+        assert lines <= most, f"{node.name} has {lines} lines beside its docstring"
+
+
+def test_importing_the_package_does_not_import_transformers():
+    loaded = "[m for m in ('transformers', 'matplotlib', 'lm_eval') if m in sys.modules]"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, blasst; print({loaded})"],
+        env={"PYTHONPATH": str(ROOT.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "[]"
