@@ -49,6 +49,8 @@ typedef BLASST_ENUM(blasst_backend){
     BLASST_BACKEND_CUDA_SM90 = 1,
 } blasst_backend;
 
+/* On the cpu, processors' bfloat16 dot products (instruction set avx512_bf16) take subnormal
+ * numbers, those below 1.2e-38, as 0. */
 typedef BLASST_ENUM(blasst_dtype){
     BLASST_FLOAT32 = 0,
     BLASST_FLOAT16 = 1,

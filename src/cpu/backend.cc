@@ -81,8 +81,8 @@ float sink_gradient(const BackwardPlan& plan, int64_t head) {
   const Problem& p = plan.problem.forward;
   double sum = 0;
   for (int64_t at = head * p.rows; at < (head + 1) * p.rows; ++at) {
-    const double lse = plan.problem.lse[at];
-    // A row without a valid key has no output for the sink to scale.
+    const double lse = double{plan.problem.lse[at]} + plan.lse_rest[at];
+    // A row with neither a valid key nor a sink has nothing for the sink to scale.
     if (lse > -std::numeric_limits<double>::infinity())
       sum -= std::exp(p.sinks[head] - lse) * plan.delta[at];
   }
@@ -118,7 +118,7 @@ void clear_unused_keys(const attention::BackwardProblem& b) {
 std::size_t backward_workspace_bytes(const BackwardPlan& plan, int threads) {
   return kAlignment +
          threads * aligned(backward_scratch_floats(plan.problem.forward) * sizeof(float)) +
-         aligned(plan.delta_floats() * sizeof(float)) + aligned(plan.dq_floats() * sizeof(float));
+         2 * aligned(plan.row_floats() * sizeof(float)) + aligned(plan.dq_floats() * sizeof(float));
 }
 
 }  // namespace
@@ -205,12 +205,14 @@ void backward(const attention::BackwardProblem& b, int threads, Workspace worksp
   Scratch scratch(workspace, backward_workspace_bytes(plan, threads));
   std::vector<float*> worker_scratch(threads);
   for (float*& s : worker_scratch) s = scratch.take(backward_scratch_floats(b.forward));
-  plan.delta = scratch.take(plan.delta_floats());
+  plan.delta = scratch.take(plan.row_floats());
+  plan.lse_rest = scratch.take(plan.row_floats());
   plan.dq = scratch.take(plan.dq_floats());
   const Kernels& kernel = kernels(b.forward.dtype);
   const auto tiles = std::ssize(plan.tiles);
-  parallel_for(tiles, threads,
-               [&](int64_t i, int) { kernel.backward_delta(plan, plan.tiles[i].query); });
+  parallel_for(tiles, threads, [&](int64_t i, int worker) {
+    kernel.backward_rows(plan, plan.tiles[i], worker_scratch[worker]);
+  });
   parallel_for(std::ssize(plan.units), threads, [&](int64_t i, int worker) {
     kernel.backward(plan, plan.units[i], worker_scratch[worker]);
   });

@@ -75,19 +75,17 @@ int64_t BackwardPlan::stripes(int64_t request) const {
   return std::clamp<int64_t>(key_tiles, 1, most_stripes(problem.forward));
 }
 
-float* BackwardPlan::delta_of(const QueryTile& tile) const {
+int64_t BackwardPlan::first_row(const QueryTile& tile) const {
   const Problem& p = problem.forward;
-  return delta + tile.head * p.rows + p.requests[tile.request].first_row + tile.first_position;
+  return tile.head * p.rows + p.requests[tile.request].first_row + tile.first_position;
 }
 
 float* BackwardPlan::dq_of(const QueryTile& tile, int64_t stripe) const {
   const Problem& p = problem.forward;
-  const int64_t row = (stripe * p.heads + tile.head) * p.rows + p.requests[tile.request].first_row +
-                      tile.first_position;
-  return dq + row * padded(p.head_dim);
+  return dq + (stripe * p.heads * p.rows + first_row(tile)) * padded(p.head_dim);
 }
 
-size_t BackwardPlan::delta_floats() const { return problem.forward.heads * problem.forward.rows; }
+size_t BackwardPlan::row_floats() const { return problem.forward.heads * problem.forward.rows; }
 
 size_t BackwardPlan::dq_floats() const {
   const Problem& p = problem.forward;
@@ -97,7 +95,7 @@ size_t BackwardPlan::dq_floats() const {
 size_t backward_scratch_floats(const Problem& p) {
   const int64_t qk = staged_stride(p.head_dim), v = staged_stride(p.value_dim);
   return kQueryRows * (qk + v) + kKeys * (2 * qk + v + p.head_dim + p.value_dim) +
-         2 * kQueryRows * kKeys + 2 * kQueryRows;
+         2 * kQueryRows * kKeys + 3 * kQueryRows;
 }
 
 }  // namespace blasst::cpu

@@ -38,17 +38,18 @@ struct BackwardPlan {
   bool kept(const BackwardTile& tile, int64_t key_tile) const;
   int64_t stripes(int64_t request) const;
 
-  // Rows of a query tile in the buffers below.
-  float* delta_of(const QueryTile& tile) const;
+  // Where the rows of a query tile are in the buffers below.
+  int64_t first_row(const QueryTile& tile) const;
   float* dq_of(const QueryTile& tile, int64_t stripe) const;
 
-  size_t delta_floats() const;
+  size_t row_floats() const;  // of delta, and of lse_rest
   size_t dq_floats() const;
 
   const attention::BackwardProblem& problem;
   std::vector<BackwardTile> tiles;  // heads of a request follow each other
   std::vector<BackwardUnit> units;  // most work first
   float* delta = nullptr;           // [heads, rows] out . dout - dlse
+  float* lse_rest = nullptr;        // [heads, rows] the LSE less its float32 value
   float* dq = nullptr;              // [stripes, heads, rows, padded(head_dim)]
 
  private:

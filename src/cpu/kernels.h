@@ -30,7 +30,8 @@ struct Kernels {
   // Visit the unit's key tiles and write its output rows. `scratch`: prefill_scratch_floats,
   // 64-byte aligned.
   void (*prefill)(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch);
-  // Of the split that begins a visit: leaves what the others start from. `scratch`:
+  // Of the split that begins a visit: leaves in every split's partial result what its tiles are
+  // tested against. `scratch`:
   // decode_scratch_floats, 64-byte aligned.
   void (*decode_seeds)(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
                        const Partial* partials);
@@ -41,9 +42,9 @@ struct Kernels {
   // Join a query tile's splits, in their order, and write its output rows.
   void (*combine)(const Problem& p, const QueryTile& tile, const Partial* splits, int64_t count);
 
-  // Backward, in this order: delta of the tile's rows; a unit's dk, dv and part of dq (`scratch`:
-  // backward_scratch_floats, 64-byte aligned); the tile's dq from the parts.
-  void (*backward_delta)(const BackwardPlan& plan, const QueryTile& tile);
+  // Backward, in this order: delta and lse_rest of the tile's rows; a unit's dk, dv and part of dq;
+  // the tile's dq from the parts. `scratch`: backward_scratch_floats, 64-byte aligned.
+  void (*backward_rows)(const BackwardPlan& plan, const BackwardTile& tile, float* scratch);
   void (*backward)(const BackwardPlan& plan, const BackwardUnit& unit, float* scratch);
   void (*backward_finish)(const BackwardPlan& plan, const QueryTile& tile);
 

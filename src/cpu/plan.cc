@@ -107,7 +107,7 @@ size_t prefill_scratch_floats(const Problem& p) {
 
 size_t decode_scratch_floats(const Problem& p) {
   const int64_t rows = decode_shape(p).query_rows;
-  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + 8 * padded(rows) + 64;
+  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + 9 * padded(rows) + 64;
 }
 
 size_t decode_partial_floats(const Problem& p) {

@@ -39,7 +39,7 @@ std::vector<PrefillUnit> prefill_units(const Problem& p, std::span<const QueryTi
 struct DecodeUnit {
   std::span<const QueryTile> tiles;
   Range key_tiles;  // of the whole visit
-  Range visit;      // positions in the visit sequence
+  Range visit;      // positions in the visit sequence, kSplitTiles of them
   int64_t split;    // which of
   int64_t splits;   // a query tile has; their partial results follow each other
   int64_t partial;  // index of the first tile's first partial result
@@ -63,14 +63,13 @@ size_t prefill_scratch_floats(const Problem& p);
 size_t decode_scratch_floats(const Problem& p);
 size_t decode_partial_floats(const Problem& p);
 
-// The softmax state of a query tile after one split, a float each row: m, l relative to it; the
-// maximum that its last tile was tested against, bound relative to that. Then its outputs
-// [rows, value_dim]. And, in the first split's, what the later ones start from.
+// The softmax state of a query tile after one split, a float each row (see RowSum), its outputs
+// [rows, value_dim], and the maxima of the tiles before it that it is tested against.
 struct Partial {
   float* m;
   float* l;
-  float* tested;
-  float* bound;
+  float* skipped_m;
+  float* skipped;
   float* seed;
   float* o;
   int64_t o_stride;

@@ -75,11 +75,10 @@ class Differentiate {
     const std::vector<double> dout =
         load_row(p_.dtype, p_.query_row(b_.dout, tile.request, position, tile.head), p_.value_dim);
     std::vector<Key> keys = kept_keys(tile, p_.row_keys(tile, r), q);
-    double most = -kInf;
-    for (const Key& key : keys) most = std::max(most, key.score);
-    if (most == -kInf) return;  // no valid key, so no output
     const double sink = p_.sinks ? p_.sinks[tile.head] : -kInf;
-    most = std::max(most, sink);
+    double most = sink;
+    for (const Key& key : keys) most = std::max(most, key.score);
+    if (most == -kInf) return;  // neither a valid key nor a sink: nothing depends on anything
     double total = std::exp(sink - most);
     for (Key& key : keys) total += key.weight = std::exp(key.score - most);
     double delta = 0;
@@ -114,9 +113,9 @@ class Differentiate {
           load_row(p_.dtype, p_.key(tile.request, token, tile.head / p_.group()), p_.head_dim);
       Key key{token, dot(q, k) * p_.scale, p_.scale};
       if (p_.softcap > 0) {
-        const double tanh = std::tanh(key.score / p_.softcap);
-        key.score = p_.softcap * tanh;
-        key.slope *= 1 - tanh * tanh;
+        const double ratio = key.score / p_.softcap, cosh = std::cosh(ratio);
+        key.score = p_.softcap * std::tanh(ratio);
+        key.slope /= cosh * cosh;  // 1 - tanh^2, which would cancel
       }
       keys.push_back(key);
     }

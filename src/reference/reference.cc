@@ -18,18 +18,38 @@ using attention::Range;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
+// A sum of exponentials, relative to the largest of them.
+struct ExpSum {
+  double top = -kInf;
+  double sum = 0;
+
+  void add(double count, double score) {
+    if (score == -kInf) return;
+    if (score > top) {
+      sum *= std::exp(top - score);
+      top = score;
+    }
+    sum += count * std::exp(score - top);
+  }
+  void add(const ExpSum& other) { add(other.sum, other.top); }
+  double log() const { return top + std::log(sum); }
+  // What share it has of the total with a sum whose logarithm is given.
+  double share(double other) const { return sum == 0 ? 0 : 1 / (1 + std::exp(other - log())); }
+};
+
 // Online softmax of one row.
 struct Row {
+  double seed = -kInf;    // maximum of tiles before this split, which tiles are tested against too
   double m = -kInf;       // running maximum
   double l = 0;           // kept exp(score - m)
-  double bound = 0;       // upper bound on the skipped exp(score - m)
-  double dropped = 0;     // skipped exp(score - m), exactly
   std::vector<double> o;  // kept exp(score - m) * v
+  ExpSum bound = {};      // upper bound on the skipped exp(score)
+  ExpSum dropped = {};    // skipped exp(score), exactly
 
   void rescale(double maximum) {
     if (!(maximum > m)) return;
     const double factor = std::exp(m - maximum);
-    l *= factor, bound *= factor, dropped *= factor;
+    l *= factor;
     for (double& x : o) x *= factor;
     m = maximum;
   }
@@ -47,12 +67,11 @@ class Attend {
 
   void run() {
     const Range tiles = attention::tile_range(ranges_, shape_.keys);
-    const std::vector<int64_t> seeds = first_visited(tiles, BLASST_SEED_TILES);
     int64_t split_tiles = shape_.split_tiles;
     if (shape_.most_splits > 0)
       split_tiles = std::max(split_tiles, attention::ceil_div(tiles.size(), shape_.most_splits));
     for (int64_t i = 0; i < tiles.size(); ++i) {
-      if (split_tiles > 0 && i > 0 && i % split_tiles == 0) start_split(seeds);
+      if (split_tiles > 0 && i > 0 && i % split_tiles == 0) start_split(tiles, i);
       const int64_t j = attention::nth_tile(p_.order, tiles, i);
       if (visited(j)) visit(j);
     }
@@ -69,15 +88,6 @@ class Attend {
 
   bool visited(int64_t j) const {
     return attention::any_visible(ranges_, tile_keys(j)) && p_.block_visible(tile_, j);
-  }
-
-  std::vector<int64_t> first_visited(Range tiles, size_t count) const {
-    std::vector<int64_t> first;
-    for (int64_t i = 0; i < tiles.size() && first.size() < count; ++i) {
-      const int64_t j = attention::nth_tile(p_.order, tiles, i);
-      if (visited(j)) first.push_back(j);
-    }
-    return first;
   }
 
   double score(int64_t row, int64_t key) const {
@@ -117,15 +127,16 @@ class Attend {
       nan |= std::ranges::any_of(s[r], [](double x) { return std::isnan(x); });
       const double t = maximum(s[r]);
       if (t == -kInf) continue;  // nothing valid: neither vetoes nor allows
-      const double gap = t - rows_[r].m;
+      const double running = std::max(rows_[r].m, rows_[r].seed);
+      const double gap = t - running;
       const double tested = p_.test.kind == BLASST_TEST_ABSOLUTE ? t : gap;
       const double below = p_.skip_below(tile_, tile_.head_of(r), shape_);
       decision.gap = std::max(decision.gap, gap);
       decision.maximum = std::max(decision.maximum, t);
       // A row's first keys are never skipped, and two equal infinities (inf - inf) are no reason to
       // skip.
-      const double margin = rows_[r].m == -kInf || !(tested < below || tested >= below) ? kInf
-                            : tested == below                                           ? 0
+      const double margin = running == -kInf || !(tested < below || tested >= below) ? kInf
+                            : tested == below                                        ? 0
                                               : tested - below;
       decision.margin = std::max(decision.margin, margin);
     }
@@ -156,17 +167,23 @@ class Attend {
   static void skip(Row& row, std::span<const double> s) {
     const double t = maximum(s);
     if (t == -kInf) return;
-    row.bound += static_cast<double>(s.size()) * std::exp(t - row.m);
-    for (const double x : s) row.dropped += std::exp(x - row.m);
+    row.bound.add(static_cast<double>(s.size()), t);
+    for (const double x : s) row.dropped.add(1, x);
   }
 
-  // A new split starts empty, with the running maximum of the first tiles of the whole visit.
-  void start_split(const std::vector<int64_t>& seeds) {
+  // A new split starts empty, with the maxima of the first tiles of the whole visit, of those that
+  // lie before it.
+  void start_split(Range tiles, int64_t begin) {
     finish_split();
     rows_ = fresh_rows();
-    for (int64_t r = 0; r < tile_.rows(); ++r) {
-      for (const int64_t j : seeds)
-        rows_[r].m = std::max(rows_[r].m, maximum(scores(r, intersect(ranges_[r], tile_keys(j)))));
+    int seeds = 0;
+    for (int64_t i = 0; i < begin && seeds < BLASST_SEED_TILES; ++i) {
+      const int64_t j = attention::nth_tile(p_.order, tiles, i);
+      if (!visited(j)) continue;
+      ++seeds;
+      for (int64_t r = 0; r < tile_.rows(); ++r)
+        rows_[r].seed =
+            std::max(rows_[r].seed, maximum(scores(r, intersect(ranges_[r], tile_keys(j)))));
     }
   }
 
@@ -179,7 +196,7 @@ class Attend {
       Row &into = total_[r], &from = rows_[r];
       into.rescale(from.m);
       from.rescale(into.m);
-      into.l += from.l, into.bound += from.bound, into.dropped += from.dropped;
+      into.l += from.l, into.bound.add(from.bound), into.dropped.add(from.dropped);
       for (int64_t d = 0; d < p_.value_dim; ++d) into.o[d] += from.o[d];
     }
   }
@@ -190,19 +207,19 @@ class Attend {
       const int64_t head = tile_.head_of(r);
       const int64_t position = p_.requests[tile_.request].first_row + tile_.position_of(r);
       const int64_t head_row = head * p_.rows + position;
-      if (row.m == -kInf && row.l == 0) {  // no valid key
+      const double sink = p_.sinks ? p_.sinks[head] : -kInf;
+      row.rescale(sink);
+      row.l += sink == -kInf ? 0 : std::exp(sink - row.m);
+      if (row.m == -kInf && row.l == 0) {  // neither a valid key nor a sink
         result_.lse[head_row] = -kInf;
         continue;
       }
-      if (p_.sinks) {
-        row.rescale(p_.sinks[head]);
-        row.l += std::exp(p_.sinks[head] - row.m);
-      }
       for (int64_t d = 0; d < p_.value_dim; ++d)
         result_.out[(position * p_.heads + head) * p_.value_dim + d] = row.o[d] / row.l;
-      result_.lse[head_row] = row.m + std::log(row.l);
-      result_.dropped_mass_bound[head_row] = row.bound / (row.bound + row.l);
-      result_.dropped_mass[head_row] = row.dropped / (row.dropped + row.l);
+      const double lse = row.m + std::log(row.l);
+      result_.lse[head_row] = lse;
+      result_.dropped_mass_bound[head_row] = row.bound.share(lse);
+      result_.dropped_mass[head_row] = row.dropped.share(lse);
     }
   }
 

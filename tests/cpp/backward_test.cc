@@ -79,7 +79,7 @@ double loss(const BackwardProblem& b, TileShape shape, const std::vector<bool>& 
 TEST(ReferenceBackward, IsTheDerivativeOfTheReference) {
   for (const bool capped : {false, true}) {
     Case c{.seed = 5,
-           .requests = {{70, 90}, {70, 75}},
+           .requests = {{70, 90}, {70, 75}, {70, 20}},  // the last has rows without a key
            .heads = 2,
            .kv_heads = 1,
            .head_dim = 16,

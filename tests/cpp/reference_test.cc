@@ -53,8 +53,8 @@ Textbook textbook(const Problem& problem) {
           l += std::exp(score);
           for (int64_t d = 0; d < p.value_dim; ++d) out[d] += std::exp(score) * v[d];
         }
-        if (l == 0) continue;
         if (p.sinks) l += std::exp(static_cast<double>(p.sinks[h]));
+        if (l == 0) continue;
         for (int64_t d = 0; d < p.value_dim; ++d) out[d] /= l;
         result.lse[h * access.rows() + request.first_row + i] = std::log(l);
       }

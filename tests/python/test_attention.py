@@ -974,6 +974,38 @@ def test_merge_of_two_calls_is_one_call(dtype, cut):
     assert torch.equal(ragged[1], lse.transpose(0, 1).flatten(1))
 
 
+def test_a_row_without_a_key_keeps_its_sink():
+    q, k, v = inputs(batch=3)
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 3.0])
+    starts, lengths, rows = (torch.tensor(x) for x in ([0, 0, 90], [0, 150, 150], [100, 150, 150]))
+    ranges = {"starts": starts, "lengths": lengths, "query_lengths": rows}
+    for causal in (False, True):
+        leaf = sinks.clone().requires_grad_()
+        result = attention(
+            q, k, v, sinks=leaf, causal=causal, phase="prefill", return_lse=True, **ranges
+        )
+        expected = sinks[:, None].expand(4, 100)
+        assert torch.equal(result.lse[0, :, :100], expected)
+        assert (result.lse[0, :, 100:] == -math.inf).all()  # not in use
+        assert (result.out[0] == 0).all()
+        if causal:
+            assert torch.equal(result.lse[2, :, :90], expected[:, :90])
+        (gradient,) = torch.autograd.grad(result.lse[0, :, :100].sum(), leaf)
+        torch.testing.assert_close(gradient, torch.full((4,), 100.0))
+
+
+def test_merge_keeps_the_sink_of_an_empty_part():
+    q, k, v = inputs(queries=50)
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 3.0])
+    one = attention(q, k, v, sinks=sinks, return_lse=True)
+    for cut in (0, 100):
+        first = attention(q, k[:, :cut], v[:, :cut], sinks=sinks, return_lse=True)
+        rest = attention(q, k[:, cut:], v[:, cut:], return_lse=True)
+        out, lse = blasst.merge(first.out, first.lse, rest.out, rest.lse)
+        torch.testing.assert_close(out, one.out, atol=1e-5, rtol=0)
+        torch.testing.assert_close(lse, one.lse, atol=1e-5, rtol=0)
+
+
 def test_merge_traces_and_refuses():
     out, lse = torch.randn(2, 3, 4, 16), torch.randn(2, 4, 3)
     compiled = torch.compile(blasst.merge, fullgraph=True, backend="aot_eager")

@@ -47,8 +47,8 @@ float dot(const std::vector<float>& a, const std::vector<float>& b) {
   return sum;
 }
 
-// Backward as one writes it down first: float32 softmax and sums, weights and gradients stored in
-// the problem's type.
+// Backward as one writes it down first: float32 softmax and sums, outputs, weights and gradients
+// stored in the problem's type.
 class Plain {
  public:
   Plain(const BackwardProblem& problem, TileShape shape)
@@ -115,27 +115,33 @@ class Plain {
       const auto k = load_row(b_.dtype, access_.key(request, j, kv_head), b_.head_dim);
       float score = scale * dot(q, k), slope = scale;
       if (b_.softcap > 0) {
-        const float tanh = std::tanh(score / b_.softcap);
-        score = b_.softcap * tanh;
-        slope *= 1 - tanh * tanh;
+        const float ratio = score / b_.softcap, cosh = std::cosh(ratio);
+        score = b_.softcap * std::tanh(ratio);
+        slope = slope / cosh / cosh;
       }
       largest_score = std::max(largest_score, std::abs(score));
       tokens.push_back(j), weights.push_back(score), slopes.push_back(slope);
       most = std::max(most, score);
     }
-    if (tokens.empty()) return;
+    if (tokens.empty() && !b_.sinks) return;
     float total = b_.sinks ? std::exp(b_.sinks[head] - most) : 0;
     for (float& w : weights) total += w = std::exp(w - most);
+    // A gradient is also off by what rounding the output does to delta.
+    std::vector<float> out(b_.value_dim);
     float delta = 0, delta_terms = 0;
     for (size_t i = 0; i < tokens.size(); ++i) {
       weights[i] /= total;
       const auto v = load_row(b_.dtype, access_.value(request, tokens[i], kv_head), b_.value_dim);
       dweights.push_back(dot(dout, v));
-      delta += weights[i] * dweights[i];
       delta_terms += weights[i] * std::abs(dweights[i]);
+      for (size_t d = 0; d < v.size(); ++d) out[d] += weights[i] * v[d];
       const float stored = rounded(b_.dtype, weights[i]);
       add(dv, dv_terms, (first_key_[request] + tokens[i]) * b_.kv_heads + kv_head, stored, stored,
           dout);
+    }
+    for (size_t d = 0; d < out.size(); ++d) {
+      delta += rounded(b_.dtype, out[d]) * dout[d];
+      delta_terms += std::abs(out[d] * dout[d]);
     }
     const int64_t row = access_.requests()[request].first_row + position;
     if (b_.dlse) {

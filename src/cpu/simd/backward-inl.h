@@ -3,7 +3,8 @@
 // Lanes are keys for the two products that make scores and their gradients, so that only K and V
 // are transposed, once for all query tiles; the three products that add to gradients take queries
 // and keys as they lie, a broadcast weight at a time. No row maximum is needed: the forward's LSE
-// turns scores into probabilities.
+// turns scores into probabilities. Where it is so large that float32 cost it digits, they are found
+// again.
 #if defined(BLASST_CPU_SIMD_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef BLASST_CPU_SIMD_BACKWARD_INL_H_
 #undef BLASST_CPU_SIMD_BACKWARD_INL_H_
@@ -13,6 +14,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <span>
 #include <utility>
 
 #include "attention/problem.h"
@@ -24,6 +27,24 @@
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
+
+// One row as floats, zeros up to the stride.
+template <typename A>
+void StageRow(const std::byte* row, int64_t dim, int64_t stride, float* to) {
+  A::Stage(row, dim, to);
+  std::fill(to + dim, to + stride, 0.0f);
+}
+
+// Row `key` of a tile as column `key` of its panels, [panel][dim][kPanel].
+inline void StageColumn(const float* row, int64_t dim, int64_t key, float* columns) {
+  float* to = columns + key / kPanel * kPanel * dim + key % kPanel;
+  for (int64_t d = 0; d < dim; ++d) to[d * kPanel] = row[d];
+}
+
+HWY_INLINE void Clear(Accumulators& sums) {
+  for (auto& row : sums)
+    for (V& x : row) x = hn::Zero(f);
+}
 
 template <typename A>
 class BackwardWalk {
@@ -47,9 +68,7 @@ class BackwardWalk {
     v_columns_ = take(kKeys * p_.value_dim);
     weights_ = take(kQueryRows * kKeys);
     dscores_ = take(kQueryRows * kKeys);
-    base_ = take(kQueryRows);
-    delta_ = take(kQueryRows);
-    log2_scale_ = static_cast<float>((p_.softcap > 0 ? 1.0f : p_.scale) * kLog2e);
+    for (float** row : {&lse_, &lse_rest_, &delta_}) *row = take(kQueryRows);
   }
 
   void Run() {
@@ -79,25 +98,14 @@ class BackwardWalk {
     return std::min<int64_t>(kKeys, p_.requests[unit_.request].keys - j * kKeys);
   }
 
-  // One row as floats, zeros up to the stride.
-  static void StageRow(const std::byte* row, int64_t dim, int64_t stride, float* to) {
-    A::Stage(row, dim, to);
-    std::fill(to + dim, to + stride, 0.0f);
-  }
-
-  // Row `key` of a tile as column `key` of its panels, [panel][dim][kPanel].
-  static void StageColumn(const float* row, int64_t dim, int64_t key, float* columns) {
-    float* to = columns + key / kPanel * kPanel * dim + key % kPanel;
-    for (int64_t d = 0; d < dim; ++d) to[d * kPanel] = row[d];
-  }
-
   void StageKeys(int64_t j) {
     float* row = dout_;  // free between query tiles
     const int64_t keys = Keys(j);
     for (int64_t key = 0; key < kKeys; ++key) {
       float* k = k_ + key * qk_stride_;
       if (key < keys) {
-        StageRow(p_.key(unit_.request, j * kKeys + key, unit_.kv_head), p_.head_dim, qk_stride_, k);
+        StageRow<A>(p_.key(unit_.request, j * kKeys + key, unit_.kv_head), p_.head_dim, qk_stride_,
+                    k);
         A::Stage(p_.value(unit_.request, j * kKeys + key, unit_.kv_head), p_.value_dim, row);
       } else {
         std::fill_n(k, qk_stride_, 0.0f);
@@ -108,25 +116,26 @@ class BackwardWalk {
     }
   }
 
-  // Rows beyond the tile's, up to whole broadcasts, get no weight: their base is infinite.
+  // Rows beyond the tile's, up to whole broadcasts, get no weight: their LSE is infinite.
   void StageQueries(const QueryTile& tile) {
     rows_ = hwy::RoundUpTo(tile.rows(), kBroadcasts);
-    const float* lse =
-        b_.lse + tile.head * p_.rows + p_.requests[tile.request].first_row + tile.first_position;
-    const float* delta = plan_.delta_of(tile);
+    const int64_t first = plan_.first_row(tile);
     for (int64_t r = 0; r < tile.rows(); ++r) {
       const int64_t position = tile.position_of(r);
-      StageRow(p_.query(tile.request, position, tile.head), p_.head_dim, qk_stride_,
-               q_ + r * qk_stride_);
-      StageRow(p_.query_row(b_.dout, tile.request, position, tile.head), p_.value_dim, v_stride_,
-               dout_ + r * v_stride_);
+      StageRow<A>(p_.query(tile.request, position, tile.head), p_.head_dim, qk_stride_,
+                  q_ + r * qk_stride_);
+      StageRow<A>(p_.query_row(b_.dout, tile.request, position, tile.head), p_.value_dim, v_stride_,
+                  dout_ + r * v_stride_);
       // A row that has seen nothing but -inf has no weights either.
-      base_[r] = lse[r] == -kInf ? kInf : static_cast<float>(lse[r] * kLog2e);
-      delta_[r] = delta[r];
+      const float lse = b_.lse[first + r];
+      lse_[r] = lse == -kInf ? kInf : lse;
+      lse_rest_[r] = plan_.lse_rest[first + r];
+      delta_[r] = plan_.delta[first + r];
     }
     std::fill(q_ + tile.rows() * qk_stride_, q_ + rows_ * qk_stride_, 0.0f);
     std::fill(dout_ + tile.rows() * v_stride_, dout_ + rows_ * v_stride_, 0.0f);
-    std::fill(base_ + tile.rows(), base_ + rows_, kInf);
+    std::fill(lse_ + tile.rows(), lse_ + rows_, kInf);
+    std::fill(lse_rest_ + tile.rows(), lse_rest_ + rows_, 0.0f);
     std::fill(delta_ + tile.rows(), delta_ + rows_, 0.0f);
   }
 
@@ -165,7 +174,7 @@ class BackwardWalk {
   // where slope is d score / d (q . k). Both exactly zero where a row does not see a key.
   template <bool kMasked>
   HWY_NOINLINE void Weigh() {
-    const V log2_scale = hn::Set(f, log2_scale_), scale = hn::Set(f, p_.scale);
+    const V unit = hn::Set(f, ScoreUnit(p_).scale), scale = hn::Set(f, p_.scale);
     for (int64_t panel = 0; panel < kKeys; panel += kPanel) {
       for (int64_t row = 0; row < rows_; row += kBroadcasts) {
         Accumulators sums;
@@ -173,18 +182,18 @@ class BackwardWalk {
         Multiply<A>(q_ + row * qk_stride_, qk_stride_, 1, k_columns_ + panel * p_.head_dim, kPanel,
                     p_.head_dim, sums);
         for (int b = 0; b < kBroadcasts; ++b) {
-          const V base = hn::Set(f, base_[row + b]);
+          const V lse = hn::Set(f, lse_[row + b]), rest = hn::Set(f, lse_rest_[row + b]);
           for (int v = 0; v < kPanelVectors; ++v) {
             const int64_t at = (row + b) * kKeys + panel + v * kLanes;
             V score = sums[b][v];
             if (p_.softcap > 0) {
-              const V cap = hn::Set(f, p_.softcap);
-              score = SoftCap(hn::Mul(score, scale), cap);
-              const V ratio = hn::Div(score, cap);
-              hn::Store(hn::Mul(scale, hn::NegMulAdd(ratio, ratio, hn::Set(f, 1.0f))), f,
-                        dscores_ + at);
+              const V cap = hn::Set(f, p_.softcap), scaled = hn::Mul(score, scale);
+              score = SoftCap(scaled, cap);
+              hn::Store(hn::Mul(scale, SoftCapSlope(scaled, cap)), f, dscores_ + at);
             }
-            const V weight = Exp2(hn::MulSub(score, log2_scale, base));
+            // The multiply-add rounds the difference, not the two large numbers.
+            const V above = hn::Sub(hn::MulSub(score, unit, lse), rest);
+            const V weight = Exp2(hn::Mul(above, hn::Set(f, static_cast<float>(kLog2e))));
             hn::Store(WhereSeen<kMasked>(weight, row + b, panel + v * kLanes), f, weights_ + at);
           }
         }
@@ -203,11 +212,6 @@ class BackwardWalk {
         }
       }
     }
-  }
-
-  static HWY_INLINE void Clear(Accumulators& sums) {
-    for (auto& row : sums)
-      for (V& x : row) x = hn::Zero(f);
   }
 
   template <bool kMasked>
@@ -294,34 +298,134 @@ class BackwardWalk {
   const attention::BackwardProblem& b_;
   const Problem& p_;
   const BackwardUnit& unit_;
-  int64_t qk_stride_, v_stride_;  // of staged rows
-  float log2_scale_;
+  int64_t qk_stride_, v_stride_;       // of staged rows
   float *q_, *dout_, *k_, *dk_, *dv_;  // rows of the tiles at hand
   float *k_columns_, *v_columns_;      // [kKeys / kPanel][dim][kPanel]
   float *weights_, *dscores_;          // [kQueryRows][kKeys]
-  float *base_, *delta_;               // lse * log2(e) and delta of each row
+  float *lse_, *lse_rest_, *delta_;    // of each row
   std::array<Range, kQueryRows> seen_;
   int64_t rows_ = 0;  // staged
 };
 
-// What a row's weights times the gradients of its weights sum to: out . dout. A gradient of the LSE
-// moves every score by its weight, so it joins here.
+// The LSE of a query tile's rows again, from the scores that its weights will come from.
 template <typename A>
-void BackwardDelta(const BackwardPlan& plan, const QueryTile& tile) {
+class FindLse {
+ public:
+  FindLse(const BackwardPlan& plan, const BackwardTile& tile, float* scratch)
+      : plan_(plan), p_(plan.problem.forward), tile_(tile), stride_(staged_stride(p_.head_dim)) {
+    const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
+    q_ = take(kQueryRows * stride_);
+    columns_ = take(kKeys * p_.head_dim);
+    scores_ = take(kQueryRows * kKeys);
+    k_ = take(stride_);
+  }
+
+  // Row by row.
+  void Run(double* lse) {
+    const QueryTile& query = tile_.query;
+    std::fill_n(q_, kQueryRows * stride_, 0.0f);
+    for (int64_t r = 0; r < query.rows(); ++r)
+      A::Stage(p_.query(query.request, query.position_of(r), query.head), p_.head_dim,
+               q_ + r * stride_);
+    std::array<RowSum, kQueryRows> rows;
+    for (int64_t j = tile_.key_tiles.begin; j < tile_.key_tiles.end; ++j) {
+      if (!plan_.kept(tile_, j)) continue;
+      Score(j);
+      for (int64_t r = 0; r < query.rows(); ++r) Add(j, r, rows[r]);
+    }
+    for (int64_t r = 0; r < query.rows(); ++r)
+      lse[r] = FinishRow(p_, query.head, unit_, rows[r]).lse;
+  }
+
+ private:
+  // scores[row][key], soft-capped.
+  void Score(int64_t j) {
+    const QueryTile& query = tile_.query;
+    const int64_t keys = std::min<int64_t>(kKeys, p_.requests[query.request].keys - j * kKeys);
+    for (int64_t key = 0; key < keys; ++key) {
+      A::Stage(p_.key(query.request, j * kKeys + key, query.head / p_.group()), p_.head_dim, k_);
+      StageColumn(k_, p_.head_dim, key, columns_);
+    }
+    for (int64_t panel = 0; panel < keys; panel += kPanel) {
+      for (int64_t row = 0; row < query.rows(); row += kBroadcasts) {
+        Accumulators sums;
+        Clear(sums);
+        Multiply<A>(q_ + row * stride_, stride_, 1, columns_ + panel * p_.head_dim, kPanel,
+                    p_.head_dim, sums);
+        for (int b = 0; b < kBroadcasts; ++b) {
+          for (int v = 0; v < kPanelVectors; ++v) {
+            V score = sums[b][v];
+            if (p_.softcap > 0)
+              score = SoftCap(hn::Mul(score, hn::Set(f, p_.scale)), hn::Set(f, p_.softcap));
+            hn::Store(score, f, scores_ + (row + b) * kKeys + panel + v * kLanes);
+          }
+        }
+      }
+    }
+  }
+
+  // Adds what row r sees of key tile j.
+  void Add(int64_t j, int64_t r, RowSum& row) const {
+    const Range seen = intersect(p_.row_keys(tile_.query, r), {j * kKeys, (j + 1) * kKeys});
+    const float* scores = scores_ + r * kKeys;
+    const std::span<const float> seen_scores(scores + seen.begin % kKeys, seen.size());
+    for (const float s : seen_scores) {
+      if (!(s > row.m)) continue;
+      row.l *= std::exp2((row.m - s) * unit_.log2);
+      row.m = s;
+    }
+    for (const float s : seen_scores)
+      if (s > -kInf) row.l += std::exp2((s - row.m) * unit_.log2);
+  }
+
+  const BackwardPlan& plan_;
+  const Problem& p_;
+  const BackwardTile& tile_;
+  const int64_t stride_;  // of staged queries
+  const ScoreUnit unit_{p_};
+  float *q_, *columns_, *scores_, *k_;
+};
+
+// What the reported LSE of each row lacks: digits, where it is large.
+template <typename A>
+void FindLseRest(const BackwardPlan& plan, const BackwardTile& tile, float* scratch) {
+  constexpr float kLarge = 1024;  // from here on half a unit in the last place shows in gradients
+  constexpr double kRounding = 0x1p-20;  // beyond it, the LSE is not one that prefill reported
+  const float* lse = plan.problem.lse + plan.first_row(tile.query);
+  float* rest = plan.lse_rest + plan.first_row(tile.query);
+  const int64_t rows = tile.query.rows();
+  std::fill_n(rest, rows, 0.0f);
+  const auto is_large = [](float x) { return std::abs(x) >= kLarge && std::abs(x) < kInf; };
+  if (std::none_of(lse, lse + rows, is_large)) return;
+  std::array<double, kQueryRows> found;
+  FindLse<A>(plan, tile, scratch).Run(found.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    const double difference = found[r] - lse[r];
+    if (is_large(lse[r]) && std::abs(difference) <= kRounding * std::abs(lse[r]))
+      rest[r] = static_cast<float>(difference);
+  }
+}
+
+// What each row needs before its weights: the rest of its LSE, and delta, what its weights times
+// their gradients sum to: out . dout. A gradient of the LSE moves every score by its weight, so it
+// joins delta.
+template <typename A>
+void BackwardRows(const BackwardPlan& plan, const BackwardTile& tile, float* scratch) {
+  FindLseRest<A>(plan, tile, scratch);
   const Problem& p = plan.problem.forward;
+  const QueryTile& query = tile.query;
   alignas(64) float out[kMaxDim], dout[kMaxDim];
-  float* delta = plan.delta_of(tile);
-  const float* dlse = plan.problem.dlse;
-  if (dlse) dlse += delta - plan.delta;
   const hn::CappedTag<float, 8> f8;
-  for (int64_t r = 0; r < tile.rows(); ++r) {
-    const int64_t position = tile.position_of(r);
-    A::Stage(p.output(tile.request, position, tile.head), p.value_dim, out);
-    A::Stage(p.query_row(plan.problem.dout, tile.request, position, tile.head), p.value_dim, dout);
+  for (int64_t r = 0; r < query.rows(); ++r) {
+    const int64_t position = query.position_of(r), row = plan.first_row(query) + r;
+    A::Stage(p.output(query.request, position, query.head), p.value_dim, out);
+    A::Stage(p.query_row(plan.problem.dout, query.request, position, query.head), p.value_dim,
+             dout);
     auto sum = hn::Zero(f8);
     for (int64_t d = 0; d < p.value_dim; d += hn::Lanes(f8))
       sum = hn::MulAdd(hn::Load(f8, out + d), hn::Load(f8, dout + d), sum);
-    delta[r] = hn::GetLane(hn::SumOfLanes(f8, sum)) - (dlse ? dlse[r] : 0);
+    plan.delta[row] =
+        hn::GetLane(hn::SumOfLanes(f8, sum)) - (plan.problem.dlse ? plan.problem.dlse[row] : 0);
   }
 }
 

@@ -104,7 +104,8 @@ class DecodeHead {
         q_stride_(hwy::RoundUpTo(depth_, kLanes)),
         o_stride_(hwy::RoundUpTo(p.value_dim, A::kPack * kLanes)),
         kv_head_(tile.head / p.group()),
-        keys_(p.requests[tile.request].keys) {
+        keys_(p.requests[tile.request].keys),
+        score_unit_(p) {
     const auto take = [&](int64_t floats) {
       return std::exchange(scratch, scratch + hwy::RoundUpTo(floats, 16));
     };
@@ -112,10 +113,8 @@ class DecodeHead {
     probabilities_ = take(count_ * kKeys);
     q_ = take(count_ * q_stride_);
     o_ = take(count_ * o_stride_);
-    for (float** row : {&m_, &t_, &l_, &bound_, &rescale_, &below_, &seen_, &seed_})
+    for (float** row : {&m_, &t_, &l_, &skipped_m_, &skipped_, &rescale_, &below_, &seen_, &seed_})
       *row = take(padded_count_);
-    unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
-    log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
     Begin();
   }
 
@@ -133,23 +132,27 @@ class DecodeHead {
     return -1;
   }
 
-  // Writes the rows' maxima over the visit's first tiles.
-  void FindSeeds(float* seed) {
-    std::fill_n(seed, count_, -kInf);
+  // Writes to each of the visit's splits the rows' maxima over the visit's first tiles, of those
+  // that lie before it.
+  void FindSeeds(const Partial* splits, int64_t count) {
     int seeds = 0;
-    for (int64_t i = 0; i < key_tiles_.size() && seeds < BLASST_SEED_TILES; ++i) {
-      const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
-      if (!Visits(j)) continue;
-      ++seeds;
-      FindRows(p_.kv.k, KeysOf(j), k_rows_);
-      Score();
-      Maxima(KeysOf(j));
-      for (int64_t r = 0; r < count_; ++r) seed[r] = std::max(seed[r], t_[r]);
+    for (int64_t split = 0; split < count; ++split) {
+      std::copy_n(seed_, count_, splits[split].seed);
+      const int64_t end = std::min(key_tiles_.size(), (split + 1) * kSplitTiles);
+      for (int64_t i = split * kSplitTiles; i < end && seeds < BLASST_SEED_TILES; ++i) {
+        const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
+        if (!Visits(j)) continue;
+        ++seeds;
+        FindRows(p_.kv.k, KeysOf(j), k_rows_);
+        Score();
+        Maxima(KeysOf(j));
+        for (int64_t r = 0; r < count_; ++r) seed_[r] = std::max(seed_[r], t_[r]);
+      }
     }
   }
 
-  // In a split that does not begin the visit, tiles are tested against these maxima too.
-  void TakeSeeds(const float* seed) { std::copy_n(seed, count_, seed_); }
+  // The maxima that tiles are tested against, too.
+  void TakeSeeds(const Partial& split) { std::copy_n(split.seed, count_, seed_); }
 
   // Visits tile j. `next`: the tile after it, whose keys are fetched meanwhile; -1: none.
   void Visit(int64_t j, int64_t next) {
@@ -169,7 +172,7 @@ class DecodeHead {
     if (totals_.wants_maxima())
       totals_.record(tile_, j,
                      nan ? std::numeric_limits<float>::quiet_NaN()
-                         : *std::max_element(t_, t_ + count_) * unit_scale_);
+                         : *std::max_element(t_, t_ + count_) * score_unit_.scale);
     AddPending();
     if (kept) {
       Softmax();
@@ -212,10 +215,10 @@ class DecodeHead {
   void WritePartial(const Partial& partial) const {
     constexpr int64_t kBlock = A::kPack * kLanes;
     for (int64_t r = 0; r < count_; ++r) {
-      partial.m[r] = m_[r] * log2_scale_;
-      partial.tested[r] = std::max(m_[r], seed_[r]) * log2_scale_;
+      partial.m[r] = m_[r];
       partial.l[r] = l_[r];
-      partial.bound[r] = bound_[r];
+      partial.skipped_m[r] = skipped_m_[r];
+      partial.skipped[r] = skipped_[r];
       for (int64_t d = 0; d < p_.value_dim; ++d) {
         const int64_t at = d / kBlock * kBlock + A::Lane(static_cast<int>(d % kBlock));
         partial.o[r * partial.o_stride + d] = o_[r * o_stride_ + at];
@@ -232,13 +235,14 @@ class DecodeHead {
     std::fill_n(q_, count_ * q_stride_, 0.0f);
     std::fill_n(o_, count_ * o_stride_, 0.0f);
     for (int64_t r = 0; r < padded_count_; ++r) {
-      m_[r] = t_[r] = seed_[r] = -kInf;
-      l_[r] = bound_[r] = seen_[r] = 0;
+      m_[r] = t_[r] = seed_[r] = skipped_m_[r] = -kInf;
+      l_[r] = skipped_[r] = seen_[r] = 0;
       below_[r] = kInf;
       if (r >= count_) continue;
       ranges_[r] = p_.row_keys(tile_, r);
       rows_differ_ |= ranges_[r].begin != ranges_[0].begin || ranges_[r].end != ranges_[0].end;
-      below_[r] = static_cast<float>(p_.skip_below(tile_, tile_.head_of(r), shape) / unit_scale_);
+      below_[r] =
+          static_cast<float>(p_.skip_below(tile_, tile_.head_of(r), shape) / score_unit_.scale);
       A::Stage(p_.query(tile_.request, tile_.position_of(r), tile_.head_of(r)), p_.head_dim,
                q_ + r * q_stride_);
     }
@@ -382,38 +386,24 @@ class DecodeHead {
     for (int64_t r = 0; r < count_; ++r) {
       if (t_[r] > -kInf) gap = std::max(gap, double{t_[r]} - std::max(m_[r], seed_[r]));
     }
-    return gap * unit_scale_;
+    return gap * score_unit_.scale;
   }
 
   void AddBound() {
-    const V scale = hn::Set(f, log2_scale_);
-    for (int64_t r = 0; r < padded_count_; r += kLanes) {
-      const V t = hn::LoadU(f, t_ + r), bound = hn::LoadU(f, bound_ + r);
-      const V mass = Exp2(hn::MulSub(t, scale, hn::Mul(TestedMaxima(r), scale)));
-      // Rows without a valid score have nothing to lose.
-      const M valid = hn::Gt(t, hn::Set(f, -kInf));
-      const V sum = hn::MulAdd(mass, hn::LoadU(f, seen_ + r), bound);
-      hn::StoreU(hn::IfThenElse(valid, sum, bound), f, bound_ + r);
-    }
+    for (int64_t r = 0; r < padded_count_; r += kLanes)
+      AddSkipped(score_unit_, hn::LoadU(f, t_ + r), hn::LoadU(f, seen_ + r), skipped_m_ + r,
+                 skipped_ + r);
   }
 
   HWY_NOINLINE void Softmax() {
-    const V scale = hn::Set(f, log2_scale_), none = hn::Set(f, -kInf);
+    const V scale = hn::Set(f, score_unit_.log2), none = hn::Set(f, -kInf);
     alignas(64) float base[kLanes];
     for (int64_t first = 0; first < count_; first += kLanes) {
       const V old_m = hn::LoadU(f, m_ + first);
       const V m = hn::Max(old_m, hn::LoadU(f, t_ + first));
-      const V base_v = hn::Mul(hn::IfThenZeroElse(hn::Eq(m, none), m), scale);
-      const V factor = Exp2(hn::Sub(hn::Mul(old_m, scale), base_v));
-      const V old_tested = TestedMaxima(first);
+      const V base_v = hn::IfThenZeroElse(hn::Eq(m, none), m);
       hn::StoreU(m, f, m_ + first);
-      hn::StoreU(factor, f, rescale_ + first);
-      if (p_.report.dropped_mass_bound) {  // of rows that have none yet, 0
-        const V moved = hn::Sub(hn::Mul(old_tested, scale), hn::Mul(TestedMaxima(first), scale));
-        const V bound = hn::LoadU(f, bound_ + first);
-        const V rescaled = hn::Mul(bound, Exp2(moved));
-        hn::StoreU(hn::IfThenElse(hn::Gt(bound, hn::Zero(f)), rescaled, bound), f, bound_ + first);
-      }
+      hn::StoreU(Exp2(hn::Mul(hn::Sub(old_m, base_v), scale)), f, rescale_ + first);
       hn::Store(base_v, f, base);
       for (int64_t r = first; r < std::min(count_, first + kLanes); ++r)
         l_[r] = l_[r] * rescale_[r] + RowProbabilities(r, base[r - first]);
@@ -426,8 +416,8 @@ class DecodeHead {
     alignas(64) float p[kKeys];
     V sum = hn::Zero(f);
     for (int64_t key = 0; key < kKeys; key += kLanes) {
-      const V x =
-          Exp2(hn::MulSub(hn::LoadU(f, scores + key), hn::Set(f, log2_scale_), hn::Set(f, base)));
+      const V x = Exp2(hn::Mul(hn::Sub(hn::LoadU(f, scores + key), hn::Set(f, base)),
+                               hn::Set(f, score_unit_.log2)));
       sum = hn::Add(sum, x);
       hn::Store(x, f, p + key);
     }
@@ -501,10 +491,10 @@ class DecodeHead {
   const int64_t depth_;                 // words a key
   const int64_t q_stride_, o_stride_;
   const int64_t kv_head_, keys_;
-  float unit_scale_, log2_scale_;
+  const ScoreUnit score_unit_;
   float *scores_, *probabilities_, *q_, *o_;
-  float *m_, *t_, *l_, *bound_, *rescale_, *below_, *seen_, *seed_;  // a row each
-  std::vector<Range> ranges_;                                        // keys that a row sees
+  float *m_, *t_, *l_, *skipped_m_, *skipped_, *rescale_, *below_, *seen_, *seed_;  // a row each
+  std::vector<Range> ranges_;  // keys that a row sees
   bool rows_differ_ = false;
   int64_t next_key_tile_ = -1;
   int64_t pending_ = -1;                // kept tile whose values are still to be added
@@ -517,7 +507,7 @@ void DecodeSeeds(const Problem& p, const DecodeUnit& unit, Totals& totals, float
   ValueQueue queue(0, 1);
   for (size_t i = 0; i < unit.tiles.size(); ++i) {
     DecodeHead<A> head(p, unit.tiles[i], unit.key_tiles, totals, queue, scratch);
-    head.FindSeeds(partials[unit.first_partial(i)].seed);
+    head.FindSeeds(&partials[unit.first_partial(i)], unit.splits);
   }
 }
 
@@ -527,11 +517,11 @@ void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scr
   ValueQueue queue(p.value_dim * attention::element_bytes(p.dtype), std::ssize(unit.tiles));
   std::vector<DecodeHead<A>> heads;
   heads.reserve(unit.tiles.size());
-  const bool seeded = unit.visit.begin > 0 && takes_seeds(p);
+  const bool seeded = unit.split > 0 && takes_seeds(p);
   for (size_t i = 0; i < unit.tiles.size(); ++i) {
     heads.emplace_back(p, unit.tiles[i], unit.key_tiles, totals, queue, scratch);
     scratch += decode_scratch_floats(p);
-    if (seeded) heads.back().TakeSeeds(partials[unit.first_partial(i)].seed);
+    if (seeded) heads.back().TakeSeeds(partials[unit.first_partial(i) + unit.split]);
   }
   for (int64_t i = unit.visit.begin; i < unit.visit.end; ++i) {
     const int64_t j = attention::nth_tile(p.order, unit.key_tiles, i);
@@ -546,20 +536,25 @@ void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scr
 
 // Joins the splits of a query tile, in their order, and writes its output rows.
 inline void Combine(const Problem& p, const QueryTile& tile, const Partial* splits, int64_t count) {
+  const ScoreUnit unit(p);
   std::array<float, kMaxDim> out;
   for (int64_t r = 0; r < tile.rows(); ++r) {
-    float m = -kInf, l = 0, bound = 0;
-    for (int64_t i = 0; i < count; ++i) m = std::max(m, splits[i].m[r]);
+    RowSum row;
+    for (int64_t i = 0; i < count; ++i) {
+      row.m = std::max(row.m, splits[i].m[r]);
+      row.skipped_m = std::max(row.skipped_m, splits[i].skipped_m[r]);
+    }
     out.fill(0);
     for (int64_t i = 0; i < count; ++i) {
       const Partial& s = splits[i];
-      if (s.bound[r] > 0) bound += s.bound[r] * std::exp2(s.tested[r] - m);
+      if (s.skipped[r] > 0)
+        row.skipped += s.skipped[r] * std::exp2((s.skipped_m[r] - row.skipped_m) * unit.log2);
       if (s.l[r] == 0) continue;  // this split kept nothing for the row
-      const float weight = std::exp2(s.m[r] - m);
-      l += s.l[r] * weight;
+      const float weight = std::exp2((s.m[r] - row.m) * unit.log2);
+      row.l += s.l[r] * weight;
       for (int64_t d = 0; d < p.value_dim; ++d) out[d] += s.o[r * s.o_stride + d] * weight;
     }
-    const RowTotal total = FinishRow(p, tile.head_of(r), m, l, bound);
+    const RowTotal total = FinishRow(p, tile.head_of(r), unit, row);
     for (int64_t d = 0; d < p.value_dim; ++d)
       out[d] = total.inverse == 0 ? 0 : out[d] * total.inverse;
     WriteRow(p, tile, r, out.data(), total);

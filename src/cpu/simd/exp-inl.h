@@ -30,13 +30,18 @@ HWY_INLINE V Exp2(V x) {
   return hn::IfThenZeroElse(hn::Lt(x, hn::Set(f, -126.0f)), y);
 }
 
+// exp(-2 |x / cap|), which both of the following are made of.
+HWY_INLINE V CapExp(V x, V cap) {
+  constexpr float kTwoLog2e = 2.885390082f;
+  return Exp2(hn::Mul(hn::Abs(hn::Div(x, cap)), hn::Set(f, -kTwoLog2e)));
+}
+
 // cap * tanh(x / cap), with its sign and NaN kept.
 HWY_INLINE V SoftCap(V x, V cap) {
-  constexpr float kTwoLog2e = 2.885390082f;
   const V ratio = hn::Abs(hn::Div(x, cap));
   // 1 - tanh(r) = 2 e / (1 + e) with e = exp(-2 r); small r by series, where the difference would
   // cancel.
-  const V e = Exp2(hn::Mul(ratio, hn::Set(f, -kTwoLog2e)));
+  const V e = CapExp(x, cap);
   const V large = hn::Div(hn::Sub(hn::Set(f, 1.0f), e), hn::Add(hn::Set(f, 1.0f), e));
   const V square = hn::Mul(ratio, ratio);
   V series = hn::Set(f, 62.0f / 2835.0f);
@@ -46,6 +51,12 @@ HWY_INLINE V SoftCap(V x, V cap) {
   series = hn::MulAdd(hn::Mul(series, square), ratio, ratio);
   const V tanh = hn::IfThenElse(hn::Lt(ratio, hn::Set(f, 0.25f)), series, large);
   return hn::CopySign(hn::Mul(cap, tanh), x);
+}
+
+// Its slope, 1 - tanh(r)^2 = 4 e / (1 + e)^2: nothing cancels.
+HWY_INLINE V SoftCapSlope(V x, V cap) {
+  const V e = CapExp(x, cap), sum = hn::Add(e, hn::Set(f, 1.0f));
+  return hn::Div(hn::Mul(hn::Set(f, 4.0f), e), hn::Mul(sum, sum));
 }
 
 }  // namespace blasst::cpu::BLASST_ISA

@@ -34,7 +34,7 @@ Kernels BLASST_ISA_KERNELS() {
           &DecodeSeeds<A>,
           &Decode<A>,
           &Combine,
-          &BackwardDelta<Stored>,
+          &BackwardRows<Stored>,
           &Backward<Stored>,
           &BackwardFinish<Stored>,
           AllChunkKernels<BLASST_ISA_DTYPE>()};

@@ -31,11 +31,12 @@ namespace blasst::cpu::BLASST_ISA {
 
 inline constexpr int kRowVectors = kQueryRows / kLanes;
 
-// Softmax state of one query tile, a lane a row, in units of score / unit.
+// Softmax state of one query tile, a lane a row (see RowSum).
 struct RowState {
-  alignas(64) float m[kQueryRows];      // running maximum
-  alignas(64) float l[kQueryRows];      // sum of the kept 2^(unit * log2(e) * (score - m))
-  alignas(64) float bound[kQueryRows];  // upper bound on the same sum over skipped keys
+  alignas(64) float m[kQueryRows];
+  alignas(64) float l[kQueryRows];
+  alignas(64) float skipped_m[kQueryRows];
+  alignas(64) float skipped[kQueryRows];
 };
 
 // What the walk needs to know of one query tile.
@@ -44,7 +45,7 @@ struct TileState {
   Range key_tiles;  // that it may visit
   Range inner;      // keys that every row sees
   std::array<Range, kQueryRows> keys;
-  float skip_below;  // what the tile test compares with, in units of score / unit
+  float skip_below;  // what the tile test compares with, in the scores' unit
   float magnitude;   // of its queries
   float* q;          // [panels][head_dim / kPack][kPanel] words
   float* o;          // [value_dim][kQueryRows]
@@ -81,7 +82,8 @@ class PrefillWalk {
         p_(p),
         unit_(unit),
         totals_(totals),
-        depth_(p.head_dim / A::kPack) {
+        depth_(p.head_dim / A::kPack),
+        score_unit_(p) {
     const auto take = [&](int64_t floats) { return std::exchange(scratch, scratch + floats); };
     scores_ = take(kKeys * kQueryRows);
     probabilities_ = A::kPack == 1 ? scores_ : take(kKeys / A::kPack * kQueryRows);
@@ -92,10 +94,6 @@ class PrefillWalk {
       tiles_[i].o = take(kQueryRows * p.value_dim);
     }
     const QueryTile& first = unit.tiles.front();
-    // Without soft cap the running maximum is kept in raw dot products, so that skipped tiles are
-    // never scaled.
-    unit_scale_ = p.softcap > 0 ? 1.0f : p.scale;
-    log2_scale_ = static_cast<float>(unit_scale_ * kLog2e);
     kv_head_ = first.head / p.group();
     const int64_t steps = (kQueryRows / kPanel) * (kKeys / kBroadcasts);
     rows_a_step_ = attention::ceil_div(2 * kKeys, steps * std::ssize(unit.tiles));
@@ -147,13 +145,13 @@ class PrefillWalk {
   void Begin(const QueryTile& tile, TileState& state) {
     state.tile = &tile;
     state.skip_below =
-        static_cast<float>(p_.skip_below(tile, tile.head, prefill_shape()) / unit_scale_);
+        static_cast<float>(p_.skip_below(tile, tile.head, prefill_shape()) / score_unit_.scale);
     state.inner = {0, p_.max_keys};
     for (int64_t r = 0; r < kQueryRows; ++r) {
       state.keys[r] = r < tile.rows() ? p_.row_keys(tile, r) : Range{};
       if (r < tile.rows()) state.inner = intersect(state.inner, state.keys[r]);
-      state.rows.m[r] = -kInf;
-      state.rows.l[r] = state.rows.bound[r] = 0;
+      state.rows.m[r] = state.rows.skipped_m[r] = -kInf;
+      state.rows.l[r] = state.rows.skipped[r] = 0;
     }
     state.key_tiles =
         attention::tile_range({state.keys.data(), static_cast<size_t>(tile.rows())}, kKeys);
@@ -283,7 +281,7 @@ class PrefillWalk {
     for (int64_t r = 0; r < tile.tile->rows(); ++r) {
       if (most[r] > -kInf) gap = std::max(gap, double{most[r]} - tile.rows.m[r]);
     }
-    return gap * unit_scale_;
+    return gap * score_unit_.scale;
   }
 
   // The tile's largest valid score.
@@ -291,7 +289,7 @@ class PrefillWalk {
     if (nan) return std::numeric_limits<float>::quiet_NaN();
     alignas(64) float most[kQueryRows];
     for (int v = 0; v < kRowVectors; ++v) hn::Store(t[v], f, most + v * kLanes);
-    return *std::max_element(most, most + tile.tile->rows()) * unit_scale_;
+    return *std::max_element(most, most + tile.tile->rows()) * score_unit_.scale;
   }
 
   void AddBound(TileState& tile, const V* t, Range keys) const {
@@ -299,36 +297,30 @@ class PrefillWalk {
     for (int r = 0; r < kQueryRows; ++r)
       count[r] = static_cast<float>(intersect(tile.keys[r], keys).size());
     for (int v = 0; v < kRowVectors; ++v) {
-      float* bound = tile.rows.bound + v * kLanes;
-      const V scale = hn::Set(f, log2_scale_);
-      const V m = hn::Mul(hn::Load(f, tile.rows.m + v * kLanes), scale);
-      const V mass = Exp2(hn::MulSub(t[v], scale, m));
-      const V keys_seen = hn::Load(f, count + v * kLanes);
-      const V sum = hn::MulAdd(mass, keys_seen, hn::Load(f, bound));
-      // Rows without a valid score have nothing to lose.
-      const M valid = hn::Gt(t[v], hn::Set(f, -kInf));
-      hn::Store(hn::IfThenElse(valid, sum, hn::Load(f, bound)), f, bound);
+      const int64_t at = v * kLanes;
+      AddSkipped(score_unit_, t[v], hn::Load(f, count + at), tile.rows.skipped_m + at,
+                 tile.rows.skipped + at);
     }
   }
 
-  // Turns scores into probabilities relative to the new running maximum; updates m, l and bound,
-  // and gives the factor that the output so far shrinks by.
+  // Turns scores into probabilities relative to the new running maximum; updates m and l, and gives
+  // the factor that the output so far shrinks by.
   HWY_NOINLINE void Softmax(RowState& rows, const V* t, float* rescale) {
-    const V scale = hn::Set(f, log2_scale_), none = hn::Set(f, -kInf);
+    const V scale = hn::Set(f, score_unit_.log2), none = hn::Set(f, -kInf);
     for (int v = 0; v < kRowVectors; ++v) {
       const int64_t at = v * kLanes;
       const V old_m = hn::Load(f, rows.m + at);
       const V m = hn::Max(old_m, t[v]);
       // A row without any key yet: 2^(-inf - 0) = 0 where 2^(-inf - -inf) would be NaN.
-      const V base = hn::Mul(hn::IfThenZeroElse(hn::Eq(m, none), m), scale);
-      const V factor = Exp2(hn::Sub(hn::Mul(old_m, scale), base));
+      const V base = hn::IfThenZeroElse(hn::Eq(m, none), m);
+      const V factor = Exp2(hn::Mul(hn::Sub(old_m, base), scale));
       V sum[2] = {hn::Zero(f), hn::Zero(f)};
       for (int64_t key = 0; key < now_->padded(); key += 2 * A::kPack) {
         for (int half = 0; half < 2; ++half) {
           V p[A::kPack];
           for (int i = 0; i < A::kPack; ++i) {
             const V s = hn::Load(f, scores_ + (key + half * A::kPack + i) * kQueryRows + at);
-            p[i] = Exp2(hn::MulSub(s, scale, base));
+            p[i] = Exp2(hn::Mul(hn::Sub(s, base), scale));
             sum[half] = hn::Add(sum[half], p[i]);
           }
           hn::Store(A::Pack(p), f, probabilities_ + (key / A::kPack + half) * kQueryRows + at);
@@ -337,7 +329,6 @@ class PrefillWalk {
       hn::Store(m, f, rows.m + at);
       hn::Store(hn::MulAdd(hn::Load(f, rows.l + at), factor, hn::Add(sum[0], sum[1])), f,
                 rows.l + at);
-      hn::Store(hn::Mul(hn::Load(f, rows.bound + at), factor), f, rows.bound + at);
       hn::Store(factor, f, rescale + at);
     }
   }
@@ -399,8 +390,9 @@ class PrefillWalk {
     const QueryTile& query = *tile.tile;
     Transpose(tile.o);
     for (int64_t r = 0; r < query.rows(); ++r) {
-      const RowTotal total = FinishRow(p_, query.head, tile.rows.m[r] * log2_scale_, tile.rows.l[r],
-                                       tile.rows.bound[r]);
+      const RowTotal total =
+          FinishRow(p_, query.head, score_unit_,
+                    {tile.rows.m[r], tile.rows.l[r], tile.rows.skipped_m[r], tile.rows.skipped[r]});
       float* row = out_ + r * p_.value_dim;
       for (int64_t d = 0; d < p_.value_dim; ++d)
         row[d] = total.inverse == 0 ? 0 : row[d] * total.inverse;
@@ -442,7 +434,7 @@ class PrefillWalk {
   float* out_;  // [kQueryRows][value_dim]
   KeyTile<A>*now_ = &key_tiles_[0], *next_ = &key_tiles_[1];
   int64_t rows_a_step_;  // of the next key tile, copied at every block of scores
-  float unit_scale_, log2_scale_;
+  ScoreUnit score_unit_;
   bool has_next_ = false;
   bool values_used_ = true, values_ahead_ = true;  // by this key tile, by the one before
 };
