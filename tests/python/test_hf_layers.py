@@ -146,6 +146,15 @@ def test_a_causal_call_without_a_mask_over_other_keys_is_refused():
     torch.testing.assert_close(out.transpose(1, 2), expected)
 
 
+@pytest.mark.parametrize("keys", [3, 11])
+def test_a_mask_for_other_keys_is_refused(keys):
+    """As where a layer adds keys of its own to those of the tokens."""
+    module = make_model("llama").model.layers[0].self_attn
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, keys, 16)
+    with pytest.raises(NotSupportedError, match=f"has {keys} keys, but the model's mask is for 5"):
+        attention_forward(module, q, k, k, key_ranges(1, 5, 5))
+
+
 @torch.no_grad()
 def test_a_model_that_computes_with_its_mask_is_refused():
     doge = DogeConfig(**DECODER)

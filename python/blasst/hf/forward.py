@@ -212,6 +212,11 @@ def _pattern(
     if mask is None:
         ranges, causal, found = None, _without_mask(name, says_causal, queries, keys), 0
     elif isinstance(mask, KeyRanges):
+        if mask.keys not in (keys, None):
+            raise NotSupportedError(
+                f"{name} has {keys} keys, but the model's mask is for {mask.keys}: blasst cannot "
+                "tell which of them each query sees"
+            )
         ranges = None if mask.everything else mask.ranges
         causal, found = mask.causal, mask.window
     else:  # compiling, where the pattern must be known before the numbers are

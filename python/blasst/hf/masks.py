@@ -42,17 +42,26 @@ class KeyRanges(Tensor):
     """See `Pattern`."""
     lengths: list[int]
     """Keys in use of each request."""
+    keys: int | None
+    """How many the mask was made for; None: not known."""
     packed: dict[int, tuple[Tensor, Any]]
     """By id of position_ids, which it keeps alive: what `packed.find` made of them."""
 
     @classmethod
-    def of(cls, ranges: Tensor, pattern: Pattern, window: int, everything: bool) -> "KeyRanges":
+    def of(
+        cls,
+        ranges: Tensor,
+        pattern: Pattern,
+        window: int,
+        everything: bool,
+        keys: int | None = None,
+    ) -> "KeyRanges":
         """From [batch, 5]."""
         made = ranges[:, None, None].as_subclass(cls)
         made.ranges, made.sequences, made.everything = ranges, pattern.sequences, everything
         made.causal, made.window = pattern.causal, window
         made.lengths = (ranges[:, 1] - ranges[:, 0]).tolist()
-        made.packed = {}
+        made.packed, made.keys = {}, keys
         return made
 
     @classmethod
@@ -210,7 +219,7 @@ def key_ranges(
     if everything:
         row = [0, kv_length, q_length, window, int(pattern.causal)]
         ranges = torch.tensor([row], dtype=torch.int32, device=device).expand(batch_size, -1)
-        return KeyRanges.of(ranges, pattern, window, everything)
+        return KeyRanges.of(ranges, pattern, window, everything, kv_length)
 
     used = (torch.arange(kv_length, device=device) < end).expand(batch_size, -1)
     if attention_mask is not None:
@@ -223,7 +232,7 @@ def key_ranges(
     ranges = _ranges(first, last, queries, window, pattern.causal)
     if for_compiled:
         return ranges[:, None, None]
-    return KeyRanges.of(ranges, pattern, window, everything)
+    return KeyRanges.of(ranges, pattern, window, everything, kv_length)
 
 
 def _ranges(first: Tensor, last: Tensor, queries: Tensor, window: int, causal: bool) -> Tensor:
