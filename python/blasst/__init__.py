@@ -36,7 +36,7 @@ from blasst.versions import check_version
 
 if TYPE_CHECKING:
     from blasst.calibration import Calibration, calibrate
-    from blasst.hf import Recording, Threshold, configure, record, set_policy
+    from blasst.hf import Recording, Threshold, configure, record, reset, set_policy, set_target
     from blasst.methods.dhsa import Dhsa
     from blasst.policies import Bands
 
@@ -59,8 +59,10 @@ __all__ = [
     "flash_attn_with_kvcache",
     "merge",
     "record",
+    "reset",
     "scaled_dot_product_attention",
     "set_policy",
+    "set_target",
     "tile_shape",
 ]
 
@@ -73,7 +75,9 @@ _LAZY = {
     "calibrate": "blasst.calibration",
     "configure": "blasst.hf",
     "record": "blasst.hf",
+    "reset": "blasst.hf",
     "set_policy": "blasst.hf",
+    "set_target": "blasst.hf",
 }
 """What needs Transformers, and where it is."""
 

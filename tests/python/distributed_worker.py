@@ -105,7 +105,7 @@ def errors(model, tokens):
         model(tokens)
 
     def policy():
-        blasst.configure(model)
+        blasst.reset(model)
         blasst.set_policy(model, blasst.Bands(512))
         model(tokens)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import blasst
-from blasst import Bands, attention
+from blasst import Bands, Threshold, attention
 from blasst.cli.app import main
 from blasst.hf import models
 from blasst.methods import bsfa
@@ -110,7 +110,7 @@ def test_a_model_keeps_about_k_tiles(loaded, found):
         with torch.no_grad(), blasst.record() as recording:
             model(tokens)
         assert recording.sparsity("prefill") == pytest.approx(found.sparsity(keep, 512), abs=0.2)
-    blasst.configure(model)
+    blasst.configure(model, prefill=Threshold(), decode=Threshold())
 
 
 def test_calibration_runs_dense_and_leaves_the_model_as_it_was(loaded, found):
@@ -120,7 +120,7 @@ def test_calibration_runs_dense_and_leaves_the_model_as_it_was(loaded, found):
     again = bsfa.calibrate(model, loaded.tokenizer, length=512, keeps=KEEPS, prompts=3)
     assert torch.equal(again.table, found.table)
     assert [m.blasst_thresholds for m in models.attention_layers(model).values()] == before
-    blasst.configure(model)
+    blasst.configure(model, prefill=Threshold(), decode=Threshold())
 
 
 def test_calibration_under_a_policy(loaded, found):
@@ -178,7 +178,7 @@ def test_a_file_holds_everything(loaded, found, tmp_path):
     assert (again.model, again.layers, again.keeps) == (found.model, found.layers, found.keeps)
     assert again.tile_shape == (QUERY_ROWS, KEYS)
     again.apply(loaded.model, 2, fitted=True)
-    blasst.configure(loaded.model)
+    blasst.reset(loaded.model)
 
 
 def test_bad_input(loaded, found, tmp_path):

@@ -154,7 +154,7 @@ def test_encoder_and_decoder():
         torch.manual_seed(0)
         model = AutoModel.from_config(config, attn_implementation=implementation).eval()
         if implementation == "blasst":
-            blasst.configure(model)
+            blasst.configure(model, prefill=Threshold())
         out = model(ids, attention_mask=mask, decoder_input_ids=ids[:, :20])
         outputs.append(out.last_hidden_state)
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
@@ -519,15 +519,17 @@ def test_generating_after_padding_on_the_right_is_refused(llama):
 def test_configure_refuses():
     model = make_model("llama")
     with pytest.raises(ValueError, match=r"no attention layer \[7\]; the model has \[0, 1\]"):
-        blasst.configure(model, layers=[0, 7])
+        blasst.configure(model, prefill=Threshold(), layers=[0, 7])
     with pytest.raises(ValueError, match="implementation is 'sdpa'; load it with 'blasst'"):
-        blasst.configure(make_model("llama", "sdpa"))
+        blasst.configure(make_model("llama", "sdpa"), prefill=Threshold())
     with pytest.raises(ValueError, match="more than one threshold; they exclude each other"):
         Threshold(0.1, 3.0)
     blasst.configure(model, prefill=Threshold((0.1, 0.2)))
     message = r"it must be \[1 or batch, 1 or heads, places\]"
     with torch.no_grad(), pytest.raises(ValueError, match=message):
         model(IDS)
+    with pytest.raises(TypeError, match="configure sets prefill, decode or both; neither is given"):
+        blasst.configure(model)
     with pytest.raises(TypeError, match=r"decode is 0.5; it must be a blasst.Threshold"):
         blasst.configure(model, decode=0.5)
 

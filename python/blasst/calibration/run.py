@@ -22,7 +22,7 @@ from blasst.calibration.curves import UnreachableError, promised_sparsity, spars
 from blasst.calibration.measurement import Measurements
 from blasst.calibration.result import Calibration, HeldOut
 from blasst.calibration.search import choose, running
-from blasst.calibration.setup import Setup, lengths_of, targets_by_phase
+from blasst.calibration.setup import Setup, check_attention, lengths_of, targets_by_phase
 from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
 from blasst.config import HEAD_SCHEMES, Measured, Policy, SparseAttention
@@ -77,6 +77,7 @@ def calibrate(
         ValueError: a length beyond the model's context, a text too short, or a model that runs
             another attention.
     """
+    check_attention(model)
     prose = reference_text() if text is None else text
     setup = Setup(
         model,

@@ -35,7 +35,7 @@ class Setup:
     progress: Progress = silent
 
     def __post_init__(self) -> None:
-        _check_attention(self.model)
+        check_attention(self.model)
         for length in self.lengths:
             check_length(self.model, length, "a calibration prompt")
         for name, given, known in (
@@ -86,7 +86,8 @@ class Setup:
             hidden = read(self.model, head(hidden[:, -1:]).argmax(-1), cache)
 
 
-def _check_attention(model: PreTrainedModel) -> None:
+def check_attention(model: PreTrainedModel) -> None:
+    """An error unless the model can be calibrated: it runs blasst, in one process."""
     used = model.config._attn_implementation
     if used != hf.NAME:
         raise ValueError(f"the model's attn_implementation is {used!r}; load it with {hf.NAME!r}")

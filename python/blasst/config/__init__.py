@@ -21,6 +21,7 @@ from blasst.config.sparse_attention import (
     PHASES,
     Rule,
     SparseAttention,
+    check_target,
     is_listed,
 )
 
@@ -47,6 +48,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "SparseAttention",
+    "check_target",
     "is_listed",
     "parse",
     "parsed",

@@ -65,6 +65,19 @@ class SparseAttention:
             check_target(phase, target)
         return replace(self, target_sparsity={**self.target_sparsity, **target_sparsity})
 
+    def at_targets(self, targets: Mapping[str, float]) -> "SparseAttention":
+        """`with_targets`, kept: the same targets give the same object, with what it has worked out.
+
+        Phases that are not calibrated have no target.
+        """
+        key = ("targets", *sorted(targets.items()))
+        if not targets:
+            return self
+        if key not in self._tables:
+            known = {p: t for p, t in targets.items() if p in self.target_sparsity}
+            self._tables[key] = self.with_targets(**known)
+        return self._tables[key]
+
     def under_the_law(self) -> "SparseAttention":
         """The ecosystem's law, fitted on the same tiles, instead of the measured tables."""
         laws = {phase: replace(m, policies=()) for phase, m in self.measured.items()}

@@ -5,8 +5,9 @@ from blasst.hf.forward import attention_forward
 from blasst.hf.layers import NAME, PHASES
 from blasst.hf.masks import key_ranges
 from blasst.hf.recording import Recording, record, recording_with
+from blasst.hf.settings import configure, reset, set_target
 from blasst.hf.tensor_parallel import is_sharded
-from blasst.hf.thresholds import DENSE, Threshold, configure
+from blasst.hf.thresholds import DENSE, Threshold
 from blasst.hf.visits import set_policy, visit_of
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "key_ranges",
     "record",
     "recording_with",
+    "reset",
     "set_policy",
+    "set_target",
     "visit_of",
 ]

@@ -1,7 +1,8 @@
-"""Thresholds of a model's layers: what `configure` set, else what its configuration says."""
+"""Thresholds of a layer: what `configure` set, else what the model's configuration says."""
 
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -9,17 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blasst.config import (
-    ORDERS,
-    Schedule,
-    SparseAttention,
-    is_listed,
-    parsed,
-    thresholds_for,
-)
-from blasst.hf.layers import Place, holder_of, modules_of_layers, place_of
+from blasst.config import ORDERS, Schedule, SparseAttention, is_listed, parsed
+from blasst.hf.layers import Place, holder_of, place_of
 
 CONFIG_KEY = "sparse_attention_config"
+POLICY_KEY = "blasst_policy"
+_log = logging.getLogger("blasst")
 
 
 @dataclass(frozen=True)
@@ -88,40 +84,6 @@ def _check_threshold(name: str, value: Any) -> None:
 DENSE = Threshold()
 
 
-def configure(
-    model: nn.Module,
-    *,
-    prefill: Threshold | None = None,
-    decode: Threshold | None = None,
-    layers: Iterable[int] | None = None,
-) -> None:
-    """Set the thresholds of a model that runs with `attn_implementation="blasst"`.
-
-    Args:
-        model: the model, also wrapped (compiled, or for data parallelism), or a part of one; its
-            attention layers keep the setting.
-        prefill: for passes with more than one query a request. None: stays as it is; `Threshold()`
-            is dense.
-        decode: for passes with one query a request; None likewise.
-        layers: the layers of the language model to set; default: everything that calls attention,
-            image encoders too if they run blasst.
-
-    Raises:
-        TypeError: something else than a `Threshold`.
-        ValueError: the model runs another attention, or has no such layer.
-    """
-    given = {"prefill": prefill, "decode": decode}
-    for phase, threshold in given.items():
-        if not isinstance(threshold, Threshold | None):
-            raise TypeError(
-                f"{phase} is {threshold!r}; it must be a blasst.Threshold, for example "
-                f"Threshold(0.01) (Threshold() is dense)"
-            )
-    changed = {phase: threshold for phase, threshold in given.items() if threshold is not None}
-    for module in modules_of_layers(model, layers):
-        module.blasst_thresholds = getattr(module, "blasst_thresholds", {}) | changed
-
-
 def options_of(
     module: nn.Module,
     phase: str,
@@ -143,10 +105,11 @@ def options_of(
         return configured.options()
     found = _calibration_of(module)
     if found is None:
+        _tell_uncalibrated(module)
         return {}
-    entry, read, place = found
+    read, place = found
     kind = type(module).__name__
-    rule = thresholds_for(entry, kind, place.layer, phase, lengths(), keys, place.name)
+    rule = read.rule(kind, place.layer, phase, lengths(), keys, place.name)
     if rule.threshold is not None:
         read.tell_tiles(phase, tiles)
     return {"threshold": rule.threshold, "order": rule.order}
@@ -159,6 +122,8 @@ def options_when_compiled(
     configured = getattr(module, "blasst_thresholds", {}).get(phase)
     if configured is not None:
         return configured.options()
+    if getattr(module, "blasst_targets", {}).get(phase) == 0:  # looks, so another compiles anew
+        return {}
     schedule = _schedule_of(module, phase)
     if schedule is None:
         return {}
@@ -172,25 +137,48 @@ def _schedule_of(module: nn.Module, phase: str) -> Schedule | None:
     found = _calibration_of(module)
     if found is None:
         return None
-    _, read, place = found
+    read, place = found
     return read.schedule(type(module).__name__, place.layer, phase, place.name)
 
 
-def _calibration_of(module: nn.Module) -> tuple[Any, SparseAttention, Place] | None:
-    """What the configuration says, as it stands and read, and where the layer is; None: nothing.
+def _calibration_of(module: nn.Module) -> tuple[SparseAttention, Place] | None:
+    """What the configuration says, for the targets of `set_target`, and where the layer is.
+
+    None: nothing.
 
     Nothing for a layer that `targets` leaves out in favour of others, either.
     """
-    holder = holder_of(module, CONFIG_KEY)
-    if holder is None:
+    read, place, kind = calibration_read(module), place_of(module), type(module).__name__
+    if read is None:
         return None
-    entry, place = holder.sparse_attention_config, place_of(module)
-    read = parsed(entry, place.layer)
-    kind = type(module).__name__
     is_left_out = place.name is not None and not read.is_target(kind, place.name)
     if is_left_out and _any_target(read.targets, place.siblings):
         return None
-    return entry, read, place
+    return read.at_targets(getattr(module, "blasst_targets", {})), place
+
+
+def calibration_read(module: nn.Module) -> SparseAttention | None:
+    """The calibration in the configuration of a layer, or of the model around it."""
+    holder = holder_of(module, CONFIG_KEY)
+    return holder and parsed(holder.sparse_attention_config, place_of(module).layer)
+
+
+_told: set[str] = set()
+
+
+def _tell_uncalibrated(module: nn.Module) -> None:
+    """Say, once a model, that blasst has nothing to go by."""
+    place, config = place_of(module), module.config
+    whole = place.outer or config
+    name = whole.name_or_path or type(whole).__name__
+    if name in _told or getattr(module, "blasst_policy", None) or holder_of(module, POLICY_KEY):
+        return
+    _told.add(name)
+    _log.warning(
+        "%s has neither a sparse_attention_config nor thresholds set: blasst computes every tile "
+        "(blasst.calibrate finds thresholds, blasst.configure sets them)",
+        name,
+    )
 
 
 @cache

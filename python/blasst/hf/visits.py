@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import holder_of, modules_of_layers
 from blasst.hf.masks import require
+from blasst.hf.settings import Setting
+from blasst.hf.thresholds import POLICY_KEY
 from blasst.policies import Call, Visit, VisitPolicy, from_dict
-
-CONFIG_KEY = "blasst_policy"
 
 
 def set_policy(
     model: nn.Module, policy: VisitPolicy | None, layers: Iterable[int] | None = None
-) -> None:
+) -> Setting:
     """Say which tiles a model's attention may visit; its thresholds stay as they are.
 
     A whole model can also carry its policy in its configuration: `blasst_policy`, a mapping with a
@@ -27,6 +27,9 @@ def set_policy(
         model: runs with `attn_implementation="blasst"`; also wrapped, or a part of a model.
         policy: of these layers; None: what the configuration says.
         layers: default: all that are causal. Others have no policies.
+
+    Returns:
+        For a `with` statement, after which the model is as it was before.
 
     Raises:
         ValueError: the model runs another attention, or has no such layer, or the policy is for
@@ -41,8 +44,10 @@ def set_policy(
             )
         modules = causal
         policy.check(_inside(model))
+    setting = Setting(modules)
     for module in modules:
         module.blasst_policy = policy
+    return setting
 
 
 def _inside(model: nn.Module) -> PreTrainedModel:
@@ -95,7 +100,7 @@ def visit_of(
 
 def _entry_of(module: nn.Module) -> Any:
     """What the configuration says, the layer's or that of the model around it."""
-    own = getattr(module.config, CONFIG_KEY, None)
+    own = getattr(module.config, POLICY_KEY, None)
     if own is None and torch.compiler.is_compiling():
         return _entry_when_compiled(module)
     return _outer_entry(module) if own is None else own
@@ -107,4 +112,4 @@ def _entry_when_compiled(module: nn.Module) -> Any:
 
 
 def _outer_entry(module: nn.Module) -> Any:
-    return getattr(holder_of(module, CONFIG_KEY), CONFIG_KEY, None)
+    return getattr(holder_of(module, POLICY_KEY), POLICY_KEY, None)

@@ -1,0 +1,145 @@
+"""`set_target`, `reset`, `with`: what is set on a model, and how it goes away again."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+
+import blasst
+from blasst import Bands, Threshold
+from blasst.hf.layers import attention_modules
+from blasst.hf.thresholds import options_of
+from tiny_models import VOCABULARY, make_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+A, B = 2.0, 6.0
+CONFIG = {
+    "config_groups": {
+        "group_0": {
+            "algorithm": "skip_softmax",
+            "targets": ["LlamaAttention"],
+            "threshold_scale_factor": {
+                "formula": "a * exp(b * target_sparsity)",
+                "prefill": {"a": A, "b": B},
+                "decode": {"a": A, "b": B},
+            },
+            "target_sparsity": {"prefill": 0.5, "decode": 0.25},
+        }
+    }
+}
+
+
+@pytest.fixture
+def model():
+    return make_model("llama", sparse_attention_config=copy.deepcopy(CONFIG))
+
+
+def threshold(model, phase, layer=0):
+    """Of a request of 4096 keys, as a share of 1/4096 above the law's a."""
+    module = attention_modules(model)[layer]
+    found = options_of(module, phase, 4096, lambda: [4096], lambda: (128, 128)).get("threshold")
+    return None if found is None else torch.as_tensor(found).item()
+
+
+def law(target):
+    return pytest.approx(A * math.exp(B * target) / 4096)
+
+
+def test_a_target_is_of_a_phase_and_of_layers_and_the_configuration_keeps_its_own(model):
+    blasst.set_target(model, prefill=0.75)
+    blasst.set_target(model, decode=0.125, layers=[1])
+    assert threshold(model, "prefill") == law(0.75)
+    assert threshold(model, "decode") == law(0.25)
+    assert threshold(model, "decode", layer=1) == law(0.125)
+    blasst.set_target(model, prefill=0)
+    assert threshold(model, "prefill") is None
+    assert model.config.sparse_attention_config == CONFIG
+
+
+def test_the_last_of_target_and_thresholds_holds(model):
+    blasst.configure(model, prefill=Threshold(0.5), decode=Threshold(0.5))
+    blasst.set_target(model, prefill=0.75)
+    assert threshold(model, "prefill") == law(0.75)
+    assert threshold(model, "decode") == 0.5
+    blasst.configure(model, prefill=Threshold(0.25))
+    assert threshold(model, "prefill") == 0.25
+
+
+def test_after_a_with_statement_the_model_is_as_before(model):
+    blasst.configure(model, decode=Threshold(0.5))
+    with blasst.set_target(model, prefill=0.75, decode=0.75):
+        assert threshold(model, "decode") == law(0.75)
+        with blasst.configure(model, prefill=Threshold(0.25), layers=[0]):
+            assert threshold(model, "prefill") == 0.25
+            assert threshold(model, "prefill", layer=1) == law(0.75)
+        assert threshold(model, "prefill") == law(0.75)
+    assert threshold(model, "prefill") == law(0.5)
+    assert threshold(model, "decode") == 0.5
+    with pytest.raises(KeyError), blasst.set_policy(model, Bands(300)):
+        assert attention_modules(model)[0].blasst_policy == Bands(300)
+        raise KeyError
+    assert not hasattr(attention_modules(model)[0], "blasst_policy")
+
+
+def test_reset_leaves_what_the_configuration_says(model):
+    blasst.configure(model, prefill=Threshold(0.5))
+    blasst.set_target(model, decode=0.75)
+    blasst.set_policy(model, Bands(300))
+    blasst.reset(model)
+    assert threshold(model, "prefill") == law(0.5)
+    assert threshold(model, "decode") == law(0.25)
+    assert not hasattr(attention_modules(model)[0], "blasst_policy")
+
+
+@torch.no_grad()
+def test_a_compiled_model_follows_another_target(model):
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = torch.randint(3, VOCABULARY, (1, 300), generator=torch.Generator().manual_seed(0))
+    for target in (0.9, 0.0, 0.75, 1.0):
+        blasst.set_target(model, prefill=target)
+        mask = torch.ones_like(ids)
+        got = compiled(ids, attention_mask=mask, use_cache=False).logits
+        assert torch.equal(got, model(ids, attention_mask=mask, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ({"prefill": 1.5}, ValueError, "target sparsity of prefill is 1.5; it must be 0 to 1"),
+        ({}, TypeError, "set_target sets prefill, decode or both; neither is given"),
+        ({"decode": "0.5"}, TypeError, "target sparsity of decode is '0.5'; it must be a number"),
+        ({"decode": 0.5}, ValueError, "sparse_attention_config has no decode"),
+    ],
+)
+def test_targets_that_cannot_be_set(model, targets, error, message):
+    group = model.config.sparse_attention_config["config_groups"]["group_0"]
+    if error is ValueError:
+        del group["threshold_scale_factor"]["decode"]
+    with pytest.raises(error, match=message):
+        blasst.set_target(model, **targets)
+    assert not hasattr(attention_modules(model)[0], "blasst_targets")
+
+
+def test_a_model_without_a_calibration_has_no_target():
+    with pytest.raises(ValueError, match="has no sparse_attention_config: calibrate it"):
+        blasst.set_target(make_model("llama"), prefill=0.5)
+
+
+@torch.no_grad()
+def test_uncalibrated_use_is_said_once(caplog):
+    model = make_model("llama", name_or_path="a/model")
+    ids = torch.randint(3, VOCABULARY, (1, 20))
+    with caplog.at_level(logging.WARNING, "blasst"):
+        for _ in range(2):
+            model(ids)
+    [record] = caplog.records
+    assert "a/model has neither a sparse_attention_config nor thresholds set" in record.getMessage()
+    caplog.clear()
+    other = make_model("llama", name_or_path="another/model")
+    blasst.configure(other, prefill=Threshold())
+    other(ids)
+    assert not caplog.records
