@@ -2,22 +2,18 @@
 #include <fmt/format.h>
 
 #include "attention/checks.h"
+#include "attention/float_environment.h"
 #include "attention/problem.h"
 #include "blasst/blasst.hpp"
 #include "cpu/backend.h"
 #include "cpu/plan.h"
-#include "cpu/thread_pool.h"
+#include "cpu/processors.h"
 #if BLASST_CUDA
 #include "cuda/backend.h"
 #endif
 
 namespace blasst {
 namespace {
-
-template <typename Params>
-int threads_of(const Params& params) {
-  return params.threads > 0 ? params.threads : default_threads();
-}
 
 // Does with params what the backend they name does.
 template <typename Params, typename Cpu, typename Cuda>
@@ -50,36 +46,40 @@ const BackwardParams& on_cpu(const BackwardParams& params) {
 }  // namespace
 
 void prefill(const PrefillParams& params) {
+  const attention::DefaultFloatEnvironment environment;
   dispatch(
       params,
       [&] {
-        cpu::prefill(attention::make_problem(params), threads_of(params),
+        cpu::prefill(attention::make_problem(params), cpu::threads_of(params.threads),
                      {params.workspace, params.workspace_bytes});
       },
       BLASST_ON_CUDA(run(params)));
 }
 
 void decode(const DecodeParams& params) {
+  const attention::DefaultFloatEnvironment environment;
   dispatch(
       params,
       [&] {
-        cpu::decode(attention::make_problem(params), threads_of(params),
+        cpu::decode(attention::make_problem(params), cpu::threads_of(params.threads),
                     {params.workspace, params.workspace_bytes});
       },
       BLASST_ON_CUDA(run(params)));
 }
 
 void backward(const BackwardParams& params) {
-  cpu::backward(attention::make_problem(on_cpu(params)), threads_of(params),
+  const attention::DefaultFloatEnvironment environment;
+  cpu::backward(attention::make_problem(on_cpu(params)), cpu::threads_of(params.threads),
                 {params.workspace, params.workspace_bytes});
 }
 
 void merge(const MergeParams& params) {
+  const attention::DefaultFloatEnvironment environment;
   dispatch(
       params,
       [&] {
         attention::check_merge(params);
-        cpu::merge(params, threads_of(params));
+        cpu::merge(params, cpu::threads_of(params.threads));
       },
       BLASST_ON_CUDA(merge(params)));
 }
@@ -97,7 +97,8 @@ std::size_t workspace_bytes(const PrefillParams& params) {
   return dispatch(
       params,
       [&] {
-        return cpu::prefill_workspace_bytes(attention::make_problem(params), threads_of(params));
+        return cpu::prefill_workspace_bytes(attention::make_problem(params),
+                                            cpu::threads_of(params.threads));
       },
       BLASST_ON_CUDA(workspace_bytes(params)));
 }
@@ -106,13 +107,15 @@ std::size_t workspace_bytes(const DecodeParams& params) {
   return dispatch(
       params,
       [&] {
-        return cpu::decode_workspace_bytes(attention::make_problem(params), threads_of(params));
+        return cpu::decode_workspace_bytes(attention::make_problem(params),
+                                           cpu::threads_of(params.threads));
       },
       BLASST_ON_CUDA(workspace_bytes(params)));
 }
 
 std::size_t workspace_bytes(const BackwardParams& params) {
-  return cpu::backward_workspace_bytes(attention::make_problem(on_cpu(params)), threads_of(params));
+  return cpu::backward_workspace_bytes(attention::make_problem(on_cpu(params)),
+                                       cpu::threads_of(params.threads));
 }
 
 TileShape tile_shape(const PrefillParams& params) {

@@ -7,6 +7,12 @@
  * Sizes and strides count elements, lengths count tokens. Index arrays are int32. Nothing is
  * written when a call fails.
  *
+ * On the CPU a call computes in the default floating-point environment on all of its threads (round
+ * to nearest, subnormals kept, no traps), whatever its caller's is, which comes back. `threads` of 0
+ * are the processors that the process may use, its control groups' quota among the limits. Threads
+ * are kept for the next call and end when they had nothing to do for some seconds; one that cannot
+ * be started costs speed only. Calls from several threads take turns. A forked child may call, too.
+ *
  * Pointers are to host memory, or, with BLASST_BACKEND_CUDA_SM90, all to memory of the current
  * device: tensors, index arrays, thresholds, sinks, bands, reports, workspace. A call then enqueues
  * its work on `stream`, allocates nothing and can be captured in a graph; each launch reads the

@@ -84,7 +84,8 @@ BLASST_API std::vector<std::string> cpu_isas();
 BLASST_API std::string cpu_isa();
 BLASST_API void set_cpu_isa(const std::string& name);  // Error if it is not in cpu_isas()
 
-// Threads that a call with threads = 0 uses.
+// Threads that a call with threads = 0 uses: the processors that the process may use, and no more
+// than its control groups' quota of CPU time, as it was at the first call.
 BLASST_API int default_threads();
 
 }  // namespace blasst

@@ -170,6 +170,7 @@ Problem resolve(const Params& params, bool decode) {
       .head_dim = params.head_dim,
       .value_dim = params.value_dim,
       .requests = std::vector<Request>(params.batch),
+      .pages = {},
       .q = params.q,
       .out = params.out,
       .ragged_queries = false,

@@ -131,9 +131,6 @@ blasst_status blasst_decode_tile_shape(const blasst_decode_params* params,
 
 const char* blasst_last_error(void) { return last_error.c_str(); }
 
-const char* blasst_version(void) {
-  static const std::string version = blasst::version();
-  return version.c_str();
-}
+const char* blasst_version(void) { return BLASST_VERSION; }
 
 }  // extern "C"

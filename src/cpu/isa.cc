@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <string_view>
 #include <utility>
 
@@ -48,9 +49,14 @@ std::vector<Isa> find_isas() {
   return isas;
 }
 
+// Found at the first use, without a lock, which a fork might leave locked in the child.
 const std::vector<Isa>& isas() {
-  static const std::vector<Isa> all = find_isas();
-  return all;
+  static constinit std::atomic<const std::vector<Isa>*> all = nullptr;
+  if (const auto* found = all.load()) return *found;
+  auto found = std::make_unique<const std::vector<Isa>>(find_isas());
+  const std::vector<Isa>* first = nullptr;
+  if (all.compare_exchange_strong(first, found.get())) return *found.release();
+  return *first;
 }
 
 const Isa* find(const std::string& name) {
@@ -62,17 +68,19 @@ const Isa* find(const std::string& name) {
                           name, fmt::join(cpu_isas(), ", ")));
 }
 
-std::atomic<const Isa*>& chosen() {
-  static std::atomic<const Isa*> isa = [] {
-    const char* name = std::getenv("BLASST_CPU_ISA");
-    return name && *name ? find(name) : &isas().front();
-  }();
-  return isa;
+constinit std::atomic<const Isa*> chosen = nullptr;
+
+const Isa& isa_in_use() {
+  if (const Isa* isa = chosen) return *isa;
+  const char* name = std::getenv("BLASST_CPU_ISA");
+  const Isa* isa = name && *name ? find(name) : &isas().front();
+  const Isa* first = nullptr;
+  return chosen.compare_exchange_strong(first, isa) ? *isa : *first;
 }
 
 }  // namespace
 
-const Kernels& kernels(DType dtype) { return chosen().load()->table[dtype]; }
+const Kernels& kernels(DType dtype) { return isa_in_use().table[dtype]; }
 
 }  // namespace cpu
 
@@ -82,8 +90,8 @@ std::vector<std::string> cpu_isas() {
   return names;
 }
 
-std::string cpu_isa() { return cpu::chosen().load()->name; }
+std::string cpu_isa() { return cpu::isa_in_use().name; }
 
-void set_cpu_isa(const std::string& name) { cpu::chosen() = cpu::find(name); }
+void set_cpu_isa(const std::string& name) { cpu::chosen = cpu::find(name); }
 
 }  // namespace blasst

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention/element.h"
+#include "attention/float_environment.h"
 #include "attention/problem.h"
 #include "blasst/reference.hpp"
 
@@ -138,6 +139,7 @@ class Differentiate {
 }  // namespace
 
 Gradients backward(const BackwardParams& params, TileShape shape) {
+  const attention::DefaultFloatEnvironment environment;
   const attention::BackwardProblem b = attention::make_problem(params);
   attention::check_block_mask(b.forward, shape);
   return Differentiate(b, shape).run();

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "attention/element.h"
+#include "attention/float_environment.h"
 #include "attention/problem.h"
 
 namespace blasst::reference {
@@ -252,10 +253,12 @@ Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced
 }  // namespace
 
 Result prefill(const PrefillParams& params, TileShape shape, const std::vector<bool>* kept) {
+  const attention::DefaultFloatEnvironment environment;
   return attend(attention::make_problem(params), shape, kept);
 }
 
 Result decode(const DecodeParams& params, TileShape shape, const std::vector<bool>* kept) {
+  const attention::DefaultFloatEnvironment environment;
   return attend(attention::make_problem(params), shape, kept);
 }
 

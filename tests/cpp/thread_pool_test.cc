@@ -1,9 +1,14 @@
 #include "cpu/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <pthread.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <barrier>
+#include <fstream>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -54,6 +59,89 @@ TEST(ThreadPool, CallersTakeTurns) {
   }
   callers.clear();  // joins
   EXPECT_EQ(calls, 4 * 50 * 20);
+}
+
+using namespace std::chrono_literals;
+
+// Has every one of the threads take an item; returns their ids in the order of the workers.
+std::vector<pid_t> threads_of_batch(ThreadPool& pool, int threads) {
+  std::barrier all(threads);
+  std::vector<pid_t> ids(threads);
+  pool.run(threads, threads, [&](int64_t, int worker) {
+    ids[worker] = gettid();
+    all.arrive_and_wait();
+  });
+  return ids;
+}
+
+TEST(ThreadPool, ThreadsThatHaveNothingToDoEnd) {
+  ThreadPool pool(1ms);
+  threads_of_batch(pool, 9);
+  while (pool.size() > 0) std::this_thread::sleep_for(1ms);
+  threads_of_batch(pool, 3);
+  EXPECT_LE(pool.size(), 2) << "started again, as many as are needed";
+}
+
+// A field of a thread in /proc: state, voluntary_ctxt_switches.
+std::string status_of(pid_t thread, const std::string& field) {
+  std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/status");
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with(field)) return line;
+  }
+  return {};
+}
+
+TEST(ThreadPool, ABatchOfTwoWakesNoMore) {
+  ThreadPool pool(1h);
+  const std::vector<pid_t> ids = threads_of_batch(pool, 6);
+  std::vector<std::string> before;
+  for (const pid_t id : ids) {
+    while (id != ids[0] && status_of(id, "State").find("S (sleeping)") == std::string::npos)
+      std::this_thread::yield();
+    before.push_back(status_of(id, "voluntary_ctxt_switches"));
+  }
+  for (int round = 0; round < 100; ++round) {
+    const std::vector<pid_t> two = threads_of_batch(pool, 2);
+    EXPECT_EQ(two[1], ids[1]);
+  }
+  for (size_t i = 2; i < ids.size(); ++i)
+    EXPECT_EQ(status_of(ids[i], "voluntary_ctxt_switches"), before[i]) << "worker " << i;
+}
+
+TEST(ThreadPool, AThreadThatCannotBeMadeCostsSpeedNotTheCall) {
+  ThreadPool pool(1h);
+  threads_of_batch(pool, 2);
+  pthread_attr_t attributes;
+  ASSERT_EQ(pthread_getattr_default_np(&attributes), 0);
+  size_t stack = 0;
+  pthread_attr_getstacksize(&attributes, &stack);
+  ASSERT_EQ(pthread_attr_setstacksize(&attributes, size_t{1} << 60), 0);  // no room for any
+  ASSERT_EQ(pthread_setattr_default_np(&attributes), 0);
+  std::atomic<int> calls = 0;
+  pool.run(1000, 8, [&](int64_t, int worker) {
+    EXPECT_LT(worker, 2);
+    ++calls;
+  });
+  EXPECT_EQ(calls, 1000);
+  EXPECT_EQ(pool.size(), 1);
+  pthread_attr_setstacksize(&attributes, stack);
+  pthread_setattr_default_np(&attributes);
+  pthread_attr_destroy(&attributes);
+  threads_of_batch(pool, 8);
+  EXPECT_EQ(pool.size(), 7);
+}
+
+TEST(ThreadPool, AfterTheEndTheCallerWorksAlone) {
+  ThreadPool pool(1h);
+  threads_of_batch(pool, 3);
+  pool.stop();
+  EXPECT_EQ(pool.size(), 0);
+  std::atomic<int> calls = 0;
+  pool.run(100, 3, [&](int64_t, int worker) {
+    EXPECT_EQ(worker, 0);
+    ++calls;
+  });
+  EXPECT_EQ(calls, 100);
 }
 
 }  // namespace
