@@ -9,6 +9,7 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -23,13 +24,15 @@ int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 blasst::HeadRows rows_of(std::string_view name, Tensor& t) {
   check(t.dim() == 3, name, " is ", t, "; it must be [rows, heads, head_dim] of one request");
   t = readable(t);
+  const blasst::View view = view_of(t);
   return {.dtype = dtype_of(name, t),
-          .data = t.data_ptr(),
+          .data = view.data,
+          .elements = view.elements,
           .rows = t.size(0),
           .heads = t.size(1),
           .head_dim = t.size(2),
-          .stride_row = t.stride(0),
-          .stride_head = t.stride(1)};
+          .stride_row = view.stride_token,
+          .stride_head = view.stride_head};
 }
 
 // The predictor's arrays follow each other in one tensor, in the order of the struct.
@@ -79,6 +82,8 @@ void read_rule(Rule& r, std::string_view chunker, int64_t least, int64_t most, d
 
 // A view of what the tensors hold, which become contiguous.
 blasst::ChunkView chunks_of(Tensor& starts, Tensor& sums, int64_t keys) {
+  check(keys >= 0 && keys <= std::numeric_limits<int32_t>::max(), "keys is ", keys,
+        "; it must be the number of keys that the chunks cover");
   check(starts.dim() == 1, "starts is ", starts, "; it must be [chunks]");
   check_type("starts", starts, ScalarType::Int);
   check(sums.dim() == 3 && sums.size(0) == starts.size(0), "sums is ", sums,

@@ -17,6 +17,7 @@ namespace blasst {
 struct HeadRows {
   DType dtype = BLASST_FLOAT32;
   const void* data = nullptr;
+  int64_t elements = 0;  // from data to the end of its buffer; the rows must fit
   int64_t rows = 0;
   int64_t heads = 0;
   int64_t head_dim = 0;  // 16 to 256, a multiple of 8
@@ -74,6 +75,8 @@ struct ChunkView {
   std::span<const int32_t> starts;
   std::span<const float> sums;
 };
+
+// `threads` of every function: 0: default_threads(). Results do not depend on it.
 
 // Takes up the keys that are new: `keys` are all of the request's, those of `chunks` first. The
 // result is the same whether they came at once or one by one. A trained boundary is found `window`

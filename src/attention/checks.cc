@@ -38,7 +38,7 @@ void check_all_scalars(const Params& params) {
   if (params.order < BLASST_FORWARD || params.order > BLASST_SINK_FIRST)
     fail("order is {}; it must be a blasst_order: forward (0), reverse (1) or sink_first (2)",
          static_cast<int>(params.order));
-  check_range("threads", params.threads, 0, 4096);
+  check_range("threads", params.threads, 0, kMaxThreads);
   if (!params.workspace && params.workspace_bytes > 0)
     fail("workspace is null but workspace_bytes is {}", params.workspace_bytes);
   const Mask& mask = params.mask;
@@ -54,10 +54,10 @@ void check_all_scalars(const Params& params) {
   } else if (!test.values) {
     fail("test.values is null; test.kind {} needs it", static_cast<int>(test.kind));
   }
-  check_range("test.stride_request", test.stride_request, 0, kMaxElements);
-  check_range("test.stride_head", test.stride_head, 0, kMaxElements);
-  check_range("test.stride_place", test.stride_place, 0, kMaxElements);
   check_range("test.places", test.places, 1, kMaxCount);
+  check_range("test.stride_request", test.stride_request, 0, most_stride(params.batch));
+  check_range("test.stride_head", test.stride_head, 0, most_stride(params.heads));
+  check_range("test.stride_place", test.stride_place, 0, most_stride(test.places));
 }
 
 }  // namespace
@@ -139,7 +139,7 @@ void check_merge(const MergeParams& p) {
   check_range("batch * query_length", p.batch * p.query_length, 0, kMaxCount);
   check_range("heads", p.heads, 1, 1 << 20);
   check_dim("value_dim", p.value_dim);
-  check_range("threads", p.threads, 0, 4096);
+  check_range("threads", p.threads, 0, kMaxThreads);
   for (const auto& [name, view] :
        {std::pair{"out_a", &p.out_a}, std::pair{"out_b", &p.out_b}, std::pair{"out", &p.out}})
     check_view(name, *view, p.dtype, p.batch, p.query_length, p.heads, p.value_dim);

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string_view>
@@ -15,11 +16,15 @@ namespace blasst::attention {
 constexpr int64_t kMaxCount =
     std::numeric_limits<int32_t>::max();            // tokens, heads, requests, pages
 constexpr int64_t kMaxElements = int64_t{1} << 47;  // a tensor; keeps byte offsets in int64
+constexpr int64_t kMaxThreads = 4096;
 
 template <typename... Args>
 [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) {
   throw Error(BLASST_INVALID_ARGUMENT, fmt::format(format, std::forward<Args>(args)...));
 }
+
+// The largest stride with which `count` steps stay below an offset of kMaxElements.
+constexpr int64_t most_stride(int64_t count) { return kMaxElements / std::max<int64_t>(1, count); }
 
 void check_range(std::string_view name, int64_t value, int64_t least, int64_t most);
 

@@ -25,13 +25,16 @@ concept HasQueryLengths = requires(const T& p) {
   p.query_lengths;
 };
 
-// Prefix sums: from 0, never falling, at most kMaxCount.
-void check_cu_seqlens(std::string_view name, const int32_t* cu, int64_t batch) {
+// A copy of prefix sums: from 0, never falling, at most kMaxCount.
+std::vector<int32_t> checked_cu_seqlens(std::string_view name, const int32_t* values,
+                                        int64_t batch) {
+  const std::vector<int32_t> cu(values, values + batch + 1);
   if (cu[0] != 0) fail("{}[0] is {}; it must be 0", name, cu[0]);
   for (int64_t b = 0; b < batch; ++b) {
     if (cu[b + 1] < cu[b])
       fail("{}[{}] is {}, less than {} before it; it must not fall", name, b + 1, cu[b + 1], cu[b]);
   }
+  return cu;
 }
 
 float threshold_at(const TileTest& test, int64_t request, int64_t head, int64_t place) {
@@ -74,13 +77,13 @@ void resolve_keys(Problem& p) {
   if (kv.cu_seqlens) {
     if (kv.page_table || kv.lengths)
       fail("kv.cu_seqlens is set together with kv.page_table or kv.lengths; choose one layout");
-    check_cu_seqlens("kv.cu_seqlens", kv.cu_seqlens, p.batch);
+    const auto cu = checked_cu_seqlens("kv.cu_seqlens", kv.cu_seqlens, p.batch);
     for (int64_t b = 0; b < p.batch; ++b) {
-      p.requests[b].first_key = kv.cu_seqlens[b];
-      p.requests[b].keys = kv.cu_seqlens[b + 1] - kv.cu_seqlens[b];
+      p.requests[b].first_key = cu[b];
+      p.requests[b].keys = cu[b + 1] - cu[b];
     }
     outer = 1;
-    tokens = kv.cu_seqlens[p.batch];
+    tokens = cu[p.batch];
   } else {
     int64_t most = kv.key_length;
     if (kv.page_table) {
@@ -101,10 +104,12 @@ void resolve_keys(Problem& p) {
              kv.page_table ? "page_table_stride * page_size" : "kv.key_length");
       p.requests[b].keys = keys;
       if (!kv.page_table) continue;
+      p.requests[b].first_page = std::ssize(p.pages);
       for (int64_t i = 0; i < ceil_div(keys, kv.page_size); ++i) {
         const int32_t page = kv.page_table[b * kv.page_table_stride + i];
         if (page < 0 || page >= kv.pages)
           fail("kv.page_table[{}, {}] is {}; kv.pages is {}", b, i, page, kv.pages);
+        p.pages.push_back(page);
       }
     }
   }
@@ -122,17 +127,17 @@ void resolve_queries(Problem& p, const Params& params) {
   if constexpr (HasRaggedQueries<Params>) p.ragged_queries = params.cu_seqlens_q != nullptr;
   if (p.ragged_queries) {
     if constexpr (HasRaggedQueries<Params>) {
-      check_cu_seqlens("cu_seqlens_q", params.cu_seqlens_q, p.batch);
+      const auto cu = checked_cu_seqlens("cu_seqlens_q", params.cu_seqlens_q, p.batch);
       for (int64_t b = 0; b < p.batch; ++b) {
-        p.requests[b].first_row = params.cu_seqlens_q[b];
-        p.requests[b].rows = params.cu_seqlens_q[b + 1] - params.cu_seqlens_q[b];
+        p.requests[b].first_row = cu[b];
+        p.requests[b].rows = cu[b + 1] - cu[b];
       }
       outer = 1;
-      tokens = params.cu_seqlens_q[p.batch];
+      tokens = cu[p.batch];
       p.rows = tokens;
     }
   } else {
-    for (int64_t b = 0; b < p.batch; ++b) p.requests[b] = {b * tokens, tokens, 0, 0};
+    for (int64_t b = 0; b < p.batch; ++b) p.requests[b] = {.first_row = b * tokens, .rows = tokens};
     p.rows = p.batch * tokens;
   }
   check_view("q", p.q, p.dtype, outer, tokens, p.heads, p.head_dim);
@@ -169,6 +174,7 @@ Problem resolve(const Params& params, bool decode) {
       .kv_heads = params.kv_heads,
       .head_dim = params.head_dim,
       .value_dim = params.value_dim,
+      .query_length = params.query_length,
       .requests = std::vector<Request>(params.batch),
       .pages = {},
       .q = params.q,
@@ -203,8 +209,8 @@ void check_no_shared_page(const Problem& p) {
   if (!p.kv.page_table) return;
   std::vector<int64_t> user(p.kv.pages, -1);
   for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t i = 0; i < ceil_div(p.requests[b].keys, p.kv.page_size); ++i) {
-      const int64_t page = p.kv.page_table[b * p.kv.page_table_stride + i];
+    for (int64_t token = 0; token < p.requests[b].keys; token += p.kv.page_size) {
+      const int64_t page = p.page_of(b, token);
       if (user[page] >= 0)
         throw Error(BLASST_UNSUPPORTED,
                     fmt::format("page {} is used by requests {} and {}; backward needs pages that "
@@ -248,7 +254,8 @@ PrefillParams forward_of(const BackwardParams& b) {
 void check_tile_maxima(const Problem& p, TileShape shape) {
   if (p.report.tile_maxima)
     check_range("report.tile_maxima_stride", p.report.tile_maxima_stride,
-                ceil_div(p.max_keys, shape.keys), kMaxElements);
+                ceil_div(p.max_keys, shape.keys),
+                most_stride(p.tile_heads() * p.query_tile_count(shape.query_rows)));
 }
 
 void check_block_mask(const Problem& p, TileShape shape) {
@@ -256,9 +263,9 @@ void check_block_mask(const Problem& p, TileShape shape) {
   const int64_t key_tiles = ceil_div(p.max_keys, shape.keys);
   const int64_t query_tiles = p.query_tile_count(shape.query_rows);
   check_range("mask.blocks_stride_query_tile", p.mask.blocks_stride_query_tile, key_tiles,
-              kMaxElements);
+              most_stride(query_tiles));
   check_range("mask.blocks_stride_head", p.mask.blocks_stride_head,
-              query_tiles * p.mask.blocks_stride_query_tile, kMaxElements);
+              query_tiles * p.mask.blocks_stride_query_tile, most_stride(p.tile_heads()));
 }
 
 Problem make_problem(const PrefillParams& params) { return resolve(params, false); }
@@ -308,7 +315,7 @@ BackwardProblem make_problem(const BackwardParams& params) {
 }
 
 KeyTensor Problem::key_tensor() const {
-  if (kv.cu_seqlens) return {1, kv.cu_seqlens[batch]};
+  if (kv.cu_seqlens) return {1, batch > 0 ? requests.back().first_key + requests.back().keys : 0};
   if (kv.page_table) return {kv.pages, kv.page_size};
   return {batch, kv.key_length};
 }
@@ -329,8 +336,7 @@ std::byte* Problem::key_row(const View& view, int64_t request, int64_t token,
                             int64_t kv_head) const {
   if (kv.cu_seqlens) return row_at(view, dtype, 0, requests[request].first_key + token, kv_head);
   if (!kv.page_table) return row_at(view, dtype, request, token, kv_head);
-  const int64_t page = kv.page_table[request * kv.page_table_stride + token / kv.page_size];
-  return row_at(view, dtype, page, token % kv.page_size, kv_head);
+  return row_at(view, dtype, page_of(request, token), token % kv.page_size, kv_head);
 }
 
 const std::byte* Problem::query(int64_t request, int64_t position, int64_t head) const {

@@ -12,9 +12,10 @@
 namespace blasst::attention {
 
 struct Request {
-  int64_t first_row = 0;  // in the rows of all requests
-  int64_t rows = 0;       // query positions
-  int64_t first_key = 0;  // ragged keys: token of key 0
+  int64_t first_row = 0;   // in the rows of all requests
+  int64_t rows = 0;        // query positions
+  int64_t first_key = 0;   // ragged keys: token of key 0
+  int64_t first_page = 0;  // paged keys: index in the pages of all requests
   int64_t keys = 0;
 };
 
@@ -45,9 +46,13 @@ struct Problem {
   DType dtype;
   bool pack_heads;  // decode: the query heads of a KV head form one query tile
   int64_t batch, heads, kv_heads, head_dim, value_dim;
+  int64_t query_length;  // positions of every request, unless queries are ragged
   int64_t rows = 0;      // query positions of all requests
   int64_t max_keys = 0;  // of any request
+  // The index arrays as they were when they were checked: what the caller does to them meanwhile
+  // must not lead a kernel out of a tensor.
   std::vector<Request> requests;
+  std::vector<int32_t> pages;  // paged keys: page ids in use, request by request
   View q, out;
   bool ragged_queries;
   KeysValues kv;
@@ -59,9 +64,13 @@ struct Problem {
   Report report;
 
   int64_t group() const { return heads / kv_heads; }
+  int64_t tile_heads() const { return pack_heads ? kv_heads : heads; }  // that decide on their own
   // Where a view laid out as q, or as k and v, holds a row.
   std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
   KeyTensor key_tensor() const;
+  int64_t page_of(int64_t request, int64_t token) const {
+    return pages[requests[request].first_page + token / kv.page_size];
+  }
   std::byte* key_row(const View& view, int64_t request, int64_t token, int64_t kv_head) const;
 
   const std::byte* query(int64_t request, int64_t position, int64_t head) const;

@@ -62,7 +62,7 @@ void clear_report(const Problem& p, int64_t query_tiles) {
   if (report.tiles_visitable) std::fill_n(report.tiles_visitable, p.batch * p.heads, 0);
   if (report.tiles_skipped) std::fill_n(report.tiles_skipped, p.batch * p.heads, 0);
   if (report.gap_histogram) std::fill_n(report.gap_histogram, p.heads * BLASST_GAP_BINS, 0);
-  const int64_t tiles = (p.pack_heads ? p.kv_heads : p.heads) * query_tiles;
+  const int64_t tiles = p.tile_heads() * query_tiles;
   if (report.tile_maxima)
     std::fill_n(report.tile_maxima, tiles * report.tile_maxima_stride,
                 -std::numeric_limits<float>::infinity());
@@ -99,8 +99,7 @@ void clear_unused_keys(const attention::BackwardProblem& b) {
     const int64_t keys = p.requests[request].keys;
     if (!p.kv.page_table) used[request] = keys;
     for (int64_t first = 0; p.kv.page_table && first < keys; first += tokens)
-      used[p.kv.page_table[request * p.kv.page_table_stride + first / tokens]] =
-          std::min(tokens, keys - first);
+      used[p.page_of(request, first)] = std::min(tokens, keys - first);
   }
   const int64_t bytes = attention::element_bytes(p.dtype);
   for (int64_t i = 0; i < outer; ++i) {

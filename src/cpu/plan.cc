@@ -10,7 +10,7 @@ using attention::ceil_div;
 TileShape prefill_shape() { return {kQueryRows, kKeys, 0}; }
 
 TileShape decode_shape(const Problem& p) {
-  return {p.group() * (p.requests.empty() ? 1 : p.requests.front().rows), kKeys, kSplitTiles};
+  return {p.group() * p.query_length, kKeys, kSplitTiles};
 }
 
 namespace {

@@ -41,10 +41,10 @@ struct KeyRoom {
 
 // Whole tokens in a ragged view, `limit` at most.
 inline int64_t tokens_in(const View& view, int64_t heads, int64_t dim, int64_t limit) {
-  const int64_t first = (heads - 1) * view.stride_head + dim;
+  const __int128 first = static_cast<__int128>(heads - 1) * view.stride_head + dim;
   if (!view.data || view.elements < first) return 0;
   if (view.stride_token == 0) return limit;
-  return std::min(limit, 1 + (view.elements - first) / view.stride_token);
+  return std::min(limit, 1 + static_cast<int64_t>(view.elements - first) / view.stride_token);
 }
 
 // What is the same for all requests of a page table. Returns the most keys of a request.
@@ -77,6 +77,8 @@ KeyRoom check_keys(const Params& params, int64_t limit) {
   if (kv.cu_seqlens) {
     if (kv.page_table || kv.lengths)
       fail("kv.cu_seqlens is set together with kv.page_table or kv.lengths; choose one layout");
+    attention::check_view("k", kv.k, params.dtype, 0, 0, 0, 0);  // its strides, for tokens_in
+    attention::check_view("v", kv.v, params.dtype, 0, 0, 0, 0);
     room.outer = 1;
     room.tokens = std::min(tokens_in(kv.k, params.kv_heads, params.head_dim, limit),
                            tokens_in(kv.v, params.kv_heads, params.value_dim, limit));

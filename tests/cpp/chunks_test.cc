@@ -39,6 +39,7 @@ std::vector<float> keys() {
 
 HeadRows rows_of(const std::vector<float>& values, int64_t rows, int64_t heads) {
   return {.data = values.data(),
+          .elements = std::ssize(values),
           .rows = rows,
           .heads = heads,
           .head_dim = kDim,
@@ -137,14 +138,60 @@ TEST(Chunks, BadInput) {
          message([](auto&, auto& rule, auto&) { rule.chunker = Chunker::kTrained; }));
   expect("keys is null, with 700 rows",
          message([](auto&, auto&, auto& rows) { rows.data = nullptr; }));
+  expect("keys reaches element 56000",
+         message([](auto&, auto&, auto& rows) { rows.elements -= 1; }));
+  expect("stride_row is -1", message([](auto&, auto&, auto& rows) { rows.stride_row = -1; }));
+  expect("stride_head is 9223372036854775807", message([](auto&, auto&, auto& rows) {
+           rows.stride_head = std::numeric_limits<int64_t>::max();
+         }));
+  expect("chunker is 3", message([](auto&, auto& rule, auto&) { rule.chunker = Chunker{3}; }));
+  expect("keys of the chunks is -1", message([](auto& chunks, auto&, auto&) { chunks.keys = -1; }));
   expect("head_dim of keys is 12", message([](auto&, auto&, auto& rows) { rows.head_dim = 12; }));
   expect("fewer than the 800 that the chunks cover",
          message([](auto& chunks, auto&, auto&) { chunks.keys = 800, chunks.starts = {0}; }));
+  const BoundaryPredictor empty{.inputs = 80, .window = 4, .features = 32, .hidden = 64};
+  expect("projection of the boundary predictor is null", message([&](auto&, auto& rule, auto&) {
+           rule.chunker = Chunker::kTrained, rule.predictor = &empty;
+         }));
   const BoundaryPredictor predictor{.inputs = 80, .window = 4, .features = 33, .hidden = 64};
   expect("features of the boundary predictor is 33; it must be a multiple of 32",
          message([&](auto&, auto& rule, auto&) {
            rule.chunker = Chunker::kTrained, rule.predictor = &predictor;
          }));
+
+  Chunks chunks;
+  for (const int threads : {-1, 5000}) {
+    const auto bad_threads = "threads is " + std::to_string(threads) + "; it must be 0 to 4096";
+    const HeadRows rows = rows_of(k, kKeys, kHeads);
+    uint8_t block = 0;
+    for (const std::function<void()>& call : std::initializer_list<std::function<void()>>{
+             [&] { extend_chunks(chunks, {}, rows, threads); },
+             [&] { next_chunks(chunks, {}, rows, threads); },
+             [&] { boundary_scores({}, rows, 0, 1, threads); },
+             [&] { select_tiles(chunks, kHeads, rows, false, {.share = 1}, &block, threads); }}) {
+      try {
+        call();
+        ADD_FAILURE() << "no error";
+      } catch (const Error& error) {
+        expect(bad_threads, error.what());
+      }
+    }
+  }
+  extend_chunks(chunks, {}, rows_of(k, kKeys, kHeads), 1);
+  EXPECT_THROW(
+      select_tiles(chunks, kHeads, rows_of(k, kKeys, kHeads), false, {.share = 1}, nullptr, 1),
+      Error);
+}
+
+TEST(Chunks, ZeroThreadsAreTheDefault) {
+  const std::vector<float> k = keys();
+  const HeadRows rows = rows_of(k, kKeys, kHeads);
+  const ChunkRule rule{.chunker = Chunker::kShift, .threshold = 0.5f};
+  Chunks zero, one;
+  extend_chunks(zero, rule, rows, 0);
+  extend_chunks(one, rule, rows, 1);
+  EXPECT_EQ(zero.starts, one.starts);
+  EXPECT_EQ(zero.sums, one.sums);
 }
 
 }  // namespace

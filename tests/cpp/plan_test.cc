@@ -49,6 +49,52 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
   }
 }
 
+TEST(Plan, TheTileOfAnEmptyBatchIsThatOfAnyOther) {
+  for (const int64_t batch : {0, 1, 3}) {
+    DecodeParams p{.batch = batch,
+                   .heads = 8,
+                   .kv_heads = 2,
+                   .head_dim = 64,
+                   .value_dim = 64,
+                   .query_length = 3};
+    std::vector<float> rows(batch * 3 * 8 * 64);
+    p.q = {rows.data(), std::ssize(rows), 3 * 8 * 64, 8 * 64, 64};
+    std::vector<float> out(rows.size());
+    p.out = {out.data(), std::ssize(out), 3 * 8 * 64, 8 * 64, 64};
+    EXPECT_EQ(tile_shape(p).query_rows, 12) << batch;
+  }
+}
+
+// What was checked is what is used: the caller's index arrays may change, or go, meanwhile.
+TEST(Plan, IndexArraysAreReadOnce) {
+  for (const check::Layout layout : {check::Layout::kPaged, check::Layout::kRagged}) {
+    check::Problem problem({.requests = {{20, 70}, {30, 40}},
+                            .head_dim = 16,
+                            .value_dim = 16,
+                            .layout = layout,
+                            .ragged_queries = true});
+    const check::Access access(problem.params);
+    std::vector<const std::byte*> wanted;
+    for (int64_t b = 0; b < 2; ++b) {
+      for (int64_t t = 0; t < access.requests()[b].keys; ++t) wanted.push_back(access.key(b, t, 0));
+      for (int64_t t = 0; t < access.requests()[b].rows; ++t)
+        wanted.push_back(access.query(b, t, 0));
+    }
+    const Problem p = attention::make_problem(problem.params);
+    const int64_t tokens = p.key_tensor().tokens;
+    for (auto* array :
+         {&problem.page_table, &problem.lengths, &problem.cu_keys, &problem.cu_queries})
+      std::ranges::fill(*array, 1 << 30);
+    std::vector<const std::byte*> found;
+    for (int64_t b = 0; b < 2; ++b) {
+      for (int64_t t = 0; t < p.requests[b].keys; ++t) found.push_back(p.key(b, t, 0));
+      for (int64_t t = 0; t < p.requests[b].rows; ++t) found.push_back(p.query(b, t, 0));
+    }
+    EXPECT_EQ(found, wanted);
+    EXPECT_EQ(p.key_tensor().tokens, tokens);
+  }
+}
+
 TEST(Plan, PrefillUnitsAreLongestFirst) {
   const check::Problem problem({.requests = {{1000, 1000}, {1000, 3000}}, .causal = true});
   const Problem p = attention::make_problem(problem.params);

@@ -9,6 +9,7 @@
 
 #include "attention/checks.h"
 #include "attention/element.h"
+#include "attention/float_environment.h"
 #include "cpu/chunks/rows.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
@@ -34,10 +35,19 @@ void check_predictor(const BoundaryPredictor& p, const HeadRows& keys) {
       fail("{} of the boundary predictor is {}; it must be a multiple of 32 up to {}", name, value,
            most);
   }
+  for (const auto& [name, array] :
+       {std::pair{"projection", p.projection}, std::pair{"left", p.left},
+        std::pair{"right", p.right}, std::pair{"weight1", p.weight1}, std::pair{"bias1", p.bias1},
+        std::pair{"weight2", p.weight2}}) {
+    if (!array) fail("{} of the boundary predictor is null", name);
+  }
 }
 
 void check(const ChunkRule& rule, const HeadRows& keys) {
   cpu::check_rows("keys", keys);
+  if (rule.chunker < Chunker::kFixed || rule.chunker > Chunker::kTrained)
+    fail("chunker is {}; it must be fixed (0), shift (1) or trained (2)",
+         static_cast<int>(rule.chunker));
   check_range("most keys of a chunk", rule.most, 1, attention::kMaxCount);
   check_range("least keys of a chunk", rule.least, 1, rule.most);
   if (std::isnan(rule.threshold)) fail("threshold of the chunker is nan; it must be a number");
@@ -152,6 +162,8 @@ std::vector<float> checked_scores(const ChunkRule& rule, const HeadRows& keys, i
 
 std::vector<float> boundary_scores(const ChunkRule& rule, const HeadRows& keys, int64_t begin,
                                    int64_t end, int threads) {
+  const attention::DefaultFloatEnvironment environment;
+  threads = cpu::checked_threads(threads);
   check(rule, keys);
   check_range("begin of the positions", begin, 0, keys.rows);
   check_range("end of the positions", end, begin, keys.rows);
@@ -159,6 +171,8 @@ std::vector<float> boundary_scores(const ChunkRule& rule, const HeadRows& keys, 
 }
 
 Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
+  const attention::DefaultFloatEnvironment environment;
+  threads = cpu::checked_threads(threads);
   check(rule, keys);
   const int64_t size = keys.heads * keys.head_dim;
   if (keys.rows < chunks.keys)

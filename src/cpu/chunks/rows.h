@@ -9,6 +9,7 @@
 #include "attention/element.h"
 #include "attention/tiles.h"
 #include "blasst/chunks.hpp"
+#include "cpu/processors.h"
 
 namespace blasst::cpu {
 
@@ -26,13 +27,31 @@ inline void check_rows(std::string_view name, const HeadRows& rows) {
   if (rows.head_dim < 16 || rows.head_dim > 256 || rows.head_dim % 8 != 0)
     attention::fail("head_dim of {} is {}; it must be a multiple of 8 from 16 to 256", name,
                     rows.head_dim);
-  if (!rows.data && rows.rows > 0)
-    attention::fail("{} is null, with {} rows to read", name, rows.rows);
+  attention::check_range("stride_row", rows.stride_row, 0, attention::most_stride(rows.rows));
+  attention::check_range("stride_head", rows.stride_head, 0, attention::most_stride(rows.heads));
+  attention::check_range("elements", rows.elements, 0, attention::kMaxElements);
+  if (rows.rows == 0) return;
+  if (!rows.data) attention::fail("{} is null, with {} rows to read", name, rows.rows);
+  if (reinterpret_cast<uintptr_t>(rows.data) % attention::element_bytes(rows.dtype) != 0)
+    attention::fail("{} is not aligned to its {}-byte elements", name,
+                    attention::element_bytes(rows.dtype));
+  const int64_t last =
+      (rows.rows - 1) * rows.stride_row + (rows.heads - 1) * rows.stride_head + rows.head_dim;
+  if (last > rows.elements)
+    attention::fail("{} reaches element {} ([{}, {}, {}] with strides {}, {}), but has {}", name,
+                    last, rows.rows, rows.heads, rows.head_dim, rows.stride_row, rows.stride_head,
+                    rows.elements);
 }
 
 inline int64_t chunk_end(const ChunkView& chunks, int64_t chunk) {
   const bool last = chunk + 1 == static_cast<int64_t>(chunks.starts.size());
   return last ? chunks.keys : chunks.starts[chunk + 1];
+}
+
+// The number of threads that `threads` stands for.
+inline int checked_threads(int threads) {
+  attention::check_range("threads", threads, 0, attention::kMaxThreads);
+  return threads_of(threads);
 }
 
 // Consecutive chunks that cover the keys.

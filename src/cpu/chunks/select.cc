@@ -4,6 +4,7 @@
 #include <numeric>
 #include <vector>
 
+#include "attention/float_environment.h"
 #include "blasst/chunks.hpp"
 #include "cpu/chunks/rows.h"
 #include "cpu/isa.h"
@@ -80,6 +81,7 @@ namespace cpu {
 
 void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim) {
   const auto starts = chunks.starts;
+  check_range("keys of the chunks", chunks.keys, 0, attention::kMaxCount);
   if (starts.empty() != (chunks.keys == 0))
     fail("{} chunks are given for {} keys; they must cover the sequence", starts.size(),
          chunks.keys);
@@ -101,6 +103,8 @@ void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim) {
 
 void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
                   ChunkBudget budget, uint8_t* blocks, int threads) {
+  const attention::DefaultFloatEnvironment environment;
+  threads = cpu::checked_threads(threads);
   cpu::check_rows("queries", queries);
   check_range("kv_heads", kv_heads, 1, queries.heads);
   if (queries.heads % kv_heads != 0)
@@ -109,6 +113,7 @@ void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, b
   cpu::check_chunks(chunks, kv_heads, queries.head_dim);
   check_range("rows of queries", queries.rows, 1, std::max<int64_t>(chunks.keys, 1));
   if (chunks.keys == 0) fail("there are no keys to choose from");
+  if (!blocks) fail("blocks is null; the choice is written there");
   if (budget.keys == 0 && !(budget.share > 0 && budget.share <= 1))
     fail("the budget is a share of {}; it must be above 0 and at most 1", budget.share);
   if (budget.keys != 0) check_range("budget of keys", budget.keys, 1, chunks.keys);
