@@ -1,5 +1,7 @@
-"""Whether results will find a place, asked before the work; and reading them again."""
+"""Files of results: whether they will find a place, writing them whole, reading them again."""
 
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,3 +64,22 @@ def open_tensors(path: Path) -> Iterator[safe_open]:
             yield file
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file under a temporary name, then rename: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, working = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(working, 0o644)
+        os.replace(working, path)
+    except BaseException:
+        Path(working).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """`value` as JSON, whole or not at all."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")

@@ -8,7 +8,7 @@ from blasst import calibration, prompts
 from blasst.calibration import Calibration
 from blasst.evaluation import Options, evaluate, report
 from blasst.evaluation.report import Written
-from blasst.files import check_folder
+from blasst.files import check_folder, write_json
 from blasst.hf import models
 from blasst.measure.results import fingerprint
 from blasst.progress import Progress, silent
@@ -113,5 +113,5 @@ def _calibration(loaded: models.Loaded, size: Size, kept: Path, progress: Progre
     )
     # Results of an older calibration say nothing about this one.
     (kept.parent / "results.jsonl").unlink(missing_ok=True)
-    models.write_json(kept, {"made_by": made_by, "calibration": found.to_dict()})
+    write_json(kept, {"made_by": made_by, "calibration": found.to_dict()})
     return found

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import hashlib
 import io
-import json
 import os
 import pickle
 import shutil
@@ -29,7 +28,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from blasst.config import SparseAttention
-from blasst.files import ROOM, check_folder
+from blasst.files import ROOM, check_folder, replace_file
 from blasst.heads import heads_by_layer
 from blasst.hf.layers import place_of
 from blasst.progress import Progress, silent
@@ -265,25 +264,6 @@ def save_config(model: PreTrainedModel, source: str, target: Path) -> None:
             model.save_pretrained(written)
             AutoTokenizer.from_pretrained(source).save_pretrained(written)
         written.rename(target)
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, then rename: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, working = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(working, 0o644)
-        os.replace(working, path)
-    except BaseException:
-        Path(working).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: object) -> None:
-    """`value` as JSON, whole or not at all."""
-    replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def attention_layers(model: PreTrainedModel) -> dict[int, nn.Module]:

@@ -23,14 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from blasst.files import open_tensors
+from blasst.files import open_tensors, replace_file
 from blasst.hf import DENSE, Recording, Threshold, configure, recording_with
 from blasst.hf.models import (
     check_length,
     context_length,
     described,
     identity,
-    replace_file,
     unwindowed_layers,
 )
 from blasst.hf.reading import read

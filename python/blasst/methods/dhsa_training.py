@@ -19,12 +19,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from blasst.files import replace_file
 from blasst.hf import set_policy
 from blasst.hf.models import (
     attention_layers,
     check_length,
     identity,
-    replace_file,
     unwindowed_layers,
 )
 from blasst.hf.reading import read

@@ -14,7 +14,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from blasst.hf.models import replace_file
+from blasst.files import replace_file
 from blasst.pages.table import Table
 
 Plot = tuple[str, str, Callable[[Axes], None]]

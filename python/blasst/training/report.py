@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from blasst.hf.models import write_json
+from blasst.files import write_json
 from blasst.pages import Table, tables_to_dict, write_page
 from blasst.training.plan import TRAINED, Case, TrainingPlan, Way
 from blasst.training.trainer import read_log

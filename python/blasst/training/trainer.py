@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from blasst.files import replace_file
 from blasst.hf import models
 from blasst.training.callbacks import FiniteGradients, SparsitySchedule
 from blasst.training.plan import TrainingPlan
@@ -142,7 +143,7 @@ class _Log(TrainerCallback):
     ) -> None:
         """Forget the steps after the checkpoint that training goes on from."""
         lines = [entry for entry in read_log(self._path) if entry["step"] <= state.global_step]
-        models.replace_file(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        replace_file(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

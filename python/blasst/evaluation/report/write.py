@@ -7,7 +7,8 @@ from blasst.calibration import Calibration
 from blasst.evaluation.options import Options
 from blasst.evaluation.report.plots import plots_of
 from blasst.evaluation.report.tables import tables
-from blasst.hf.models import Loaded, write_json
+from blasst.files import write_json
+from blasst.hf.models import Loaded
 from blasst.measure.results import Results
 from blasst.pages import Table, about_run, tables_to_dict, write_page
 
