@@ -219,7 +219,7 @@ def test_unequal_prompts_are_averaged_where_they_reach():
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda name: make_loaded())
+    monkeypatch.setattr(models, "load", lambda name, loading: make_loaded())
     path = tmp_path / "thresholds.safetensors"
     arguments = ["--keep", "1", "4", "--length", "512", "--prompts", "2", "--out", str(path)]
     assert main(["bsfa", "tiny", *arguments]) == 0

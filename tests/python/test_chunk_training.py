@@ -127,7 +127,7 @@ def test_bad_input(loaded, tmp_path):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "load", lambda name: make_loaded())
+    monkeypatch.setattr(models, "load", lambda name, loading: make_loaded())
     monkeypatch.setattr(dhsa_training, "PredictorPlan", lambda **_: TINY)
     path = tmp_path / "chunks.safetensors"
     assert main(["chunks", "tiny", "--out", str(path)]) == 0

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from blasst.cli.loading import with_loading
 from blasst.cli.options import (
     Distill,
     EvaluatedTargets,
@@ -33,11 +34,14 @@ if TYPE_CHECKING:
 
     from blasst.evaluation import Options
     from blasst.evaluation.report import Written
+    from blasst.hf.models import Loading
     from blasst.methods.registry import Method
 
 
+@with_loading
 def calibrate(
     model: Model,
+    loading: "Loading",
     target_sparsity: Targets = None,
     lengths: Lengths = None,
     held_out: HeldOut = None,
@@ -61,7 +65,7 @@ def calibrate(
 
     prose = None if text is None else read_text(text)
     with shown_progress() as progress:
-        loaded = models.load(model, progress=progress)
+        loaded = models.load(model, loading=loading, progress=progress)
         out = out or Path(model if Path(model).is_dir() else f"{loaded.title}-blasst")
         models.check_room(loaded.model, out)
         found = calibration.calibrate(
@@ -82,12 +86,14 @@ def calibrate(
             f"note: at {length} tokens threshold 1 skips {highest:.1%} in {phase}, "
             f"below the target of {target:.0%}"
         )
-    models.save_config(loaded.model, loaded.folder, out)
+    models.save_config(loaded.model, loaded.tokenizer, out)
     console.print(f"Calibrated model: {out.resolve()}")
 
 
+@with_loading
 def evaluate(
     model: Model,
+    loading: "Loading",
     method: Annotated[
         list[str] | None,
         Option(
@@ -140,16 +146,22 @@ def evaluate(
         limit=limit,
         with_calibrated=BLASST in names,
     )
-    _evaluate(model, options, methods, out)
+    _evaluate(model, loading, options, methods, out)
 
 
-def _evaluate(model: str, options: "Options", methods: "Mapping[str, Method]", out: Path) -> None:
+def _evaluate(
+    model: str,
+    loading: "Loading",
+    options: "Options",
+    methods: "Mapping[str, Method]",
+    out: Path,
+) -> None:
     from blasst.cli.console import shown_progress
     from blasst.evaluation import evaluate, report
     from blasst.hf import models
 
     with shown_progress() as progress:
-        loaded = models.load(model, progress=progress)
+        loaded = models.load(model, loading=loading, progress=progress)
         results = evaluate(loaded, options, methods=methods, out=out, progress=progress)
     _show(report.publish(loaded, options, results, out))
 
@@ -204,7 +216,9 @@ def finetune(
     console.print(f"Report: {path.resolve()}")
 
 
+@with_loading
 def demo(
+    loading: "Loading",
     model: Annotated[
         str, Argument(metavar="[MODEL]", help="smollm2 (default) or gemma3")
     ] = "smollm2",
@@ -218,12 +232,14 @@ def demo(
     from blasst.cli.console import shown_progress
 
     with shown_progress() as progress:
-        written = room.demo(model, out or Path("blasst-demo") / model, progress)
+        written = room.demo(model, out or Path("blasst-demo") / model, progress, loading)
     _show(written)
 
 
+@with_loading
 def bsfa(
     model: Model,
+    loading: "Loading",
     keep: Annotated[
         list[int] | None,
         Option(
@@ -251,7 +267,7 @@ def bsfa(
     from blasst.prompts import read_text
 
     prose = None if text is None else read_text(text)
-    loaded = models.load(model)
+    loaded = models.load(model, loading=loading)
     out = out or Path(f"{loaded.title}-bsfa.safetensors")
     check_file(out, method.AbsoluteThresholds.load)
     with shown_progress() as progress:
@@ -269,8 +285,10 @@ def bsfa(
     console.print(f"Absolute thresholds: {out.resolve()}")
 
 
+@with_loading
 def chunks(
     model: Model,
+    loading: "Loading",
     size: Annotated[int, Option(parser=POSITIVE, metavar="KEYS", help="a chunk has")] = 32,
     length: Length = 2048,
     text: Annotated[
@@ -292,7 +310,7 @@ def chunks(
 
     plan = dhsa_training.PredictorPlan(size=size, length=length)
     prose = None if text is None else read_text(text)
-    loaded = models.load(model)
+    loaded = models.load(model, loading=loading)
     out = out or Path(f"{loaded.title}-chunks.safetensors")
     check_file(out, dhsa.load_predictors)
     with shown_progress() as progress:

@@ -94,3 +94,23 @@ Schemes = Annotated[
         help=f"ways to share thresholds out among heads: {', '.join(HEAD_SCHEMES)} (default: all)",
     ),
 ]
+Device = Annotated[
+    str | None, Option(metavar="DEVICE", help="where the model runs: cpu (default), cuda, cuda:N")
+]
+Dtype = Annotated[
+    str,
+    Option(
+        metavar="TYPE",
+        help="of the weights: auto (as stored; on a GPU bfloat16 in place of float32), float32, "
+        "bfloat16 or float16",
+    ),
+]
+DeviceMap = Annotated[
+    str | None, Option(metavar="MAP", help="spread the model as accelerate does: auto")
+]
+Revision = Annotated[
+    str | None, Option(metavar="NAME", help="branch, tag or commit of a hub model")
+]
+TrustRemoteCode = Annotated[
+    bool, Option("--trust-remote-code", help="run Python code that comes with the model")
+]

@@ -58,13 +58,16 @@ SIZES = {
 }
 
 
-def demo(name: str, out: Path, progress: Progress = silent) -> Written:
+def demo(
+    name: str, out: Path, progress: Progress = silent, loading: models.Loading | None = None
+) -> Written:
     """Calibrate, evaluate and report one of the packaged models.
 
     Args:
         name: of the model.
         out: folder; what it holds of an earlier run is continued.
         progress: told what is being done: see `blasst.progress`.
+        loading: how the model is loaded; default: `models.Loading()`.
 
     Returns:
         The report's path, and its tables.
@@ -76,7 +79,7 @@ def demo(name: str, out: Path, progress: Progress = silent) -> Written:
         raise ValueError(f"no demo of {name!r}; there is one of {', '.join(SIZES)}")
     size = SIZES[name]
     check_folder(out)
-    loaded = models.load(name, progress=progress)
+    loaded = models.load(name, loading=loading, progress=progress)
     found = _calibration(loaded, size, out / "calibration.json", progress)
     options = Options(
         targets=(0.0, *TARGETS),

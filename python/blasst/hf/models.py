@@ -34,6 +34,7 @@ from blasst.hf.layers import place_of
 from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 BLOCK = 1 << 20
 ROOM_TO_CONVERT = 10
 """Times a GGUF file's size: itself, and float32 instead of its 4 bits a weight."""
@@ -71,27 +72,106 @@ class Loaded:
     """Folder or hub name that Transformers loads tokenizer and model from."""
 
 
-def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) -> Loaded:
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, and where it then runs."""
+
+    device: str | None = None
+    """As torch names it; None: the CPU, or what `device_map` says."""
+    dtype: str = "auto"
+    """Type of the weights, one of DTYPES. "auto": as they are stored, on a GPU bfloat16 where that
+    is float32, which its kernels do not read."""
+    device_map: str | None = None
+    """As accelerate takes it, for example "auto"."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Whether to run Python code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if self.device is not None and self.device_map is not None:
+            raise ValueError(
+                f"device is {self.device!r} and device_map is {self.device_map!r}; give one of them"
+            )
+        if self.device is None:
+            return
+        try:
+            device = torch.device(self.device)
+        except RuntimeError:
+            raise ValueError(
+                f"device is {self.device!r}; it must be cpu, cuda, or cuda:N for the GPU N"
+            ) from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device is {self.device!r}; torch finds {torch.cuda.device_count()} GPUs here"
+            )
+
+    def passed(self) -> dict[str, Any]:
+        """What `from_pretrained` of a model takes."""
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        return {"dtype": dtype, "device_map": self.device_map} | self.passed_to_tokenizer()
+
+    def passed_to_tokenizer(self) -> dict[str, Any]:
+        """What `from_pretrained` of a tokenizer takes."""
+        passed: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        return passed if self.revision is None else passed | {"revision": self.revision}
+
+    def place(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model where it shall run."""
+        if self.device is not None:
+            model = model.to(self.device)
+        needs_less = model.device.type == "cuda" and model.dtype == torch.float32
+        return model.to(torch.bfloat16) if needs_less and self.dtype == "auto" else model
+
+
+def load(
+    name: str,
+    *,
+    attention: str = ATTENTION,
+    loading: Loading | None = None,
+    progress: Progress = silent,
+) -> Loaded:
     """Load a model.
 
     Args:
         name: "smollm2", "gemma3", a folder that `save_pretrained` wrote, or a hub name.
         attention: Transformers' `attn_implementation`.
+        loading: in which type, from where, to where; default: `Loading()`.
         progress: told of the conversion that a packaged model's first load needs.
 
     Raises:
-        ValueError: the model's package is missing or damaged, Transformers cannot load it, or
-            blasst cannot run it.
+        ValueError: the model's package is missing or damaged, Transformers cannot load it, blasst
+            cannot run it, or a revision of what is no hub model.
         OSError: the disk is full.
     """
+    loading = loading or Loading()
     packaged = PACKAGED.get(name)
+    if loading.revision is not None and (packaged or Path(name).is_dir()):
+        raise ValueError(
+            f"revision is {loading.revision!r}; only hub models have one, not {name!r}"
+        )
     folder = str(cached(name, progress)) if packaged else name
     title = packaged.title if packaged else Path(name).name
+    model, tokenizer = _from_pretrained(name, folder, attention, loading)
+    if attention == ATTENTION:
+        _try_out(model, name)
+    return Loaded(title, model, tokenizer, folder)
+
+
+def _from_pretrained(
+    name: str, folder: str, attention: str, loading: Loading
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """What Transformers loads, whole and in its place."""
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **loading.passed_to_tokenizer())
             model, about = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", attn_implementation=attention, output_loading_info=True
+                folder,
+                attn_implementation=attention,
+                output_loading_info=True,
+                **loading.passed(),
             )
         except SafetensorError as error:
             raise ValueError(
@@ -99,7 +179,7 @@ def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) 
                 "Remove it and fetch it again"
             ) from None
         except (
-            *(OSError, ValueError, KeyError, RuntimeError, EOFError),
+            *(OSError, ValueError, KeyError, RuntimeError, EOFError, ImportError),
             pickle.UnpicklingError,
         ) as error:
             if getattr(error, "errno", None) is not None:
@@ -111,10 +191,7 @@ def load(name: str, *, attention: str = ATTENTION, progress: Progress = silent) 
             f"the weights of {folder} lack {len(missing)} tensors, {missing[0]} the first: "
             "fetch them again"
         )
-    model.eval()
-    if attention == ATTENTION:
-        _try_out(model, name)
-    return Loaded(title, model, tokenizer, folder)
+    return loading.place(model.eval()), tokenizer
 
 
 @torch.inference_mode()
@@ -246,12 +323,12 @@ def weights_size(model: PreTrainedModel) -> int:
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def save_config(model: PreTrainedModel, source: str, target: Path) -> None:
+def save_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Write the model and its `sparse_attention_config` to a folder, whole or not at all.
 
     Args:
         model: what `save_pretrained` writes.
-        source: where it came from; its tokenizer is copied.
+        tokenizer: of the model; written beside it.
         target: the folder. If it holds something, only its config.json is replaced.
     """
     if target.exists() and any(target.iterdir()):
@@ -262,7 +339,7 @@ def save_config(model: PreTrainedModel, source: str, target: Path) -> None:
         written = Path(working) / "model"
         with quiet():
             model.save_pretrained(written)
-            AutoTokenizer.from_pretrained(source).save_pretrained(written)
+            tokenizer.save_pretrained(written)
         written.rename(target)
 
 

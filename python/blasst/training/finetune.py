@@ -89,7 +89,7 @@ class _Run:
         is_new = not (out / "results.jsonl").exists()
         check_folder(out, ROOM + is_new * PEAK * models.weights_size(loaded.model))
         models.check_length(loaded.model, plan.length, "a sample")
-        self.tokenizer, self.folder = loaded.tokenizer, loaded.folder
+        self.tokenizer = loaded.tokenizer
         self.prose, held_out = split_text(text)
         self.windows = held_out_windows(self.tokenizer, held_out, plan)
         mark = hashlib.sha256(self.prose.encode()).hexdigest()
@@ -127,7 +127,7 @@ class _Run:
         model.config.sparse_attention_config = self.results.get("calibration", Way.UNTRAINED)
         plan, folder = self.plan, self.out / way / "model"
         if plan.distill and way == Way.DENSE:
-            models.save_config(model, self.folder, folder)
+            models.save_config(model, self.tokenizer, folder)
             return
         sparse = way == Way.SPARSE
         schedule = SparsitySchedule(
@@ -147,7 +147,7 @@ class _Run:
             lambda share, what: self.progress(f"Training, {way}", share, what),
             teacher,
         )
-        models.save_config(model, self.folder, folder)
+        models.save_config(model, self.tokenizer, folder)
         for checkpoint in checkpoints(self.out / way):
             shutil.rmtree(checkpoint)
 
@@ -167,7 +167,7 @@ class _Run:
             if abs(sparse["sparsity"] - self.plan.target) <= CLOSE:
                 break
         model.config.sparse_attention_config = config.with_targets(**{PHASE: target}).to_dict()
-        models.save_config(model, self.folder, folder)
+        models.save_config(model, self.tokenizer, folder)
         return [Case(way, Way.DENSE, **dense), Case(way, Way.SPARSE, **sparse)]
 
     def _reaching_target(self, model: PreTrainedModel, way: str, made: str) -> float:

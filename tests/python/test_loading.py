@@ -1,0 +1,72 @@
+"""How models are loaded: types, devices, and what cannot be."""
+
+import inspect
+
+import pytest
+import torch
+
+from blasst.cli import commands
+from blasst.cli.app import main
+from blasst.hf.models import Loading, load
+from recency_model import make_recency_model, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_recency_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_weights_have_the_type_that_is_asked_for(folder, dtype, expected):
+    model = load(str(folder), loading=Loading(device="cpu", dtype=dtype)).model
+    assert {p.dtype for p in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be cpu, cuda, or cuda:N"),
+        ({"device": "cuda:99"}, r"device is 'cuda:99'; torch finds \d+ GPUs here"),
+        ({"device": "cpu", "device_map": "auto"}, "give one of them"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        Loading(**options)
+
+
+def test_a_folder_has_no_revision(folder):
+    with pytest.raises(ValueError, match="revision is 'main'; only hub models have one"):
+        load(str(folder), loading=Loading(revision="main"))
+
+
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "demo", "bsfa", "chunks"])
+def test_commands_pass_the_options_on(command, monkeypatch, capsys):
+    given = []
+
+    def stop(name, *, loading, progress=None):
+        given.append(loading)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("blasst.hf.models.load", stop)
+    options = ["--device", "cpu", "--dtype", "bfloat16", "--trust-remote-code"]
+    assert main([command, "smollm2", *options]) == 1
+    assert given == [Loading("cpu", "bfloat16", trust_remote_code=True)]
+    names = inspect.signature(getattr(commands, command)).parameters
+    assert "loading" not in names
+    assert {"device", "dtype", "device_map", "revision", "trust_remote_code"} <= set(names)
+
+
+def test_a_calibration_in_bfloat16(folder, tmp_path, capsys):
+    arguments = ["calibrate", str(folder), "--dtype", "bfloat16", "--target-sparsity", "0.1"]
+    arguments += ["--lengths", "512", "--held-out", "--prompts", "1", "--out", str(tmp_path / "to")]
+    assert main(arguments) == 0
+    model = load(str(tmp_path / "to")).model
+    assert model.dtype == torch.bfloat16
+    assert model.config.sparse_attention_config is not None
