@@ -47,12 +47,12 @@ def test_tries_every_order_and_scheme_and_marks_the_one_nearest_to_dense(calibra
     }
     [chosen] = [c for c in candidates if c.chosen]
     assert chosen.kl <= 1.5 * min(c.kl for c in candidates), "but for the sparsity reached"
-    [policy] = calibrated[1].config.measured["prefill"].policies
+    [policy] = calibrated[1].config.measured["prefill"].tables
     assert (policy.order, policy.heads) == (chosen.order, chosen.heads)
 
 
 def test_the_last_target_is_the_highest_that_is_reached(calibrated):
-    [policy] = calibrated[1].config.measured["prefill"].policies
+    [policy] = calibrated[1].config.measured["prefill"].tables
     assert list(policy.targets) == sorted(policy.targets)
     model = make_recency_model()
     blasst.configure(model, prefill=blasst.Threshold(1.0, order=policy.order))
@@ -89,7 +89,7 @@ def test_where_the_chosen_order_is_too_short_for_the_target_another_stands_in(mo
         ("sink_first", True, 0),
         ("reverse", False, 1024),
     }
-    [policy] = parse(model.config.sparse_attention_config).measured["prefill"].policies
+    [policy] = parse(model.config.sparse_attention_config).measured["prefill"].tables
     below = dict(zip(policy.targets, policy.below, strict=True))
     assert below[0.1] == 0, "both lengths reach it"
     assert below[0.25] == 1024
@@ -120,7 +120,7 @@ def test_what_is_written_carries_tile_shape_lengths_and_no_phase_that_was_not_as
     entry = json.loads(json.dumps(calibrated[0].config.sparse_attention_config))
     config = parse(entry)
     assert config.measured["prefill"].tile_shape == (64, 64)
-    assert config.measured["prefill"].policies[0].lengths == LENGTHS
+    assert config.measured["prefill"].tables[0].lengths == LENGTHS
     assert "decode" not in config.measured
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blasst import config
-from blasst.config import Law, Measured, Policy, SparseAttention, parse, thresholds_for
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable, parse, thresholds_for
 
 # As Model-Optimizer documents its export.
 ECOSYSTEM = {
@@ -35,7 +35,9 @@ ECOSYSTEM = {
 def measured_config() -> SparseAttention:
     # [2 lengths, 2 targets, 2 layers, 3 heads]
     table = -torch.arange(1.0, 25.0).reshape(2, 2, 2, 3) / 10
-    policy = Policy("reverse", "equal_mass", Law(3.0, 2.0, 2.0), (1024, 4096), (0.4, 0.6), table)
+    policy = ThresholdTable(
+        "reverse", "equal_mass", Law(3.0, 2.0, 2.0), (1024, 4096), (0.4, 0.6), table
+    )
     return SparseAttention(
         targets=("LlamaAttention",),
         laws={"prefill": Law(7.93, 8.61)},
@@ -176,7 +178,7 @@ def test_class_outside_targets_is_an_error_that_names_it():
 
 def test_measured_table_is_used_at_its_points_and_interpolated_between_them():
     parsed = measured_config()
-    table = parsed.measured["prefill"].policies[0].ln_threshold
+    table = parsed.measured["prefill"].tables[0].ln_threshold
 
     def ln(target: float, length: int) -> torch.Tensor:
         entry = parsed.with_targets(prefill=target).to_dict()
@@ -192,7 +194,7 @@ def test_measured_table_is_used_at_its_points_and_interpolated_between_them():
 def with_shorter() -> SparseAttention:
     """0.4 is reached in reverse order from 2048 keys on, 0.6 from 4096."""
     parsed = measured_config()
-    [policy] = parsed.measured["prefill"].policies
+    [policy] = parsed.measured["prefill"].tables
     other = replace(policy, order="sink_first", ln_threshold=policy.ln_threshold / 2)
     policy = replace(policy, below=(2048, 4096), shorter=other)
     return replace(parsed, measured={"prefill": Measured((64, 64), (policy,))})
@@ -286,8 +288,8 @@ def test_round_trip_through_json(make):
     again = parse(json.loads(json.dumps(parsed.to_dict())))
     assert again == parsed
     torch.testing.assert_close(
-        again.measured["prefill"].policies[0].ln_threshold,
-        parsed.measured["prefill"].policies[0].ln_threshold,
+        again.measured["prefill"].tables[0].ln_threshold,
+        parsed.measured["prefill"].tables[0].ln_threshold,
     )
     assert again.to_dict() == parsed.to_dict()
 

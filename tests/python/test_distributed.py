@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import distributed_worker
-from blasst.config import Law, Measured, Policy, SparseAttention
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable
 from distributed_worker import cases, fine_tune
 from recency_model import make_recency_model
 
@@ -43,7 +43,9 @@ def configuration(heads: int, decoding: int | None = None) -> SparseAttention:
     generator = torch.Generator().manual_seed(3)
     low = torch.rand((1, 1, 2, heads), generator=generator) * 6 - 7
     table = torch.cat([low, low + 1], 1)  # of targets 0.1 and 0.2
-    policy = Policy("sink_first", "water_filling", Law(9.0, 2.0, 1.0), (LENGTH,), (0.1, 0.2), table)
+    policy = ThresholdTable(
+        "sink_first", "water_filling", Law(9.0, 2.0, 1.0), (LENGTH,), (0.1, 0.2), table
+    )
     rows = {"prefill": 64, "decode": decoding}
     measured = {phase: Measured((n, 64), (policy,)) for phase, n in rows.items() if n}
     return SparseAttention(

@@ -7,7 +7,7 @@ import torch
 
 import blasst
 from blasst.cli.app import main
-from blasst.config import Law, Measured, Policy, SparseAttention
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable
 from blasst.evaluation import Options, evaluate, lm_eval, prompted, report, shorter_lengths, texts
 from blasst.evaluation.answers import answer
 from blasst.evaluation.settings import DENSELY, Scheme
@@ -26,7 +26,9 @@ def configured() -> Loaded:
     """With thresholds that skip something, as a calibration would leave them."""
     loaded = make_loaded()
     ln = torch.tensor([-4.0, 0.0]).reshape(1, 2, 1, 1)
-    policy = Policy("reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.9), ln)
+    policy = ThresholdTable(
+        "reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.9), ln
+    )
     config = SparseAttention(
         targets=("LlamaAttention",),
         laws={"prefill": Law(400.0, 0.3)},

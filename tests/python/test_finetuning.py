@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import blasst
 from blasst.cli.app import main
-from blasst.config import Law, Measured, Policy, SparseAttention
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable
 from blasst.hf import models
 from blasst.prompts import reference_text
 from blasst.training import FiniteGradients, SparsitySchedule, finetune, trainer
@@ -36,7 +36,9 @@ def calibrated_model():
     """With one threshold for all heads, lower at a lower target."""
     model = make_recency_model()
     ln = torch.tensor([-6.0, 0.0]).reshape(1, 2, 1, 1)
-    policy = Policy("reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.2), ln)
+    policy = ThresholdTable(
+        "reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.2), ln
+    )
     config = SparseAttention(
         targets=("LlamaAttention",),
         laws={},

@@ -65,7 +65,15 @@ def test_commands_pass_the_options_on(command, monkeypatch, capsys):
 
 def test_a_calibration_in_bfloat16(folder, tmp_path, capsys):
     arguments = ["calibrate", str(folder), "--dtype", "bfloat16", "--target-sparsity", "0.1"]
-    arguments += ["--lengths", "512", "--held-out", "--prompts", "1", "--out", str(tmp_path / "to")]
+    arguments += [
+        "--lengths",
+        "1024",
+        "--held-out",
+        "--prompts",
+        "1",
+        "--out",
+        str(tmp_path / "to"),
+    ]
     assert main(arguments) == 0
     model = load(str(tmp_path / "to")).model
     assert model.dtype == torch.bfloat16

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from blasst.config import Law, Measured, Policy, SparseAttention, parse
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable, parse
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,7 +55,7 @@ def test_blasst_reads_what_model_optimizer_writes(modelopt):
 
 
 def test_model_optimizer_reads_what_blasst_writes(modelopt):
-    other = Policy(
+    other = ThresholdTable(
         "sink_first", "one_threshold", Law(9.0, 2.0, 1.5), (1024,), (0.5,), -torch.ones(1, 1, 1, 1)
     )
     policy = replace(other, order="reverse", below=(1024,), shorter=other)

@@ -25,7 +25,7 @@ from blasst.calibration.search import choose, running
 from blasst.calibration.setup import Setup, check_attention, lengths_of, targets_by_phase
 from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
-from blasst.config import HEAD_SCHEMES, Measured, Policy, SparseAttention
+from blasst.config import HEAD_SCHEMES, Measured, SparseAttention, ThresholdTable
 from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import read
 from blasst.progress import Progress, silent
@@ -187,7 +187,7 @@ class _Calibrating:
         return self._config({phase: [table]}, {phase: target})
 
     def _config(
-        self, tables: Mapping[str, list[Policy]], targets: Mapping[str, float] | None = None
+        self, tables: Mapping[str, list[ThresholdTable]], targets: Mapping[str, float] | None = None
     ) -> SparseAttention:
         """The configuration with these tables; at the first targets, unless others are given."""
         setup = self._setup

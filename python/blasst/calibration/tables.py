@@ -8,7 +8,7 @@ import torch
 
 from blasst.calibration.curves import UnfittableError, fit_law, ln_threshold_at, share_out
 from blasst.calibration.measurement import Measurements
-from blasst.config import HIGHEST_LN_THRESHOLD, LOWEST_LN_THRESHOLD, Law, Policy
+from blasst.config import HIGHEST_LN_THRESHOLD, LOWEST_LN_THRESHOLD, Law, ThresholdTable
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 """The grid that a table is made for, as far as its order reaches."""
@@ -38,7 +38,7 @@ class Tables:
         scheme: str,
         targets: Sequence[float],
         longest: int | None = None,
-    ) -> Policy:
+    ) -> ThresholdTable:
         """The measured table of one order and scheme, at the lengths up to `longest`."""
         lengths = [n for n in self._lengths if longest is None or n <= longest]
         # The power of the length is the one threshold's: a head's own is too noisy to extrapolate.
@@ -48,7 +48,7 @@ class Tables:
         self._continue_beyond_one(phase, order, targets, law.power, ln)
         values = torch.tensor(ln, dtype=torch.float32)
         values = values.clamp(LOWEST_LN_THRESHOLD, HIGHEST_LN_THRESHOLD)
-        return Policy(order, scheme, law, tuple(lengths), tuple(targets), values)
+        return ThresholdTable(order, scheme, law, tuple(lengths), tuple(targets), values)
 
     def _for_all(
         self, phase: str, order: str, scheme: str, length: int, target: float

@@ -8,7 +8,7 @@ from blasst.calibration.measurement import Measurements
 from blasst.calibration.result import Candidate
 from blasst.calibration.setup import Setup
 from blasst.calibration.tables import Tables
-from blasst.config import Policy
+from blasst.config import ThresholdTable
 
 
 class Winners:
@@ -46,7 +46,7 @@ class Winners:
         found = [winner] if length >= first else []
         return found + ([other] if other is not None and length <= first else [])
 
-    def tables(self, phase: str) -> list[Policy]:
+    def tables(self, phase: str) -> list[ThresholdTable]:
         """Each target of the grid goes with the winner at the nearest target asked for."""
         winners = [w for w in self.chosen if w.phase == phase]
         asked = self._setup.targets[phase]
@@ -64,7 +64,7 @@ class Winners:
                 groups.append((winner, [target]))
         return [self._with_stand_in(winner, targets) for winner, targets in groups]
 
-    def _with_stand_in(self, winner: Candidate, targets: Sequence[float]) -> Policy:
+    def _with_stand_in(self, winner: Candidate, targets: Sequence[float]) -> ThresholdTable:
         """The winner's table, and its stand-in's for lengths at which it does not reach a target.
 
         Thresholds of two orders cannot be interpolated with each other, so the stand-in serves

@@ -2,7 +2,7 @@
 
 from typing import get_args
 
-from blasst.config.laws import LOWEST_LN_THRESHOLD, Law, Measured, Policy, Schedule
+from blasst.config.laws import LOWEST_LN_THRESHOLD, Law, Measured, Schedule, ThresholdTable
 from blasst.config.reading import parse, parsed, thresholds_for
 from blasst.config.schema import (
     ALGORITHM,
@@ -44,10 +44,10 @@ __all__ = [
     "VERSION",
     "Law",
     "Measured",
-    "Policy",
     "Rule",
     "Schedule",
     "SparseAttention",
+    "ThresholdTable",
     "check_target",
     "is_listed",
     "parse",

@@ -71,7 +71,7 @@ class Law:
 
 
 @dataclass(frozen=True)
-class Policy:
+class ThresholdTable:
     """Measured thresholds for a range of targets: one order, one way to share among heads."""
 
     order: str
@@ -86,7 +86,7 @@ class Policy:
     stands for the heads that a layer has fewer than others."""
     below: tuple[int, ...] = ()
     """By target: with fewer keys its order does not reach it, and `shorter` stands in."""
-    shorter: "Policy | None" = None
+    shorter: "ThresholdTable | None" = None
     """Of another order, for the same targets."""
 
     def schedule(self, target: float) -> Schedule:
@@ -129,13 +129,13 @@ class Measured:
 
     tile_shape: tuple[int, int]
     """Query rows and keys of the tiles that it was measured on."""
-    policies: tuple[Policy, ...]
+    tables: tuple[ThresholdTable, ...]
     """By ascending target; each covers the targets from its first to its last. None: the law."""
 
-    def policy(self, target: float) -> Policy:
+    def table(self, target: float) -> ThresholdTable:
         """The one that covers this target, else the nearest."""
         return min(
-            self.policies, key=lambda p: max(p.targets[0] - target, target - p.targets[-1], 0.0)
+            self.tables, key=lambda p: max(p.targets[0] - target, target - p.targets[-1], 0.0)
         )
 
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blasst.config.laws import Law, Measured, Policy, on_host
+from blasst.config.laws import Law, Measured, ThresholdTable, on_host
 from blasst.config.schema import (
-    MainPolicyEntry,
+    MainTableEntry,
     MeasuredEntry,
-    PolicyEntry,
+    TableEntry,
     validated,
 )
 from blasst.config.sparse_attention import PHASES, Rule, SparseAttention
@@ -50,21 +50,23 @@ def parse(entry: Any) -> SparseAttention:
 
 def _measured(entry: MeasuredEntry) -> Measured:
     rows, keys = entry.tile_shape
-    return Measured((rows, keys), tuple(_main_policy(policy) for policy in entry.policies))
+    return Measured((rows, keys), tuple(_main_table(one) for one in entry.policies))
 
 
-def _main_policy(entry: MainPolicyEntry) -> Policy:
-    policy = _policy(entry)
+def _main_table(entry: MainTableEntry) -> ThresholdTable:
+    table = _own_table(entry)
     if entry.shorter is None:
-        return policy
-    below, shorter = tuple(entry.shorter.below), _policy(entry.shorter.policy)
-    return replace(policy, below=below, shorter=shorter)
+        return table
+    below, shorter = tuple(entry.shorter.below), _own_table(entry.shorter.policy)
+    return replace(table, below=below, shorter=shorter)
 
 
-def _policy(entry: PolicyEntry) -> Policy:
+def _own_table(entry: TableEntry) -> ThresholdTable:
     law = Law(entry.law.a, entry.law.b, entry.law.power)
     lengths, targets = tuple(entry.lengths), tuple(entry.target_sparsity)
-    return Policy(entry.order, entry.heads, law, lengths, targets, _table(entry.ln_threshold))
+    return ThresholdTable(
+        entry.order, entry.heads, law, lengths, targets, _table(entry.ln_threshold)
+    )
 
 
 def _table(rows: list[list[list[list[float]]]]) -> Tensor:

@@ -145,7 +145,7 @@ class ProducerEntry(BaseModel):
     version: str = "unknown"
 
 
-class PolicyEntry(_Entry):
+class TableEntry(_Entry):
     """Thresholds measured for one order."""
 
     order: Order
@@ -157,7 +157,7 @@ class PolicyEntry(_Entry):
     """[lengths][targets][layers][heads]"""
 
     @model_validator(mode="after")
-    def _table_has_its_shape(self) -> "PolicyEntry":
+    def _table_has_its_shape(self) -> "TableEntry":
         _check_table(self.ln_threshold, len(self.lengths), len(self.target_sparsity))
         return self
 
@@ -166,16 +166,16 @@ class ShorterEntry(_Entry):
     """What stands in where the keys are few."""
 
     below: list[Annotated[int, Field(ge=0)]]
-    policy: PolicyEntry
+    policy: TableEntry
 
 
-class MainPolicyEntry(PolicyEntry):
+class MainTableEntry(TableEntry):
     """One that another may stand in for."""
 
     shorter: ShorterEntry | None = None
 
     @model_validator(mode="after")
-    def _shorter_is_for_the_same_targets(self) -> "MainPolicyEntry":
+    def _shorter_is_for_the_same_targets(self) -> "MainTableEntry":
         if self.shorter is None:
             return self
         count = len(self.target_sparsity)
@@ -196,7 +196,7 @@ class MeasuredEntry(_Entry):
     """What a calibration of ours found for one phase."""
 
     tile_shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
-    policies: list[MainPolicyEntry]
+    policies: list[MainTableEntry]
 
 
 class OwnEntry(_Entry):

@@ -33,7 +33,7 @@ class Rule(NamedTuple):
     order: str
 
 
-DENSE = Rule(None, "sink_first")
+DENSE_RULE = Rule(None, "sink_first")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class SparseAttention:
 
     def under_the_law(self) -> "SparseAttention":
         """The ecosystem's law, fitted on the same tiles, instead of the measured tables."""
-        laws = {phase: replace(m, policies=()) for phase, m in self.measured.items()}
+        laws = {phase: replace(m, tables=()) for phase, m in self.measured.items()}
         return replace(self, measured={p: m for p, m in laws.items() if p in self.laws})
 
     def tile_shape(self, phase: str) -> tuple[int, int]:
@@ -107,7 +107,7 @@ class SparseAttention:
     ) -> Rule:
         """The thresholds and the order of one layer: see `thresholds_for`."""
         if not self._is_sparse(attention_class, layer, phase, name):
-            return DENSE
+            return DENSE_RULE
         # Every layer of a pass asks for the same lengths, so the whole model's table is kept. It is
         # read once: another thread may put its own in the place.
         target = self.target_sparsity[phase]
@@ -155,10 +155,10 @@ class SparseAttention:
         target = self.target_sparsity[phase]
         if not self._has_table(phase):
             return self.laws[phase].schedule(target)
-        return self.measured[phase].policy(target).schedule(target)
+        return self.measured[phase].table(target).schedule(target)
 
     def _has_table(self, phase: str) -> bool:
-        return phase in self.measured and bool(self.measured[phase].policies)
+        return phase in self.measured and bool(self.measured[phase].tables)
 
     def tell_tiles(self, phase: str, running: Callable[[], tuple[int, int]]) -> None:
         """Say, once a phase, that the kernel that runs has other tiles than the thresholds."""
@@ -178,14 +178,14 @@ class SparseAttention:
         """Say, once a phase, how far a request or the target is outside what was measured."""
         if not self._has_table(phase):
             return
-        policy = self.measured[phase].policy(target)
-        low, high = self.measured[phase].policies[0], self.measured[phase].policies[-1]
+        table = self.measured[phase].table(target)
+        low, high = self.measured[phase].tables[0], self.measured[phase].tables[-1]
         messages = []
-        if length > NEAR * policy.lengths[-1]:
-            times = length / policy.lengths[-1]
+        if length > NEAR * table.lengths[-1]:
+            times = length / table.lengths[-1]
             messages.append(
                 f"{length} keys are {times:.2f}x the longest calibrated length, "
-                f"{policy.lengths[-1]}; thresholds are extrapolated"
+                f"{table.lengths[-1]}; thresholds are extrapolated"
             )
         if not low.targets[0] <= target <= high.targets[-1]:
             messages.append(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blasst.config.laws import Law, Measured, Policy
+from blasst.config.laws import Law, Measured, ThresholdTable
 from blasst.config.schema import ALGORITHM, FORMULA, LENGTH_FORMULA, VERSION
 
 
@@ -30,26 +30,26 @@ def own_entry(measured: Mapping[str, Measured]) -> dict[str, Any]:
     return {"version": VERSION} | {
         phase: {
             "tile_shape": list(found.tile_shape),
-            "policies": [_policy(policy) for policy in found.policies],
+            "policies": [_table(table) for table in found.tables],
         }
         for phase, found in measured.items()
     }
 
 
-def _policy(policy: Policy) -> dict[str, Any]:
-    law = policy.law
+def _table(table: ThresholdTable) -> dict[str, Any]:
+    law = table.law
     entry = {
-        "order": policy.order,
-        "heads": policy.heads,
+        "order": table.order,
+        "heads": table.heads,
         "law": {"formula": LENGTH_FORMULA, "a": law.a, "b": law.b, "power": law.power},
-        "lengths": list(policy.lengths),
-        "target_sparsity": list(policy.targets),
+        "lengths": list(table.lengths),
+        "target_sparsity": list(table.targets),
         # Three decimals: 0.1 % of a threshold, far below what sparsity can tell apart.
-        "ln_threshold": _rounded(policy.ln_threshold.tolist()),
+        "ln_threshold": _rounded(table.ln_threshold.tolist()),
     }
-    if policy.shorter is not None:
-        shorter = _policy(policy.shorter)
-        entry["shorter"] = {"below": list(policy.below), "policy": shorter}
+    if table.shorter is not None:
+        shorter = _table(table.shorter)
+        entry["shorter"] = {"below": list(table.below), "policy": shorter}
     return entry
 
 

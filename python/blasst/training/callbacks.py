@@ -142,7 +142,7 @@ def _calibration(model: PreTrainedModel, highest: float) -> SparseAttention:
     if PHASE not in config.measured and PHASE not in config.laws:
         raise ValueError(f"the model's sparse_attention_config has no thresholds of {PHASE}")
     if PHASE in config.measured:
-        reached = config.measured[PHASE].policies[-1].targets[-1]
+        reached = config.measured[PHASE].tables[-1].targets[-1]
         if highest > reached:
             raise ValueError(
                 f"the schedule goes to a target sparsity of {highest}; the model is calibrated up "

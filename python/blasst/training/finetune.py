@@ -177,7 +177,7 @@ class _Run:
         """
         wanted = self.plan.target
         config = self._calibration(made, model)
-        low, high = 0.0, config.measured[PHASE].policies[-1].targets[-1]
+        low, high = 0.0, config.measured[PHASE].tables[-1].targets[-1]
         below, above = 0.0, None
         at, misses = min(wanted, high), {}
         for _ in range(TRIES):
