@@ -13,6 +13,7 @@ import blasst
 import c_api
 from blasst import attention
 from blasst.ops import arguments
+from blasst.ops.library import call
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EVERYTHING = {
@@ -686,6 +687,36 @@ def test_tile_maxima(phase):
     torch.testing.assert_close(got.tile_maxima, scores)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("keys", [300, 2200])
+def test_the_output_is_attention_over_the_tiles_of_the_mask(phase, keys):
+    q, k, v = inputs(queries=150 if phase == "prefill" else 3, keys=keys)
+    got = attention(
+        q, k, v, causal=True, phase=phase, threshold=0.3, return_tile_mask=True, return_stats=True
+    )
+    rows, size, _ = blasst.tile_shape(q, k, v, phase=phase)
+    mask = got.tile_mask
+    assert mask.dtype == torch.bool
+    if phase == "decode":  # the query heads of a KV head share it
+        mask = mask.repeat_interleave(2, 1)[:, :, None]
+    kept = (got.stats.visitable - got.stats.skipped).sum((0, 1))
+    assert mask.sum() == kept
+    assert 0 < got.stats.sparsity < 1
+    visible = mask.repeat_interleave(rows, 2).repeat_interleave(size, 3)
+    visible = visible[:, :, : q.shape[1], :keys] & (distances(q.shape[1], keys) >= 0)
+    assert (got.out - dense(q, k, v, visible)).abs().max() < 1e-5
+    compiled = torch.compile(
+        lambda q, k, v: (
+            attention(
+                q, k, v, causal=True, phase=phase, threshold=0.3, return_tile_mask=True
+            ).tile_mask
+        ),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(compiled(q, k, v), got.tile_mask)
+
+
 def test_thresholds_by_place():
     q, k, v = inputs(queries=200, keys=330)
     # Query tiles start at positions 130, 194, 258, 322: places 2, 3, 4, 5.
@@ -925,6 +956,7 @@ BAD = {
         ),
     ],
     blasst.NotSupportedError: [
+        ({"lengths": i32(3, 3), "return_tile_mask": True}, "return_tile_mask is set together with"),
         ({"q": Q.to("meta")}, "q is on meta; blasst runs on: cpu, cuda"),
     ],
 }
@@ -1023,6 +1055,36 @@ def test_merge_traces_and_refuses():
         blasst.merge(out, None, out, lse)
     with pytest.raises(NotImplementedError, match=r"blasst\.merge has no backward pass"):
         blasst.merge(out.requires_grad_(), lse, out, lse)[0].sum().backward()
+
+
+def test_the_tensors_of_a_merge_share_a_device():
+    tensors = torch.randn(2, 3, 4, 16), torch.randn(2, 4, 3)
+    tensors = [*tensors, *tensors]
+    for i in range(1, 4):
+        with pytest.raises(ValueError, match="is on meta, out1 on cpu"):
+            blasst.merge(*(t.to("meta") if i == j else t for j, t in enumerate(tensors)))
+    by_head = [t if t.dim() == 4 else t.transpose(0, 1).flatten(1) for t in tensors]
+    names = ("out_a", "lse_a", "out_b", "lse_b")
+    for name in names:
+        given = dict(zip(names, by_head, strict=True))
+        with pytest.raises(ValueError, match=r"is on (meta|cpu), out_a on (cpu|meta)"):
+            call("merge", **{**given, name: given[name].to("meta")})
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_tile_shape_refuses_what_attention_would(phase):
+    q, k, v = inputs(queries=3)
+    for tensors, error, message in [
+        ((q[0], k, v), ValueError, r"q is \[3, 4, 32\]; it must be \[batch, query_length"),
+        ((q, k.half(), v), TypeError, "k is Half, but q is Float"),
+        ((q, k, v[:, 1:]), ValueError, r"v is \[2, 149, 2, 32\], but k is"),
+        ((q, k, v.to("meta")), ValueError, "v is on meta, q on cpu"),
+        ((q, k, None), TypeError, r"v is a NoneType; it must be a torch\.Tensor"),
+    ]:
+        with pytest.raises(error, match=message):
+            blasst.tile_shape(*tensors, phase=phase)
+    with pytest.raises(ValueError, match="phase is 'train'; it must be one of prefill, decode"):
+        blasst.tile_shape(q, k, v, phase="train")
 
 
 def test_pages_are_always_checked_on_the_cpu():

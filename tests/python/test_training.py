@@ -31,26 +31,17 @@ def inputs(batch=2, queries=150, keys=330, heads=4, kv_heads=2, dim=32, dtype=to
 
 
 def kept_keys(q: Tensor, k: Tensor, v: Tensor, causal=True, threshold=THRESHOLD, **options):
-    """[batch, heads, queries, keys]: whether attention keeps the tile, by the operator's bits."""
-    batch, queries, heads, _ = q.shape
-    keys = k.shape[1]
-    left, right = options.get("window", (-1, -1))
-    *_, bits = call(
-        "prefill",
-        **dict.fromkeys(ABSENT),
-        **{"q": q, "k": k, "v": v, "causal": causal, "window_left": left, "window_right": right},
-        **{name: options.get(name) or 0.0 for name in ("scale", "softcap")},
-        sinks=options.get("sinks"),
-        order="sink_first",
-        test="none" if threshold is None else "relative",
-        thresholds=None if threshold is None else torch.tensor([[[threshold]]]),
-        **{f"want_{name}": name == "bits" for name in REPORTS},
-    )
-    tiles = -(-keys // KEYS)
-    bits = bits.reshape(heads, batch, -(-queries // QUERY_ROWS), -(-tiles // 32))
-    kept = (bits[..., torch.arange(tiles) // 32] >> (torch.arange(tiles) % 32)) & 1
-    kept = kept.repeat_interleave(QUERY_ROWS, 2).repeat_interleave(KEYS, 3)
-    return kept[:, :, :queries, :keys].transpose(0, 1).bool()
+    """[batch, heads, queries, keys]: whether attention keeps the tile."""
+    mask = attention(
+        *(q, k, v),
+        causal=causal,
+        threshold=threshold,
+        phase="prefill",
+        return_tile_mask=True,
+        **options,
+    ).tile_mask
+    mask = mask.repeat_interleave(QUERY_ROWS, 2).repeat_interleave(KEYS, 3)
+    return mask[:, :, : q.shape[1], : k.shape[1]]
 
 
 def softmax_over(q, k, v, kept, causal=True, scale=None, softcap=None, sinks=None, window=None):

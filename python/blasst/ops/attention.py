@@ -22,7 +22,7 @@ from blasst.ops.arguments import (
     sinks_of,
 )
 from blasst.ops.layouts import check_layout
-from blasst.ops.library import REPORTS, call
+from blasst.ops.library import REPORTS, call, key_tiles
 
 
 class TileCounts(NamedTuple):
@@ -59,6 +59,9 @@ class Result(NamedTuple):
     tile_maxima: Tensor | None
     """[batch, heads, query tiles, key tiles], decode [batch, kv_heads, key tiles]: float32 largest
     score of each visited tile; -inf where none is visited."""
+    tile_mask: Tensor | None
+    """[batch, heads, query tiles, key tiles], decode [batch, kv_heads, key tiles]: bool, the tiles
+    that were visited and kept."""
 
 
 class TileShape(NamedTuple):
@@ -103,6 +106,7 @@ def attention(
     return_error_bound: bool = False,
     return_gaps: bool = False,
     return_tile_maxima: bool = False,
+    return_tile_mask: bool = False,
     check_pages: bool = False,
 ) -> Tensor | Result:
     """Softmax attention that drops the key tiles whose scores lie far below the best so far.
@@ -151,12 +155,10 @@ def attention(
         cu_seqlens_q: [batch + 1] first row of each request, for ragged q.
         cu_seqlens_k: [batch + 1] first key of each request, for ragged k and v.
         page_table: [batch, pages a request] page ids, for paged k and v; needs lengths.
-        max_seqlen_q: no request of a ragged q has more rows. Without it, on cuda, room is made for
-            one that has all of them, which costs time. Checked on the cpu; on cuda rows beyond it
-            are not computed.
-        max_seqlen_k: no request of ragged or paged keys has more. Without it, on cuda, room is made
-            for all that k, or the page table, holds. Checked on the cpu; on cuda keys beyond it are
-            not seen.
+        max_seqlen_q: no request of a ragged q has more rows; default: one may have them all.
+            Checked on the cpu; on cuda rows beyond it are not computed.
+        max_seqlen_k: no request of ragged or paged keys has more; default: as many as k, or the
+            page table, has room for. Checked on the cpu; on cuda keys beyond it are not seen.
         out: where the output is written: its shape and type, the last dimension contiguous, sharing
             no memory with the inputs. Without a gradient.
         return_lse: fill Result.lse.
@@ -164,6 +166,7 @@ def attention(
         return_error_bound: fill Result.dropped_mass_bound.
         return_gaps: fill Result.gaps.
         return_tile_maxima: fill Result.tile_maxima; for q of 4 dimensions.
+        return_tile_mask: fill Result.tile_mask; for dense q, k and v, all of it in use.
         check_pages: on cuda, look for page ids and lengths out of range first, which waits for the
             device. Without it such a page reads as zeros and such a length is cut. On the cpu they
             are always an error.
@@ -209,6 +212,7 @@ def attention(
         "return_error_bound": return_error_bound,
         "return_gaps": return_gaps,
         "return_tile_maxima": return_tile_maxima,
+        "return_tile_mask": return_tile_mask,
     }
     check_flags(**asked)
     places = {
@@ -219,6 +223,11 @@ def attention(
         "cu_seqlens_k": cu_seqlens_k,
         "page_table": page_table,
     }
+    if return_tile_mask and any(t is not None for t in places.values()):
+        raise NotSupportedError(
+            "return_tile_mask is set together with starts, lengths, query_lengths, cu_seqlens_q, "
+            "cu_seqlens_k or page_table: pass the requests one by one"
+        )
     idle = None
     if q.device.type == "cuda":
         places, idle = places_on_cuda(places, q, k, phase)
@@ -237,7 +246,7 @@ def attention(
         "tiles": return_stats,
         "gaps": return_gaps,
         "maxima": return_tile_maxima,
-        "bits": differentiable,
+        "bits": differentiable or return_tile_mask,
     }
     results = call(
         phase if out is None else f"{phase}_into",
@@ -252,10 +261,23 @@ def attention(
     out, *reports = results if out is None else (out, *results)
     if not any(asked.values()):
         return out
-    result = _result(q, phase, out, dict(zip(REPORTS, reports, strict=True)))
+    reported = dict(zip(REPORTS, reports, strict=True))
+    if return_tile_mask:
+        ranges = {name: places[name] for name in ("cu_seqlens_k", "page_table")}
+        heads = q.shape[-2] if phase == "prefill" else k.shape[-2]
+        tiles = key_tiles(phase, q, k, **ranges, max_seqlen_k=max_seqlen_k)
+        reported["mask"] = _kept_tiles(reported["bits"], heads, tiles)
+    result = _result(q, phase, out, reported)
     if not return_lse:
         return result._replace(lse=None)
     return result if idle is None else result._replace(lse=result.lse.masked_fill(idle, -math.inf))
+
+
+def _kept_tiles(bits: Tensor, heads: int, tiles: int) -> Tensor:
+    """[heads, query tiles, key tiles] bool, from a bit a tile in words of 32."""
+    words = bits.reshape(heads, -1, max(1, -(-tiles // 32)))
+    tile = torch.arange(tiles, device=bits.device)
+    return (words[..., tile // 32] >> (tile % 32) & 1).bool()
 
 
 def _result(q: Tensor, phase: str, out: Tensor, reported: dict[str, Tensor | None]) -> Result:
@@ -269,7 +291,7 @@ def _result(q: Tensor, phase: str, out: Tensor, reported: dict[str, Tensor | Non
             return None
         # Decode has one query tile a request, and no dimension for it.
         if phase == "prefill":
-            tiles = tiles.unflatten(1, (q.shape[0], -1))
+            tiles = tiles.unflatten(1, (q.shape[0], tiles.shape[1] // max(1, q.shape[0])))
         return tiles.transpose(0, 1)
 
     tiles = reported["tiles"]
@@ -280,6 +302,7 @@ def _result(q: Tensor, phase: str, out: Tensor, reported: dict[str, Tensor | Non
         by_row(reported["dropped_mass_bound"]),
         reported["gaps"],
         by_request(reported["maxima"]),
+        by_request(reported.get("mask")),
     )
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from blasst.ops.library import GAP_BINS, arguments_of, prefill_tile
+from blasst.ops.library import GAP_BINS, arguments_of, key_tiles, prefill_tile
 
 
 def _check_devices(arguments: dict[str, object], first: str) -> None:
@@ -51,21 +51,14 @@ def _fake(operator: str, *inputs: object) -> tuple[Tensor | None, ...]:
 
 def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tuple[int, int, int]:
     """Heads, query tiles and key tiles of a report, as many as the index tensors allow."""
-    query_rows, tile_keys = prefill_tile(a.q.device, a.q.shape[-1])
-    if a.cu_seqlens_k is not None:
-        keys = a.k.shape[0]
-    elif a.page_table is not None:
-        keys = a.page_table.shape[1] * a.k.shape[1]
-    else:
-        keys = a.k.shape[1]
-    if a.max_seqlen_k is not None:
-        keys = torch.sym_min(keys, a.max_seqlen_k)
-    key_tiles = -(-keys // tile_keys)
+    ranges = {name: getattr(a, name) for name in ("cu_seqlens_k", "page_table", "max_seqlen_k")}
+    keys = key_tiles(operator, a.q, a.k, **ranges)
     if operator.startswith("decode"):
-        return a.k.shape[-2], batch, key_tiles
+        return a.k.shape[-2], batch, keys
+    query_rows, _ = prefill_tile(a.q.device, a.q.shape[-1])
     if a.cu_seqlens_q is not None:
-        return a.q.shape[-2], rows // query_rows + batch, key_tiles
-    return a.q.shape[-2], batch * -(-a.q.shape[1] // query_rows), key_tiles
+        return a.q.shape[-2], rows // query_rows + batch, keys
+    return a.q.shape[-2], batch * -(-a.q.shape[1] // query_rows), keys
 
 
 def _fake_backward(*inputs: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from blasst.errors import NotSupportedError
 
@@ -68,3 +69,30 @@ def prefill_tile(device: torch.device, head_dim: int) -> tuple[int, int]:
     if device.type == "cuda":
         return 64, 64 if head_dim > 128 else 128
     return QUERY_ROWS, KEYS
+
+
+def decode_keys(device: torch.device) -> int:
+    """Keys of the tile on which decode decides on this kind of device."""
+    return 64 if device.type == "cuda" else KEYS
+
+
+def key_tiles(
+    phase: str,
+    q: Tensor,
+    k: Tensor,
+    *,
+    cu_seqlens_k: Tensor | None,
+    page_table: Tensor | None,
+    max_seqlen_k: int | None,
+) -> int:
+    """Of a request of the most keys, as far as sizes say; index tensors are not read."""
+    if cu_seqlens_k is not None:
+        keys = k.shape[0]
+    elif page_table is not None:
+        keys = page_table.shape[1] * k.shape[1]
+    else:
+        keys = k.shape[1]
+    if max_seqlen_k is not None:
+        keys = torch.sym_min(keys, max_seqlen_k)
+    decode = phase.startswith("decode")
+    return -(-keys // (decode_keys(q.device) if decode else prefill_tile(q.device, q.shape[-1])[1]))
