@@ -12,6 +12,7 @@ import blasst
 from blasst.calibration import Calibration, calibrate, run, search
 from blasst.calibration.curves import UnreachableError
 from blasst.config import parse
+from blasst.hf.reading import read
 from blasst.prompts import PROMPT_KINDS, PromptMaker, reference_text, text_tokens
 from recency_model import make_recency_model, make_tokenizer
 
@@ -128,6 +129,25 @@ def test_a_kept_calibration_reads_back(calibrated):
     found = calibrated[1]
     again = Calibration.from_dict(json.loads(json.dumps(found.to_dict())))
     assert again.to_dict() == found.to_dict()
+
+
+def test_a_model_that_reads_in_chunks_is_calibrated_so_and_reaches_its_target():
+    model = make_recency_model()
+    chunk = 256
+    calibrate(
+        model,
+        make_tokenizer(),
+        lengths=[1024],
+        target_sparsity={"prefill": TARGET},
+        prompts=2,
+        held_out=[],
+        schemes=["one_threshold"],
+        chunk=chunk,
+    )
+    with blasst.record() as r, torch.inference_mode():
+        for seed in range(5, 9):
+            read(model, tokens(1024, seed=seed), chunk=chunk)
+    assert r.sparsity("prefill") == pytest.approx(TARGET, abs=0.04)
 
 
 def test_decode_is_calibrated_apart_from_prefill():

@@ -66,6 +66,17 @@ def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
     assert sparse.texts == len(TEXTS)
 
 
+def test_texts_that_are_read_in_chunks_have_the_same_perplexity(results, tmp_path):
+    found = run(tmp_path, chunk=256, needles=1)
+    assert rows(found)[1].sparsity[0] > 0
+    for (name, scheme, _), value in found.all("text"):
+        expected = results.get("text", name, scheme, 0.0)
+        if scheme == Scheme.DENSE:
+            assert value["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    key = ("needle", 0, Scheme.DENSE, 0.0)
+    assert found.get(*key)["answer"] == results.get(*key)["answer"]
+
+
 def test_every_prompt_was_answered_in_every_setting(results):
     assert {key for key, _ in results.all("needle")} == {
         (index, scheme, target)

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaModel
 
 from blasst import versions
-from blasst.hf.reading import read
+from blasst.hf.reading import check_chunk, read
 from recency_model import make_recency_model
 
 
@@ -21,6 +21,22 @@ def test_the_cache_takes_up_what_is_read_and_the_next_tokens_see_it():
     assert cache.get_seq_length() == 90
     torch.testing.assert_close(torch.cat(parts, 1), read(model, whole), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(parts[1], read(model, whole[:, 64:]), atol=1e-2)
+
+
+@torch.inference_mode()
+def test_chunks_read_the_same_with_a_cache_and_without():
+    model, whole = make_recency_model(), tokens(300)
+    expected = read(model, whole)
+    cache = DynamicCache(config=model.config)
+    for hidden in (read(model, whole, chunk=128), read(model, whole, cache, 128)):
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 300
+
+
+@pytest.mark.parametrize("chunk", [0, 64, 200])
+def test_a_chunk_that_cuts_tiles_is_an_error(chunk):
+    with pytest.raises(ValueError, match=f"chunk is {chunk}; it must be a multiple of 128"):
+        check_chunk(chunk)
 
 
 def test_the_name_is_read_from_the_signature():

@@ -27,7 +27,7 @@ from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
 from blasst.config import HEAD_SCHEMES, Measured, SparseAttention, ThresholdTable
 from blasst.hf.models import check_length, context_length
-from blasst.hf.reading import read
+from blasst.hf.reading import CHUNK, read
 from blasst.progress import Progress, silent
 from blasst.prompts import PROMPT_KINDS, PromptMaker, kind_at, reference_text
 
@@ -49,6 +49,7 @@ def calibrate(
     held_out: Sequence[int] | None = None,
     orders: Sequence[str] = CHOSEN_FROM,
     schemes: Sequence[str] = HEAD_SCHEMES,
+    chunk: int | None = CHUNK,
     progress: Progress | None = None,
 ) -> Calibration:
     """Find thresholds for a model and write them into its `config.sparse_attention_config`.
@@ -69,6 +70,7 @@ def calibrate(
             longest, and twice the longest if the context has room.
         orders: visit orders to choose from.
         schemes: ways to share thresholds among heads to choose from.
+        chunk: tokens of a prompt that are read at once, a multiple of 128; None: all.
         progress: told what is being done: see `blasst.progress`.
 
     Raises:
@@ -87,6 +89,7 @@ def calibrate(
         list(orders),
         list(schemes),
         progress or silent,
+        chunk,
     )
     return _Calibrating(setup).run(prompts, swept_prompts, held_out)
 
@@ -176,7 +179,7 @@ class _Calibrating:
             config = self._config({"prefill": [table]}, {"prefill": tried.target})
             with running(setup.model, config) as recording:
                 tokens = setup.maker.make(PROMPT_KINDS[0], length, seed=0).tokens
-                read(setup.model, tokens.to(setup.model.device))
+                read(setup.model, tokens, chunk=setup.chunk)
             reached = recording.sparsity("prefill", setup.layers)
             self._measured.note_drift(tried.order, length, tried.target, reached - promised)
         setup.progress("Sparse passes", 1.0, "")

@@ -1,7 +1,7 @@
 """Trying candidates on the whole model, and the one that changes its predictions least."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -47,7 +47,7 @@ def choose(
         for scheme in setup.schemes
         if target <= measurements.highest(phase, order, setup.longest)
     ]
-    judge = Judge(setup.model, validation, setup.layers)
+    judge = Judge(setup, validation)
     tried = []
     for i, (phase, target, order, scheme) in enumerate(tries):
         what = f"{order}, {scheme} at {target:.0%} of {phase}"
@@ -83,19 +83,19 @@ def running(model: PreTrainedModel, config: SparseAttention) -> Iterator[Recordi
 class Judge:
     """Runs candidates on one prompt and compares their predictions with dense ones."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, layers: Sequence[int]) -> None:
+    def __init__(self, setup: Setup, tokens: Tensor) -> None:
         """Run the model densely.
 
         Args:
-            model: any configuration of its sparsity is forgotten.
+            setup: whose model forgets any configuration of its sparsity.
             tokens: [1, length] of the prompt.
-            layers: over which sparsity is counted.
         """
-        self._model, self._layers = model, layers
+        model = setup.model
+        self._model, self._layers, self._chunk = model, setup.layers, setup.chunk
         self._tokens = tokens.to(model.device)
         model.config.__dict__.pop("sparse_attention_config", None)
         self._cache = DynamicCache(config=model.config)
-        hidden = read(model, self._tokens, self._cache)[0]
+        hidden = read(model, self._tokens, self._cache, self._chunk)[0]
         every = max(1, len(hidden) // SCORED)
         self._dense = DenseRun(model, hidden, self._tokens[0], every=every)
         self._last = hidden[-1:]
@@ -105,7 +105,7 @@ class Judge:
         if phase == "prefill":
             dense = self._dense
             with running(self._model, config) as recording:
-                hidden = read(self._model, self._tokens)[0]
+                hidden = read(self._model, self._tokens, chunk=self._chunk)[0]
         else:
             dense, sequence = self._dense_decode
             with running(self._model, config) as recording:

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from blasst import hf
 from blasst.config import HEAD_SCHEMES, ORDERS, PHASES
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
-from blasst.hf.reading import read
+from blasst.hf.reading import check_chunk, read
 from blasst.progress import Progress, silent
 from blasst.prompts import PromptMaker
 
@@ -33,9 +33,13 @@ class Setup:
     schemes: Sequence[str]
     """Ways to share thresholds among heads to choose from."""
     progress: Progress = silent
+    chunk: int | None = None
+    """Tokens of a prompt that are read at once; None: all."""
 
     def __post_init__(self) -> None:
         check_attention(self.model)
+        if self.chunk is not None:
+            check_chunk(self.chunk)
         for length in self.lengths:
             check_length(self.model, length, "a calibration prompt")
         for name, given, known in (
@@ -76,9 +80,8 @@ class Setup:
 
     def read(self, tokens: Tensor) -> None:
         """Prefill of [1, length] tokens, and some steps of decode if that is calibrated."""
-        tokens = tokens.to(self.model.device)
         cache = DynamicCache(config=self.model.config)
-        hidden = read(self.model, tokens, cache)
+        hidden = read(self.model, tokens, cache, self.chunk)
         if "decode" not in self.targets:
             return
         head = self.model.get_output_embeddings()

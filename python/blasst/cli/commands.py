@@ -7,6 +7,7 @@ from typer import Argument, Option
 
 from blasst.cli.loading import with_loading
 from blasst.cli.options import (
+    Chunk,
     Distill,
     EvaluatedTargets,
     Every,
@@ -47,6 +48,7 @@ def calibrate(
     held_out: HeldOut = None,
     prompts: Prompts = 4,
     schemes: Schemes = None,
+    chunk: Chunk = 8192,
     text: PromptText = None,
     out: Annotated[
         Path | None,
@@ -76,6 +78,7 @@ def calibrate(
             held_out=several(held_out),
             prompts=prompts,
             schemes=several(schemes) or HEAD_SCHEMES,
+            chunk=chunk,
             text=prose,
             progress=progress,
         )
@@ -116,6 +119,7 @@ def evaluate(
     limit: Annotated[int, Option(parser=POSITIVE, metavar="N", help="documents a task")] = 10,
     text: Texts = None,
     length: Length = 4096,
+    chunk: Chunk = 8192,
     every: Every = 1,
     other_lengths: OtherLengths = None,
     length_prompts: Annotated[int, Option(parser=POSITIVE, metavar="N", help="of each")] = 1,
@@ -138,6 +142,7 @@ def evaluate(
         targets=several(target_sparsity) or [0.0, 0.5, 0.75],
         length=length,
         texts=texts,
+        chunk=chunk,
         every=every,
         needles=needles,
         other_lengths=shorter_lengths(length) if others is None else others,

@@ -94,6 +94,10 @@ Schemes = Annotated[
         help=f"ways to share thresholds out among heads: {', '.join(HEAD_SCHEMES)} (default: all)",
     ),
 ]
+Chunk = Annotated[
+    int,
+    Option(parser=POSITIVE, metavar="TOKENS", help="of a prompt that are read at once"),
+]
 Device = Annotated[
     str | None, Option(metavar="DEVICE", help="where the model runs: cpu (default), cuda, cuda:N")
 ]

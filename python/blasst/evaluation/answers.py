@@ -21,7 +21,11 @@ class Answer:
 
 @torch.inference_mode()
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Tensor, most: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    most: int,
+    chunk: int | None = None,
 ) -> Answer:
     """Answer a prompt greedily with at most `most` tokens.
 
@@ -30,6 +34,7 @@ def answer(
         tokenizer: its tokenizer.
         tokens: [1, length] the prompt.
         most: tokens of the answer.
+        chunk: tokens of the prompt that are read at once; None: all.
     """
     clock = Clock(model.device)
     prompt = tokens.to(model.device)
@@ -41,6 +46,7 @@ def answer(
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
             streamer=clock,
+            prefill_chunk_size=chunk if chunk and chunk < tokens.shape[1] else None,
         )
     text = tokenizer.decode(whole[0, tokens.shape[1] :], skip_special_tokens=True)
     return Answer(text.strip(), clock.times)

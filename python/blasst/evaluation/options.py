@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from blasst.hf.reading import CHUNK, check_chunk
+
 
 @dataclass(frozen=True)
 class Options:
@@ -14,6 +16,8 @@ class Options:
     """Tokens of every prompt and text."""
     texts: Mapping[str, str] = field(default_factory=dict)
     """For perplexity and agreement with dense, by name."""
+    chunk: int | None = CHUNK
+    """Tokens of a prompt or text that are read at once, a multiple of 128; None: all."""
     every: int = 1
     """Compare texts with dense at every so many positions."""
     needles: int = 0
@@ -32,6 +36,8 @@ class Options:
     """Measure texts under the paper's scheme too."""
 
     def __post_init__(self) -> None:
+        if self.chunk is not None:
+            check_chunk(self.chunk)
         for target in self.targets:
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")

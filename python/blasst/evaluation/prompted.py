@@ -13,7 +13,13 @@ def measure_needles(session: Session) -> None:
         session.progress("Needles", done / len(work), f"{index + 1}, {setting.name}")
         prompt = session.needle(index)
         with session.applied(setting) as recording:
-            found = answer(session.model, session.tokenizer, prompt.tokens, ANSWER_TOKENS)
+            found = answer(
+                session.model,
+                session.tokenizer,
+                prompt.tokens,
+                ANSWER_TOKENS,
+                session.options.chunk,
+            )
         session.results.put(
             {
                 "question": prompt.question,

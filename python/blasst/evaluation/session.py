@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -46,7 +47,11 @@ class Session:
         entry = getattr(self.model.config, "sparse_attention_config", None)
         self.config: SparseAttention | None = parse(entry) if entry is not None else None
         self._check_calibrated()
-        made = [options.length, options.every, *([made_by(methods)] if methods else [])]
+        made: list[Any] = [options.length, options.every]
+        if options.chunk is not None and options.chunk < options.length:
+            made.append(options.chunk)
+        if methods:
+            made.append(made_by(methods))
         self.results = Results(out / "results.jsonl", fingerprint(self.model, *made))
         self.layers = sparse_layers(self.model, self.config)
 
@@ -110,7 +115,7 @@ class Session:
     def prefill(self, tokens: Tensor) -> tuple[Tensor, float]:
         """[length, hidden] last hidden states of [1, length] tokens, and seconds."""
         began = now(self.model.device)
-        hidden = read(self.model, tokens)[0]
+        hidden = read(self.model, tokens, chunk=self.options.chunk)[0]
         return hidden, now(self.model.device) - began
 
     @cached_property

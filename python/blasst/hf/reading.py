@@ -1,18 +1,40 @@
 """Reading tokens with a model, for its last hidden states: its output layer is left out."""
 
+import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from blasst.versions import cache_name
 
+CHUNK = 8192
+"""Tokens that are read at once, unless another number is asked for."""
+TILE = 128
+"""A multiple of the query rows of every kernel's tiles, so that chunks have the whole's tiles."""
 
-def read(model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+
+def check_chunk(chunk: int) -> None:
+    """An error if prompts cannot be read in chunks of so many tokens.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if chunk < TILE or chunk % TILE:
+        raise ValueError(f"chunk is {chunk}; it must be a multiple of {TILE} tokens")
+
+
+def read(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    cache: Cache | None = None,
+    chunk: int | None = None,
+) -> Tensor:
     """Read tokens that follow those in the cache, which takes them up.
 
     Args:
         model: with or without its output layer.
         tokens: [batch, length] int64, on any device.
         cache: of what was read before; None: the tokens are read alone, and not kept.
+        chunk: read so many tokens at once, so that what a layer computes fits in memory; None: all.
 
     Returns:
         [batch, length, hidden] last hidden states.
@@ -20,6 +42,9 @@ def read(model: PreTrainedModel, tokens: Tensor, cache: Cache | None = None) -> 
     Raises:
         ValueError: the model takes no cache.
     """
+    if chunk is not None and tokens.shape[1] > chunk:
+        cache = DynamicCache(config=model.config) if cache is None else cache
+        return torch.cat([read(model, part, cache) for part in tokens.split(chunk, 1)], 1)
     body = model.base_model
     kept = {"use_cache": False} if cache is None else {cache_name(type(body)): cache}
     return body(tokens.to(body.device), **kept).last_hidden_state
