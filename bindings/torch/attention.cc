@@ -2,8 +2,6 @@
 //
 // What Python callers use is blasst.attention, which documents the arguments.
 #include <array>
-#include <concepts>
-#include <cstring>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -11,7 +9,6 @@
 #include <vector>
 
 #include "blasst/blasst.hpp"
-#include "padding.h"
 #include "problem.h"
 #include "tensors.h"
 
@@ -40,22 +37,22 @@ struct Decision {
   OptionalTensor thresholds;
 };
 
-template <typename Params>
-void describe_decision(Params& p, Decision& d, const Tensor& q) {
-  p.order = order_of(d.order);
-  p.test.kind = test_of(d.test);
-  if (!d.thresholds) return;
+blasst::Decision describe_decision(Decision& d, const blasst::Problem& p, const Tensor& q) {
+  blasst::Decision decision{.order = order_of(d.order), .test = {.kind = test_of(d.test)}};
+  if (!d.thresholds) return decision;
+  blasst::TileTest& test = decision.test;
   const Tensor& t = *d.thresholds;
   check_devices("q", q, {{"thresholds", &t}});
   check(t.dim() == 3 && (t.size(0) == 1 || t.size(0) == p.batch) &&
             (t.size(1) == 1 || t.size(1) == p.heads),
         "thresholds is ", t, "; it must be [1 or batch, 1 or heads, places] with batch ", p.batch,
         " and heads ", p.heads);
-  p.test.values = floats("thresholds", d.thresholds, "[requests, heads, places]", shape_of(t));
-  p.test.places = t.size(2);
-  p.test.stride_place = 1;
-  p.test.stride_head = t.size(1) == 1 ? 0 : p.test.places;
-  p.test.stride_request = t.size(0) == 1 ? 0 : t.size(1) * p.test.places;
+  test.values = floats("thresholds", d.thresholds, "[requests, heads, places]", shape_of(t));
+  test.places = t.size(2);
+  test.stride_place = 1;
+  test.stride_head = t.size(1) == 1 ? 0 : test.places;
+  test.stride_request = t.size(0) == 1 ? 0 : t.size(1) * test.places;
+  return decision;
 }
 
 // What the call writes beside the output; undefined where it is not wanted.
@@ -64,9 +61,7 @@ struct Reports {
   Tensor tiles;                    // int64 [2, batch, heads]: visitable, skipped
   Tensor gaps;                     // int64 [heads, gap bins]
   Tensor maxima;                   // float32 [heads, query tiles, key tiles]
-  // int32: a bit a tile, packed as the call packs them, in a flat tensor as large as they may get.
-  // A padded batch's requests each have room for all rows and keys.
-  Tensor bits;
+  Tensor bits;                     // int32 [heads * query tiles * words]: a bit a tile
 };
 
 template <typename T>
@@ -74,55 +69,16 @@ T* data_of(const Tensor& t) {
   return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-template <typename Params>
-void set_report(Params& p, const Reports& r) {
-  p.report.lse = data_of<float>(r.lse);
-  p.report.dropped_mass_bound = data_of<float>(r.dropped_mass_bound);
-  if (r.tiles.defined()) {
-    p.report.tiles_visitable = data_of<int64_t>(r.tiles);
-    p.report.tiles_skipped = p.report.tiles_visitable + p.batch * p.heads;
-  }
-  p.report.gap_histogram = data_of<uint64_t>(r.gaps);
-  p.report.tile_maxima = data_of<float>(r.maxima);
-  if (r.maxima.defined()) p.report.tile_maxima_stride = r.maxima.size(2);
-  p.report.tile_bits = data_of<uint32_t>(r.bits);
-}
-
-template <typename Params>
-void run_cuda(Params& p, Arguments& a) {
-  p.kv.starts = indices("starts", a.starts, "[batch]", {p.batch});
-  const int32_t* used = indices("query_lengths", a.query_lengths, "[batch]", {p.batch});
-  if constexpr (requires { p.query_lengths; })
-    p.query_lengths = used;
-  else
-    check(!used, "query_lengths is given; decode on a CUDA device has none");
-  // Freed at the end of this call, and reused by torch only behind it on the stream.
-  p.workspace_bytes = blasst::workspace_bytes(p);
-  const Tensor workspace = torch::stable::new_empty(
-      a.q, std::vector<int64_t>{static_cast<int64_t>(p.workspace_bytes)}, ScalarType::Byte);
-  p.workspace = workspace.mutable_data_ptr();
-  if constexpr (std::same_as<Params, blasst::PrefillParams>)
-    blasst::prefill(p);
-  else
-    blasst::decode(p);
-}
-
-template <typename Params>
-void run_cpu(Params& p, Arguments& a, const Reports& reports) {
-  if (p.report.tile_bits)  // also what the call leaves unused
-    std::memset(p.report.tile_bits, 0, reports.bits.numel() * sizeof(*p.report.tile_bits));
-  check_blocks(p, a.blocks);
-  const Padding padding(p, a);
-  if (padding.any()) {
-    check(!a.blocks && !p.report.tile_maxima, a.blocks ? "blocks is given" : "maxima is true",
-          " together with starts or query_lengths, but it is of the tiles of the whole batch: pass "
-          "the requests one by one, or ragged");
-    run_padded(p, padding, tiles_of(p, a).bit_words());
-  } else if constexpr (std::same_as<Params, blasst::PrefillParams>) {
-    blasst::prefill(p);
-  } else {
-    blasst::decode(p);
-  }
+blasst::Report report_of(const Reports& r, const blasst::Problem& p) {
+  blasst::Report report{.lse = data_of<float>(r.lse),
+                        .dropped_mass_bound = data_of<float>(r.dropped_mass_bound),
+                        .tiles_visitable = data_of<int64_t>(r.tiles),
+                        .tile_bits = data_of<uint32_t>(r.bits),
+                        .gap_histogram = data_of<uint64_t>(r.gaps),
+                        .tile_maxima = data_of<float>(r.maxima)};
+  if (r.tiles.defined()) report.tiles_skipped = report.tiles_visitable + p.batch * p.heads;
+  if (r.maxima.defined()) report.tile_maxima_stride = r.maxima.size(2);
+  return report;
 }
 
 // The reports that are wanted, in their order; the others are undefined, which Python sees as None.
@@ -133,16 +89,16 @@ struct Wanted {
 };
 
 // Runs the call into `out`, [..., heads, value_dim] with rows like q's; a new tensor if it is none.
-template <typename Params>
+template <Phase phase>
 Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTensor& out) {
-  Params p;
-  describe(p, a);
-  describe_decision(p, decision, a.q);
+  const Place place(a.q);
+  blasst::AttentionParams params{.problem = describe(a), .execution = place.execution()};
+  blasst::Problem& p = params.problem;
+  params.decision = describe_decision(decision, p, a.q);
   check(!wanted.maxima || !a.cu_seqlens_q,
         "maxima is true; it needs q as [batch, query_length, heads, head_dim], without "
         "cu_seqlens_q");
-  const Place place(a.q);
-  place.set(p);
+  check_blocks(params, phase, a.blocks);
 
   std::vector<int64_t> out_shape = shape_of(a.q);
   out_shape.back() = p.value_dim;
@@ -154,7 +110,7 @@ Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTenso
         "out has a last dimension that is not contiguous; it is written in place");
   p.out = view_of(*out);
 
-  const Tiles tiles = wanted.maxima || wanted.bits ? tiles_of(p, a) : Tiles{};
+  const blasst::Plan tiles = plan(params, phase);
   const auto report = [&](bool want, ScalarType type, const std::vector<int64_t>& shape) {
     return want ? torch::stable::new_empty(a.q, shape, type) : Tensor();
   };
@@ -164,18 +120,23 @@ Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTenso
                         .tiles = report(wanted.tiles, ScalarType::Long, {2, p.batch, p.heads}),
                         .gaps = report(wanted.gaps, ScalarType::Long, {p.heads, BLASST_GAP_BINS}),
                         .maxima = report(wanted.maxima, ScalarType::Float,
-                                         {tiles.heads, tiles.query_tiles, tiles.key_tiles}),
-                        .bits = report(wanted.bits, ScalarType::Int, {tiles.bit_words()})};
-  set_report(p, reports);
-  if (a.q.is_cuda())
-    run_cuda(p, a);
-  else
-    run_cpu(p, a, reports);
+                                         {tiles.tile_heads, tiles.query_tiles, tiles.key_tiles}),
+                        .bits = report(wanted.bits, ScalarType::Int, {bit_words(tiles)})};
+  params.report = report_of(reports, p);
+  Tensor workspace;
+  if (a.q.is_cuda()) {
+    // Freed at the end of this call, and reused by torch only behind it on the stream.
+    const auto bytes = static_cast<int64_t>(tiles.workspace_bytes);
+    workspace = torch::stable::new_empty(a.q, std::vector<int64_t>{bytes}, ScalarType::Byte);
+    params.execution.workspace = workspace.mutable_data_ptr();
+    params.execution.workspace_bytes = tiles.workspace_bytes;
+  }
+  phase == Phase::kDecode ? blasst::decode(params) : blasst::prefill(params);
   return {reports.lse, reports.dropped_mass_bound, reports.tiles, reports.gaps, reports.maxima,
           reports.bits};
 }
 
-template <typename Params>
+template <Phase phase>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     Tensor q, Tensor k, Tensor v, BLASST_ARGUMENTS, std::string order, std::string test,
     OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
@@ -183,21 +144,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     std::optional<int64_t> max_seqlen_k) {
   OptionalTensor out;
   const Reported reported =
-      run<Params>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
-                  {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, out);
+      run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
+                 {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, out);
   return std::tuple_cat(std::tuple{*out}, reported);
 }
 
 // The same into a tensor of the caller's.
-template <typename Params>
+template <Phase phase>
 Reported attention_into(Tensor out, Tensor q, Tensor k, Tensor v, BLASST_ARGUMENTS,
                         std::string order, std::string test, OptionalTensor thresholds,
                         bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
                         bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
                         std::optional<int64_t> max_seqlen_k) {
   OptionalTensor into = out;
-  return run<Params>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
-                     {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, into);
+  return run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
+                    {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, into);
 }
 
 // What blasst_check_pages finds, int32 [4] on the device.
@@ -206,33 +167,63 @@ Tensor check_pages(Tensor page_table, Tensor lengths, int64_t page_size, int64_t
         "; it must be [batch, pages a request]");
   check_devices("page_table", page_table, {{"lengths", &lengths}});
   OptionalTensor table = page_table, ends = lengths;
-  blasst::KeysValues kv;
-  const int64_t batch = page_table.size(0);
+  blasst::Problem p{.batch = page_table.size(0)};
+  blasst::KeysValues& kv = p.kv;
+  kv.layout = BLASST_LAYOUT_PAGED;
   kv.page_table_stride = page_table.size(1);
   kv.page_table =
-      indices("page_table", table, "[batch, pages a request]", {batch, kv.page_table_stride});
-  kv.lengths = indices("lengths", ends, "[batch]", {batch});
+      indices("page_table", table, "[batch, pages a request]", {p.batch, kv.page_table_stride});
+  kv.lengths = indices("lengths", ends, "[batch]", {p.batch});
   kv.page_size = page_size;
   kv.pages = pages;
   const Place place(page_table);
   Tensor found = torch::stable::new_empty(page_table, std::vector<int64_t>{4}, ScalarType::Int);
-  blasst::check_pages(kv, batch, static_cast<int32_t*>(found.mutable_data_ptr()), place.stream());
+  blasst::check_pages(p, static_cast<int32_t*>(found.mutable_data_ptr()), place.execution().stream);
   return found;
 }
 
+// What a call decides on and needs, from numbers alone (blasst_plan): query rows, keys and splits
+// of its tiles, heads, query tiles and key tiles of a report, words of tile bits, bytes of
+// workspace. `rows`: of all requests, of ragged queries; `keys`: that a request has room for.
+std::vector<int64_t> plan_of(std::string phase, std::string device, std::string dtype,
+                             int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                             int64_t value_dim, int64_t query_length, int64_t keys,
+                             std::optional<int64_t> rows) {
+  using Name = std::string_view;
+  const auto type = choose("dtype", dtype,
+                           std::array{std::pair{Name("float32"), BLASST_FLOAT32},
+                                      std::pair{Name("float16"), BLASST_FLOAT16},
+                                      std::pair{Name("bfloat16"), BLASST_BFLOAT16}});
+  blasst::AttentionParams params{.problem = {.batch = batch,
+                                             .heads = heads,
+                                             .kv_heads = kv_heads,
+                                             .head_dim = head_dim,
+                                             .value_dim = value_dim,
+                                             .query_length = query_length,
+                                             .kv = {.key_length = keys}}};
+  blasst::Problem& p = params.problem;
+  p.q.dtype = p.out.dtype = p.kv.k.dtype = p.kv.v.dtype = type;
+  if (rows) p.query_layout = BLASST_LAYOUT_RAGGED, p.rows = *rows;
+  params.execution.backend = choose("device", device,
+                                    std::array{std::pair{Name("cpu"), BLASST_BACKEND_CPU},
+                                               std::pair{Name("cuda"), BLASST_BACKEND_CUDA}});
+  const blasst::Plan found =
+      plan(params, choose("phase", phase,
+                          std::array{std::pair{Name("prefill"), Phase::kPrefill},
+                                     std::pair{Name("decode"), Phase::kDecode}}));
+  return {found.shape.query_rows,  found.shape.keys,
+          found.shape.split_tiles, found.tile_heads,
+          found.query_tiles,       found.key_tiles,
+          found.tile_words,        static_cast<int64_t>(found.workspace_bytes)};
+}
+
 // The tile that decisions are taken on: query rows, keys, tiles a split (0: one split).
-template <typename Params>
+template <Phase phase>
 std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
   Arguments a{.q = q, .k = k, .v = v};
-  Params p;
-  describe(p, a);
   const Place place(a.q);
-  place.set(p);
-  std::vector<int64_t> out_shape = shape_of(a.q);
-  out_shape.back() = p.value_dim;
-  const Tensor out = torch::stable::new_empty(a.q, out_shape);
-  p.out = view_of(out);
-  const blasst::TileShape shape = blasst::tile_shape(p);
+  const blasst::AttentionParams params{.problem = describe(a), .execution = place.execution()};
+  const blasst::TileShape shape = plan(params, phase).shape;
   return {shape.query_rows, shape.keys, shape.split_tiles};
 }
 
@@ -262,16 +253,22 @@ STABLE_TORCH_LIBRARY(blasst, m) {
   m.def("check_pages(Tensor page_table, Tensor lengths, int page_size, int pages) -> Tensor");
   m.def("prefill_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
   m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
+  m.def(
+      "plan(str phase, str device, str dtype, int batch, int heads, int kv_heads, int head_dim,"
+      " int value_dim, int query_length, int keys, int? rows=None) -> int[]");
 }
 
-#define BLASST_IMPLEMENT(m)                                                                 \
-  m.impl("prefill", TORCH_BOX(Kernel<attention<blasst::PrefillParams>>::call));             \
-  m.impl("decode", TORCH_BOX(Kernel<attention<blasst::DecodeParams>>::call));               \
-  m.impl("prefill_into", TORCH_BOX(Kernel<attention_into<blasst::PrefillParams>>::call));   \
-  m.impl("decode_into", TORCH_BOX(Kernel<attention_into<blasst::DecodeParams>>::call));     \
-  m.impl("prefill_tile_shape", TORCH_BOX(Kernel<tile_shape<blasst::PrefillParams>>::call)); \
-  m.impl("decode_tile_shape", TORCH_BOX(Kernel<tile_shape<blasst::DecodeParams>>::call))
+#define BLASST_IMPLEMENT(m)                                                           \
+  m.impl("prefill", TORCH_BOX(Kernel<attention<Phase::kPrefill>>::call));             \
+  m.impl("decode", TORCH_BOX(Kernel<attention<Phase::kDecode>>::call));               \
+  m.impl("prefill_into", TORCH_BOX(Kernel<attention_into<Phase::kPrefill>>::call));   \
+  m.impl("decode_into", TORCH_BOX(Kernel<attention_into<Phase::kDecode>>::call));     \
+  m.impl("prefill_tile_shape", TORCH_BOX(Kernel<tile_shape<Phase::kPrefill>>::call)); \
+  m.impl("decode_tile_shape", TORCH_BOX(Kernel<tile_shape<Phase::kDecode>>::call))
 
+STABLE_TORCH_LIBRARY_IMPL(blasst, CompositeExplicitAutograd, m) {
+  m.impl("plan", TORCH_BOX(Kernel<plan_of>::call));
+}
 STABLE_TORCH_LIBRARY_IMPL(blasst, CPU, m) { BLASST_IMPLEMENT(m); }
 STABLE_TORCH_LIBRARY_IMPL(blasst, CUDA, m) {
   BLASST_IMPLEMENT(m);

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "blasst/blasst.hpp"
-#include "padding.h"
 #include "problem.h"
 #include "tensors.h"
 
@@ -19,51 +18,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(Tensor dout, Optiona
                                                             std::optional<int64_t> max_seqlen_q,
                                                             std::optional<int64_t> max_seqlen_k) {
   Arguments a = BLASST_ARGUMENTS_GIVEN;
-  blasst::PrefillParams forward;
-  describe(forward, a);
+  const Place place(a.q);
+  blasst::BackwardParams params{.problem = describe(a), .execution = place.execution()};
+  blasst::Problem& p = params.problem;
+  blasst::Gradients& g = params.gradients;
   check_devices(
       "q", a.q,
       {{"dout", &dout}, {"dlse", pointer(dlse)}, {"out", &out}, {"lse", &lse}, {"bits", &bits}});
   std::vector<int64_t> out_shape = shape_of(a.q);
-  out_shape.back() = forward.value_dim;
+  out_shape.back() = p.value_dim;
   for (const auto& [name, t] : {std::pair{"out", &out}, std::pair{"dout", &dout}}) {
     check_shape(name, *t, "[..., heads, value_dim], rows like q's", out_shape);
     check_type(name, *t, a.q.scalar_type());
     *t = readable(*t);
   }
-  forward.out = view_of(out);
-  const Place place(a.q);
-  place.set(forward);
-  check_blocks(forward, a.blocks);
+  p.out = view_of(out);
+  check_blocks({.problem = p, .execution = params.execution}, Phase::kPrefill, a.blocks);
 
-  blasst::BackwardParams p = backward_of(forward);
-  p.dout = view_of(dout);
+  g.dout = view_of(dout);
   OptionalTensor known_lse = lse;
-  p.lse = floats("lse", known_lse, "[heads, rows]", {p.heads, a.rows()});
-  p.dlse = floats("dlse", dlse, "[heads, rows]", {p.heads, a.rows()});
-  const int64_t bit_words = tiles_of(forward, a).bit_words();
-  check(bits.dim() == 1 && bits.size(0) == bit_words, "bits is ", bits, "; it must be [", bit_words,
-        "], as prefill returned them");
-  check_type("bits", bits, ScalarType::Int);
-  bits = torch::stable::contiguous(bits);
-  p.tile_bits = static_cast<const uint32_t*>(bits.const_data_ptr());
-
+  g.lse = floats("lse", known_lse, "[heads, rows]", {p.heads, a.rows()});
+  g.dlse = floats("dlse", dlse, "[heads, rows]", {p.heads, a.rows()});
   const Tensor dq = new_like(a.q), dk = new_like(a.k), dv = new_like(a.v);
   const Tensor dsinks =
       torch::stable::new_empty(a.q, std::vector<int64_t>{a.sinks ? p.heads : 0}, ScalarType::Float);
-  p.dq = view_of(dq);
-  p.dk = view_of(dk);
-  p.dv = view_of(dv);
-  if (a.sinks) p.dsinks = dsinks.mutable_data_ptr<float>();
-  const Padding padding(forward, a);
-  if (padding.any()) {
-    if (a.page_table)
-      raise("NotImplementedError",
-            "query_lengths is given together with page_table, which has no backward");
-    run_padded_backward(forward, p, padding, bit_words);
-  } else {
-    blasst::backward(p);
-  }
+  g.dq = view_of(dq);
+  g.dk = view_of(dk);
+  g.dv = view_of(dv);
+  if (a.sinks) g.dsinks = dsinks.mutable_data_ptr<float>();
+  const int64_t words = bit_words(blasst::backward_plan(params));
+  check(bits.dim() == 1 && bits.size(0) == words, "bits is ", bits, "; it must be [", words,
+        "], as prefill returned them");
+  check_type("bits", bits, ScalarType::Int);
+  bits = torch::stable::contiguous(bits);
+  g.tile_bits = static_cast<const uint32_t*>(bits.const_data_ptr());
+  blasst::backward(params);
   return {dq, dk, dv, dsinks};
 }
 

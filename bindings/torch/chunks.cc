@@ -23,9 +23,10 @@ int threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 blasst::HeadRows rows_of(std::string_view name, Tensor& t) {
   check(t.dim() == 3, name, " is ", t, "; it must be [rows, heads, head_dim] of one request");
+  const blasst::DType dtype = dtype_of(name, t);
   t = readable(t);
   const blasst::View view = view_of(t);
-  return {.dtype = dtype_of(name, t),
+  return {.dtype = dtype,
           .data = view.data,
           .elements = view.elements,
           .rows = t.size(0),
@@ -50,8 +51,17 @@ blasst::BoundaryPredictor predictor_of(Tensor& weights, int64_t inputs, int64_t 
   const auto* at = static_cast<const float*>(weights.const_data_ptr());
   std::array<const float*, sizes.size()> parts{};
   for (size_t i = 0; i < sizes.size(); ++i) parts[i] = std::exchange(at, at + sizes[i]);
-  return {inputs,   window,   features, hidden,   parts[0], parts[1],
-          parts[2], parts[3], parts[4], parts[5], *parts[6]};
+  return {.inputs = inputs,
+          .window = window,
+          .features = features,
+          .hidden = hidden,
+          .projection = parts[0],
+          .left = parts[1],
+          .right = parts[2],
+          .weight1 = parts[3],
+          .bias1 = parts[4],
+          .weight2 = parts[5],
+          .bias2 = *parts[6]};
 }
 
 struct Rule {
@@ -63,13 +73,13 @@ void read_rule(Rule& r, std::string_view chunker, int64_t least, int64_t most, d
                OptionalTensor& predictor, const std::vector<int64_t>& shape) {
   r.rule.chunker =
       choose("chunker", chunker,
-             std::array{std::pair{std::string_view("fixed"), blasst::Chunker::kFixed},
-                        std::pair{std::string_view("shift"), blasst::Chunker::kShift},
-                        std::pair{std::string_view("trained"), blasst::Chunker::kTrained}});
+             std::array{std::pair{std::string_view("fixed"), BLASST_CHUNKS_FIXED},
+                        std::pair{std::string_view("shift"), BLASST_CHUNKS_SHIFT},
+                        std::pair{std::string_view("trained"), BLASST_CHUNKS_TRAINED}});
   r.rule.least = least;
   r.rule.most = most;
   r.rule.threshold = static_cast<float>(threshold);
-  check(predictor.has_value() == (r.rule.chunker == blasst::Chunker::kTrained),
+  check(predictor.has_value() == (r.rule.chunker == BLASST_CHUNKS_TRAINED),
         "predictor goes with the chunker 'trained', and with no other");
   if (!predictor) return;
   check(shape.size() == 4, "predictor_shape must be [inputs, window, features, hidden]");
@@ -182,7 +192,7 @@ Tensor select_chunks(Tensor query, Tensor starts, Tensor sums, int64_t keys, boo
                                std::vector<int64_t>{decode ? kv_heads : rows.heads,
                                                     decode ? 1 : tiles(rows.rows), tiles(keys)},
                                ScalarType::Byte);
-  blasst::select_tiles(chunks, kv_heads, rows, decode, {budget_keys, budget_share},
+  blasst::select_tiles(chunks, kv_heads, rows, decode, {.keys = budget_keys, .share = budget_share},
                        static_cast<uint8_t*>(blocks.mutable_data_ptr()), threads());
   return blocks;
 }

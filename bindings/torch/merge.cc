@@ -17,8 +17,9 @@ std::tuple<Tensor, Tensor> merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tenso
         "; it must be [batch, query_length, heads, value_dim] or [rows, heads, value_dim]");
   check(std::ranges::equal(out_b.sizes(), out_a.sizes()), "out_b is ", out_b, ", but out_a is ",
         out_a);
-  blasst::MergeParams p;
-  p.dtype = dtype_of("out_a", out_a);
+  const Place place(out_a);
+  blasst::MergeParams p{.execution = place.execution()};
+  dtype_of("out_a", out_a);
   check_type("out_b", out_b, out_a.scalar_type());
   const bool ragged = out_a.dim() == 3;
   p.batch = ragged ? 1 : out_a.size(0);
@@ -28,8 +29,6 @@ std::tuple<Tensor, Tensor> merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tenso
   OptionalTensor known_a = lse_a, known_b = lse_b;
   p.lse_a = floats("lse_a", known_a, "[heads, rows]", {p.heads, p.batch * p.query_length});
   p.lse_b = floats("lse_b", known_b, "[heads, rows]", {p.heads, p.batch * p.query_length});
-  const Place place(out_a);
-  place.set(p);
   out_a = readable(out_a);
   out_b = readable(out_b);
   const Tensor out = new_like(out_a), lse = new_like(lse_a);

@@ -3,7 +3,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
-#include <concepts>
+#include <algorithm>
+#include <string_view>
+#include <utility>
 
 namespace blasst::binding {
 namespace {
@@ -68,8 +70,7 @@ void check_most(std::string_view name, int64_t most, std::string_view array, con
   }
 }
 
-template <typename Params>
-void describe_queries(Params& p, Arguments& a) {
+void describe_queries(Problem& p, Arguments& a) {
   const bool ragged = a.cu_seqlens_q.has_value();
   check(a.q.dim() == (ragged ? 3 : 4), "q is ", a.q, "; it must be ",
         ragged ? "[rows, heads, head_dim], since cu_seqlens_q is given"
@@ -83,59 +84,57 @@ void describe_queries(Params& p, Arguments& a) {
     p.query_length = a.q.size(1);
     return;
   }
-  if constexpr (requires { p.cu_seqlens_q; }) {
-    check(a.cu_seqlens_q->dim() == 1 && a.cu_seqlens_q->size(0) > 0, "cu_seqlens_q is ",
-          *a.cu_seqlens_q, "; it must be [batch + 1]");
-    p.batch = a.cu_seqlens_q->size(0) - 1;
-    p.cu_seqlens_q = indices("cu_seqlens_q", a.cu_seqlens_q, "[batch + 1]", {p.batch + 1});
-    const int64_t rows = a.q.size(0);
-    if (a.q.is_cuda()) {
-      p.rows = rows;
-      p.query_length = std::min(a.max_seqlen_q.value_or(rows), rows);
-      return;
-    }
-    check(p.cu_seqlens_q[p.batch] == rows, "cu_seqlens_q ends at ", p.cu_seqlens_q[p.batch],
-          ", but q is ", a.q);
-    if (a.max_seqlen_q)
-      check_most("max_seqlen_q", *a.max_seqlen_q, "cu_seqlens_q", p.cu_seqlens_q, p.batch, true);
-  } else {
-    fail("cu_seqlens_q is given, but decode takes q as [batch, query_length, heads, head_dim]");
+  check(a.cu_seqlens_q->dim() == 1 && a.cu_seqlens_q->size(0) > 0, "cu_seqlens_q is ",
+        *a.cu_seqlens_q, "; it must be [batch + 1]");
+  p.query_layout = BLASST_LAYOUT_RAGGED;
+  p.batch = a.cu_seqlens_q->size(0) - 1;
+  p.rows = a.q.size(0);
+  p.query_length = std::min(a.max_seqlen_q.value_or(p.rows), p.rows);
+  p.cu_seqlens_q = indices("cu_seqlens_q", a.cu_seqlens_q, "[batch + 1]", {p.batch + 1});
+  if (a.q.is_cuda()) return;
+  check(p.cu_seqlens_q[p.batch] == p.rows, "cu_seqlens_q ends at ", p.cu_seqlens_q[p.batch],
+        ", but q is ", a.q);
+  if (a.max_seqlen_q) {
+    check_most("max_seqlen_q", *a.max_seqlen_q, "cu_seqlens_q", p.cu_seqlens_q, p.batch, true);
+    return;
   }
+  p.query_length = 0;
+  for (int64_t b = 0; b < p.batch; ++b)
+    p.query_length = std::max(p.query_length, int64_t{p.cu_seqlens_q[b + 1]} - p.cu_seqlens_q[b]);
 }
 
-template <typename Params>
-void describe_pages(Params& p, Arguments& a) {
+void describe_pages(Problem& p, Arguments& a) {
   check(a.page_table->dim() == 2, "page_table is ", *a.page_table,
         "; it must be [batch, pages a request]");
   check(p.kv.lengths != nullptr,
         "page_table is given without lengths; pages need the length of each request");
+  p.kv.layout = BLASST_LAYOUT_PAGED;
   p.kv.page_table_stride = a.page_table->size(1);
   p.kv.page_table = indices("page_table", a.page_table, "[batch, pages a request]",
                             {p.batch, p.kv.page_table_stride});
   p.kv.page_size = a.k.size(1);
   p.kv.pages = a.k.size(0);
   if (!a.max_seqlen_k) return;
-  if (a.k.is_cuda())
-    p.kv.key_length = std::min(*a.max_seqlen_k, p.kv.page_table_stride * p.kv.page_size);
-  else
+  p.kv.key_length =
+      std::min(std::max<int64_t>(1, *a.max_seqlen_k), p.kv.page_table_stride * p.kv.page_size);
+  if (!a.k.is_cuda())
     check_most("max_seqlen_k", *a.max_seqlen_k, "lengths", p.kv.lengths, p.batch, false);
 }
 
-template <typename Params>
-void describe_ragged_keys(Params& p, Arguments& a) {
-  const int64_t keys = a.k.size(0);
-  if (a.k.is_cuda()) {
-    p.kv.key_length = std::min(a.max_seqlen_k.value_or(keys), keys);
-    return;
-  }
+void describe_ragged_keys(Problem& p, Arguments& a) {
+  p.kv.layout = BLASST_LAYOUT_RAGGED;
+  p.kv.tokens = a.k.size(0);
+  // 0 would be none that is said.
+  p.kv.key_length =
+      std::min(std::max<int64_t>(1, a.max_seqlen_k.value_or(p.kv.tokens)), p.kv.tokens);
+  if (a.k.is_cuda()) return;
   const int32_t* ends = p.kv.cu_seqlens;
-  check(ends[p.batch] == keys, "cu_seqlens_k ends at ", ends[p.batch], ", but k is ", a.k);
+  check(ends[p.batch] == p.kv.tokens, "cu_seqlens_k ends at ", ends[p.batch], ", but k is ", a.k);
   if (a.max_seqlen_k)
     check_most("max_seqlen_k", *a.max_seqlen_k, "cu_seqlens_k", ends, p.batch, true);
 }
 
-template <typename Params>
-void describe_keys(Params& p, Arguments& a) {
+void describe_keys(Problem& p, Arguments& a) {
   const int64_t dims = a.cu_seqlens_k ? 3 : 4;
   check(a.k.dim() == dims, "k is ", a.k, "; it must be ",
         a.cu_seqlens_k ? "[total keys, kv_heads, head_dim], since cu_seqlens_k is given"
@@ -165,8 +164,7 @@ void describe_keys(Params& p, Arguments& a) {
 }
 
 // The band of each head and the block mask, made fit to be read in place.
-template <typename Params>
-void describe_mask(Params& p, Arguments& a) {
+void describe_mask(Problem& p, Arguments& a) {
   p.mask.causal = a.causal;
   p.mask.window_left = a.window_left;
   p.mask.window_right = a.window_right;
@@ -186,74 +184,81 @@ void describe_mask(Params& p, Arguments& a) {
   p.mask.blocks_stride_head = a.blocks->size(1) * a.blocks->size(2);
 }
 
+// Where nothing is padding, the batch is not padded. CUDA's arrays are not read here.
+void describe_padding(Problem& p, Arguments& a) {
+  p.kv.starts = indices("starts", a.starts, "[batch]", {p.batch});
+  p.query_lengths = indices("query_lengths", a.query_lengths, "[batch]", {p.batch});
+  if (a.q.is_cuda()) return;
+  const auto all = [&](const int32_t* array, int64_t value) {
+    return std::all_of(array, array + p.batch, [&](int32_t x) { return x == value; });
+  };
+  if (p.kv.starts && all(p.kv.starts, 0)) p.kv.starts = nullptr;
+  if (p.query_lengths && all(p.query_lengths, p.query_length)) p.query_lengths = nullptr;
+  check(
+      !a.blocks || (!p.kv.starts && !p.query_lengths),
+      "blocks is given together with starts or query_lengths, but it is of the tiles of the whole "
+      "batch: pass the requests one by one, or ragged");
+}
+
 }  // namespace
 
 Place::Place(const Tensor& first) {
   if (!first.is_cuda()) {
-    threads_ = static_cast<int32_t>(torch::stable::get_num_threads());
+    execution_.backend = BLASST_BACKEND_CPU;
+    execution_.threads = static_cast<int32_t>(torch::stable::get_num_threads());
     return;
   }
   guard_.emplace(first.get_device_index());
-  backend_ = BLASST_BACKEND_CUDA_SM90;
-  stream_ = current_stream(first.get_device_index());
+  execution_.backend = BLASST_BACKEND_CUDA;
+  execution_.stream = current_stream(first.get_device_index());
 }
 
-template <typename Params>
-void describe(Params& p, Arguments& a) {
+Problem describe(Arguments& a) {
   check_tensors(a);
-  p.dtype = dtype_of("q", a.q);
+  dtype_of("q", a.q);
+  Problem p;
   describe_queries(p, a);
   describe_keys(p, a);
+  describe_padding(p, a);
   p.scale = static_cast<float>(a.scale);
   p.softcap = static_cast<float>(a.softcap);
   p.sinks = floats("sinks", a.sinks, "[heads]", {p.heads});
   describe_mask(p, a);
+  p.out.dtype = p.q.dtype;
+  return p;
 }
 
-template <typename Params>
-void check_blocks(const Params& p, const OptionalTensor& blocks) {
+Plan plan(const AttentionParams& p, Phase phase) {
+  return phase == Phase::kDecode ? decode_plan(p) : prefill_plan(p);
+}
+
+void check_blocks(const AttentionParams& params, Phase phase, const OptionalTensor& blocks) {
   if (!blocks || blocks->is_cuda()) return;
-  const TileShape shape = tile_shape(p);
-  int64_t heads = p.kv_heads, query_tiles = p.batch, keys = 0;
+  // The tiles of the rows and keys in use: a cache may have room for more, and so has a plan of
+  // ragged queries.
+  AttentionParams used = params;
+  Problem& p = used.problem;
+  p.mask.blocks = nullptr;
+  p.kv.key_length = 0;
+  int64_t ragged_tiles = 0;
+  const Plan room = plan(params, phase);
   for (int64_t b = 0; b < p.batch; ++b) {
-    keys = std::max(keys, p.kv.cu_seqlens ? int64_t{p.kv.cu_seqlens[b + 1] - p.kv.cu_seqlens[b]}
-                          : p.kv.lengths  ? int64_t{p.kv.lengths[b]}
-                                          : p.kv.key_length);
+    const int64_t keys = p.kv.cu_seqlens ? int64_t{p.kv.cu_seqlens[b + 1]} - p.kv.cu_seqlens[b]
+                         : p.kv.lengths  ? int64_t{p.kv.lengths[b]}
+                                         : params.problem.kv.key_length;
+    p.kv.key_length = std::max(p.kv.key_length, keys);
+    if (p.cu_seqlens_q)
+      ragged_tiles += (p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] + room.shape.query_rows - 1) /
+                      room.shape.query_rows;
   }
-  if constexpr (requires { p.cu_seqlens_q; }) {
-    heads = p.heads;
-    query_tiles = 0;
-    for (int64_t b = 0; b < p.batch; ++b)
-      query_tiles +=
-          ceil_div(p.cu_seqlens_q ? p.cu_seqlens_q[b + 1] - p.cu_seqlens_q[b] : p.query_length,
-                   shape.query_rows);
-  }
-  const int64_t key_tiles = ceil_div(keys, shape.keys);
-  check(blocks->size(0) == heads && blocks->size(1) == query_tiles && blocks->size(2) >= key_tiles,
-        "blocks is ", *blocks, "; for tiles of ", shape.query_rows, " rows and ", shape.keys,
-        " keys it must be [", heads, ", ", query_tiles, ", at least ", key_tiles, "]");
+  const bool by_rows = p.cu_seqlens_q && phase == Phase::kPrefill;
+  const int64_t query_tiles = by_rows ? ragged_tiles : room.query_tiles;
+  const int64_t key_tiles = plan(used, phase).key_tiles;
+  check(blocks->size(0) == room.tile_heads && blocks->size(1) == query_tiles &&
+            blocks->size(2) >= key_tiles,
+        "blocks is ", *blocks, "; for tiles of ", room.shape.query_rows, " rows and ",
+        room.shape.keys, " keys it must be [", room.tile_heads, ", ", query_tiles, ", at least ",
+        key_tiles, "]");
 }
-
-template <typename Params>
-Tiles tiles_of(const Params& p, const Arguments& a) {
-  const TileShape shape = tile_shape(p);
-  int64_t keys = a.cu_seqlens_k ? a.k.size(0)
-                 : a.page_table ? a.page_table->size(1) * a.k.size(1)
-                                : a.k.size(1);
-  if (a.max_seqlen_k) keys = std::min(keys, *a.max_seqlen_k);
-  const int64_t key_tiles = ceil_div(keys, shape.keys);
-  if constexpr (std::same_as<Params, DecodeParams>) return {p.kv_heads, p.batch, key_tiles};
-  return {p.heads,
-          a.cu_seqlens_q ? a.rows() / shape.query_rows + p.batch
-                         : p.batch * ceil_div(p.query_length, shape.query_rows),
-          key_tiles};
-}
-
-template void describe(PrefillParams&, Arguments&);
-template void describe(DecodeParams&, Arguments&);
-template void check_blocks(const PrefillParams&, const OptionalTensor&);
-template void check_blocks(const DecodeParams&, const OptionalTensor&);
-template Tiles tiles_of(const PrefillParams&, const Arguments&);
-template Tiles tiles_of(const DecodeParams&, const Arguments&);
 
 }  // namespace blasst::binding

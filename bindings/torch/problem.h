@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdint>
 #include <optional>
 
 #include "blasst/blasst.hpp"
@@ -43,42 +44,28 @@ class Place {
  public:
   explicit Place(const Tensor& first);
 
-  template <typename Params>
-  void set(Params& p) const {
-    p.backend = backend_;
-    p.threads = threads_;
-    if constexpr (requires { p.stream; }) p.stream = stream_;
-  }
-  void* stream() const { return stream_; }
+  const Execution& execution() const { return execution_; }
 
  private:
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-  Backend backend_ = BLASST_BACKEND_CPU;
-  int32_t threads_ = 0;
-  void* stream_ = nullptr;
+  Execution execution_;
 };
 
-// Checks the arguments against each other and fills the part of the parameters that they make; the
-// core checks the rest. The tensors are made fit to be read in place and must outlive the call.
-// What is left out: starts and query_lengths. For PrefillParams and DecodeParams.
-template <typename Params>
-void describe(Params& p, Arguments& a);
+enum class Phase { kPrefill, kDecode };
+
+// Checks the arguments against each other and makes the problem that they describe; the core checks
+// the rest. The tensors are made fit to be read in place and must outlive the call. Of `out`, the
+// type alone.
+Problem describe(Arguments& a);
+
+Plan plan(const AttentionParams& p, Phase phase);
 
 // The block mask is of the tiles that the call decides on. CUDA's arrays are not read here.
-template <typename Params>
-void check_blocks(const Params& p, const OptionalTensor& blocks);
+void check_blocks(const AttentionParams& p, Phase phase, const OptionalTensor& blocks);
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Tiles of a call, as many as there may be: what is in index arrays is not looked at, so that the
-// sizes of reports follow from the sizes of tensors.
-struct Tiles {
-  int64_t heads, query_tiles, key_tiles;  // query tiles of all requests; key tiles of the longest
-
-  int64_t bit_words() const { return heads * query_tiles * ceil_div(key_tiles, 32); }
-};
-
-template <typename Params>
-Tiles tiles_of(const Params& p, const Arguments& a);
+// Words of tile bits.
+inline int64_t bit_words(const Plan& plan) {
+  return plan.tile_heads * plan.query_tiles * plan.tile_words;
+}
 
 }  // namespace blasst::binding

@@ -58,6 +58,7 @@ View view_of(const Tensor& t) {
     if (elements > 0) elements += (t.size(i) - 1) * strides[i];
   }
   return {.data = t.data_ptr(),
+          .dtype = dtype_of("a tensor", t),
           .elements = elements,
           .stride_request = dims == 4 ? strides[0] : 0,
           .stride_token = strides[dims - 3],

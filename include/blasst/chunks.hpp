@@ -1,8 +1,5 @@
-// Chunks of keys, and the choice of those a query tile reads: dynamic hierarchical sparse attention
-// (arXiv 2510.24606). The keys of a request are cut into chunks of varying length; a chunk is known
-// by its mean key, a query tile by its mean query, and each query tile reads the chunks that are
-// most like it until its budget is spent. The result is a block mask (blasst_mask.blocks), so keys
-// that are not chosen are not read. On the CPU.
+// Chunks of keys and the choice among them, from C++: header only, over chunks.h, which documents
+// the structs and what the functions do. Throws Error.
 #pragma once
 
 #include <cstdint>
@@ -10,53 +7,15 @@
 #include <vector>
 
 #include "blasst/blasst.hpp"
+#include "blasst/chunks.h"
 
 namespace blasst {
 
-// Rows [rows, heads, head_dim] of one request; the last dimension is contiguous.
-struct HeadRows {
-  DType dtype = BLASST_FLOAT32;
-  const void* data = nullptr;
-  int64_t elements = 0;  // from data to the end of its buffer; the rows must fit
-  int64_t rows = 0;
-  int64_t heads = 0;
-  int64_t head_dim = 0;  // 16 to 256, a multiple of 8
-  int64_t stride_row = 0;
-  int64_t stride_head = 0;
-};
-
-// Says from the keys before and after a position whether a chunk begins there. With y = projection
-// k: l = sum of left[i] y[t - window + i], r = sum of right[i] y[t + i], and the score is
-// weight2 . relu(weight1 [l, r, l - r, l r, cos(l, r)] + bias1) + bias2.
-struct BoundaryPredictor {
-  int64_t inputs = 0;                 // kv_heads * head_dim of the keys it was trained on
-  int64_t window = 0;                 // keys on each side, 1 to 64
-  int64_t features = 0;               // a multiple of 32, up to 256
-  int64_t hidden = 0;                 // a multiple of 32, up to 1024
-  const float* projection = nullptr;  // [inputs, features]
-  const float* left = nullptr;        // [window]
-  const float* right = nullptr;       // [window]
-  const float* weight1 = nullptr;     // [4 * features + 1, hidden]
-  const float* bias1 = nullptr;       // [hidden]
-  const float* weight2 = nullptr;     // [hidden]
-  float bias2 = 0;
-};
-
-enum class Chunker {
-  kFixed,    // every `most` keys
-  kShift,    // where a key is unlike the one before: cosine, mean of the KV heads, < threshold
-  kTrained,  // where the predictor's score is > threshold
-};
-
-// Where a chunk begins: where the chunker says so, if the chunk before has `least` keys by then; at
-// the latest when it has `most`.
-struct ChunkRule {
-  Chunker chunker = Chunker::kFixed;
-  int64_t least = 1;
-  int64_t most = 64;
-  float threshold = 0;
-  const BoundaryPredictor* predictor = nullptr;  // kTrained
-};
+using HeadRows = blasst_head_rows;
+using BoundaryPredictor = blasst_boundary_predictor;
+using Chunker = blasst_chunker;
+using ChunkRule = blasst_chunk_rule;
+using ChunkBudget = blasst_chunk_budget;
 
 // The chunks of a request's keys: consecutive, covering all of them.
 struct Chunks {
@@ -76,37 +35,65 @@ struct ChunkView {
   std::span<const float> sums;
 };
 
-// `threads` of every function: 0: default_threads(). Results do not depend on it.
+namespace detail {
 
-// Takes up the keys that are new: `keys` are all of the request's, those of `chunks` first. The
-// result is the same whether they came at once or one by one. A trained boundary is found `window`
-// keys late. Throws Error.
-void extend_chunks(Chunks& chunks, const ChunkRule& rule, const HeadRows& keys, int threads);
+inline blasst_chunks as_c(const ChunkView& chunks, int64_t row_elements) {
+  if (static_cast<int64_t>(chunks.sums.size()) !=
+      static_cast<int64_t>(chunks.starts.size()) * row_elements)
+    throw Error(BLASST_INVALID_ARGUMENT,
+                "the chunks' sums have " + std::to_string(chunks.sums.size()) + " elements; " +
+                    std::to_string(chunks.starts.size()) + " chunks of rows of " +
+                    std::to_string(row_elements) + " need " +
+                    std::to_string(static_cast<int64_t>(chunks.starts.size()) * row_elements));
+  return {.keys = chunks.keys,
+          .count = static_cast<int64_t>(chunks.starts.size()),
+          .starts = chunks.starts.data(),
+          .sums = chunks.sums.data()};
+}
 
-// What extend_chunks changes: the chunks that take the place of the last one (of none, if there
-// are none yet), `keys` as there. Throws Error.
-Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys, int threads);
+}  // namespace detail
 
-// What the chunker compares with its threshold at positions [begin, end) of the keys: kShift from 1
-// on, kTrained from `window` to keys - window, both included; NaN elsewhere. Throws Error.
-std::vector<float> boundary_scores(const ChunkRule& rule, const HeadRows& keys, int64_t begin,
-                                   int64_t end, int threads);
+// What extend_chunks changes: the chunks that take the place of the last one (of none, if there are
+// none yet), `keys` as there.
+inline Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys,
+                          int threads) {
+  const int64_t row_elements = keys.heads * keys.head_dim;
+  const blasst_chunks known = detail::as_c(chunks, row_elements);
+  struct Owned : blasst_chunks {
+    ~Owned() { blasst_chunks_free(this); }
+  } next;
+  detail::check(blasst_chunks_next(&known, &rule, &keys, threads, &next));
+  return {.keys = next.keys,
+          .starts = {next.starts, next.starts + next.count},
+          .sums = {next.sums, next.sums + next.count * row_elements}};
+}
 
-// How many keys a query tile may read: `keys`, or the share of those that its last row sees.
-struct ChunkBudget {
-  int64_t keys = 0;  // 0: share
-  double share = 0;  // 0 to 1
-};
+// Takes up the keys that are new: `keys` are all of the request's, those of `chunks` first.
+inline void extend_chunks(Chunks& chunks, const ChunkRule& rule, const HeadRows& keys,
+                          int threads) {
+  const Chunks next = next_chunks(chunks, rule, keys, threads);
+  const size_t kept = chunks.starts.empty() ? 0 : chunks.starts.size() - 1;
+  chunks.keys = next.keys;
+  chunks.starts.resize(kept);
+  chunks.starts.insert(chunks.starts.end(), next.starts.begin(), next.starts.end());
+  chunks.sums.resize(kept * static_cast<size_t>(keys.heads * keys.head_dim));
+  chunks.sums.insert(chunks.sums.end(), next.sums.begin(), next.sums.end());
+}
+
+// What the chunker compares with its threshold at positions [begin, end) of the keys.
+inline std::vector<float> boundary_scores(const ChunkRule& rule, const HeadRows& keys,
+                                          int64_t begin, int64_t end, int threads) {
+  std::vector<float> scores(begin <= end ? static_cast<size_t>(end - begin) : 0);
+  detail::check(blasst_chunks_scores(&rule, &keys, begin, end, threads, scores.data()));
+  return scores;
+}
 
 // The block mask of a request, causal, its queries at the end of its keys: prefill [heads, query
 // tiles, key tiles], decode [kv_heads, key tiles]; 1: visit.
-//
-// Key tile 0 and those of the tile's own rows are always chosen; then the chunk that its last row
-// stands in; then the others that lie before it, by (sum of queries / sqrt(rows)) . (sum of keys /
-// sqrt(length)), in decode the largest q . (sum of keys / sqrt(length)) of its rows, greatest
-// first. A chunk takes the key tiles it touches; it is passed over if they exceed the budget,
-// rounded up to whole tiles. Throws Error.
-void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
-                  ChunkBudget budget, uint8_t* blocks, int threads);
+inline void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
+                         ChunkBudget budget, uint8_t* blocks, int threads) {
+  const blasst_chunks known = detail::as_c(chunks, kv_heads * queries.head_dim);
+  detail::check(blasst_chunks_select(&known, kv_heads, &queries, decode, &budget, threads, blocks));
+}
 
 }  // namespace blasst

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <concepts>
 #include <functional>
+#include <utility>
 
 #include "attention/element.h"
 
@@ -16,48 +16,80 @@ void check_dim(std::string_view name, int64_t value) {
     fail("{} is {}; it must be a multiple of 8 from 16 to 256", name, value);
 }
 
-template <typename Params>
-void check_all_scalars(const Params& params) {
-  constexpr bool decode = std::same_as<Params, DecodeParams>;
-  if (params.dtype < BLASST_FLOAT32 || params.dtype > BLASST_BFLOAT16)
-    fail("dtype is {}; it must be a blasst_dtype: float32 (0), float16 (1) or bfloat16 (2)",
-         static_cast<int>(params.dtype));
-  check_range("batch", params.batch, 0, 1 << 20);
-  check_range("heads", params.heads, 1, 1 << 20);
-  check_range("kv_heads", params.kv_heads, 1, params.heads);
-  if (params.heads % params.kv_heads != 0)
-    fail("heads is {} and kv_heads is {}; heads must be a multiple of kv_heads", params.heads,
-         params.kv_heads);
-  check_dim("head_dim", params.head_dim);
-  check_dim("value_dim", params.value_dim);
-  check_range("query_length", params.query_length, decode ? 1 : 0, decode ? 16 : kMaxCount);
-  if (!(params.scale >= 0 && std::isfinite(params.scale)))
-    fail("scale is {}; it must be positive and finite, or 0 for 1 / sqrt(head_dim)", params.scale);
-  if (!(params.softcap >= 0 && std::isfinite(params.softcap)))
-    fail("softcap is {}; it must be positive and finite, or 0 for none", params.softcap);
-  if (params.order < BLASST_FORWARD || params.order > BLASST_SINK_FIRST)
-    fail("order is {}; it must be a blasst_order: forward (0), reverse (1) or sink_first (2)",
-         static_cast<int>(params.order));
-  check_range("threads", params.threads, 0, kMaxThreads);
-  if (!params.workspace && params.workspace_bytes > 0)
-    fail("workspace is null but workspace_bytes is {}", params.workspace_bytes);
-  const Mask& mask = params.mask;
+void check_dtype(std::string_view name, DType dtype) {
+  if (dtype < BLASST_FLOAT32 || dtype > BLASST_BFLOAT16)
+    fail("{}.dtype is {}; it must be a blasst_dtype: float32 (0), float16 (1) or bfloat16 (2)",
+         name, static_cast<int>(dtype));
+}
+
+// What one layout has and another does not.
+void check_absent(std::string_view name, bool present, std::string_view layout_name,
+                  std::string_view wanted) {
+  if (present) fail("{} is set; it goes with {} {}", name, layout_name, wanted);
+}
+
+void check_queries(const blasst_problem& p, Phase phase) {
+  const bool decode = phase == Phase::kDecode;
+  if (p.query_layout != BLASST_LAYOUT_DENSE && p.query_layout != BLASST_LAYOUT_RAGGED)
+    fail("query_layout is {}; it must be dense (0) or ragged (1)",
+         static_cast<int>(p.query_layout));
+  check_range("query_length", p.query_length, decode ? 1 : 0, decode ? kMaxDecodeRows : kMaxCount);
+  check_range("rows", p.rows, 0, kMaxCount);
+  if (p.query_layout == BLASST_LAYOUT_DENSE) {
+    check_absent("cu_seqlens_q", p.cu_seqlens_q, "query_layout", "ragged (1)");
+    check_absent("rows", p.rows != 0, "query_layout", "ragged (1)");
+  } else {
+    check_absent("query_lengths", p.query_lengths, "query_layout", "dense (0)");
+    check_absent("kv.starts", p.kv.starts, "query_layout", "dense (0)");
+    const int64_t room = p.batch * most_rows(p);
+    if (p.rows > room)
+      fail("rows is {}, more than batch {} times query_length {}, the most rows of a request",
+           p.rows, p.batch, most_rows(p));
+  }
+  check_range("rows of all requests", all_rows(p), 0, kMaxCount);
+}
+
+void check_problem(const blasst_problem& p, Phase phase) {
+  check_range("batch", p.batch, 0, 1 << 20);
+  check_range("heads", p.heads, 1, 1 << 20);
+  check_range("kv_heads", p.kv_heads, 1, p.heads);
+  if (p.heads % p.kv_heads != 0)
+    fail("heads is {} and kv_heads is {}; heads must be a multiple of kv_heads", p.heads,
+         p.kv_heads);
+  check_dim("head_dim", p.head_dim);
+  check_dim("value_dim", p.value_dim);
+  check_queries(p, phase);
+  check_keys(p.kv);
+  check_range("the most keys of a request", most_keys(p), 0, kMaxCount);
+  for (const auto& [name, view] : {std::pair{"q", &p.q}, std::pair{"k", &p.kv.k},
+                                   std::pair{"v", &p.kv.v}, std::pair{"out", &p.out}})
+    check_dtype(name, view->dtype);
+  if (!(p.scale >= 0 && std::isfinite(p.scale)))
+    fail("scale is {}; it must be positive and finite, or 0 for 1 / sqrt(head_dim)", p.scale);
+  if (!(p.softcap >= 0 && std::isfinite(p.softcap)))
+    fail("softcap is {}; it must be positive and finite, or 0 for none", p.softcap);
+  const Mask& mask = p.mask;
   if (mask.causal != 0 && mask.causal != 1)
     fail("mask.causal is {}; it must be 0 or 1", mask.causal);
   check_range("mask.window_left", mask.window_left, -1, kMaxCount);
   check_range("mask.window_right", mask.window_right, -1, kMaxCount);
-  const TileTest& test = params.test;
+}
+
+void check_decision(const Decision& d, const blasst_problem& p) {
+  if (d.order < BLASST_FORWARD || d.order > BLASST_SINK_FIRST)
+    fail("order is {}; it must be a blasst_order: forward (0), reverse (1) or sink_first (2)",
+         static_cast<int>(d.order));
+  const TileTest& test = d.test;
   if (test.kind < BLASST_TEST_NONE || test.kind > BLASST_TEST_ABSOLUTE)
     fail("test.kind is {}; it must be a blasst_test, 0 to 3", static_cast<int>(test.kind));
-  if (test.kind == BLASST_TEST_NONE) {
-    if (test.values) fail("test.values is set but test.kind is BLASST_TEST_NONE; choose a test");
-  } else if (!test.values) {
-    fail("test.values is null; test.kind {} needs it", static_cast<int>(test.kind));
-  }
+  if (test.kind == BLASST_TEST_NONE && test.values)
+    fail("test.values is set but test.kind is BLASST_TEST_NONE; choose a test");
   check_range("test.places", test.places, 1, kMaxCount);
-  check_range("test.stride_request", test.stride_request, 0, most_stride(params.batch));
-  check_range("test.stride_head", test.stride_head, 0, most_stride(params.heads));
+  check_range("test.stride_request", test.stride_request, 0, most_stride(p.batch));
+  check_range("test.stride_head", test.stride_head, 0, most_stride(p.heads));
   check_range("test.stride_place", test.stride_place, 0, most_stride(test.places));
+  check_range("tile_query_rows", d.tile_query_rows, 0, kMaxCount);
+  check_range("tile_keys", d.tile_keys, 0, kMaxCount);
 }
 
 }  // namespace
@@ -67,10 +99,125 @@ void check_range(std::string_view name, int64_t value, int64_t least, int64_t mo
     fail("{} is {}; it must be {} to {}", name, value, least, most);
 }
 
-void check_scalars(const PrefillParams& params) { check_all_scalars(params); }
-void check_scalars(const DecodeParams& params) { check_all_scalars(params); }
+void check_struct_size(std::string_view name, std::size_t given, std::size_t known) {
+  if (given != known)
+    fail(
+        "struct_size of {} is {}; this library, blasst {}, knows {}: start from its header's "
+        "blasst_*_init, in C++ from the struct's defaults",
+        name, given, BLASST_VERSION, known);
+}
 
-void check_view(std::string_view name, const View& view, DType dtype, int64_t outer, int64_t tokens,
+void check_keys(const KeysValues& kv) {
+  if (kv.layout < BLASST_LAYOUT_DENSE || kv.layout > BLASST_LAYOUT_PAGED)
+    fail("kv.layout is {}; it must be a blasst_layout: dense (0), ragged (1) or paged (2)",
+         static_cast<int>(kv.layout));
+  check_range("kv.key_length", kv.key_length, 0, kMaxCount);
+  check_range("kv.tokens", kv.tokens, 0, kMaxCount);
+  check_range("kv.pages", kv.pages, 0, kMaxCount);
+  check_range("kv.page_table_stride", kv.page_table_stride, 0, kMaxCount);
+  const bool paged = kv.layout == BLASST_LAYOUT_PAGED, ragged = kv.layout == BLASST_LAYOUT_RAGGED;
+  if (!paged) {
+    check_absent("kv.page_table", kv.page_table, "kv.layout", "paged (2)");
+    check_absent("kv.page_size", kv.page_size != 0, "kv.layout", "paged (2)");
+    check_absent("kv.pages", kv.pages != 0, "kv.layout", "paged (2)");
+  }
+  if (!ragged) {
+    check_absent("kv.cu_seqlens", kv.cu_seqlens, "kv.layout", "ragged (1)");
+    check_absent("kv.tokens", kv.tokens != 0, "kv.layout", "ragged (1)");
+  } else {
+    check_absent("kv.lengths", kv.lengths, "kv.layout", "dense (0) or paged (2)");
+  }
+  if (paged || ragged) check_absent("kv.starts", kv.starts, "kv.layout", "dense (0)");
+  if (!paged) return;
+  check_range("kv.page_size", kv.page_size, 1, 256);
+  const int64_t table = kv.page_table_stride * kv.page_size;
+  if (kv.key_length > table)
+    fail("kv.key_length is {}; the page table has room for {}", kv.key_length, table);
+}
+
+void check_execution(const Execution& e) {
+  check_struct_size("execution", e.struct_size, sizeof e);
+  if (e.backend < BLASST_BACKEND_AUTO || e.backend > BLASST_BACKEND_CUDA)
+    fail("backend is {}; it must be a blasst_backend: auto (0), cpu (1) or cuda (2)",
+         static_cast<int>(e.backend));
+  check_range("threads", e.threads, 0, kMaxThreads);
+  if (!e.workspace && e.workspace_bytes > 0)
+    fail("workspace is null but workspace_bytes is {}", e.workspace_bytes);
+}
+
+void check_scalars(const AttentionParams& params, Phase phase) {
+  check_struct_size("params", params.struct_size, sizeof params);
+  check_struct_size("problem", params.problem.struct_size, sizeof params.problem);
+  check_struct_size("decision", params.decision.struct_size, sizeof params.decision);
+  check_struct_size("report", params.report.struct_size, sizeof params.report);
+  check_problem(params.problem, phase);
+  check_decision(params.decision, params.problem);
+  check_execution(params.execution);
+}
+
+void check_scalars(const BackwardParams& params) {
+  check_struct_size("params", params.struct_size, sizeof params);
+  check_struct_size("problem", params.problem.struct_size, sizeof params.problem);
+  check_struct_size("gradients", params.gradients.struct_size, sizeof params.gradients);
+  check_problem(params.problem, Phase::kPrefill);
+  check_execution(params.execution);
+  const Gradients& g = params.gradients;
+  for (const auto& [name, view] : {std::pair{"dout", &g.dout}, std::pair{"dq", &g.dq},
+                                   std::pair{"dk", &g.dk}, std::pair{"dv", &g.dv}})
+    check_dtype(name, view->dtype);
+}
+
+void check_arrays(const AttentionParams& params) {
+  const blasst_problem& p = params.problem;
+  if (p.query_layout == BLASST_LAYOUT_RAGGED && !p.cu_seqlens_q)
+    fail("cu_seqlens_q is null; ragged queries need the first row of each request");
+  if (p.kv.layout == BLASST_LAYOUT_RAGGED && !p.kv.cu_seqlens)
+    fail("kv.cu_seqlens is null; ragged keys need the first key of each request");
+  if (p.kv.layout == BLASST_LAYOUT_PAGED) {
+    if (!p.kv.page_table) fail("kv.page_table is null; paged keys need the pages of each request");
+    if (!p.kv.lengths) fail("kv.lengths is null; paged keys need the length of each request");
+  }
+  const TileTest& test = params.decision.test;
+  if (test.kind != BLASST_TEST_NONE && !test.values)
+    fail("test.values is null; test.kind {} needs it", static_cast<int>(test.kind));
+}
+
+void check_tiles(std::string_view backend, const Decision& decision, TileShape shape) {
+  const auto differs = [](int64_t wanted, int64_t is) { return wanted != 0 && wanted != is; };
+  if (differs(decision.tile_query_rows, shape.query_rows) ||
+      differs(decision.tile_keys, shape.keys))
+    throw Error(BLASST_UNSUPPORTED,
+                fmt::format("{}: tile_query_rows is {} and tile_keys {}; it decides on tiles of {} "
+                            "query rows and {} keys",
+                            backend, decision.tile_query_rows, decision.tile_keys, shape.query_rows,
+                            shape.keys));
+}
+
+void check_one_type(std::string_view backend, const blasst_problem& p) {
+  for (const auto& [name, view] :
+       {std::pair{"k", &p.kv.k}, std::pair{"v", &p.kv.v}, std::pair{"out", &p.out}}) {
+    if (view->dtype != p.q.dtype)
+      throw Error(BLASST_UNSUPPORTED,
+                  fmt::format("{}: q is {} and {} {}; it does tensors of one type", backend,
+                              dtype_name(p.q.dtype), name, dtype_name(view->dtype)));
+  }
+}
+
+void check_block_mask(const Mask& mask, int64_t heads, int64_t query_tiles, int64_t key_tiles) {
+  if (!mask.blocks) return;
+  check_range("mask.blocks_stride_query_tile", mask.blocks_stride_query_tile, key_tiles,
+              most_stride(query_tiles));
+  check_range("mask.blocks_stride_head", mask.blocks_stride_head,
+              query_tiles * mask.blocks_stride_query_tile, most_stride(heads));
+}
+
+void check_tile_maxima(const Report& report, const Geometry& g) {
+  if (report.tile_maxima)
+    check_range("report.tile_maxima_stride", report.tile_maxima_stride, g.key_tiles,
+                most_stride(g.tile_heads * g.query_tiles));
+}
+
+void check_view(std::string_view name, const View& view, int64_t outer, int64_t tokens,
                 int64_t heads, int64_t dim) {
   for (const auto& [stride_name, stride] :
        {std::pair{"stride_request", view.stride_request},
@@ -83,7 +230,7 @@ void check_view(std::string_view name, const View& view, DType dtype, int64_t ou
   if (outer == 0 || tokens == 0) return;
   if (!view.data)
     fail("{}.data is null, with {} x {} tokens to read or write", name, outer, tokens);
-  const int64_t bytes = element_bytes(dtype);
+  const int64_t bytes = element_bytes(view.dtype);
   if (reinterpret_cast<uintptr_t>(view.data) % bytes != 0)
     fail("{}.data is not aligned to its {}-byte elements", name, bytes);
   const auto last = static_cast<__int128>(outer - 1) * view.stride_request +
@@ -120,36 +267,37 @@ void check_no_overlap(std::string_view name, const View& view, int64_t outer, in
 }
 
 void check_not_shared(std::string_view out_name, const View& out, std::string_view name,
-                      const View& input, DType dtype) {
-  const int64_t bytes = element_bytes(dtype);
+                      const View& input) {
   const auto* out_begin = static_cast<const std::byte*>(out.data);
   const auto* in_begin = static_cast<const std::byte*>(input.data);
   if (!out_begin || !in_begin) return;
-  if (std::less<>{}(out_begin, in_begin + input.elements * bytes) &&
-      std::less<>{}(in_begin, out_begin + out.elements * bytes))
+  if (std::less<>{}(out_begin, in_begin + input.elements * element_bytes(input.dtype)) &&
+      std::less<>{}(in_begin, out_begin + out.elements * element_bytes(out.dtype)))
     fail("{} and {} share memory; {} needs a buffer of its own", out_name, name, out_name);
 }
 
 void check_merge(const MergeParams& p) {
-  if (p.dtype < BLASST_FLOAT32 || p.dtype > BLASST_BFLOAT16)
-    fail("dtype is {}; it must be a blasst_dtype: float32 (0), float16 (1) or bfloat16 (2)",
-         static_cast<int>(p.dtype));
+  check_struct_size("params", p.struct_size, sizeof p);
+  check_execution(p.execution);
+  if (p.execution.workspace) fail("workspace is set; merge needs none");
   check_range("batch", p.batch, 0, 1 << 20);
   check_range("query_length", p.query_length, 0, kMaxCount);
   check_range("batch * query_length", p.batch * p.query_length, 0, kMaxCount);
   check_range("heads", p.heads, 1, 1 << 20);
   check_dim("value_dim", p.value_dim);
-  check_range("threads", p.threads, 0, kMaxThreads);
   for (const auto& [name, view] :
-       {std::pair{"out_a", &p.out_a}, std::pair{"out_b", &p.out_b}, std::pair{"out", &p.out}})
-    check_view(name, *view, p.dtype, p.batch, p.query_length, p.heads, p.value_dim);
+       {std::pair{"out_a", &p.out_a}, std::pair{"out_b", &p.out_b}, std::pair{"out", &p.out}}) {
+    check_dtype(name, view->dtype);
+    check_view(name, *view, p.batch, p.query_length, p.heads, p.value_dim);
+  }
   if (p.batch == 0 || p.query_length == 0) return;
   check_no_overlap("out", p.out, p.batch, p.query_length, p.heads, p.value_dim);
   for (const auto& [name, view] : {std::pair{"out_a", &p.out_a}, std::pair{"out_b", &p.out_b}}) {
-    const bool same = view->data == p.out.data && view->stride_request == p.out.stride_request &&
+    const bool same = view->data == p.out.data && view->dtype == p.out.dtype &&
+                      view->stride_request == p.out.stride_request &&
                       view->stride_token == p.out.stride_token &&
                       view->stride_head == p.out.stride_head;
-    if (!same) check_not_shared("out", p.out, name, *view, p.dtype);
+    if (!same) check_not_shared("out", p.out, name, *view);
   }
   for (const auto& [name, lse] : {std::pair{"lse_a", p.lse_a}, std::pair{"lse_b", p.lse_b}}) {
     if (!lse) fail("{} is null; it must be what the call reported", name);

@@ -1,14 +1,17 @@
-// Checks of parameters that read no array, so that they hold for arrays on any device, too.
+// Checks of parameters that read no array, so that they hold for arrays on any device, too. All
+// throw Error.
 #pragma once
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <string_view>
 #include <utility>
 
+#include "attention/geometry.h"
 #include "blasst/blasst.hpp"
 
 namespace blasst::attention {
@@ -17,6 +20,7 @@ constexpr int64_t kMaxCount =
     std::numeric_limits<int32_t>::max();            // tokens, heads, requests, pages
 constexpr int64_t kMaxElements = int64_t{1} << 47;  // a tensor; keeps byte offsets in int64
 constexpr int64_t kMaxThreads = 4096;
+constexpr int64_t kMaxDecodeRows = 16;
 
 template <typename... Args>
 [[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) {
@@ -28,12 +32,35 @@ constexpr int64_t most_stride(int64_t count) { return kMaxElements / std::max<in
 
 void check_range(std::string_view name, int64_t value, int64_t least, int64_t most);
 
-// Sizes, scalars and options of a call. Throws Error, as does everything here.
-void check_scalars(const PrefillParams& params);
-void check_scalars(const DecodeParams& params);
+// The caller's struct is one that this library knows.
+void check_struct_size(std::string_view name, std::size_t given, std::size_t known);
+
+// Struct sizes, shapes, options: what is known before there are tensors.
+void check_scalars(const AttentionParams& params, Phase phase);
+void check_scalars(const BackwardParams& params);
+
+void check_keys(const KeysValues& kv);
+void check_execution(const Execution& execution);
+
+// Every array that the layout and the options need is there.
+void check_arrays(const AttentionParams& params);
+
+// The caller's tiles, if it names any, are the ones that the backend decides on. Unsupported
+// otherwise.
+void check_tiles(std::string_view backend, const Decision& decision, TileShape shape);
+
+// Queries, keys, values and output are of one type. Unsupported otherwise.
+void check_one_type(std::string_view backend, const blasst_problem& problem);
+
+// The strides of the block mask cover so many tiles: those that requests have, for the mask is read
+// there only.
+void check_block_mask(const Mask& mask, int64_t heads, int64_t query_tiles, int64_t key_tiles);
+
+// The stride of the tile maxima covers their array.
+void check_tile_maxima(const Report& report, const Geometry& geometry);
 
 // The view's last element, [outer - 1, tokens - 1, heads - 1, dim - 1], lies inside its buffer.
-void check_view(std::string_view name, const View& view, DType dtype, int64_t outer, int64_t tokens,
+void check_view(std::string_view name, const View& view, int64_t outer, int64_t tokens,
                 int64_t heads, int64_t dim);
 
 // No two elements of the view share an address.
@@ -41,7 +68,7 @@ void check_no_overlap(std::string_view name, const View& view, int64_t outer, in
                       int64_t heads, int64_t dim);
 
 void check_not_shared(std::string_view out_name, const View& out, std::string_view name,
-                      const View& input, DType dtype);
+                      const View& input);
 
 // Everything about a merge.
 void check_merge(const MergeParams& params);

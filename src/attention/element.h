@@ -13,6 +13,11 @@ namespace blasst::attention {
 
 inline int64_t element_bytes(DType dtype) { return dtype == BLASST_FLOAT32 ? 4 : 2; }
 
+inline const char* dtype_name(DType dtype) {
+  constexpr const char* names[] = {"float32", "float16", "bfloat16"};
+  return names[dtype];
+}
+
 inline double load_half(uint16_t bits) {
   const int exponent = (bits >> 10) & 31;
   const int mantissa = bits & 1023;

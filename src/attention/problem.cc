@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <concepts>
 #include <limits>
 #include <string_view>
 
@@ -15,24 +14,22 @@
 namespace blasst::attention {
 namespace {
 
-template <typename T>
-concept HasRaggedQueries = requires(const T& p) {
-  p.cu_seqlens_q;
-};
-
-template <typename T>
-concept HasQueryLengths = requires(const T& p) {
-  p.query_lengths;
-};
-
-// A copy of prefix sums: from 0, never falling, at most kMaxCount.
-std::vector<int32_t> checked_cu_seqlens(std::string_view name, const int32_t* values,
-                                        int64_t batch) {
+// A copy of prefix sums: from 0, never falling, to `total`; no request has more than `most`.
+std::vector<int32_t> checked_cu_seqlens(std::string_view name, const int32_t* values, int64_t batch,
+                                        std::string_view total_name, int64_t total,
+                                        std::string_view most_name, int64_t most) {
   const std::vector<int32_t> cu(values, values + batch + 1);
   if (cu[0] != 0) fail("{}[0] is {}; it must be 0", name, cu[0]);
   for (int64_t b = 0; b < batch; ++b) {
     if (cu[b + 1] < cu[b])
       fail("{}[{}] is {}, less than {} before it; it must not fall", name, b + 1, cu[b + 1], cu[b]);
+  }
+  if (cu[batch] != total)
+    fail("{} ends at {}; {} is {}, and must be the same", name, cu[batch], total_name, total);
+  for (int64_t b = 0; b < batch; ++b) {
+    if (cu[b + 1] - cu[b] > most)
+      fail("{} gives request {} {}; {} allows {} at most", name, b, cu[b + 1] - cu[b], most_name,
+           most);
   }
   return cu;
 }
@@ -67,45 +64,34 @@ void check_thresholds(const TileTest& test, int64_t batch, int64_t heads) {
   }
 }
 
-// Fills requests' keys; checks lengths, cu_seqlens, page table, and the K and V views.
+// Fills requests' keys; checks lengths, starts, cu_seqlens, page table, and the K and V views.
 void resolve_keys(Problem& p) {
   const KeysValues& kv = p.kv;
-  if (kv.starts)
-    throw Error(BLASST_UNSUPPORTED,
-                "kv.starts is set; on the cpu a padded request is a call of its own");
-  int64_t outer = p.batch, tokens = kv.key_length;
-  if (kv.cu_seqlens) {
-    if (kv.page_table || kv.lengths)
-      fail("kv.cu_seqlens is set together with kv.page_table or kv.lengths; choose one layout");
-    const auto cu = checked_cu_seqlens("kv.cu_seqlens", kv.cu_seqlens, p.batch);
+  const int64_t most = most_keys(p.given);
+  if (kv.layout == BLASST_LAYOUT_RAGGED) {
+    const auto cu = checked_cu_seqlens("kv.cu_seqlens", kv.cu_seqlens, p.batch, "kv.tokens",
+                                       kv.tokens, "kv.key_length", most);
     for (int64_t b = 0; b < p.batch; ++b) {
       p.requests[b].first_key = cu[b];
       p.requests[b].keys = cu[b + 1] - cu[b];
     }
-    outer = 1;
-    tokens = cu[p.batch];
   } else {
-    int64_t most = kv.key_length;
-    if (kv.page_table) {
-      check_range("kv.page_size", kv.page_size, 1, 256);
-      check_range("kv.pages", kv.pages, 0, kMaxCount);
-      check_range("kv.page_table_stride", kv.page_table_stride, 0, kMaxCount);
-      if (!kv.lengths) fail("kv.lengths is null; paged keys need the length of each request");
-      most = std::min(kMaxCount, kv.page_table_stride * kv.page_size);
-      outer = kv.pages;
-      tokens = kv.page_size;
-    } else {
-      check_range("kv.key_length", kv.key_length, 0, kMaxCount);
-    }
     for (int64_t b = 0; b < p.batch; ++b) {
-      const int64_t keys = kv.lengths ? kv.lengths[b] : kv.key_length;
-      if (keys < 0 || keys > most)
-        fail("kv.lengths[{}] is {}; it must be 0 to {} ({})", b, keys, most,
-             kv.page_table ? "page_table_stride * page_size" : "kv.key_length");
-      p.requests[b].keys = keys;
-      if (!kv.page_table) continue;
+      const int64_t end = kv.lengths ? kv.lengths[b] : kv.key_length;
+      if (end < 0 || end > most)
+        fail("kv.lengths[{}] is {}; it must be 0 to {} ({})", b, end, most,
+             kv.key_length > 0 || kv.layout == BLASST_LAYOUT_DENSE
+                 ? "kv.key_length"
+                 : "page_table_stride * page_size");
+      const int64_t start = kv.starts ? kv.starts[b] : 0;
+      if (start < 0 || start > end)
+        fail("kv.starts[{}] is {}; it must be 0 to {}, the end of the request's keys", b, start,
+             end);
+      p.requests[b].first_key = start;
+      p.requests[b].keys = end - start;
+      if (kv.layout != BLASST_LAYOUT_PAGED) continue;
       p.requests[b].first_page = std::ssize(p.pages);
-      for (int64_t i = 0; i < ceil_div(keys, kv.page_size); ++i) {
+      for (int64_t i = 0; i < ceil_div(end, kv.page_size); ++i) {
         const int32_t page = kv.page_table[b * kv.page_table_stride + i];
         if (page < 0 || page >= kv.pages)
           fail("kv.page_table[{}, {}] is {}; kv.pages is {}", b, i, page, kv.pages);
@@ -115,33 +101,37 @@ void resolve_keys(Problem& p) {
   }
   for (const Request& r : p.requests) p.max_keys = std::max(p.max_keys, r.keys);
   if (p.max_keys > 0) {
-    check_view("k", kv.k, p.dtype, outer, tokens, p.kv_heads, p.head_dim);
-    check_view("v", kv.v, p.dtype, outer, tokens, p.kv_heads, p.value_dim);
+    const auto [outer, tokens] = p.key_tensor();
+    check_view("k", kv.k, outer, tokens, p.kv_heads, p.head_dim);
+    check_view("v", kv.v, outer, tokens, p.kv_heads, p.value_dim);
   }
 }
 
-template <typename Params>
-void resolve_queries(Problem& p, const Params& params) {
-  int64_t outer = p.batch, tokens = params.query_length;
-  p.ragged_queries = false;
-  if constexpr (HasRaggedQueries<Params>) p.ragged_queries = params.cu_seqlens_q != nullptr;
-  if (p.ragged_queries) {
-    if constexpr (HasRaggedQueries<Params>) {
-      const auto cu = checked_cu_seqlens("cu_seqlens_q", params.cu_seqlens_q, p.batch);
-      for (int64_t b = 0; b < p.batch; ++b) {
-        p.requests[b].first_row = cu[b];
-        p.requests[b].rows = cu[b + 1] - cu[b];
-      }
-      outer = 1;
-      tokens = cu[p.batch];
-      p.rows = tokens;
+// Fills requests' rows; checks cu_seqlens_q and query_lengths, and the views. After the keys: in a
+// padded batch a causal row before every key is padding, too, so that a request has the query tiles
+// that it has alone.
+void resolve_queries(Problem& p) {
+  const blasst_problem& given = p.given;
+  if (p.ragged_queries()) {
+    const auto cu = checked_cu_seqlens("cu_seqlens_q", given.cu_seqlens_q, p.batch, "rows",
+                                       given.rows, "query_length", p.max_rows);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      p.requests[b].first_row = cu[b];
+      p.requests[b].rows = cu[b + 1] - cu[b];
     }
   } else {
-    for (int64_t b = 0; b < p.batch; ++b) p.requests[b] = {.first_row = b * tokens, .rows = tokens};
-    p.rows = p.batch * tokens;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      Request& r = p.requests[b];
+      const int64_t used = given.query_lengths ? given.query_lengths[b] : p.max_rows;
+      if (used < 0 || used > p.max_rows)
+        fail("query_lengths[{}] is {}; it must be 0 to {}, the query_length", b, used, p.max_rows);
+      r.rows = p.is_padded() && p.mask.causal ? std::min(used, r.keys) : used;
+      r.first_row = b * p.max_rows + used - r.rows;
+    }
   }
-  check_view("q", p.q, p.dtype, outer, tokens, p.heads, p.head_dim);
-  check_view("out", p.out, p.dtype, outer, tokens, p.heads, p.value_dim);
+  const auto [outer, tokens] = p.query_tensor();
+  check_view("q", p.q, outer, tokens, p.heads, p.head_dim);
+  check_view("out", p.out, outer, tokens, p.heads, p.value_dim);
   if (p.rows > 0) check_no_overlap("out", p.out, outer, tokens, p.heads, p.value_dim);
 }
 
@@ -157,56 +147,9 @@ void check_mask(const Problem& p) {
   }
 }
 
-template <typename Params>
-Problem resolve(const Params& params, bool decode) {
-  check_scalars(params);
-  if constexpr (HasQueryLengths<Params>) {
-    if (params.query_lengths)
-      throw Error(BLASST_UNSUPPORTED,
-                  "query_lengths is set; on the cpu a padded request is a call of its own");
-  }
-
-  Problem p{
-      .dtype = params.dtype,
-      .pack_heads = decode,
-      .batch = params.batch,
-      .heads = params.heads,
-      .kv_heads = params.kv_heads,
-      .head_dim = params.head_dim,
-      .value_dim = params.value_dim,
-      .query_length = params.query_length,
-      .requests = std::vector<Request>(params.batch),
-      .pages = {},
-      .q = params.q,
-      .out = params.out,
-      .ragged_queries = false,
-      .kv = params.kv,
-      .scale = params.scale > 0 ? params.scale : 1 / std::sqrt(static_cast<float>(params.head_dim)),
-      .softcap = params.softcap,
-      .sinks = params.sinks,
-      .mask = params.mask,
-      .order = params.order,
-      .test = params.test,
-      .report = params.report};
-  resolve_queries(p, params);
-  resolve_keys(p);
-  check_not_shared("out", p.out, "q", p.q, p.dtype);
-  check_not_shared("out", p.out, "k", p.kv.k, p.dtype);
-  check_not_shared("out", p.out, "v", p.kv.v, p.dtype);
-  check_mask(p);
-  check_thresholds(p.test, p.batch, p.heads);
-  if (p.sinks) {
-    for (int64_t h = 0; h < p.heads; ++h) {
-      if (!(p.sinks[h] < std::numeric_limits<float>::infinity()))
-        fail("sinks[{}] is {}; it must be finite or -inf", h, p.sinks[h]);
-    }
-  }
-  return p;
-}
-
 // A key has one gradient, and one stripe of keys writes it.
 void check_no_shared_page(const Problem& p) {
-  if (!p.kv.page_table) return;
+  if (p.kv.layout != BLASST_LAYOUT_PAGED) return;
   std::vector<int64_t> user(p.kv.pages, -1);
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t token = 0; token < p.requests[b].keys; token += p.kv.page_size) {
@@ -221,122 +164,127 @@ void check_no_shared_page(const Problem& p) {
   }
 }
 
-// The prefill whose gradients are asked for.
-PrefillParams forward_of(const BackwardParams& b) {
-  return {.backend = b.backend,
-          .dtype = b.dtype,
-          .batch = b.batch,
-          .heads = b.heads,
-          .kv_heads = b.kv_heads,
-          .head_dim = b.head_dim,
-          .value_dim = b.value_dim,
-          .query_length = b.query_length,
-          .cu_seqlens_q = b.cu_seqlens_q,
-          .q = b.q,
-          .out = b.out,
-          .kv = b.kv,
-          .scale = b.scale,
-          .softcap = b.softcap,
-          .sinks = b.sinks,
-          .mask = b.mask,
-          .test = {},
-          .report = {},
-          .threads = b.threads,
-          .workspace = b.workspace,
-          .workspace_bytes = b.workspace_bytes,
-          .rows = 0,
-          .stream = nullptr,
-          .query_lengths = nullptr};
-}
-
 }  // namespace
 
-void check_tile_maxima(const Problem& p, TileShape shape) {
-  if (p.report.tile_maxima)
-    check_range("report.tile_maxima_stride", p.report.tile_maxima_stride,
-                ceil_div(p.max_keys, shape.keys),
-                most_stride(p.tile_heads() * p.query_tile_count(shape.query_rows)));
-}
-
 void check_block_mask(const Problem& p, TileShape shape) {
-  if (!p.mask.blocks) return;
-  const int64_t key_tiles = ceil_div(p.max_keys, shape.keys);
-  const int64_t query_tiles = p.query_tile_count(shape.query_rows);
-  check_range("mask.blocks_stride_query_tile", p.mask.blocks_stride_query_tile, key_tiles,
-              most_stride(query_tiles));
-  check_range("mask.blocks_stride_head", p.mask.blocks_stride_head,
-              query_tiles * p.mask.blocks_stride_query_tile, most_stride(p.tile_heads()));
+  check_block_mask(p.mask, p.geometry(shape).tile_heads, p.query_tile_count(shape.query_rows),
+                   ceil_div(p.max_keys, shape.keys));
 }
 
-Problem make_problem(const PrefillParams& params) { return resolve(params, false); }
-Problem make_problem(const DecodeParams& params) { return resolve(params, true); }
+AttentionParams forward_of(const BackwardParams& params) {
+  return {.problem = params.problem, .decision = {}, .report = {}, .execution = params.execution};
+}
+
+Problem make_scalar_problem(const AttentionParams& params, Phase phase) {
+  check_scalars(params, phase);
+  const blasst_problem& given = params.problem;
+  return {
+      .given = given,
+      .phase = phase,
+      .dtype = given.q.dtype,
+      .pack_heads = phase == Phase::kDecode,
+      .batch = given.batch,
+      .heads = given.heads,
+      .kv_heads = given.kv_heads,
+      .head_dim = given.head_dim,
+      .value_dim = given.value_dim,
+      .rows = all_rows(given),
+      .max_rows = most_rows(given),
+      .max_keys = 0,
+      .requests = {},
+      .q = given.q,
+      .out = given.out,
+      .kv = given.kv,
+      .scale = given.scale > 0 ? given.scale : 1 / std::sqrt(static_cast<float>(given.head_dim)),
+      .softcap = given.softcap,
+      .sinks = given.sinks,
+      .mask = given.mask,
+      .order = params.decision.order,
+      .test = params.decision.test,
+      .report = params.report};
+}
+
+Problem make_problem(const AttentionParams& params, Phase phase) {
+  Problem p = make_scalar_problem(params, phase);
+  check_arrays(params);
+  p.requests.resize(p.batch);
+  resolve_keys(p);
+  resolve_queries(p);
+  check_not_shared("out", p.out, "q", p.q);
+  check_not_shared("out", p.out, "k", p.kv.k);
+  check_not_shared("out", p.out, "v", p.kv.v);
+  check_mask(p);
+  check_thresholds(p.test, p.batch, p.heads);
+  if (p.sinks) {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      if (!(p.sinks[h] < std::numeric_limits<float>::infinity()))
+        fail("sinks[{}] is {}; it must be finite or -inf", h, p.sinks[h]);
+    }
+  }
+  return p;
+}
 
 BackwardProblem make_problem(const BackwardParams& params) {
-  BackwardProblem b{.forward = make_problem(forward_of(params)),
-                    .dout = params.dout,
-                    .dq = params.dq,
-                    .dk = params.dk,
-                    .dv = params.dv,
-                    .lse = params.lse,
-                    .dlse = params.dlse,
-                    .tile_bits = params.tile_bits,
-                    .dsinks = params.dsinks};
+  check_scalars(params);
+  const Gradients& given = params.gradients;
+  BackwardProblem b{.forward = make_problem(forward_of(params), Phase::kPrefill),
+                    .dout = given.dout,
+                    .dq = given.dq,
+                    .dk = given.dk,
+                    .dv = given.dv,
+                    .lse = given.lse,
+                    .dlse = given.dlse,
+                    .tile_bits = given.tile_bits,
+                    .dsinks = given.dsinks};
   const Problem& p = b.forward;
   check_no_shared_page(p);
   if (!b.lse && p.rows > 0) fail("lse is null; backward needs what prefill reported");
   if (b.dsinks && !p.sinks) fail("dsinks is set but sinks is null");
-  const int64_t outer = p.ragged_queries ? 1 : p.batch;
-  const int64_t tokens = p.ragged_queries ? p.rows : params.query_length;
-  check_view("dout", b.dout, p.dtype, outer, tokens, p.heads, p.value_dim);
+  const RowTensor rows = p.query_tensor(), keys = p.key_tensor();
+  check_view("dout", b.dout, rows.outer, rows.tokens, p.heads, p.value_dim);
 
   struct Gradient {
     std::string_view name;
     const View& view;
-    int64_t outer, tokens, heads, dim;
+    RowTensor rows;
+    int64_t heads, dim;
   };
-  const KeyTensor keys = p.key_tensor();
-  const std::array gradients{
-      Gradient{"dq", b.dq, outer, tokens, p.heads, p.head_dim},
-      Gradient{"dk", b.dk, keys.outer, keys.tokens, p.kv_heads, p.head_dim},
-      Gradient{"dv", b.dv, keys.outer, keys.tokens, p.kv_heads, p.value_dim}};
+  const std::array gradients{Gradient{"dq", b.dq, rows, p.heads, p.head_dim},
+                             Gradient{"dk", b.dk, keys, p.kv_heads, p.head_dim},
+                             Gradient{"dv", b.dv, keys, p.kv_heads, p.value_dim}};
   const std::array<std::pair<std::string_view, const View*>, 5> inputs{
       {{"q", &p.q}, {"k", &p.kv.k}, {"v", &p.kv.v}, {"out", &p.out}, {"dout", &b.dout}}};
   for (size_t i = 0; i < gradients.size(); ++i) {
     const Gradient& g = gradients[i];
-    check_view(g.name, g.view, p.dtype, g.outer, g.tokens, g.heads, g.dim);
-    if (g.outer > 0 && g.tokens > 0)
-      check_no_overlap(g.name, g.view, g.outer, g.tokens, g.heads, g.dim);
-    for (const auto& [name, input] : inputs)
-      check_not_shared(g.name, g.view, name, *input, p.dtype);
+    const auto [outer, tokens] = g.rows;
+    check_view(g.name, g.view, outer, tokens, g.heads, g.dim);
+    if (outer > 0 && tokens > 0) check_no_overlap(g.name, g.view, outer, tokens, g.heads, g.dim);
+    for (const auto& [name, input] : inputs) check_not_shared(g.name, g.view, name, *input);
     for (size_t other = 0; other < i; ++other)
-      check_not_shared(g.name, g.view, gradients[other].name, gradients[other].view, p.dtype);
+      check_not_shared(g.name, g.view, gradients[other].name, gradients[other].view);
   }
   return b;
 }
 
-KeyTensor Problem::key_tensor() const {
-  if (kv.cu_seqlens) return {1, batch > 0 ? requests.back().first_key + requests.back().keys : 0};
-  if (kv.page_table) return {kv.pages, kv.page_size};
-  return {batch, kv.key_length};
-}
-
-std::byte* row_at(const View& view, DType dtype, int64_t outer, int64_t token, int64_t head) {
+std::byte* row_at(const View& view, int64_t outer, int64_t token, int64_t head) {
   return static_cast<std::byte*>(view.data) +
-         element_bytes(dtype) *
+         element_bytes(view.dtype) *
              (outer * view.stride_request + token * view.stride_token + head * view.stride_head);
 }
 
 std::byte* Problem::query_row(const View& view, int64_t request, int64_t position,
                               int64_t head) const {
-  if (ragged_queries) return row_at(view, dtype, 0, requests[request].first_row + position, head);
-  return row_at(view, dtype, request, position, head);
+  const int64_t row = requests[request].first_row + position;
+  if (ragged_queries()) return row_at(view, 0, row, head);
+  return row_at(view, request, row - request * max_rows, head);
 }
 
 std::byte* Problem::key_row(const View& view, int64_t request, int64_t token,
                             int64_t kv_head) const {
-  if (kv.cu_seqlens) return row_at(view, dtype, 0, requests[request].first_key + token, kv_head);
-  if (!kv.page_table) return row_at(view, dtype, request, token, kv_head);
-  return row_at(view, dtype, page_of(request, token), token % kv.page_size, kv_head);
+  token += requests[request].first_key;
+  if (kv.layout == BLASST_LAYOUT_RAGGED) return row_at(view, 0, token, kv_head);
+  if (kv.layout == BLASST_LAYOUT_DENSE) return row_at(view, request, token, kv_head);
+  return row_at(view, page_of(request, token), token % kv.page_size, kv_head);
 }
 
 const std::byte* Problem::query(int64_t request, int64_t position, int64_t head) const {
@@ -357,10 +305,10 @@ const std::byte* Problem::value(int64_t request, int64_t token, int64_t kv_head)
 
 void Problem::rows_of(const View& view, int64_t request, Range tokens, int64_t kv_head,
                       const std::byte** rows) const {
-  const int64_t stride = view.stride_token * element_bytes(dtype);
+  const int64_t stride = view.stride_token * element_bytes(view.dtype);
+  const bool paged = kv.layout == BLASST_LAYOUT_PAGED;
   for (int64_t token = tokens.begin; token < tokens.end;) {
-    const int64_t in_page =
-        kv.page_table ? kv.page_size - token % kv.page_size : tokens.end - token;
+    const int64_t in_page = paged ? kv.page_size - token % kv.page_size : tokens.end - token;
     const std::byte* row = key_row(view, request, token, kv_head);
     for (const int64_t end = std::min(tokens.end, token + in_page); token < end; ++token) {
       *rows++ = row;
@@ -371,6 +319,7 @@ void Problem::rows_of(const View& view, int64_t request, Range tokens, int64_t k
 
 int64_t Problem::query_tile_count(int64_t query_rows) const {
   if (pack_heads) return batch;
+  if (!ragged_queries()) return batch * ceil_div(max_rows, query_rows);
   int64_t count = 0;
   for (const Request& r : requests) count += ceil_div(r.rows, query_rows);
   return count;
@@ -382,19 +331,19 @@ std::vector<QueryTile> Problem::query_tiles(int64_t query_rows) const {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t positions = requests[b].rows;
     if (pack_heads) {
-      for (int64_t h = 0; h < heads; h += group())
+      for (int64_t h = 0; h < heads && positions > 0; h += group())
         tiles.push_back({b, h, group(), 0, positions, b});
       continue;
     }
     const int64_t count = ceil_div(positions, query_rows);
-    if (count == 0) continue;
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = 0; h < heads && count > 0; ++h) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t first = i * query_rows;
         tiles.push_back({b, h, 1, first, std::min(query_rows, positions - first), index + i});
       }
     }
-    index += count;
+    // A dense request has room for the tiles of all its rows.
+    index += ragged_queries() ? count : ceil_div(max_rows, query_rows);
   }
   return tiles;
 }

@@ -10,15 +10,22 @@
 #include <utility>
 #include <vector>
 
+#include "attention/checks.h"
 #include "attention/element.h"
+#include "attention/float_environment.h"
+#include "attention/problem.h"
 #include "cpu/backward_plan.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
+#include "cpu/processors.h"
 #include "cpu/thread_pool.h"
 #include "cpu/totals.h"
 
 namespace blasst::cpu {
 namespace {
+
+using attention::Geometry;
+using attention::Phase;
 
 constexpr std::size_t kAlignment = 64;
 
@@ -29,12 +36,12 @@ std::size_t aligned(std::size_t bytes) {
 // The caller's workspace if it is given and large enough, else memory of the call's own.
 class Scratch {
  public:
-  Scratch(Workspace workspace, std::size_t bytes) {
-    if (workspace.data && workspace.bytes < bytes)
-      throw Error(BLASST_INVALID_ARGUMENT,
-                  fmt::format("workspace_bytes is {}; this call needs {}", workspace.bytes, bytes));
-    if (workspace.data) {
-      data_ = static_cast<std::byte*>(workspace.data);
+  Scratch(const Execution& execution, std::size_t bytes) {
+    if (execution.workspace && execution.workspace_bytes < bytes)
+      throw Error(BLASST_INVALID_ARGUMENT, fmt::format("workspace_bytes is {}; this call needs {}",
+                                                       execution.workspace_bytes, bytes));
+    if (execution.workspace) {
+      data_ = static_cast<std::byte*>(execution.workspace);
       data_ += aligned(reinterpret_cast<uintptr_t>(data_)) - reinterpret_cast<uintptr_t>(data_);
     } else {
       owned_.reset(static_cast<std::byte*>(::operator new (bytes, std::align_val_t{kAlignment})));
@@ -57,23 +64,30 @@ class Scratch {
 };
 
 // Before anything is counted: the report's cells that units only add to start from zero.
-void clear_report(const Problem& p, int64_t query_tiles) {
+void clear_report(const Problem& p, const Geometry& g) {
   const Report& report = p.report;
   if (report.tiles_visitable) std::fill_n(report.tiles_visitable, p.batch * p.heads, 0);
   if (report.tiles_skipped) std::fill_n(report.tiles_skipped, p.batch * p.heads, 0);
   if (report.gap_histogram) std::fill_n(report.gap_histogram, p.heads * BLASST_GAP_BINS, 0);
-  const int64_t tiles = p.tile_heads() * query_tiles;
+  const int64_t tiles = g.tile_heads * g.query_tiles;
   if (report.tile_maxima)
     std::fill_n(report.tile_maxima, tiles * report.tile_maxima_stride,
                 -std::numeric_limits<float>::infinity());
-  if (report.tile_bits) {
-    const int64_t words = attention::ceil_div(attention::ceil_div(p.max_keys, kKeys), 32);
-    std::fill_n(report.tile_bits, tiles * words, 0);
-  }
+  if (report.tile_bits) std::fill_n(report.tile_bits, tiles * g.tile_words, 0);
 }
 
-Totals make_totals(const Problem& p, int64_t query_tiles) {
-  return Totals(p, query_tiles, attention::ceil_div(p.max_keys, kKeys));
+// Rows of a padded batch that are padding: output 0.
+void clear_padding(const Problem& p) {
+  p.for_padding([&](int64_t request, int64_t row) {
+    const int64_t token = row - request * p.max_rows;
+    for (int64_t head = 0; head < p.heads; ++head) {
+      std::fill_n(attention::row_at(p.out, request, token, head),
+                  p.value_dim * attention::element_bytes(p.dtype), std::byte{0});
+      const int64_t cell = head * p.rows + row;
+      if (p.report.lse) p.report.lse[cell] = p.padding_lse(request, row, head);
+      if (p.report.dropped_mass_bound) p.report.dropped_mass_bound[cell] = 0;
+    }
+  });
 }
 
 // A sink's probability in a row is exp(sink - lse), and its score takes -probability * delta.
@@ -86,98 +100,108 @@ float sink_gradient(const BackwardPlan& plan, int64_t head) {
     if (lse > -std::numeric_limits<double>::infinity())
       sum -= std::exp(p.sinks[head] - lse) * plan.delta[at];
   }
+  p.for_padding([&](int64_t request, int64_t row) {
+    if (p.has_sink_alone(request, row) && plan.problem.dlse)
+      sum += plan.problem.dlse[head * p.rows + row];
+  });
   return static_cast<float>(sum);
+}
+
+// Rows that are padding have no output.
+void clear_unused_rows(const BackwardPlan& plan) {
+  const attention::BackwardProblem& b = plan.problem;
+  const Problem& p = b.forward;
+  p.for_padding([&](int64_t request, int64_t row) {
+    for (int64_t head = 0; head < p.heads; ++head) {
+      std::fill_n(attention::row_at(b.dq, request, row - request * p.max_rows, head),
+                  p.head_dim * attention::element_bytes(p.dtype), std::byte{0});
+      const int64_t cell = head * p.rows + row;
+      plan.delta[cell] = plan.lse_rest[cell] = 0;
+    }
+  });
 }
 
 // Rows of dk and dv that are no request's keys.
 void clear_unused_keys(const attention::BackwardProblem& b) {
   const Problem& p = b.forward;
-  if (p.kv.cu_seqlens) return;
+  if (p.kv.layout == BLASST_LAYOUT_RAGGED) return;
   const auto [outer, tokens] = p.key_tensor();
-  std::vector<int64_t> used(outer, 0);  // of each request's or page's tokens, from the first
+  std::vector<Range> used(outer);  // of each request's or page's tokens
   for (int64_t request = 0; request < p.batch; ++request) {
-    const int64_t keys = p.requests[request].keys;
-    if (!p.kv.page_table) used[request] = keys;
-    for (int64_t first = 0; p.kv.page_table && first < keys; first += tokens)
-      used[p.page_of(request, first)] = std::min(tokens, keys - first);
+    const auto [first, end] = Range{p.requests[request].first_key,
+                                    p.requests[request].first_key + p.requests[request].keys};
+    if (p.kv.layout == BLASST_LAYOUT_DENSE) used[request] = {first, end};
+    if (p.kv.layout == BLASST_LAYOUT_DENSE) continue;
+    for (int64_t token = 0; token < end; token += tokens)
+      used[p.page_of(request, token)] = {0, std::min(tokens, end - token)};
   }
   const int64_t bytes = attention::element_bytes(p.dtype);
   for (int64_t i = 0; i < outer; ++i) {
-    for (int64_t token = used[i]; token < tokens; ++token) {
+    for (int64_t token = 0; token < tokens; ++token) {
+      if (token >= used[i].begin && token < used[i].end) continue;
       for (int64_t head = 0; head < p.kv_heads; ++head) {
-        std::fill_n(attention::row_at(b.dk, p.dtype, i, token, head), p.head_dim * bytes,
-                    std::byte{0});
-        std::fill_n(attention::row_at(b.dv, p.dtype, i, token, head), p.value_dim * bytes,
-                    std::byte{0});
+        std::fill_n(attention::row_at(b.dk, i, token, head), p.head_dim * bytes, std::byte{0});
+        std::fill_n(attention::row_at(b.dv, i, token, head), p.value_dim * bytes, std::byte{0});
       }
     }
   }
 }
 
-std::size_t backward_workspace_bytes(const BackwardPlan& plan, int threads) {
-  return kAlignment +
-         threads * aligned(backward_scratch_floats(plan.problem.forward) * sizeof(float)) +
-         2 * aligned(plan.row_floats() * sizeof(float)) + aligned(plan.dq_floats() * sizeof(float));
+// Floats of one thread's scratch in decode: a slice for every query tile that a unit may have.
+std::size_t decode_thread_floats(const Problem& p) {
+  return std::min<int64_t>(p.kv_heads, kUnitHeads) * decode_scratch_floats(p);
 }
-
-}  // namespace
 
 std::size_t prefill_workspace_bytes(const Problem& p, int threads) {
   return kAlignment + threads * aligned(prefill_scratch_floats(p) * sizeof(float));
 }
 
-namespace {
-
-// Floats of one thread's scratch in decode: a slice for every query tile that a unit may have.
-size_t decode_thread_floats(const Problem& p) {
-  return std::min<int64_t>(p.kv_heads, kUnitHeads) * decode_scratch_floats(p);
-}
-
-}  // namespace
-
 std::size_t decode_workspace_bytes(const Problem& p, int threads) {
-  const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
-  const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
   return kAlignment + threads * aligned(decode_thread_floats(p) * sizeof(float)) +
-         decode_partials(units) * aligned(decode_partial_floats(p) * sizeof(float));
+         most_decode_partials(p) * aligned(decode_partial_floats(p) * sizeof(float));
 }
 
-std::size_t backward_workspace_bytes(const attention::BackwardProblem& b, int threads) {
-  attention::check_block_mask(b.forward, prefill_shape());
-  return backward_workspace_bytes(BackwardPlan(b), threads);
+std::size_t backward_workspace_bytes(const Problem& p, int threads) {
+  return kAlignment + threads * aligned(backward_scratch_floats(p) * sizeof(float)) +
+         2 * aligned(backward_row_floats(p) * sizeof(float)) +
+         aligned(backward_dq_floats(p) * sizeof(float));
 }
 
-void prefill(const Problem& p, int threads, Workspace workspace) {
+// Scratch for each thread.
+std::vector<float*> take_scratch(Scratch& scratch, int threads, std::size_t floats) {
+  std::vector<float*> of_worker(threads);
+  for (float*& s : of_worker) s = scratch.take(floats);
+  return of_worker;
+}
+
+void prefill(const Problem& p, const Plan& plan, int threads, const Execution& execution) {
   const Kernels& kernel = kernels(p.dtype);
-  attention::check_block_mask(p, prefill_shape());
-  attention::check_tile_maxima(p, prefill_shape());
+  const Geometry g = p.geometry(plan.shape);
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
   const std::vector<PrefillUnit> units = prefill_units(p, tiles);
-  Scratch scratch(workspace, prefill_workspace_bytes(p, threads));
-  std::vector<float*> worker_scratch(threads);
-  for (float*& s : worker_scratch) s = scratch.take(prefill_scratch_floats(p));
-  const int64_t query_tiles = p.query_tile_count(kQueryRows);
-  clear_report(p, query_tiles);
-  Totals totals = make_totals(p, query_tiles);
+  Scratch scratch(execution, plan.workspace_bytes);
+  const std::vector<float*> of_worker = take_scratch(scratch, threads, prefill_scratch_floats(p));
+  clear_report(p, g);
+  clear_padding(p);
+  Totals totals(p, g);
   parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
-    kernel.prefill(p, units[i], totals, worker_scratch[worker]);
+    kernel.prefill(p, units[i], totals, of_worker[worker]);
   });
 }
 
-void decode(const Problem& p, int threads, Workspace workspace) {
+void decode(const Problem& p, const Plan& plan, int threads, const Execution& execution) {
   const Kernels& kernel = kernels(p.dtype);
-  attention::check_block_mask(p, decode_shape(p));
-  attention::check_tile_maxima(p, decode_shape(p));
+  const Geometry g = p.geometry(plan.shape);
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
   const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
-  Scratch scratch(workspace, decode_workspace_bytes(p, threads));
-  std::vector<float*> worker_scratch(threads);
-  for (float*& s : worker_scratch) s = scratch.take(decode_thread_floats(p));
+  Scratch scratch(execution, plan.workspace_bytes);
+  const std::vector<float*> of_worker = take_scratch(scratch, threads, decode_thread_floats(p));
   std::vector<Partial> partials;
   for (int64_t i = 0; i < decode_partials(units); ++i)
     partials.push_back(decode_partial(p, scratch.take(decode_partial_floats(p))));
-  clear_report(p, p.batch);
-  Totals totals = make_totals(p, p.batch);
+  clear_report(p, g);
+  clear_padding(p);
+  Totals totals(p, g);
   std::vector<const DecodeUnit*> firsts;  // of the splits that begin a visit
   for (const DecodeUnit& unit : units) {
     if (unit.split == 0) firsts.push_back(&unit);
@@ -185,11 +209,11 @@ void decode(const Problem& p, int threads, Workspace workspace) {
   if (takes_seeds(p)) {
     parallel_for(std::ssize(firsts), threads, [&](int64_t i, int worker) {
       if (firsts[i]->splits > 1)
-        kernel.decode_seeds(p, *firsts[i], totals, worker_scratch[worker], partials.data());
+        kernel.decode_seeds(p, *firsts[i], totals, of_worker[worker], partials.data());
     });
   }
   parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
-    kernel.decode(p, units[i], totals, worker_scratch[worker], partials.data());
+    kernel.decode(p, units[i], totals, of_worker[worker], partials.data());
   });
   parallel_for(std::ssize(firsts), threads, [&](int64_t i, int) {
     const DecodeUnit& unit = *firsts[i];
@@ -198,30 +222,117 @@ void decode(const Problem& p, int threads, Workspace workspace) {
   });
 }
 
-void backward(const attention::BackwardProblem& b, int threads, Workspace workspace) {
-  attention::check_block_mask(b.forward, prefill_shape());
+void backward(const attention::BackwardProblem& b, const Plan& of_call, int threads,
+              const Execution& execution) {
   BackwardPlan plan(b);
-  Scratch scratch(workspace, backward_workspace_bytes(plan, threads));
-  std::vector<float*> worker_scratch(threads);
-  for (float*& s : worker_scratch) s = scratch.take(backward_scratch_floats(b.forward));
-  plan.delta = scratch.take(plan.row_floats());
-  plan.lse_rest = scratch.take(plan.row_floats());
-  plan.dq = scratch.take(plan.dq_floats());
+  Scratch scratch(execution, of_call.workspace_bytes);
+  const std::vector<float*> of_worker =
+      take_scratch(scratch, threads, backward_scratch_floats(b.forward));
+  plan.delta = scratch.take(backward_row_floats(b.forward));
+  plan.lse_rest = scratch.take(backward_row_floats(b.forward));
+  plan.dq = scratch.take(backward_dq_floats(b.forward));
   const Kernels& kernel = kernels(b.forward.dtype);
   const auto tiles = std::ssize(plan.tiles);
   parallel_for(tiles, threads, [&](int64_t i, int worker) {
-    kernel.backward_rows(plan, plan.tiles[i], worker_scratch[worker]);
+    kernel.backward_rows(plan, plan.tiles[i], of_worker[worker]);
   });
   parallel_for(std::ssize(plan.units), threads, [&](int64_t i, int worker) {
-    kernel.backward(plan, plan.units[i], worker_scratch[worker]);
+    kernel.backward(plan, plan.units[i], of_worker[worker]);
   });
   parallel_for(tiles, threads,
                [&](int64_t i, int) { kernel.backward_finish(plan, plan.tiles[i].query); });
+  clear_unused_rows(plan);
   clear_unused_keys(b);
   if (b.dsinks) {
     parallel_for(b.forward.heads, threads,
                  [&](int64_t head, int) { b.dsinks[head] = sink_gradient(plan, head); });
   }
+}
+
+void check_supported(const Execution& execution) {
+  if (execution.stream) throw Error(BLASST_UNSUPPORTED, "cpu: stream is set; it is for cuda");
+}
+
+Plan plan_of(const Problem& p, TileShape shape, std::size_t workspace_bytes) {
+  return attention::plan_of(BLASST_BACKEND_CPU, p.geometry(shape), workspace_bytes);
+}
+
+class Cpu : public api::Backend {
+ public:
+  blasst_backend id() const override { return BLASST_BACKEND_CPU; }
+
+  BackendInfo info() const override {
+    return {BLASST_BACKEND_CPU, "cpu", isa_name(), true,
+            fmt::format("{} threads", default_threads())};
+  }
+
+  std::string obstacle(api::Memory memory) const override {
+    return memory.host ? "" : "the tensors are in the memory of a GPU";
+  }
+
+  Plan plan(const AttentionParams& params, Phase phase) const override {
+    const Problem p = attention::make_scalar_problem(params, phase);
+    attention::check_one_type("cpu", params.problem);
+    check_supported(params.execution);
+    const int threads = threads_of(params.execution.threads);
+    const bool decode = phase == Phase::kDecode;
+    const TileShape shape = decode ? decode_shape(p) : prefill_shape();
+    attention::check_tiles("cpu", params.decision, shape);
+    return plan_of(
+        p, shape,
+        decode ? decode_workspace_bytes(p, threads) : prefill_workspace_bytes(p, threads));
+  }
+
+  Plan plan(const BackwardParams& params) const override {
+    attention::check_scalars(params);
+    attention::check_one_type("cpu", params.problem);
+    check_supported(params.execution);
+    const Problem p =
+        attention::make_scalar_problem(attention::forward_of(params), Phase::kPrefill);
+    return plan_of(p, prefill_shape(),
+                   backward_workspace_bytes(p, threads_of(params.execution.threads)));
+  }
+
+  void run(const AttentionParams& params, Phase phase) const override {
+    const attention::DefaultFloatEnvironment environment;
+    const Plan of_call = plan(params, phase);
+    const Problem p = attention::make_problem(params, phase);
+    const Geometry g = p.geometry(of_call.shape);
+    attention::check_block_mask(p, of_call.shape);
+    attention::check_tile_maxima(p.report, g);
+    const int threads = threads_of(params.execution.threads);
+    if (phase == Phase::kDecode) {
+      decode(p, of_call, threads, params.execution);
+    } else {
+      prefill(p, of_call, threads, params.execution);
+    }
+  }
+
+  void run(const BackwardParams& params) const override {
+    const attention::DefaultFloatEnvironment environment;
+    const Plan of_call = plan(params);
+    const attention::BackwardProblem b = attention::make_problem(params);
+    attention::check_block_mask(b.forward, of_call.shape);
+    backward(b, of_call, threads_of(params.execution.threads), params.execution);
+  }
+
+  void merge(const MergeParams& params) const override {
+    const attention::DefaultFloatEnvironment environment;
+    attention::check_merge(params);
+    for (const View* view : {&params.out_a, &params.out_b}) {
+      if (view->dtype != params.out.dtype)
+        throw Error(BLASST_UNSUPPORTED, "cpu: out_a, out_b and out are of different types");
+    }
+    check_supported(params.execution);
+    cpu::merge(params, threads_of(params.execution.threads));
+  }
+};
+
+}  // namespace
+
+const api::Backend& backend() {
+  static const Cpu cpu;
+  return cpu;
 }
 
 }  // namespace blasst::cpu

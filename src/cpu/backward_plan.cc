@@ -29,10 +29,9 @@ BackwardTile make_tile(const Problem& p, const QueryTile& query) {
 
 }  // namespace
 
-BackwardPlan::BackwardPlan(const attention::BackwardProblem& backward) : problem(backward) {
+BackwardPlan::BackwardPlan(const attention::BackwardProblem& backward)
+    : problem(backward), geometry_(backward.forward.geometry(prefill_shape())) {
   const Problem& p = problem.forward;
-  query_tiles_ = p.query_tile_count(kQueryRows);
-  tile_words_ = ceil_div(ceil_div(p.max_keys, kKeys), 32);
   for (const QueryTile& query : p.query_tiles(kQueryRows)) tiles.push_back(make_tile(p, query));
   std::span<const BackwardTile> rest = tiles;
   for (int64_t request = 0; request < p.batch; ++request) {
@@ -67,7 +66,7 @@ BackwardPlan::BackwardPlan(const attention::BackwardProblem& backward) : problem
 
 bool BackwardPlan::kept(const BackwardTile& tile, int64_t key_tile) const {
   return key_tile >= tile.key_tiles.begin && key_tile < tile.key_tiles.end &&
-         problem.kept(tile.query, query_tiles_, tile_words_, key_tile);
+         problem.kept(tile.query, geometry_, key_tile);
 }
 
 int64_t BackwardPlan::stripes(int64_t request) const {
@@ -85,10 +84,9 @@ float* BackwardPlan::dq_of(const QueryTile& tile, int64_t stripe) const {
   return dq + (stripe * p.heads * p.rows + first_row(tile)) * padded(p.head_dim);
 }
 
-size_t BackwardPlan::row_floats() const { return problem.forward.heads * problem.forward.rows; }
+size_t backward_row_floats(const Problem& p) { return p.heads * p.rows; }
 
-size_t BackwardPlan::dq_floats() const {
-  const Problem& p = problem.forward;
+size_t backward_dq_floats(const Problem& p) {
   return most_stripes(p) * p.heads * p.rows * padded(p.head_dim);
 }
 

@@ -42,9 +42,6 @@ struct BackwardPlan {
   int64_t first_row(const QueryTile& tile) const;
   float* dq_of(const QueryTile& tile, int64_t stripe) const;
 
-  size_t row_floats() const;  // of delta, and of lse_rest
-  size_t dq_floats() const;
-
   const attention::BackwardProblem& problem;
   std::vector<BackwardTile> tiles;  // heads of a request follow each other
   std::vector<BackwardUnit> units;  // most work first
@@ -53,8 +50,11 @@ struct BackwardPlan {
   float* dq = nullptr;              // [stripes, heads, rows, padded(head_dim)]
 
  private:
-  int64_t query_tiles_, tile_words_;  // of a head, over all requests; words of tile bits
+  attention::Geometry geometry_;  // of the tile bits
 };
+
+size_t backward_row_floats(const Problem& p);  // of delta, and of lse_rest
+size_t backward_dq_floats(const Problem& p);
 
 // Floats from one row of a staged tile to the next: whole panels, and no power of two, so that the
 // rows of a column do not all fall into one set of the cache.

@@ -12,8 +12,7 @@
 #include "blasst/blasst.hpp"
 #include "hwy/targets.h"
 
-namespace blasst {
-namespace cpu {
+namespace blasst::cpu {
 namespace {
 
 struct Isa {
@@ -65,7 +64,7 @@ const Isa* find(const std::string& name) {
   }
   throw Error(BLASST_INVALID_ARGUMENT,
               fmt::format("instruction set '{}' is not available; this machine and build have: {}",
-                          name, fmt::join(cpu_isas(), ", ")));
+                          name, fmt::join(isa_names(), ", ")));
 }
 
 constinit std::atomic<const Isa*> chosen = nullptr;
@@ -82,16 +81,14 @@ const Isa& isa_in_use() {
 
 const Kernels& kernels(DType dtype) { return isa_in_use().table[dtype]; }
 
-}  // namespace cpu
-
-std::vector<std::string> cpu_isas() {
+std::vector<std::string> isa_names() {
   std::vector<std::string> names;
-  for (const auto& isa : cpu::isas()) names.push_back(isa.name);
+  for (const Isa& isa : isas()) names.push_back(isa.name);
   return names;
 }
 
-std::string cpu_isa() { return cpu::isa_in_use().name; }
+const std::string& isa_name() { return isa_in_use().name; }
 
-void set_cpu_isa(const std::string& name) { cpu::chosen = cpu::find(name); }
+void set_isa(const std::string& name) { chosen = find(name); }
 
-}  // namespace blasst
+}  // namespace blasst::cpu

@@ -1,6 +1,9 @@
 // The instruction sets that kernels are compiled for, and the choice among them.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "cpu/kernels.h"
 #include "cpu/targets.h"
 
@@ -15,6 +18,12 @@ namespace blasst::cpu {
   }
 BLASST_CPU_TARGETS(BLASST_DECLARE_KERNELS)
 #undef BLASST_DECLARE_KERNELS
+
+// Instruction sets with kernels that this machine has, best first, and the one in use: the first,
+// unless the environment variable BLASST_CPU_ISA or set_isa names another.
+std::vector<std::string> isa_names();
+const std::string& isa_name();
+void set_isa(const std::string& name);  // Error if it is not in isa_names()
 
 // Kernels of the instruction set in use.
 const Kernels& kernels(DType dtype);

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "attention/element.h"
+#include "attention/problem.h"
 #include "cpu/backend.h"
 #include "cpu/thread_pool.h"
 
@@ -11,12 +12,6 @@ namespace blasst::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-std::byte* row_of(const View& view, DType dtype, int64_t request, int64_t token, int64_t head) {
-  return static_cast<std::byte*>(view.data) +
-         attention::element_bytes(dtype) *
-             (request * view.stride_request + token * view.stride_token + head * view.stride_head);
-}
 
 void merge_row(const MergeParams& p, int64_t row, int64_t head) {
   const int64_t cell = head * p.batch * p.query_length + row;
@@ -29,18 +24,18 @@ void merge_row(const MergeParams& p, int64_t row, int64_t head) {
   if (!empty) share_a /= sum, share_b /= sum;
 
   const int64_t request = row / p.query_length, token = row % p.query_length;
-  const std::byte* from_a = row_of(p.out_a, p.dtype, request, token, head);
-  const std::byte* from_b = row_of(p.out_b, p.dtype, request, token, head);
-  std::byte* to = row_of(p.out, p.dtype, request, token, head);
-  const int64_t bytes = attention::element_bytes(p.dtype);
+  const DType dtype = p.out.dtype;
+  const std::byte* from_a = attention::row_at(p.out_a, request, token, head);
+  const std::byte* from_b = attention::row_at(p.out_b, request, token, head);
+  std::byte* to = attention::row_at(p.out, request, token, head);
+  const int64_t bytes = attention::element_bytes(dtype);
   for (int64_t d = 0; d < p.value_dim; ++d) {
     const auto part = [&](float share, const std::byte* row) {
       // What has no share adds nothing, whatever it is.
       if (share == 0) return 0.0f;
-      return share * static_cast<float>(attention::load_element(p.dtype, row + d * bytes));
+      return share * static_cast<float>(attention::load_element(dtype, row + d * bytes));
     };
-    attention::store_element(p.dtype, to + d * bytes,
-                             part(share_a, from_a) + part(share_b, from_b));
+    attention::store_element(dtype, to + d * bytes, part(share_a, from_a) + part(share_b, from_b));
   }
 }
 

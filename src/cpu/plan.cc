@@ -7,10 +7,10 @@ namespace blasst::cpu {
 
 using attention::ceil_div;
 
-TileShape prefill_shape() { return {kQueryRows, kKeys, 0}; }
+TileShape prefill_shape() { return {.query_rows = kQueryRows, .keys = kKeys}; }
 
 TileShape decode_shape(const Problem& p) {
-  return {p.group() * p.query_length, kKeys, kSplitTiles};
+  return {.query_rows = p.group() * p.max_rows, .keys = kKeys, .split_tiles = kSplitTiles};
 }
 
 namespace {
@@ -94,6 +94,11 @@ int64_t decode_partials(std::span<const DecodeUnit> units) {
   if (units.empty()) return 0;
   const DecodeUnit& last = units.back();
   return last.first_partial(last.tiles.size());
+}
+
+int64_t most_decode_partials(const Problem& p) {
+  const int64_t splits = ceil_div(p.geometry(decode_shape(p)).key_tiles, kSplitTiles);
+  return p.batch * p.kv_heads * std::max<int64_t>(1, splits);
 }
 
 bool takes_seeds(const Problem& p) {

@@ -1,4 +1,5 @@
-// Host-side choices of the CPU backend: tile shapes, work items, scratch sizes. Plain functions.
+// Host-side choices of the CPU backend: tile shapes, work items, scratch sizes. Plain functions;
+// shapes and sizes need the scalars of a problem only.
 #pragma once
 
 #include <cstddef>
@@ -54,6 +55,7 @@ int64_t decode_unit_heads(int64_t kv_heads, int64_t splits, int threads);
 std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile> tiles,
                                      int threads);
 int64_t decode_partials(std::span<const DecodeUnit> units);
+int64_t most_decode_partials(const Problem& p);  // by its scalars
 
 // Whether splits take part in a test, or in its calibration, so that they must not start blind.
 bool takes_seeds(const Problem& p);

@@ -13,11 +13,11 @@ namespace blasst::cpu {
 
 class Totals {
  public:
-  Totals(const attention::Problem& p, int64_t query_tiles, int64_t key_tiles)
+  Totals(const attention::Problem& p, const attention::Geometry& geometry)
       : report_(p.report),
         heads_(p.heads),
-        query_tiles_(query_tiles),
-        words_(attention::ceil_div(key_tiles, 32)),
+        query_tiles_(geometry.query_tiles),
+        words_(geometry.tile_words),
         group_(p.group()),
         pack_heads_(p.pack_heads) {}
 

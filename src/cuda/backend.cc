@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "attention/checks.h"
+#include "attention/element.h"
 #include "cuda/checks.h"
 #include "cuda/merge.h"
 #include "cuda/pages.h"
@@ -18,6 +19,8 @@
 
 namespace blasst::cuda {
 namespace {
+
+using attention::Phase;
 
 Machine this_machine() {
   Machine m;
@@ -36,7 +39,7 @@ Machine this_machine() {
 
 void check_usable() {
   if (const std::string why = obstacle(this_machine()); !why.empty())
-    throw Error(BLASST_UNSUPPORTED, "cuda-sm90 is not usable: " + why);
+    throw Error(BLASST_UNSUPPORTED, "cuda is not usable: " + why);
 }
 
 // A kernel that touches memory of another kind ends the process's use of the device, so every array
@@ -81,86 +84,116 @@ void check_memory(const Report& report, const MemoryCheck& check_array) {
   check_array("report.tile_maxima", report.tile_maxima);
 }
 
-template <typename Call>
-void check_device(const Call& call) {
+void check_device(const AttentionParams& params) {
   check_usable();
+  const blasst_problem& p = params.problem;
   const MemoryCheck check_array;
-  check_array("q.data", call.q.data);
-  check_array("out.data", call.out.data);
-  check_memory(call.kv, check_array);
-  if constexpr (requires { call.cu_seqlens_q; }) {
-    check_array("cu_seqlens_q", call.cu_seqlens_q);
-    check_array("query_lengths", call.query_lengths);
-  }
-  check_array("sinks", call.sinks);
-  check_array("mask.bands", call.mask.bands);
-  check_array("test.values", call.test.values);
-  check_memory(call.report, check_array);
-  check_array("workspace", call.workspace);
+  check_array("q.data", p.q.data);
+  check_array("out.data", p.out.data);
+  check_memory(p.kv, check_array);
+  check_array("cu_seqlens_q", p.cu_seqlens_q);
+  check_array("query_lengths", p.query_lengths);
+  check_array("sinks", p.sinks);
+  check_array("mask.bands", p.mask.bands);
+  check_array("test.values", params.decision.test.values);
+  check_memory(params.report, check_array);
+  check_array("workspace", params.execution.workspace);
 }
+
+class Cuda : public api::Backend {
+ public:
+  blasst_backend id() const override { return BLASST_BACKEND_CUDA; }
+
+  BackendInfo info() const override {
+    BackendInfo info{id(), "cuda", "sm90", false, cuda::obstacle(this_machine())};
+    if (!info.detail.empty()) return info;
+    int device = 0;
+    cudaDeviceProp properties;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+    info.usable = true;
+    info.detail =
+        fmt::format("{}, {} multiprocessors", properties.name, properties.multiProcessorCount);
+    return info;
+  }
+
+  std::string obstacle(api::Memory memory) const override {
+    if (!memory.gpu) return "the tensors are in host memory";
+    return cuda::obstacle(this_machine());
+  }
+
+  Plan plan(const AttentionParams& params, Phase phase) const override {
+    return phase == Phase::kDecode ? decode::plan(params) : prefill::plan(params);
+  }
+
+  Plan plan(const BackwardParams&) const override {
+    refuse("there is no backward; the cpu (1) has one");
+  }
+
+  void run(const AttentionParams& params, Phase phase) const override {
+    if (phase == Phase::kDecode) {
+      const decode::Launch launch = decode::plan_launch(params);
+      check_device(params);
+      decode::launch(launch);
+    } else {
+      const prefill::Launch launch = prefill::plan_launch(params);
+      check_device(params);
+      prefill::launch(launch);
+    }
+  }
+
+  void run(const BackwardParams& params) const override { plan(params); }
+
+  void merge(const MergeParams& params) const override {
+    attention::check_merge(params);
+    const std::pair<std::string_view, const View*> views[] = {
+        {"out_a", &params.out_a}, {"out_b", &params.out_b}, {"out", &params.out}};
+    for (const auto& [name, view] : views) {
+      if (view->dtype != params.out.dtype)
+        refuse("{} is {} and out {}; it does tensors of one type", name,
+               attention::dtype_name(view->dtype), attention::dtype_name(params.out.dtype));
+      if (view->dtype == BLASST_FLOAT32)
+        refuse("{} is float32; it does bfloat16 and float16", name);
+      check_aligned(name, *view);
+    }
+    if (params.execution.threads != 0)
+      refuse("threads is {}; it must be 0", params.execution.threads);
+    if (params.batch * params.query_length * params.heads > attention::kMaxCount)
+      refuse("merge of {} rows of {} heads; it does {} rows times heads at most",
+             params.batch * params.query_length, params.heads, attention::kMaxCount);
+    check_usable();
+    const MemoryCheck check_array;
+    for (const auto& [name, view] : views) check_array(name, view->data);
+    check_array("lse_a", params.lse_a);
+    check_array("lse_b", params.lse_b);
+    check_array("lse", params.lse);
+    launch_merge(params);
+  }
+};
 
 }  // namespace
 
-void run(const PrefillParams& params) {
-  const prefill::Launch launch = prefill::plan(params);
-  check_device(params);
-  prefill::launch(launch);
+const api::Backend& backend() {
+  static const Cuda cuda;
+  return cuda;
 }
 
-std::size_t workspace_bytes(const PrefillParams& params) {
-  return prefill::workspace_bytes(params);
+api::Memory memory_of(const void* data) {
+  cudaPointerAttributes memory{};
+  // No driver, or no device: then there is no memory of one.
+  if (!data || forgotten(cudaPointerGetAttributes(&memory, data)) != cudaSuccess) return {};
+  const bool device = memory.type == cudaMemoryTypeDevice;
+  return {.host = !device, .gpu = device || memory.type == cudaMemoryTypeManaged};
 }
 
-TileShape tile_shape(const PrefillParams& params) { return prefill::tile_shape(params); }
-
-void run(const DecodeParams& params) {
-  const decode::Launch launch = decode::plan(params);
-  check_device(params);
-  decode::launch(launch);
-}
-
-std::size_t workspace_bytes(const DecodeParams& params) { return decode::workspace_bytes(params); }
-
-TileShape tile_shape(const DecodeParams& params) { return decode::tile_shape(params); }
-
-void merge(const MergeParams& params) {
-  attention::check_merge(params);
-  if (params.dtype == BLASST_FLOAT32) refuse("dtype is float32; it does bfloat16 and float16");
-  if (params.threads != 0) refuse("threads is {}; it must be 0", params.threads);
-  const std::pair<std::string_view, const View*> views[] = {
-      {"out_a", &params.out_a}, {"out_b", &params.out_b}, {"out", &params.out}};
-  for (const auto& [name, view] : views) check_aligned(name, *view);
-  if (params.batch * params.query_length * params.heads > attention::kMaxCount)
-    refuse("merge of {} rows of {} heads; it does {} rows times heads at most",
-           params.batch * params.query_length, params.heads, attention::kMaxCount);
+void check_pages(const blasst_problem& problem, int32_t* found, void* stream) {
+  const PageCheck call = plan_page_check(problem, found, stream);
   check_usable();
   const MemoryCheck check_array;
-  for (const auto& [name, view] : views) check_array(name, view->data);
-  check_array("lse_a", params.lse_a);
-  check_array("lse_b", params.lse_b);
-  check_array("lse", params.lse);
-  launch_merge(params);
-}
-
-void check_pages(const KeysValues& kv, int64_t batch, int32_t* found, void* stream) {
-  const PageCheck call = plan_page_check(kv, batch, found, stream);
-  check_usable();
-  const MemoryCheck check_array;
-  check_array("kv.page_table", kv.page_table);
-  check_array("kv.lengths", kv.lengths);
+  check_array("kv.page_table", problem.kv.page_table);
+  check_array("kv.lengths", problem.kv.lengths);
   check_array("found", found);
   launch_page_check(call);
-}
-
-BackendInfo info() {
-  std::string why = obstacle(this_machine());
-  if (!why.empty()) return {BLASST_BACKEND_CUDA_SM90, "cuda-sm90", false, why};
-  int device = 0;
-  cudaDeviceProp properties;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
-  return {BLASST_BACKEND_CUDA_SM90, "cuda-sm90", true,
-          fmt::format("{}, {} multiprocessors", properties.name, properties.multiProcessorCount)};
 }
 
 }  // namespace blasst::cuda

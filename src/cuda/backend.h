@@ -1,24 +1,18 @@
-// The backend for GPUs of compute capability 9.0. No CUDA types here.
+// The backend for NVIDIA GPUs; its kernels are for compute capability 9.0. No CUDA types here.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
+#include "api/backend.h"
 #include "blasst/blasst.hpp"
 
 namespace blasst::cuda {
 
-void run(const PrefillParams& params);
-std::size_t workspace_bytes(const PrefillParams& params);
-TileShape tile_shape(const PrefillParams& params);
+const api::Backend& backend();
 
-void run(const DecodeParams& params);
-std::size_t workspace_bytes(const DecodeParams& params);
-TileShape tile_shape(const DecodeParams& params);
+// Where a pointer's memory is.
+api::Memory memory_of(const void* data);
 
-void merge(const MergeParams& params);
-void check_pages(const KeysValues& kv, int64_t batch, int32_t* found, void* stream);
-
-BackendInfo info();
+void check_pages(const blasst_problem& problem, int32_t* found, void* stream);
 
 }  // namespace blasst::cuda

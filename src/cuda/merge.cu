@@ -60,8 +60,8 @@ void launch_merge(const MergeParams& p) {
   const int64_t threads = p.batch * p.query_length * p.heads * (p.value_dim / kPiece);
   if (threads == 0) return;
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
-  const auto stream = static_cast<cudaStream_t>(p.stream);
-  enqueue(p.dtype == BLASST_FLOAT16 ? merge_rows<__half> : merge_rows<__nv_bfloat16>,
+  const auto stream = static_cast<cudaStream_t>(p.execution.stream);
+  enqueue(p.out.dtype == BLASST_FLOAT16 ? merge_rows<__half> : merge_rows<__nv_bfloat16>,
           static_cast<int>(blocks), kThreads, stream, p);
 }
 

@@ -2,22 +2,27 @@
 
 #include "attention/checks.h"
 #include "cuda/checks.h"
-#include "cuda/sm90/tensor.h"
 
 namespace blasst::cuda {
 
-PageCheck plan_page_check(const KeysValues& kv, int64_t batch, int32_t* found, void* stream) {
+PageCheck plan_page_check(const blasst_problem& problem, int32_t* found, void* stream) {
   using attention::fail;
+  const KeysValues& kv = problem.kv;
+  attention::check_range("batch", problem.batch, 0, 1 << 20);
+  attention::check_keys(kv);
+  if (kv.layout != BLASST_LAYOUT_PAGED)
+    fail("kv.layout is {}; the check is of paged keys (2)", static_cast<int>(kv.layout));
   if (!kv.page_table) fail("kv.page_table is null; the check is of paged keys");
+  if (!kv.lengths) fail("kv.lengths is null; paged keys need the length of each request");
   if (!found) fail("found is null; it must be room for four numbers");
-  attention::check_range("batch", batch, 0, 1 << 20);
+  check_page_size(kv);
   return {.table = kv.page_table,
           .lengths = kv.lengths,
-          .batch = batch,
+          .batch = problem.batch,
           .stride = kv.page_table_stride,
           .page_size = kv.page_size,
           .pages = kv.pages,
-          .room = check_page_table(kv, kUnlimited - 1),
+          .room = attention::most_keys(problem),
           .found = found,
           .stream = stream};
 }

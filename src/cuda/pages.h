@@ -17,7 +17,7 @@ struct PageCheck {
 };
 
 // From parameters; throws Error. Plain host code.
-PageCheck plan_page_check(const KeysValues& kv, int64_t batch, int32_t* found, void* stream);
+PageCheck plan_page_check(const blasst_problem& problem, int32_t* found, void* stream);
 
 void launch_page_check(const PageCheck& check);
 

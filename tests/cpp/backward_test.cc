@@ -1,6 +1,6 @@
 // Gradients: the reference against finite differences, kernels against the reference, and the
 // promises of the interface on every instruction set.
-#include "check/backward.h"
+#include "testing/backward.h"
 
 #include <gtest/gtest.h>
 
@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "check/element.h"
 #include "promises.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -62,13 +62,14 @@ double loss(const BackwardProblem& b, TileShape shape, const std::vector<bool>& 
   const reference::Result result = refer(forward.params, false, shape, &kept);
   const Access access(forward.params);
   double sum = 0;
-  for (size_t i = 0; b.params.dlse && i < b.dlse.size(); ++i) sum += result.lse[i] * b.dlse[i];
+  for (size_t i = 0; b.params.gradients.dlse && i < b.dlse.size(); ++i)
+    sum += result.lse[i] * b.dlse[i];
   size_t at = 0;
-  for (int64_t r = 0; r < forward.params.batch; ++r) {
+  for (int64_t r = 0; r < forward.params.problem.batch; ++r) {
     for (int64_t i = 0; i < access.requests()[r].rows; ++i) {
-      for (int64_t h = 0; h < forward.params.heads; ++h) {
-        const std::byte* dout = access.query_row(b.params.dout, r, i, h);
-        for (int64_t d = 0; d < forward.params.value_dim; ++d)
+      for (int64_t h = 0; h < forward.params.problem.heads; ++h) {
+        const std::byte* dout = access.query_row(b.params.gradients.dout, r, i, h);
+        for (int64_t d = 0; d < forward.params.problem.value_dim; ++d)
           sum += result.out[at++] * load_element(BLASST_FLOAT32, dout + 4 * d);
       }
     }
@@ -91,9 +92,9 @@ TEST(ReferenceBackward, IsTheDerivativeOfTheReference) {
            .threshold = 0.95f};
     Pair pair(c);
     ASSERT_GT(skipped(*pair.forward), 0);
-    const PrefillParams& p = pair.forward->params;
-    const TileShape shape = tile_shape(p, false);
-    if (capped) pair.backward->params.dlse = pair.backward->dlse.data();
+    const AttentionParams& p = pair.forward->params;
+    const TileShape shape = prefill_plan(p).shape;
+    if (capped) pair.backward->params.gradients.dlse = pair.backward->dlse.data();
     std::vector<bool> kept;
     for (const auto& tile : refer(p, false, shape).tiles) kept.push_back(tile.kept);
     const reference::Gradients wanted = reference::backward(pair.backward->params, shape);
@@ -143,7 +144,7 @@ TEST_P(Backward, RandomProblemsAgreeWithTheReference) {
   for (uint64_t seed = 0; seed < 60; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     const Pair pair(differentiable(random_case(seed, 3'000'000)));
-    if (seed % 3 == 0) pair.backward->params.dlse = pair.backward->dlse.data();
+    if (seed % 3 == 0) pair.backward->params.gradients.dlse = pair.backward->dlse.data();
     pair.backward->run();
     EXPECT_EQ(compare(*pair.backward).mismatch, "") << describe(pair.forward->description);
     skips += skipped(*pair.forward);
@@ -172,7 +173,7 @@ TEST_P(Backward, ThresholdZeroNoTestAndNoBitsGiveTheSameBits) {
     c.test = BLASST_TEST_NONE;
     const Pair dense(c);
     const std::vector<std::byte> wanted = dense.run();
-    dense.backward->params.tile_bits = nullptr;
+    dense.backward->params.gradients.tile_bits = nullptr;
     EXPECT_EQ(dense.run(), wanted) << describe(c);
     c.test = BLASST_TEST_RELATIVE, c.threshold = 0;
     EXPECT_EQ(gradients(c), wanted) << describe(c);
@@ -199,8 +200,8 @@ TEST_P(Backward, SkippedTilesContributeExactlyZero) {
           for (int64_t d = 0; d < 40; ++d) {
             const int64_t at = d * element_bytes(dtype);
             const BackwardParams& b = pair.backward->params;
-            ASSERT_EQ(load_element(dtype, access.key_row(b.dk, 0, key, h) + at), 0);
-            ASSERT_EQ(load_element(dtype, access.key_row(b.dv, 0, key, h) + at), 0);
+            ASSERT_EQ(load_element(dtype, access.key_row(b.gradients.dk, 0, key, h) + at), 0);
+            ASSERT_EQ(load_element(dtype, access.key_row(b.gradients.dv, 0, key, h) + at), 0);
             store_element(dtype, access.key(0, key, h) + at, kNan);
             store_element(dtype, access.value(0, key, h) + at, kInf);
           }
@@ -272,10 +273,12 @@ TEST_P(Backward, RowsWithoutAKeyAndUnusedKeysGetZero) {
   const BackwardParams& b = pair.backward->params;
   const Access access(pair.forward->params);
   for (int64_t request = 0; request < 3; ++request) {
-    for (int64_t key = c.requests[request].keys; key < b.kv.key_length; ++key) {
+    for (int64_t key = c.requests[request].keys; key < b.problem.kv.key_length; ++key) {
       for (int64_t d = 0; d < 40; ++d) {
-        ASSERT_EQ(load_element(c.dtype, access.key_row(b.dk, request, key, 1) + 2 * d), 0);
-        ASSERT_EQ(load_element(c.dtype, access.key_row(b.dv, request, key, 1) + 2 * d), 0);
+        ASSERT_EQ(load_element(c.dtype, access.key_row(b.gradients.dk, request, key, 1) + 2 * d),
+                  0);
+        ASSERT_EQ(load_element(c.dtype, access.key_row(b.gradients.dv, request, key, 1) + 2 * d),
+                  0);
       }
     }
   }
@@ -293,17 +296,17 @@ TEST_P(Backward, WhatIsNoKeyInAPageGetsZero) {
   std::vector<const std::byte*> keys;
   for (int64_t request = 0; request < 3; ++request)
     for (int64_t key = 0; key < c.requests[request].keys; ++key)
-      keys.push_back(access.key_row(b.dk, request, key, 1));
+      keys.push_back(access.key_row(b.gradients.dk, request, key, 1));
   int64_t others = 0;
-  for (int64_t page = 0; page < b.kv.pages; ++page) {
+  for (int64_t page = 0; page < b.problem.kv.pages; ++page) {
     for (int64_t token = 0; token < 16; ++token) {
-      const std::byte* row = access.row_of(b.dk, page, token, 1);
+      const std::byte* row = access.row_of(b.gradients.dk, page, token, 1);
       if (std::ranges::find(keys, row) != keys.end()) continue;
       ++others;
       for (int64_t d = 0; d < c.head_dim; ++d) ASSERT_EQ(load_element(c.dtype, row + 4 * d), 0);
     }
   }
-  EXPECT_EQ(others, b.kv.pages * 16 - 130);
+  EXPECT_EQ(others, b.problem.kv.pages * 16 - 130);
 }
 
 TEST_P(Backward, ANumberThatARowMustNotSeeDoesNotReachIt) {
@@ -343,7 +346,8 @@ TEST_P(Backward, AQueryThatCannotSeeAKeyDoesNotReachItsGradient) {
   Pair pair(c);
   const Access access(pair.forward->params);
   store_element(BLASST_FLOAT32, access.query(0, 100, 1), kNan);
-  store_element(BLASST_FLOAT32, access.query_row(pair.backward->params.dout, 0, 100, 1), kInf);
+  store_element(BLASST_FLOAT32, access.query_row(pair.backward->params.gradients.dout, 0, 100, 1),
+                kInf);
   pair.forward->run();
   pair.backward->run();
   for (const auto gradient : {&BackwardProblem::dk, &BackwardProblem::dv}) {
@@ -362,14 +366,15 @@ TEST_P(Backward, AWorkspaceOfTheStatedSizeIsEnough) {
     SCOPED_TRACE(describe(c));
     const Pair pair(c);
     BackwardParams& params = pair.backward->params;
-    expect_workspace_is_enough(params, blasst::workspace_bytes(params), [&] { return pair.run(); });
+    expect_workspace_is_enough(params, backward_plan(params).workspace_bytes,
+                               [&] { return pair.run(); });
   }
 }
 
 TEST_P(Backward, WorkspaceGrowsWithRowsAtMost) {
   Case c{.requests = {{512, 1024}}, .threads = 2};
   const auto needed = [](const Case& problem) {
-    return static_cast<double>(blasst::workspace_bytes(Pair(problem).backward->params));
+    return static_cast<double>(backward_plan(Pair(problem).backward->params).workspace_bytes);
   };
   const double small = needed(c);
   c.requests = {{512, 8192}};
@@ -417,40 +422,54 @@ TEST_P(BackwardValidation, SaysWhatIsWrongAndWritesNothing) {
 INSTANTIATE_TEST_SUITE_P(
     Cpu, BackwardValidation,
     testing::Values(
-        Bad{"NullLse", [](auto& b) { b.params.lse = nullptr; }, {"lse is null"}},
-        Bad{"NullDout", [](auto& b) { b.params.dout.data = nullptr; }, {"dout.data is null"}},
-        Bad{"NullDq", [](auto& b) { b.params.dq.data = nullptr; }, {"dq.data is null"}},
-        Bad{"NullDk", [](auto& b) { b.params.dk.data = nullptr; }, {"dk.data is null"}},
-        Bad{"NullDv", [](auto& b) { b.params.dv.data = nullptr; }, {"dv.data is null"}},
-        Bad{"SmallDk", [](auto& b) { b.params.dk.elements -= 9; }, {"dk reaches element"}},
+        Bad{"NullLse", [](auto& b) { b.params.gradients.lse = nullptr; }, {"lse is null"}},
+        Bad{"NullDout",
+            [](auto& b) { b.params.gradients.dout.data = nullptr; },
+            {"dout.data is null"}},
+        Bad{"NullDq", [](auto& b) { b.params.gradients.dq.data = nullptr; }, {"dq.data is null"}},
+        Bad{"NullDk", [](auto& b) { b.params.gradients.dk.data = nullptr; }, {"dk.data is null"}},
+        Bad{"NullDv", [](auto& b) { b.params.gradients.dv.data = nullptr; }, {"dv.data is null"}},
+        Bad{"SmallDk",
+            [](auto& b) { b.params.gradients.dk.elements -= 9; },
+            {"dk reaches element"}},
         Bad{"OverlappingDv",
-            [](auto& b) { b.params.dv.stride_head = 1; },
+            [](auto& b) { b.params.gradients.dv.stride_head = 1; },
             {"dv.stride_head is 1", "overlaps"}},
-        Bad{"DqInQ", [](auto& b) { b.params.dq = b.params.q; }, {"dq and q share memory"}},
+        Bad{"DqInQ",
+            [](auto& b) { b.params.gradients.dq = b.params.problem.q; },
+            {"dq and q share memory"}},
         Bad{"DvInDk",
-            [](auto& b) { b.params.dv.data = b.params.dk.data; },
+            [](auto& b) { b.params.gradients.dv.data = b.params.gradients.dk.data; },
             {"dv and dk share memory"}},
-        Bad{"DkInDout", [](auto& b) { b.params.dout.data = b.params.dk.data; }, {"dk and dout"}},
+        Bad{"DkInDout",
+            [](auto& b) { b.params.gradients.dout.data = b.params.gradients.dk.data; },
+            {"dk and dout"}},
         Bad{"SinkGradientWithoutSinks",
-            [](auto& b) { b.params.dsinks = b.dsinks.data(); },
+            [](auto& b) { b.params.gradients.dsinks = b.dsinks.data(); },
             {"dsinks is set but sinks is null"}},
         Bad{"Workspace",
-            [](auto& b) { b.params.workspace = b.dsinks.data(), b.params.workspace_bytes = 8; },
+            [](auto& b) {
+              b.params.execution.workspace = b.dsinks.data(),
+              b.params.execution.workspace_bytes = 8;
+            },
             {"workspace_bytes is 8", "needs"}},
         Bad{"Backend",
-            [](auto& b) { b.params.backend = BLASST_BACKEND_CUDA_SM90; },
-            {"backend 1 has no backward"},
+            [](auto& b) { b.params.execution.backend = BLASST_BACKEND_CUDA; },
+            {"cuda"},
             BLASST_UNSUPPORTED},
-        Bad{"HeadDim", [](auto& b) { b.params.head_dim = 12; }, {"head_dim is 12"}},
+        Bad{"HeadDim", [](auto& b) { b.params.problem.head_dim = 12; }, {"head_dim is 12"}},
         Bad{"Pages",
             [](auto& b) {
               static const std::vector<int32_t> pages(1000, 0), lengths = {500, 230};
-              b.params.kv.cu_seqlens = nullptr;
-              b.params.kv.page_table = pages.data();
-              b.params.kv.lengths = lengths.data();
-              b.params.kv.page_table_stride = 500;
-              b.params.kv.page_size = 1;
-              b.params.kv.pages = 1;
+              KeysValues& kv = b.params.problem.kv;
+              kv = {.layout = BLASST_LAYOUT_PAGED,
+                    .k = kv.k,
+                    .v = kv.v,
+                    .lengths = lengths.data(),
+                    .pages = 1,
+                    .page_size = 1,
+                    .page_table = pages.data(),
+                    .page_table_stride = 500};
             },
             {"page 0 is used by requests 0 and 0", "used once"},
             BLASST_UNSUPPORTED}),

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "check/numbers.h"
 #include "cpu/isa.h"
+#include "testing/numbers.h"
 
 namespace blasst::check {
 namespace {
@@ -87,7 +87,7 @@ TEST_P(ChunksOnEveryIsa, RowOperations) {
 
 TEST_P(ChunksOnEveryIsa, TheSameCutAndChoiceOnAnyNumberOfThreads) {
   const std::vector<float> k = keys(), q = random_floats(kKeys * 4 * kDim, 6);
-  const ChunkRule rule{.chunker = Chunker::kShift, .least = 4, .most = 64, .threshold = 0.5f};
+  const ChunkRule rule{.chunker = BLASST_CHUNKS_SHIFT, .least = 4, .most = 64, .threshold = 0.5f};
   std::vector<int32_t> starts;
   std::vector<uint8_t> chosen;
   for (const int threads : {1, 2, 5}) {
@@ -135,7 +135,7 @@ TEST(Chunks, BadInput) {
            rule.threshold = std::numeric_limits<float>::quiet_NaN();
          }));
   expect("predictor is null",
-         message([](auto&, auto& rule, auto&) { rule.chunker = Chunker::kTrained; }));
+         message([](auto&, auto& rule, auto&) { rule.chunker = BLASST_CHUNKS_TRAINED; }));
   expect("keys is null, with 700 rows",
          message([](auto&, auto&, auto& rows) { rows.data = nullptr; }));
   expect("keys reaches element 56000",
@@ -147,16 +147,17 @@ TEST(Chunks, BadInput) {
   expect("chunker is 3", message([](auto&, auto& rule, auto&) { rule.chunker = Chunker{3}; }));
   expect("keys of the chunks is -1", message([](auto& chunks, auto&, auto&) { chunks.keys = -1; }));
   expect("head_dim of keys is 12", message([](auto&, auto&, auto& rows) { rows.head_dim = 12; }));
-  expect("fewer than the 800 that the chunks cover",
-         message([](auto& chunks, auto&, auto&) { chunks.keys = 800, chunks.starts = {0}; }));
+  expect("fewer than the 800 that the chunks cover", message([](auto& chunks, auto&, auto&) {
+           chunks.keys = 800, chunks.starts = {0}, chunks.sums.resize(kHeads * kDim);
+         }));
   const BoundaryPredictor empty{.inputs = 80, .window = 4, .features = 32, .hidden = 64};
   expect("projection of the boundary predictor is null", message([&](auto&, auto& rule, auto&) {
-           rule.chunker = Chunker::kTrained, rule.predictor = &empty;
+           rule.chunker = BLASST_CHUNKS_TRAINED, rule.predictor = &empty;
          }));
   const BoundaryPredictor predictor{.inputs = 80, .window = 4, .features = 33, .hidden = 64};
   expect("features of the boundary predictor is 33; it must be a multiple of 32",
          message([&](auto&, auto& rule, auto&) {
-           rule.chunker = Chunker::kTrained, rule.predictor = &predictor;
+           rule.chunker = BLASST_CHUNKS_TRAINED, rule.predictor = &predictor;
          }));
 
   Chunks chunks;
@@ -186,7 +187,7 @@ TEST(Chunks, BadInput) {
 TEST(Chunks, ZeroThreadsAreTheDefault) {
   const std::vector<float> k = keys();
   const HeadRows rows = rows_of(k, kKeys, kHeads);
-  const ChunkRule rule{.chunker = Chunker::kShift, .threshold = 0.5f};
+  const ChunkRule rule{.chunker = BLASST_CHUNKS_SHIFT, .threshold = 0.5f};
   Chunks zero, one;
   extend_chunks(zero, rule, rows, 0);
   extend_chunks(one, rule, rows, 1);

@@ -1,5 +1,5 @@
 // The comparison that all kernel tests lean on: does it notice?
-#include "check/compare.h"
+#include "testing/compare.h"
 
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 #include <string>
 #include <utility>
 
-#include "check/element.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -38,8 +38,8 @@ TEST(Compare, EveryWrongOutputIsNoticed) {
       {"out",
        [](Problem& p) {
          std::byte* at = Access(p.params).output(0, 3, 1);
-         store_element(p.params.dtype, at,
-                       static_cast<float>(load_element(p.params.dtype, at)) + 0.01f);
+         store_element(p.params.problem.q.dtype, at,
+                       static_cast<float>(load_element(p.params.problem.q.dtype, at)) + 0.01f);
        }},
       {"lse", [](Problem& p) { p.lse[5] += 1e-3f; }},
       {"a bound that is too small",

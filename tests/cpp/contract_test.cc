@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
-#include "check/compare.h"
 #include "promises.h"
+#include "testing/compare.h"
 
 namespace blasst::check {
 namespace {
@@ -25,9 +26,41 @@ struct Written {
   bool operator==(const Written&) const = default;
 };
 
+// Rows of tile bits of a head, those of the requests' own query tiles, and heads that have some.
+int64_t tiles_of(const Case& c) {
+  int64_t tiles = 0;
+  for (const Lengths& r : c.requests) tiles += c.decode ? 1 : (r.queries + 63) / 64;
+  return tiles;
+}
+int64_t heads_of(const Case& c) { return c.decode ? c.kv_heads : c.heads; }
+
+// Of an array of tiles, what the requests use of the room that the layout's limits give them.
+template <typename T>
+std::vector<T> used(const std::vector<T>& tiles, const Case& c, int64_t room, int64_t row_size,
+                    int64_t row_used) {
+  std::vector<T> all;
+  for (int64_t h = 0; h < heads_of(c); ++h) {
+    for (int64_t i = 0; i < tiles_of(c); ++i) {
+      const auto row = tiles.begin() + (h * room + i) * row_size;
+      all.insert(all.end(), row, row + row_used);
+    }
+  }
+  return all;
+}
+
 Written written(const Problem& p) {
-  return {p.out_bits(),    p.lse,       p.dropped_mass_bound, p.tiles_visitable,
-          p.tiles_skipped, p.tile_bits, p.gap_histogram,      p.tile_maxima};
+  const Case& c = p.description;
+  const Plan tiles = plan(p.params, c.decode);
+  const int64_t keys = std::ranges::max(c.requests, {}, &Lengths::keys).keys;
+  const int64_t key_tiles = (keys + 63) / 64;
+  return {p.out_bits(),
+          p.lse,
+          p.dropped_mass_bound,
+          p.tiles_visitable,
+          p.tiles_skipped,
+          used(p.tile_bits, c, tiles.query_tiles, tiles.tile_words, (key_tiles + 31) / 32),
+          p.gap_histogram,
+          used(p.tile_maxima, c, tiles.query_tiles, p.params.report.tile_maxima_stride, key_tiles)};
 }
 
 Written run(const Case& c) {
@@ -53,14 +86,6 @@ std::vector<Case> sparse_cases() {
   }
   return cases;
 }
-
-// Rows of tile bits of a head, and heads that have some.
-int64_t tiles_of(const Case& c) {
-  int64_t tiles = 0;
-  for (const Lengths& r : c.requests) tiles += c.decode ? 1 : (r.queries + 63) / 64;
-  return tiles;
-}
-int64_t heads_of(const Case& c) { return c.decode ? c.kv_heads : c.heads; }
 
 class Contract : public OnEveryIsa {};
 
@@ -107,7 +132,7 @@ TEST_P(Contract, LayoutsAgreeBitForBit) {
       for (const int64_t padding : {0, 8, 3}) {
         c.padding = padding;
         c.head_major = padding == 3;
-        c.ragged_queries = !c.decode && padding > 0;
+        c.ragged_queries = padding > 0;
         EXPECT_EQ(run(c), dense) << describe(c);
       }
     }
@@ -116,6 +141,44 @@ TEST_P(Contract, LayoutsAgreeBitForBit) {
       c.page_size = page_size;
       EXPECT_EQ(run(c), dense) << describe(c);
     }
+  }
+}
+
+// Of the rows of the requests' own: a padded batch has rows besides.
+TEST_P(Contract, APaddedBatchHasTheBitsOfARaggedOne) {
+  for (Case c : sparse_cases()) {
+    c.requests = c.decode ? std::vector<Lengths>{{3, 9000}, {0, 70}, {1, 300}}
+                          : std::vector<Lengths>{{200, 500}, {0, 70}, {77, 230}, {1, 1}};
+    c.sinks = true;
+    c.ragged_queries = true;
+    Problem ragged(c);
+    ragged.run();
+    c.ragged_queries = false, c.padded = true;
+    Problem padded(c);
+    padded.run();
+    EXPECT_EQ(compare(padded).mismatch, "") << describe(c);
+    const int64_t room = padded.params.problem.query_length, heads = c.heads;
+    const std::vector<std::byte> out = padded.out_bits(), wanted = ragged.out_bits();
+    const int64_t row_bytes = std::ssize(wanted) / ragged.params.problem.rows;
+    for (int64_t b = 0; b < std::ssize(c.requests); ++b) {
+      for (int64_t row = 0; row < room; ++row) {
+        const int64_t from = ragged.cu_queries[b] + row, to = b * room + row;
+        const auto bits = std::span(out).subspan(to * row_bytes, row_bytes);
+        const bool in_use = row < c.requests[b].queries;
+        if (in_use) {
+          EXPECT_TRUE(
+              std::ranges::equal(bits, std::span(wanted).subspan(from * row_bytes, row_bytes)));
+        } else {
+          EXPECT_TRUE(std::ranges::all_of(bits, [](std::byte x) { return x == std::byte{0}; }));
+        }
+        for (int64_t h = 0; h < heads; ++h)
+          EXPECT_EQ(padded.lse[h * padded.params.problem.batch * room + to],
+                    in_use ? ragged.lse[h * ragged.params.problem.rows + from] : -kInf);
+      }
+    }
+    EXPECT_EQ(padded.tiles_skipped, ragged.tiles_skipped) << describe(c);
+    EXPECT_EQ(padded.tiles_visitable, ragged.tiles_visitable) << describe(c);
+    EXPECT_EQ(padded.gap_histogram, ragged.gap_histogram) << describe(c);
   }
 }
 
@@ -207,24 +270,24 @@ TEST_P(Contract, WhatIsReportedDoesNotChangeTheOutput) {
     const Written all = written(problem);
     const Report report = problem.params.report;
     // Each output alone is what it is among the others; out is the same with any.
-    const auto alone = [&](auto Report::*member, auto& buffer, const auto& wanted) {
+    const auto alone = [&](auto Report::*member, auto Written::*reported) {
       problem.params.report = {};
       problem.params.report.*member = report.*member;
       problem.run();
       EXPECT_EQ(problem.out_bits(), all.out) << describe(c);
-      EXPECT_EQ(buffer, wanted) << describe(c);
+      EXPECT_EQ(written(problem).*reported, all.*reported) << describe(c);
     };
-    alone(&Report::lse, problem.lse, all.lse);
-    alone(&Report::dropped_mass_bound, problem.dropped_mass_bound, all.bound);
-    alone(&Report::tiles_visitable, problem.tiles_visitable, all.visitable);
-    alone(&Report::tiles_skipped, problem.tiles_skipped, all.skipped);
-    alone(&Report::tile_bits, problem.tile_bits, all.bits);
-    alone(&Report::gap_histogram, problem.gap_histogram, all.gaps);
+    alone(&Report::lse, &Written::lse);
+    alone(&Report::dropped_mass_bound, &Written::bound);
+    alone(&Report::tiles_visitable, &Written::visitable);
+    alone(&Report::tiles_skipped, &Written::skipped);
+    alone(&Report::tile_bits, &Written::bits);
+    alone(&Report::gap_histogram, &Written::gaps);
     problem.params.report = {.tile_maxima = report.tile_maxima,
                              .tile_maxima_stride = report.tile_maxima_stride};
     problem.run();
     EXPECT_EQ(problem.out_bits(), all.out) << describe(c);
-    EXPECT_EQ(problem.tile_maxima, all.maxima) << describe(c);
+    EXPECT_EQ(written(problem).maxima, all.maxima) << describe(c);
     problem.params.report = {};
     problem.run();
     EXPECT_EQ(problem.out_bits(), all.out) << describe(c);
@@ -256,7 +319,7 @@ TEST_P(Contract, AWorkspaceOfTheStatedSizeIsEnough) {
   for (const Case& c : sparse_cases()) {
     SCOPED_TRACE(describe(c));
     Problem problem(c);
-    expect_workspace_is_enough(problem.params, workspace_bytes(problem.params, c.decode), [&] {
+    expect_workspace_is_enough(problem.params, plan(problem.params, c.decode).workspace_bytes, [&] {
       problem.run();
       return written(problem);
     });
@@ -267,7 +330,7 @@ TEST_P(Contract, WorkspaceGrowsWithRowsAtMost) {
   Case c{.requests = {{256, 1024}}, .threads = 2};
   const auto needed = [](const Case& problem) {
     const Problem p(problem);
-    return static_cast<double>(workspace_bytes(p.params, problem.decode));
+    return static_cast<double>(plan(p.params, problem.decode).workspace_bytes);
   };
   const double small = needed(c);
   c.requests = {{256, 8192}};

@@ -1,4 +1,4 @@
-#include "check/element.h"
+#include "testing/element.h"
 
 #include <gtest/gtest.h>
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "blasst/chunks.hpp"
-#include "check/problem.h"
+#include "testing/problem.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -96,9 +96,9 @@ void shrink_values(Problem& problem) {
   const Access access(problem.params);
   for (size_t b = 0; b < access.requests().size(); ++b) {
     for (int64_t token = 0; token < access.requests()[b].keys; ++token) {
-      for (int64_t head = 0; head < problem.params.kv_heads; ++head) {
+      for (int64_t head = 0; head < problem.params.problem.kv_heads; ++head) {
         auto* row = reinterpret_cast<float*>(access.value(b, token, head));
-        for (int64_t d = 0; d < problem.params.value_dim; ++d) row[d] *= 1e-39f;
+        for (int64_t d = 0; d < problem.params.problem.value_dim; ++d) row[d] *= 1e-39f;
       }
     }
   }
@@ -111,7 +111,7 @@ TEST_P(InEveryEnvironment, Attention) {
     Problem problem(c);
     shrink_values(problem);
     expect_same([&](int threads) {
-      problem.params.threads = threads;
+      problem.params.execution.threads = threads;
       problem.run();
       std::vector<std::byte> bits = problem.out_bits();
       for (const auto& more : {bytes_of(problem.lse), bytes_of(problem.dropped_mass_bound)})
@@ -127,7 +127,7 @@ TEST_P(InEveryEnvironment, Attention) {
 
 TEST_P(InEveryEnvironment, Reference) {
   Problem problem(subnormal_case());
-  const TileShape shape = tile_shape(problem.params, false);
+  const TileShape shape = prefill_plan(problem.params).shape;
   expect_same([&](int) {
     const reference::Result result = refer(problem.params, false, shape);
     std::vector<std::byte> bits = bytes_of(result.out);
@@ -145,24 +145,30 @@ TEST_P(InEveryEnvironment, Backward) {
     dout[i] = 1e-38f * std::cos(0.9f * i);
   }
   const auto view = [](std::vector<float>& values) {
-    return View{values.data(), kSize, kSize, kHeads * kDim, kDim};
+    return View{.data = values.data(),
+                .elements = kSize,
+                .stride_token = kHeads * kDim,
+                .stride_head = kDim};
   };
   std::vector<float> lse(kHeads * kRows);
-  PrefillParams forward{.heads = kHeads, .kv_heads = kHeads, .head_dim = kDim, .value_dim = kDim};
-  forward.query_length = kRows;
-  forward.q = view(q), forward.out = view(out);
-  forward.kv = {.k = view(k), .v = view(v), .key_length = kRows};
-  forward.report.lse = lse.data();
-  prefill(forward);
+  const blasst::Problem problem{.heads = kHeads,
+                                .kv_heads = kHeads,
+                                .head_dim = kDim,
+                                .value_dim = kDim,
+                                .query_length = kRows,
+                                .q = view(q),
+                                .out = view(out),
+                                .kv = {.k = view(k), .v = view(v), .key_length = kRows}};
+  prefill({.problem = problem, .report = {.lse = lse.data()}});
   expect_same([&](int threads) {
     std::vector<float> dq(kSize), dk(kSize), dv(kSize);
-    BackwardParams p{.heads = kHeads, .kv_heads = kHeads, .head_dim = kDim, .value_dim = kDim};
-    p.query_length = kRows;
-    p.q = forward.q, p.kv = forward.kv, p.out = forward.out, p.dout = view(dout);
-    p.lse = lse.data();
-    p.dq = view(dq), p.dk = view(dk), p.dv = view(dv);
-    p.threads = threads;
-    backward(p);
+    backward({.problem = problem,
+              .gradients = {.dout = view(dout),
+                            .lse = lse.data(),
+                            .dq = view(dq),
+                            .dk = view(dk),
+                            .dv = view(dv)},
+              .execution = {.threads = threads}});
     std::vector<std::byte> bits = bytes_of(dq);
     for (const auto& more : {bytes_of(dk), bytes_of(dv)})
       bits.insert(bits.end(), more.begin(), more.end());
@@ -176,14 +182,17 @@ TEST_P(InEveryEnvironment, Merge) {
   for (int64_t i = 0; i < kSize; ++i) a[i] = 1e-38f * std::sin(i), b[i] = 1e-38f * std::cos(i);
   for (int64_t i = 0; i < kRows * kHeads; ++i) lse_a[i] = std::sin(i), lse_b[i] = std::cos(i);
   const auto view = [](std::vector<float>& values) {
-    return View{values.data(), kSize, kSize, kHeads * kDim, kDim};
+    return View{.data = values.data(),
+                .elements = kSize,
+                .stride_token = kHeads * kDim,
+                .stride_head = kDim};
   };
   expect_same([&](int threads) {
     std::vector<float> out(kSize), lse(kRows * kHeads);
     MergeParams p{.query_length = kRows, .heads = kHeads, .value_dim = kDim};
     p.out_a = view(a), p.out_b = view(b), p.out = view(out);
     p.lse_a = lse_a.data(), p.lse_b = lse_b.data(), p.lse = lse.data();
-    p.threads = threads;
+    p.execution.threads = threads;
     merge(p);
     std::vector<std::byte> bits = bytes_of(out);
     const std::vector<std::byte> more = bytes_of(lse);
@@ -203,7 +212,7 @@ TEST_P(InEveryEnvironment, Chunks) {
                       .head_dim = kDim,
                       .stride_row = kHeads * kDim,
                       .stride_head = kDim};
-  const ChunkRule rule{.chunker = Chunker::kShift, .least = 4, .most = 64, .threshold = 0.5f};
+  const ChunkRule rule{.chunker = BLASST_CHUNKS_SHIFT, .least = 4, .most = 64, .threshold = 0.5f};
   expect_same([&](int threads) {
     Chunks chunks;
     extend_chunks(chunks, rule, rows, threads);

@@ -9,8 +9,8 @@
 #include <functional>
 #include <thread>
 
-#include "check/problem.h"
 #include "cpu/thread_pool.h"
+#include "testing/problem.h"
 
 namespace blasst::check {
 namespace {

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "check/compare.h"
 #include "promises.h"
+#include "testing/compare.h"
 
 namespace blasst::check {
 namespace {

@@ -6,22 +6,31 @@
 #include <string>
 #include <vector>
 
-#include "check/element.h"
-#include "check/problem.h"
+#include "testing/element.h"
+#include "testing/problem.h"
 
 namespace blasst::check {
 namespace {
 
+// Rows of one head of 16 elements, three a request.
+View view(std::vector<float>& x) {
+  return {.data = x.data(),
+          .elements = std::ssize(x),
+          .stride_request = 48,
+          .stride_token = 16,
+          .stride_head = 16};
+}
+
 // The keys [begin, end) of a dense problem of one request.
-PrefillParams part_of(const PrefillParams& whole, int64_t begin, int64_t end) {
-  PrefillParams p = whole;
-  const int64_t bytes = element_bytes(p.dtype);
-  for (View* view : {&p.kv.k, &p.kv.v}) {
+AttentionParams part_of(const AttentionParams& whole, int64_t begin, int64_t end) {
+  AttentionParams p = whole;
+  const int64_t bytes = element_bytes(p.problem.q.dtype);
+  for (View* view : {&p.problem.kv.k, &p.problem.kv.v}) {
     view->data = static_cast<std::byte*>(view->data) + begin * view->stride_token * bytes;
     view->elements -= begin * view->stride_token;
   }
-  p.kv.key_length = end - begin;
-  p.kv.lengths = nullptr;
+  p.problem.kv.key_length = end - begin;
+  p.problem.kv.lengths = nullptr;
   p.report = {};
   return p;
 }
@@ -43,20 +52,24 @@ TEST(Merge, OfTwoPartsIsTheWhole) {
       std::vector<float> lse[2], merged_lse(cells);
       View views[2];
       for (int i = 0; i < 2; ++i) {
-        PrefillParams p = part_of(problem.params, i == 0 ? 0 : cut, i == 0 ? cut : 300);
-        if (i == 1) p.sinks = nullptr;
+        AttentionParams p = part_of(problem.params, i == 0 ? 0 : cut, i == 0 ? cut : 300);
+        if (i == 1) p.problem.sinks = nullptr;
         parts[i].resize(merged.size()), lse[i].resize(cells);
-        views[i] = p.out = {parts[i].data(), elements, elements, 4 * 24, 24};
+        views[i] = p.problem.out = {.data = parts[i].data(),
+                                    .dtype = dtype,
+                                    .elements = elements,
+                                    .stride_token = 4 * 24,
+                                    .stride_head = 24};
         p.report.lse = lse[i].data();
         prefill(p);
       }
-      MergeParams m{.dtype = dtype, .query_length = 50, .heads = 4, .value_dim = 24};
+      MergeParams m{.query_length = 50, .heads = 4, .value_dim = 24};
       m.out_a = views[0], m.out_b = views[1], m.out = views[0], m.out.data = merged.data();
       m.lse_a = lse[0].data(), m.lse_b = lse[1].data(), m.lse = merged_lse.data();
       merge(m);
 
       const reference::Result wanted =
-          refer(problem.params, false, tile_shape(problem.params, false));
+          refer(problem.params, false, prefill_plan(problem.params).shape);
       const double roundoff = std::max(unit_roundoff(dtype), 0x1p-20);
       for (int64_t row = 0; row < 50; ++row) {
         for (int64_t h = 0; h < 4; ++h) {
@@ -78,8 +91,8 @@ TEST(Merge, RowsWithoutKeysAddNothing) {
   std::vector<float> a(3 * 16, 5), b(3 * 16, 7), out(3 * 16, -1), lse(3);
   a[0] = NAN;  // of a row that has no share
   MergeParams p{.query_length = 3, .heads = 1, .value_dim = 16};
-  p.out_a = {a.data(), 48, 48, 16, 16}, p.out_b = {b.data(), 48, 48, 16, 16};
-  p.out = {out.data(), 48, 48, 16, 16};
+  p.out_a = view(a), p.out_b = view(b);
+  p.out = view(out);
   p.lse_a = lse_a.data(), p.lse_b = lse_b.data(), p.lse = lse.data();
   merge(p);
   EXPECT_EQ(lse, (std::vector<float>{2, 1, -inf}));
@@ -97,13 +110,13 @@ TEST(Merge, RowsWithoutKeysAddNothing) {
 TEST(Merge, RejectsAndSaysWhy) {
   std::vector<float> a(96), b(96), out(96), lse_a(6), lse_b(6), lse(6);
   MergeParams good{.batch = 2, .query_length = 3, .heads = 1, .value_dim = 16};
-  good.out_a = {a.data(), 96, 48, 16, 16}, good.out_b = {b.data(), 96, 48, 16, 16};
-  good.out = {out.data(), 96, 48, 16, 16};
+  good.out_a = view(a), good.out_b = view(b);
+  good.out = view(out);
   good.lse_a = lse_a.data(), good.lse_b = lse_b.data(), good.lse = lse.data();
   EXPECT_NO_THROW(merge(good));
   const std::vector<std::pair<std::function<void(MergeParams&)>, std::string>> cases = {
       {[](auto& p) { p.value_dim = 20; }, "value_dim is 20"},
-      {[](auto& p) { p.dtype = static_cast<DType>(7); }, "dtype is 7"},
+      {[](auto& p) { p.out_b.dtype = static_cast<DType>(7); }, "out_b.dtype is 7"},
       {[](auto& p) { p.heads = 0; }, "heads is 0"},
       {[](auto& p) { p.query_length = -1; }, "query_length is -1"},
       {[](auto& p) { p.out_b.elements = 95; }, "out_b reaches element 96"},
@@ -113,7 +126,7 @@ TEST(Merge, RejectsAndSaysWhy) {
        "out and out_a share memory"},
       {[](auto& p) { p.lse_a = nullptr; }, "lse_a is null"},
       {[](auto& p) { p.lse = const_cast<float*>(p.lse_b); }, "lse and lse_b are the same"},
-      {[](auto& p) { p.backend = static_cast<Backend>(9); }, "backend 9"}};
+      {[](auto& p) { p.execution.backend = static_cast<Backend>(9); }, "backend is 9"}};
   for (const auto& [bend, says] : cases) {
     MergeParams p = good;
     bend(p);

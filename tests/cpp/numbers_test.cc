@@ -1,13 +1,13 @@
 // The tests' own inputs: are they what the tests take them for?
-#include "check/numbers.h"
+#include "testing/numbers.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <vector>
 
-#include "blasst/reference.hpp"
-#include "check/problem.h"
+#include "testing/problem.h"
+#include "testing/reference/reference.h"
 
 namespace blasst::check {
 namespace {
@@ -36,7 +36,7 @@ TEST(Numbers, PlantedSparsityIsWhatWasAskedFor) {
   c.causal = true;
   c.test = BLASST_TEST_RELATIVE;
   c.threshold = 1e-3f;
-  const TileShape shape = tile_shape(Problem(c).params, false);
+  const TileShape shape = prefill_plan(Problem(c).params).shape;
   const int64_t blocks = 1024 / shape.keys;  // with square tiles
   for (const double sparsity : {0.0, 0.5, 0.75}) {
     c.density = planted_density(sparsity, blocks * (blocks + 1) / 2, blocks);

@@ -7,10 +7,10 @@
 #include <limits>
 #include <vector>
 
-#include "check/backward.h"
-#include "check/compare.h"
-#include "check/element.h"
 #include "promises.h"
+#include "testing/backward.h"
+#include "testing/compare.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -24,14 +24,15 @@ class Numerics : public OnEveryIsa {
   static void set_scores(Problem& p, float query, const std::function<float(int64_t)>& key) {
     const Access access(p.params);
     const auto fill = [&](std::byte* row, float value) {
-      for (int64_t d = 0; d < p.params.head_dim; ++d)
-        store_element(p.params.dtype, row + d * element_bytes(p.params.dtype), d ? 0 : value);
+      for (int64_t d = 0; d < p.params.problem.head_dim; ++d)
+        store_element(p.params.problem.q.dtype, row + d * element_bytes(p.params.problem.q.dtype),
+                      d ? 0 : value);
     };
-    for (int64_t b = 0; b < p.params.batch; ++b) {
+    for (int64_t b = 0; b < p.params.problem.batch; ++b) {
       for (int64_t i = 0; i < access.requests()[b].rows; ++i)
-        for (int64_t h = 0; h < p.params.heads; ++h) fill(access.query(b, i, h), query);
+        for (int64_t h = 0; h < p.params.problem.heads; ++h) fill(access.query(b, i, h), query);
       for (int64_t j = 0; j < access.requests()[b].keys; ++j)
-        for (int64_t h = 0; h < p.params.kv_heads; ++h) fill(access.key(b, j, h), key(j));
+        for (int64_t h = 0; h < p.params.problem.kv_heads; ++h) fill(access.key(b, j, h), key(j));
     }
   }
 };
@@ -57,18 +58,18 @@ TEST_P(Numerics, HugeScoresChooseTheirLargestKey) {
         const Access access(p.params);
         const std::vector<float> out = p.out();
         for (int64_t row = 0; row < access.rows(); ++row) {
-          for (int64_t h = 0; h < p.params.heads; ++h) {
-            for (int64_t d = 0; d < p.params.value_dim; ++d) {
+          for (int64_t h = 0; h < p.params.problem.heads; ++h) {
+            for (int64_t d = 0; d < p.params.problem.value_dim; ++d) {
               const auto value = [&](int64_t j) {
                 return load_element(dtype, access.value(0, j, 0) + d * element_bytes(dtype));
               };
               const double wanted = (value(77) + value(150)) / 2;
-              ASSERT_NEAR(out[(row * p.params.heads + h) * p.params.value_dim + d], wanted,
-                          2 * unit_roundoff(dtype) * (1 + std::abs(wanted)))
+              ASSERT_NEAR(out[(row * p.params.problem.heads + h) * p.params.problem.value_dim + d],
+                          wanted, 2 * unit_roundoff(dtype) * (1 + std::abs(wanted)))
                   << describe(p.description);
             }
             const double score = static_cast<double>(rounded(dtype, most)) * rounded(dtype, most) *
-                                 (1 / std::sqrt(static_cast<float>(p.params.head_dim)));
+                                 (1 / std::sqrt(static_cast<float>(p.params.problem.head_dim)));
             ASSERT_NEAR(p.lse[h * access.rows() + row], score, 0x1p-23 * score)
                 << describe(p.description);
           }
@@ -89,10 +90,10 @@ TEST_P(Numerics, GradientsOfLargeScoresKeepTheirDigits) {
       for (float& sink : p.sinks) sink = base;
       p.run();
       BackwardProblem b(p);
-      b.params.dlse = b.dlse.data();
+      b.params.gradients.dlse = b.dlse.data();
       b.run();
       const reference::Gradients wanted =
-          reference::backward(b.params, tile_shape(p.params, false));
+          reference::backward(b.params, prefill_plan(p.params).shape);
       const auto expect_near = [&](const std::vector<float>& got, const std::vector<double>& exact,
                                    const char* name) {
         double error = 0, size = 0;
@@ -131,7 +132,7 @@ TEST_P(Numerics, TheSoftCapsSlopeKeepsItsDigits) {
     p.run();
     BackwardProblem b(p);
     b.run();
-    const reference::Gradients wanted = reference::backward(b.params, tile_shape(p.params, false));
+    const reference::Gradients wanted = reference::backward(b.params, prefill_plan(p.params).shape);
     const std::vector<float> dk = b.dk();
     double largest = 0;
     for (const double x : wanted.dk) largest = std::max(largest, std::abs(x));
@@ -147,7 +148,7 @@ TEST_P(Numerics, SubnormalNumbersAreKept) {
       Problem p({.decode = decode, .dtype = dtype, .requests = {{3, 1}}});
       const float subnormal = dtype == BLASST_FLOAT16 ? 0x1p-20f : 0x1p-130f;
       const Access access(p.params);
-      for (int64_t d = 0; d < p.params.value_dim; ++d)
+      for (int64_t d = 0; d < p.params.problem.value_dim; ++d)
         store_element(dtype, access.value(0, 0, 0) + d * element_bytes(dtype), subnormal);
       p.run();
       // The header says so.
@@ -174,7 +175,7 @@ TEST_P(Numerics, TheBoundHoldsForTilesFarAboveTheRunningMaximum) {
       });
       p.run();
       EXPECT_EQ(compare(p).mismatch, "") << gap << " " << describe(p.description);
-      const reference::Result wanted = refer(p.params, decode, tile_shape(p.params, decode));
+      const reference::Result wanted = refer(p.params, decode, plan(p.params, decode).shape);
       for (size_t i = 0; i < p.lse.size(); ++i) {
         ASSERT_EQ(p.tiles_skipped[0], p.tiles_visitable[0] - 1);
         ASSERT_GE(p.dropped_mass_bound[i], wanted.dropped_mass[i] * (1 - 1e-5)) << gap;
@@ -259,7 +260,7 @@ TEST_P(Numerics, ARowWithoutAKeyKeepsItsSink) {
         }
         if (decode) continue;
         BackwardProblem b(p);
-        b.params.dlse = b.dlse.data();
+        b.params.gradients.dlse = b.dlse.data();
         b.run();
         EXPECT_EQ(compare(b).mismatch, "") << way;
         if (way != std::string("no keys")) continue;

@@ -6,7 +6,7 @@
 #include <set>
 #include <vector>
 
-#include "check/problem.h"
+#include "testing/problem.h"
 
 namespace blasst::cpu {
 namespace {
@@ -28,7 +28,7 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
          .kv_heads = 3,
          .head_dim = 16,
          .value_dim = 16});
-    const Problem p = attention::make_problem(check::as_decode(problem.params));
+    const Problem p = attention::make_problem(problem.params, attention::Phase::kDecode);
     const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
     const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
     std::set<int64_t> partials;
@@ -51,17 +51,13 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
 
 TEST(Plan, TheTileOfAnEmptyBatchIsThatOfAnyOther) {
   for (const int64_t batch : {0, 1, 3}) {
-    DecodeParams p{.batch = batch,
-                   .heads = 8,
-                   .kv_heads = 2,
-                   .head_dim = 64,
-                   .value_dim = 64,
-                   .query_length = 3};
-    std::vector<float> rows(batch * 3 * 8 * 64);
-    p.q = {rows.data(), std::ssize(rows), 3 * 8 * 64, 8 * 64, 64};
-    std::vector<float> out(rows.size());
-    p.out = {out.data(), std::ssize(out), 3 * 8 * 64, 8 * 64, 64};
-    EXPECT_EQ(tile_shape(p).query_rows, 12) << batch;
+    const AttentionParams p{.problem = {.batch = batch,
+                                        .heads = 8,
+                                        .kv_heads = 2,
+                                        .head_dim = 64,
+                                        .value_dim = 64,
+                                        .query_length = 3}};
+    EXPECT_EQ(decode_plan(p).shape.query_rows, 12) << batch;
   }
 }
 
@@ -80,7 +76,7 @@ TEST(Plan, IndexArraysAreReadOnce) {
       for (int64_t t = 0; t < access.requests()[b].rows; ++t)
         wanted.push_back(access.query(b, t, 0));
     }
-    const Problem p = attention::make_problem(problem.params);
+    const Problem p = attention::make_problem(problem.params, attention::Phase::kPrefill);
     const int64_t tokens = p.key_tensor().tokens;
     for (auto* array :
          {&problem.page_table, &problem.lengths, &problem.cu_keys, &problem.cu_queries})
@@ -97,7 +93,7 @@ TEST(Plan, IndexArraysAreReadOnce) {
 
 TEST(Plan, PrefillUnitsAreLongestFirst) {
   const check::Problem problem({.requests = {{1000, 1000}, {1000, 3000}}, .causal = true});
-  const Problem p = attention::make_problem(problem.params);
+  const Problem p = attention::make_problem(problem.params, attention::Phase::kPrefill);
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
   int64_t last = INT64_MAX, covered = 0;
   for (const PrefillUnit& unit : prefill_units(p, tiles)) {

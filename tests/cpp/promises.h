@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "check/problem.h"
+#include "testing/problem.h"
 
 namespace blasst::check {
 
@@ -39,8 +39,8 @@ template <typename Params, typename Run>
 void expect_workspace_is_enough(Params& params, size_t bytes, const Run& run) {
   const auto wanted = run();
   std::vector<std::byte> workspace(bytes + 65, std::byte{0x5a});
-  params.workspace = workspace.data() + 1;
-  params.workspace_bytes = bytes;
+  params.execution.workspace = workspace.data() + 1;
+  params.execution.workspace_bytes = bytes;
   EXPECT_EQ(run(), wanted);
   for (size_t i = bytes + 1; i < workspace.size(); ++i)
     ASSERT_EQ(workspace[i], std::byte{0x5a}) << "wrote beyond the workspace";

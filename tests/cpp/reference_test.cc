@@ -1,5 +1,5 @@
 // The reference, against attention by its definition and against decisions worked out by hand.
-#include "blasst/reference.hpp"
+#include "testing/reference/reference.h"
 
 #include <gtest/gtest.h>
 
@@ -8,8 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "check/element.h"
-#include "check/problem.h"
+#include "testing/element.h"
+#include "testing/problem.h"
 
 namespace blasst::check {
 namespace {
@@ -30,32 +30,36 @@ struct Textbook {
 
 // softmax(scale q k^T) v over the keys that a row sees; no tiles.
 Textbook textbook(const Problem& problem) {
-  const PrefillParams& p = problem.params;
+  const AttentionParams& p = problem.params;
   const Access access(p);
-  const double scale = p.scale > 0 ? p.scale : 1 / std::sqrt(static_cast<float>(p.head_dim));
-  Textbook result{std::vector<double>(access.rows() * p.heads * p.value_dim),
-                  std::vector<double>(access.rows() * p.heads, -kInf)};
-  for (int64_t b = 0; b < p.batch; ++b) {
+  const double scale =
+      p.problem.scale > 0 ? p.problem.scale : 1 / std::sqrt(static_cast<float>(p.problem.head_dim));
+  Textbook result{std::vector<double>(access.rows() * p.problem.heads * p.problem.value_dim),
+                  std::vector<double>(access.rows() * p.problem.heads, -kInf)};
+  for (int64_t b = 0; b < p.problem.batch; ++b) {
     const auto& request = access.requests()[b];
     for (int64_t i = 0; i < request.rows; ++i) {
-      for (int64_t h = 0; h < p.heads; ++h) {
-        const int64_t kv_head = h / (p.heads / p.kv_heads);
-        const auto q = load_row(p.dtype, access.query(b, i, h), p.head_dim);
-        double* out = &result.out[((request.first_row + i) * p.heads + h) * p.value_dim];
+      for (int64_t h = 0; h < p.problem.heads; ++h) {
+        const int64_t kv_head = h / (p.problem.heads / p.problem.kv_heads);
+        const auto q = load_row(p.problem.q.dtype, access.query(b, i, h), p.problem.head_dim);
+        double* out =
+            &result.out[((request.first_row + i) * p.problem.heads + h) * p.problem.value_dim];
         double l = 0;
         for (int64_t j = 0; j < request.keys; ++j) {
           if (!access.sees(b, i, h, j)) continue;
-          const auto k = load_row(p.dtype, access.key(b, j, kv_head), p.head_dim);
-          const auto v = load_row(p.dtype, access.value(b, j, kv_head), p.value_dim);
+          const auto k = load_row(p.problem.q.dtype, access.key(b, j, kv_head), p.problem.head_dim);
+          const auto v =
+              load_row(p.problem.q.dtype, access.value(b, j, kv_head), p.problem.value_dim);
           double score = 0;
-          for (int64_t d = 0; d < p.head_dim; ++d) score += scale * q[d] * k[d];
-          if (p.softcap > 0) score = p.softcap * std::tanh(score / p.softcap);
+          for (int64_t d = 0; d < p.problem.head_dim; ++d) score += scale * q[d] * k[d];
+          if (p.problem.softcap > 0)
+            score = p.problem.softcap * std::tanh(score / p.problem.softcap);
           l += std::exp(score);
-          for (int64_t d = 0; d < p.value_dim; ++d) out[d] += std::exp(score) * v[d];
+          for (int64_t d = 0; d < p.problem.value_dim; ++d) out[d] += std::exp(score) * v[d];
         }
-        if (p.sinks) l += std::exp(static_cast<double>(p.sinks[h]));
+        if (p.problem.sinks) l += std::exp(static_cast<double>(p.problem.sinks[h]));
         if (l == 0) continue;
-        for (int64_t d = 0; d < p.value_dim; ++d) out[d] /= l;
+        for (int64_t d = 0; d < p.problem.value_dim; ++d) out[d] /= l;
         result.lse[h * access.rows() + request.first_row + i] = std::log(l);
       }
     }
@@ -157,7 +161,7 @@ TEST(Reference, OneRowOfTheTileKeepsIt) {
 
 TEST(Reference, ARowWithoutAValidKeyHasNoSay) {
   Problem problem = with_scores({kScores, kScores}, kE2, BLASST_FORWARD);
-  problem.params.mask.causal = 1;  // row 0 does not see the last key, whose gap is -2.1
+  problem.params.problem.mask.causal = 1;  // row 0 does not see the last key, whose gap is -2.1
   EXPECT_EQ(kept_tiles(refer(problem.params, false, {2, 1, 0})), (Tiles{0, 1, 3, 4}));
 }
 
@@ -172,7 +176,7 @@ TEST(Reference, SplitsStartFromTheFirstTwoTiles) {
 TEST(Reference, AbsoluteTestComparesTheTileMaximum) {
   Problem problem = with_scores({kScores}, kE2, BLASST_FORWARD);
   const float tau = 1;
-  problem.params.test = {.kind = BLASST_TEST_ABSOLUTE, .values = &tau};
+  problem.params.decision.test = {.kind = BLASST_TEST_ABSOLUTE, .values = &tau};
   EXPECT_EQ(kept_tiles(refer(problem.params, false, {1, 1, 0})), (Tiles{0, 1, 4}))
       << "0 is the first";
 }
@@ -180,7 +184,7 @@ TEST(Reference, AbsoluteTestComparesTheTileMaximum) {
 TEST(Reference, ScaleFactorIsDividedByTheKeyLength) {
   Problem problem = with_scores({kScores}, kE2, BLASST_FORWARD);
   const float factor = kE2 * static_cast<float>(kScores.size());
-  problem.params.test = {.kind = BLASST_TEST_SCALE_FACTOR, .values = &factor};
+  problem.params.decision.test = {.kind = BLASST_TEST_SCALE_FACTOR, .values = &factor};
   EXPECT_EQ(kept_tiles(refer(problem.params, false, {1, 1, 0})), (Tiles{0, 1, 3, 4}));
 }
 
@@ -188,7 +192,7 @@ TEST(Reference, SinksJoinTheDenominatorButNotTheDecision) {
   Problem problem = with_scores({kScores}, kE2, BLASST_FORWARD);
   const auto without = refer(problem.params, false, {1, 1, 0});
   const float sink = 6;
-  problem.params.sinks = &sink;
+  problem.params.problem.sinks = &sink;
   const auto with = refer(problem.params, false, {1, 1, 0});
   EXPECT_EQ(kept_tiles(with), kept_tiles(without));
   EXPECT_NEAR(with.lse[0], std::log(std::exp(without.lse[0]) + std::exp(6.0)), 1e-12);
@@ -209,13 +213,13 @@ TEST(Reference, TheBoundHoldsForMassAndError) {
     Case c = random_case(seed, 2'000'000);
     if (c.test == BLASST_TEST_NONE) c.test = BLASST_TEST_RELATIVE, c.threshold = 0.5f;
     Problem problem(c);
-    const TileShape shape = tile_shape(problem.params, c.decode);
+    const TileShape shape = plan(problem.params, c.decode).shape;
     const auto sparse = refer(problem.params, c.decode, shape);
-    problem.params.test = {};
+    problem.params.decision.test = {};
     const auto dense = refer(problem.params, c.decode, shape);
     double value = 0;
     const Access access(problem.params);
-    for (int64_t b = 0; b < problem.params.batch; ++b)
+    for (int64_t b = 0; b < problem.params.problem.batch; ++b)
       for (int64_t j = 0; j < access.requests()[b].keys; ++j)
         for (int64_t h = 0; h < c.kv_heads; ++h)
           for (const double x : load_row(c.dtype, access.value(b, j, h), c.value_dim))

@@ -7,9 +7,9 @@
 #include <limits>
 #include <vector>
 
-#include "check/compare.h"
-#include "check/element.h"
 #include "promises.h"
+#include "testing/compare.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -41,7 +41,8 @@ class SpecialValues : public OnEveryIsa {
   }
 
   static void set(const Problem& p, std::byte* row, int64_t element, float value) {
-    store_element(p.params.dtype, row + element * element_bytes(p.params.dtype), value);
+    store_element(p.params.problem.q.dtype, row + element * element_bytes(p.params.problem.q.dtype),
+                  value);
   }
 
   // Output rows before and after a change: those in `reached` are NaN throughout the elements
@@ -129,7 +130,7 @@ TEST_P(SpecialValues, ASkippedTileIsNotReadByAnyRow) {
     problem.run();
     const std::vector<std::byte> before = problem.out_bits();
     // Spoil V wherever no query tile of the KV head kept the key tile.
-    const TileShape shape = tile_shape(problem.params, c.decode);
+    const TileShape shape = plan(problem.params, c.decode).shape;
     const auto tiles = refer(problem.params, c.decode, shape).tiles;
     const Access access(problem.params);
     int spoiled = 0;
@@ -187,7 +188,8 @@ TEST_P(SpecialValues, AScoreOfMinusInfinityIsMasked) {
       for (int64_t h = 0; h < c.kv_heads; ++h) set(problem, access.key(0, j, h), 0, -kInf);
     for (const float threshold : {0.0f, 0.9f}) {
       problem.thresholds = {threshold};
-      problem.params.test = {.kind = BLASST_TEST_RELATIVE, .values = problem.thresholds.data()};
+      problem.params.decision.test = {.kind = BLASST_TEST_RELATIVE,
+                                      .values = problem.thresholds.data()};
       problem.run();
       EXPECT_EQ(compare(problem).mismatch, "") << describe(c);
     }

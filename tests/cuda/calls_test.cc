@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
-#include "check/compare.h"
-#include "check/device.h"
-#include "check/element.h"
 #include "on_gpu.h"
+#include "testing/compare.h"
+#include "testing/device.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -38,7 +38,7 @@ std::vector<int32_t> check(const DeviceProblem& device) {
   const std::vector<int32_t> marks(4, -7);
   std::vector<int32_t> found(4);
   int32_t* on_device = memory.copy(marks.data(), 4);
-  check_pages(device.params.kv, device.params.batch, on_device, nullptr);
+  check_pages(device.params.problem, on_device, nullptr);
   synchronize();
   DeviceMemory::read(found.data(), on_device, sizeof(int32_t) * 4);
   return found;
@@ -46,7 +46,7 @@ std::vector<int32_t> check(const DeviceProblem& device) {
 
 TEST_F(Calls, PageCheckNamesTheFirstFault) {
   Problem problem(paged_case(true));
-  const KeysValues& kv = problem.params.kv;
+  const KeysValues& kv = problem.params.problem.kv;
   const auto pages = static_cast<int32_t>(kv.pages), room = int32_t{3000};
   DeviceProblem device(problem);
   EXPECT_EQ(check(device), std::vector<int32_t>(4, 0));
@@ -54,14 +54,14 @@ TEST_F(Calls, PageCheckNamesTheFirstFault) {
   for (const int32_t id : {pages, pages + 7, -3}) {
     std::vector<int32_t> bad = table;
     bad[2 * kv.page_table_stride + 5] = bad[2 * kv.page_table_stride + 40] = id;
-    DeviceProblem::put(device.params.kv.page_table, bad);
+    DeviceProblem::put(device.params.problem.kv.page_table, bad);
     EXPECT_EQ(check(device), (std::vector<int32_t>{BLASST_PAGE_ID, 2, 5, id}));
     device.run();  // and the call stays inside its memory
   }
   for (const int32_t length : {room + 1, -1}) {
     std::vector<int32_t> lengths = problem.lengths;
     lengths[1] = length;
-    DeviceProblem::put(device.params.kv.lengths, lengths);
+    DeviceProblem::put(device.params.problem.kv.lengths, lengths);
     EXPECT_EQ(check(device), (std::vector<int32_t>{BLASST_PAGE_LENGTH, 1, length, room}));
   }
 }
@@ -75,7 +75,7 @@ TEST_F(Calls, LengthsBeyondThePageTableAreCut) {
     const std::vector<std::byte> bits = problem.out_bits();
     std::vector<int32_t> lengths = problem.lengths;
     lengths[2] = 1 << 30;  // the longest request's
-    DeviceProblem::put(device.params.kv.lengths, lengths);
+    DeviceProblem::put(device.params.problem.kv.lengths, lengths);
     device.run();
     EXPECT_EQ(problem.out_bits(), bits);
   }
@@ -101,13 +101,10 @@ TEST_F(Calls, PaddedRequestsAreAsAlone) {
   Problem problem(c);
   DeviceProblem device(problem, Reports::kCounts);
   DeviceMemory memory;
-  PrefillParams& p = device.params;
-  p.kv.starts = memory.copy(starts.data(), 4);
-  p.query_lengths = memory.copy(used.data(), 4);
-  p.workspace_bytes = 0;
-  p.workspace_bytes = workspace_bytes(p, false);
-  p.workspace = memory.allocate(p.workspace_bytes);
-  DeviceProblem::put(p.kv.lengths, ends);
+  AttentionParams& p = device.params;
+  p.problem.kv.starts = memory.copy(starts.data(), 4);
+  p.problem.query_lengths = memory.copy(used.data(), 4);
+  DeviceProblem::put(p.problem.kv.lengths, ends);
   device.run();
   const std::vector<std::byte> batch = problem.out_bits();
   const std::vector<float> lse = problem.lse;
@@ -116,18 +113,21 @@ TEST_F(Calls, PaddedRequestsAreAsAlone) {
   for (int64_t b = 0; b < 4; ++b) {
     const int64_t keys = ends[b] - starts[b], rows = std::min<int64_t>(used[b], keys);
     const int64_t first = used[b] - rows;
-    PrefillParams alone = p;
+    AttentionParams alone = p;
     const auto from = [](View& view, int64_t offset) {
       view.elements -= offset;
       view.data = static_cast<std::byte*>(view.data) + 2 * offset;
     };
-    alone.batch = 1, alone.query_length = rows, alone.query_lengths = nullptr;
-    from(alone.q, b * p.q.stride_request + first * p.q.stride_token);
-    from(alone.out, b * p.out.stride_request + first * p.out.stride_token);
-    from(alone.kv.k, b * p.kv.k.stride_request + starts[b] * p.kv.k.stride_token);
-    from(alone.kv.v, b * p.kv.v.stride_request + starts[b] * p.kv.v.stride_token);
-    alone.kv.key_length = keys;
-    alone.kv.lengths = alone.kv.starts = nullptr;
+    alone.problem.batch = 1, alone.problem.query_length = rows,
+    alone.problem.query_lengths = nullptr;
+    from(alone.problem.q, b * p.problem.q.stride_request + first * p.problem.q.stride_token);
+    from(alone.problem.out, b * p.problem.out.stride_request + first * p.problem.out.stride_token);
+    from(alone.problem.kv.k,
+         b * p.problem.kv.k.stride_request + starts[b] * p.problem.kv.k.stride_token);
+    from(alone.problem.kv.v,
+         b * p.problem.kv.v.stride_request + starts[b] * p.problem.kv.v.stride_token);
+    alone.problem.kv.key_length = keys;
+    alone.problem.kv.lengths = alone.problem.kv.starts = nullptr;
     alone.report = {.tiles_skipped = p.report.tiles_skipped};
     device.mark();
     prefill(alone);
@@ -168,20 +168,20 @@ TEST_F(Calls, DecodeFromAStart) {
   DeviceProblem device(problem, Reports::kCounts);
   const std::vector<int32_t> starts = {0, 100, 2999}, ends = {3000, 2000, 2999};
   DeviceMemory memory;
-  PrefillParams& p = device.params;
-  p.kv.starts = memory.copy(starts.data(), 3);
-  DeviceProblem::put(p.kv.lengths, ends);
+  AttentionParams& p = device.params;
+  p.problem.kv.starts = memory.copy(starts.data(), 3);
+  DeviceProblem::put(p.problem.kv.lengths, ends);
   device.run();
   const std::vector<std::byte> batch = problem.out_bits();
   // The second request's keys, moved to the first place.
-  p.kv.starts = nullptr;
-  const int64_t offset = p.kv.k.stride_request + 100 * p.kv.k.stride_token;
-  for (View* view : {&p.kv.k, &p.kv.v}) {
-    view->data = static_cast<std::byte*>(view->data) + 2 * (offset - p.kv.k.stride_request);
+  p.problem.kv.starts = nullptr;
+  const int64_t offset = p.problem.kv.k.stride_request + 100 * p.problem.kv.k.stride_token;
+  for (View* view : {&p.problem.kv.k, &p.problem.kv.v}) {
+    view->data = static_cast<std::byte*>(view->data) + 2 * (offset - p.problem.kv.k.stride_request);
     view->elements -= 100 * view->stride_token;
   }
-  p.kv.key_length -= 100;
-  DeviceProblem::put(p.kv.lengths, std::vector<int32_t>{2900, 1900, 0});
+  p.problem.kv.key_length -= 100;
+  DeviceProblem::put(p.problem.kv.lengths, std::vector<int32_t>{2900, 1900, 0});
   device.run();
   const std::vector<std::byte> moved = problem.out_bits();
   const auto row = [&](const std::vector<std::byte>& bits, int64_t b) {
@@ -210,15 +210,15 @@ TEST_F(Calls, MergeIsExactUpToRounding) {
     }
     DeviceMemory memory;
     const auto view = [&](const std::vector<std::byte>& host) {
-      return View{memory.copy(host.data(), host.size()), kElements, kRows * kHeads * kDim,
-                  kHeads * kDim, kDim};
-    };
-    MergeParams p{.backend = BLASST_BACKEND_CUDA_SM90,
+      return View{.data = memory.copy(host.data(), host.size()),
                   .dtype = dtype,
-                  .batch = kBatch,
-                  .query_length = kRows,
-                  .heads = kHeads,
-                  .value_dim = kDim};
+                  .elements = kElements,
+                  .stride_request = kRows * kHeads * kDim,
+                  .stride_token = kHeads * kDim,
+                  .stride_head = kDim};
+    };
+    MergeParams p{
+        .batch = kBatch, .query_length = kRows, .heads = kHeads, .value_dim = kDim};  // by memory
     p.out_a = view(a), p.out_b = view(b), p.out = view(out);
     p.lse_a = memory.copy(lse_a.data(), lse_a.size());
     p.lse_b = memory.copy(lse_b.data(), lse_b.size());
@@ -273,14 +273,11 @@ void expect_failure(blasst_status status, const std::string& part, const Call& c
 // Any kind of call, with all arrays that a call of its kind may have.
 struct AnyCall {
   explicit AnyCall(bool decode, Layout layout) : problem(case_of(decode, layout)), device(problem) {
-    PrefillParams& p = device.params;
+    AttentionParams& p = device.params;
     if (!decode && layout == Layout::kDense) {
-      p.kv.starts = memory.copy(std::vector<int32_t>(4, 0).data(), 4);
-      p.query_lengths = memory.copy(std::vector<int32_t>(4, 2).data(), 4);
+      p.problem.kv.starts = memory.copy(std::vector<int32_t>(4, 0).data(), 4);
+      p.problem.query_lengths = memory.copy(std::vector<int32_t>(4, 2).data(), 4);
     }
-    p.workspace_bytes = 0;
-    p.workspace_bytes = workspace_bytes(p, decode);
-    p.workspace = memory.allocate(p.workspace_bytes);
   }
 
   // Everything that a call may write.
@@ -312,7 +309,7 @@ TEST_F(Calls, MemoryOfTheHostIsRefusedInAnyArray) {
   for (const bool decode : {false, true}) {
     for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
       AnyCall any(decode, layout);
-      PrefillParams& p = any.device.params;
+      AttentionParams& p = any.device.params;
       any.device.mark();
       const auto before = any.outputs();
       int tried = 0;
@@ -325,19 +322,19 @@ TEST_F(Calls, MemoryOfTheHostIsRefusedInAnyArray) {
         array = good;
         ++tried;
       };
-      try_array("q.data", p.q.data);
-      try_array("out.data", p.out.data);
-      try_array("k.data", p.kv.k.data);
-      try_array("v.data", p.kv.v.data);
-      try_array("cu_seqlens_q", p.cu_seqlens_q);
-      try_array("query_lengths", p.query_lengths);
-      try_array("kv.starts", p.kv.starts);
-      try_array("kv.lengths", p.kv.lengths);
-      try_array("kv.cu_seqlens", p.kv.cu_seqlens);
-      try_array("kv.page_table", p.kv.page_table);
-      try_array("sinks", p.sinks);
-      try_array("mask.bands", p.mask.bands);
-      try_array("test.values", p.test.values);
+      try_array("q.data", p.problem.q.data);
+      try_array("out.data", p.problem.out.data);
+      try_array("k.data", p.problem.kv.k.data);
+      try_array("v.data", p.problem.kv.v.data);
+      try_array("cu_seqlens_q", p.problem.cu_seqlens_q);
+      try_array("query_lengths", p.problem.query_lengths);
+      try_array("kv.starts", p.problem.kv.starts);
+      try_array("kv.lengths", p.problem.kv.lengths);
+      try_array("kv.cu_seqlens", p.problem.kv.cu_seqlens);
+      try_array("kv.page_table", p.problem.kv.page_table);
+      try_array("sinks", p.problem.sinks);
+      try_array("mask.bands", p.problem.mask.bands);
+      try_array("test.values", p.decision.test.values);
       try_array("report.lse", p.report.lse);
       try_array("report.dropped_mass_bound", p.report.dropped_mass_bound);
       try_array("report.tiles_visitable", p.report.tiles_visitable);
@@ -345,7 +342,7 @@ TEST_F(Calls, MemoryOfTheHostIsRefusedInAnyArray) {
       try_array("report.tile_bits", p.report.tile_bits);
       try_array("report.gap_histogram", p.report.gap_histogram);
       try_array("report.tile_maxima", p.report.tile_maxima);
-      try_array("workspace", p.workspace);
+      try_array("workspace", p.execution.workspace);
       EXPECT_GE(tried, 13);
       EXPECT_EQ(any.outputs(), before);
       any.device.run();  // the device is still there
@@ -356,27 +353,27 @@ TEST_F(Calls, MemoryOfTheHostIsRefusedInAnyArray) {
 TEST_F(Calls, MemoryOfTheHostIsRefusedByMergeAndPageCheck) {
   Problem problem(paged_case(false));
   DeviceProblem device(problem);
-  const PrefillParams& p = device.params;
+  const AttentionParams& p = device.params;
   std::vector<float> host(1 << 16);
   auto* found = reinterpret_cast<int32_t*>(host.data());
   expect_failure(BLASST_INVALID_ARGUMENT, "found is host memory",
-                 [&] { check_pages(p.kv, p.batch, found, nullptr); });
-  KeysValues kv = p.kv;
-  kv.lengths = found;
-  expect_failure(BLASST_INVALID_ARGUMENT, "kv.lengths is host memory",
-                 [&] { check_pages(kv, p.batch, static_cast<int32_t*>(p.workspace), nullptr); });
+                 [&] { check_pages(p.problem, found, nullptr); });
+  blasst::Problem paged = p.problem;
+  paged.kv.lengths = found;
+  expect_failure(BLASST_INVALID_ARGUMENT, "kv.lengths is host memory", [&] {
+    check_pages(paged, static_cast<int32_t*>(p.execution.workspace), nullptr);
+  });
   DeviceMemory memory;
-  MergeParams m{.backend = BLASST_BACKEND_CUDA_SM90,
-                .dtype = p.dtype,
-                .batch = p.batch,
-                .query_length = p.query_length,
-                .heads = p.heads,
-                .value_dim = p.value_dim,
-                .out_a = p.out,
-                .out_b = memory.copy(p.out, p.dtype),
+  MergeParams m{.batch = p.problem.batch,
+                .query_length = p.problem.query_length,
+                .heads = p.problem.heads,
+                .value_dim = p.problem.value_dim,
+                .out_a = p.problem.out,
+                .out_b = memory.copy(p.problem.out),
                 .lse_a = p.report.lse,
                 .lse_b = p.report.dropped_mass_bound,
-                .out = p.out};
+                .out = p.problem.out,
+                .execution = {.backend = BLASST_BACKEND_CUDA}};
   m.lse = host.data();
   expect_failure(BLASST_INVALID_ARGUMENT, "lse is host memory", [&] { merge(m); });
   m.lse = nullptr, m.lse_b = host.data();
@@ -416,13 +413,13 @@ TEST_F(Calls, NothingIsWrittenWhereLaunchingFails) {
       must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
       EXPECT_NE(cudaStreamSynchronize(stream), cudaSuccess);
       cudaGetLastError();
-      any.device.params.stream = stream;
+      any.device.params.execution.stream = stream;
       expect_failure(BLASST_INTERNAL, "capture", [&] { any.device.launch(); });
       cudaGraph_t graph = nullptr;
       EXPECT_NE(cudaStreamEndCapture(stream, &graph), cudaSuccess);
       cudaGetLastError();
       must(cudaStreamDestroy(stream));
-      any.device.params.stream = nullptr;
+      any.device.params.execution.stream = nullptr;
       EXPECT_EQ(any.outputs(), before);
       any.device.run();
     }

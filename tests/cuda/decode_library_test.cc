@@ -3,9 +3,9 @@
 
 #include <string>
 
-#include "check/compare.h"
-#include "check/device.h"
 #include "on_gpu.h"
+#include "testing/compare.h"
+#include "testing/device.h"
 
 namespace blasst::check {
 namespace {
@@ -19,7 +19,7 @@ TEST_F(DecodeOnGpu, RandomProblems) {
     if (!c.decode) continue;
     Problem problem(c);
     DeviceProblem(problem).run();
-    const Comparison comparison = compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff);
+    const Comparison comparison = compare(problem, gpu_plan(problem), kTensorCoreRoundoff);
     EXPECT_EQ(comparison.mismatch, "") << "seed " << seed << ": " << describe(c);
     decisions += comparison.decisions;
     skipped += comparison.skipped;

@@ -7,38 +7,48 @@
 namespace blasst::cuda::decode {
 namespace {
 
-using P = DecodeParams;
+using P = AttentionParams;
 
 P dense() {
-  P p = dense_call<P>(2);
-  p.kv.lengths = array<int32_t>(0x70000000);
-  p.workspace_bytes = workspace_bytes(p);
+  P p = dense_call(2);
+  p.problem.kv.lengths = array<int32_t>(0x70000000);
+  p.execution.workspace_bytes = plan(p).workspace_bytes;
   return p;
 }
 
 P paged() {
   P p = paged_call(dense());
-  p.workspace_bytes = workspace_bytes(p);
+  p.execution.workspace_bytes = plan(p).workspace_bytes;
   return p;
 }
 
-class DecodePlanRejects : public testing::TestWithParam<Bad<P>> {};
+class DecodePlanRejects : public testing::TestWithParam<Bad> {};
 
-TEST_P(DecodePlanRejects, AndSaysWhy) { expect_refusal(GetParam(), plan); }
+TEST_P(DecodePlanRejects, AndSaysWhy) { expect_refusal(GetParam(), plan_launch); }
 
 INSTANTIATE_TEST_SUITE_P(
     , DecodePlanRejects,
-    testing::ValuesIn(refused<P>(
+    testing::ValuesIn(refused(
         dense, paged,
         {{"TooManyRows",
           dense,
-          [](P& p) { p.heads = 32, p.query_length = 5; },
+          [](P& p) { p.problem.heads = 32, p.problem.query_length = 5; },
           {"80 rows", "64"},
           BLASST_UNSUPPORTED},
-         {"TooManyPositions", dense, [](P& p) { p.query_length = 17; }, {"17", "1 to 16"}},
+         {"TooManyPositions", dense, [](P& p) { p.problem.query_length = 17; }, {"17", "1 to 16"}},
+         {"Ragged",
+          dense,
+          [](P& p) { p.problem.query_layout = BLASST_LAYOUT_RAGGED, p.problem.rows = 5; },
+          {"query_layout is ragged"},
+          BLASST_UNSUPPORTED},
+         {"QueryLengths",
+          dense,
+          [](P& p) { p.problem.query_lengths = p.problem.kv.lengths; },
+          {"query_lengths is set"},
+          BLASST_UNSUPPORTED},
          {"Places",
           dense,
-          [](P& p) { p.test.places = 2; },
+          [](P& p) { p.decision.test.places = 2; },
           {"test.places is 2"},
           BLASST_UNSUPPORTED},
          {"TileMaxima",
@@ -48,16 +58,16 @@ INSTANTIATE_TEST_SUITE_P(
           BLASST_UNSUPPORTED},
          {"Bands",
           dense,
-          [](P& p) { p.mask.bands = array<int64_t>(0x80000000); },
+          [](P& p) { p.problem.mask.bands = array<int64_t>(0x80000000); },
           {"bands"},
           BLASST_UNSUPPORTED}})),
-    name_of<P>);
+    name_of);
 
 TEST(DecodePlan, PassesOnWhatItIsGiven) {
-  DecodeParams p = paged();
-  p.mask.window_left = 100;
-  p.softcap = 30;
-  const Launch l = plan(p);
+  P p = paged();
+  p.problem.mask.window_left = 100;
+  p.problem.softcap = 30;
+  const Launch l = plan_launch(p);
   EXPECT_EQ(l.dim, kDim);
   EXPECT_EQ(l.params.key_length, 15 * 64);
   EXPECT_EQ(l.params.least_distance, 0);
@@ -69,20 +79,20 @@ TEST(DecodePlan, PassesOnWhatItIsGiven) {
   EXPECT_EQ(l.q.tokens, 2);
   EXPECT_EQ(l.params.starts, nullptr);
   p = dense();
-  p.kv.starts = p.kv.lengths;
-  EXPECT_EQ(plan(p).params.starts, p.kv.starts);
+  p.problem.kv.starts = p.problem.kv.lengths;
+  EXPECT_EQ(plan_launch(p).params.starts, p.problem.kv.starts);
 }
 
 TEST(DecodePlan, TileShapeIsOfTheRequestAlone) {
-  DecodeParams p = dense();
-  const TileShape shape = tile_shape(p);
+  P p = dense();
+  const TileShape shape = plan(p).shape;
   EXPECT_EQ(shape.query_rows, 8);
   EXPECT_EQ(shape.keys, 64);
   EXPECT_EQ(shape.split_tiles, 8);
   EXPECT_EQ(shape.most_splits, 132);
-  p.batch = 1;
-  p.kv.key_length = 500;
-  EXPECT_EQ(tile_shape(p).most_splits, shape.most_splits);
+  p.problem.batch = 1;
+  p.problem.kv.key_length = 500;
+  EXPECT_EQ(plan(p).shape.most_splits, shape.most_splits);
 }
 
 }  // namespace

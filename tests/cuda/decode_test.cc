@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "check/compare.h"
-#include "check/device.h"
 #include "on_gpu.h"
+#include "testing/compare.h"
+#include "testing/device.h"
 
 namespace blasst::check {
 namespace {
@@ -20,7 +20,7 @@ struct Seen {
 void expect_agreement(const Case& c, Seen& seen) {
   Problem problem(c);
   DeviceProblem(problem).run();
-  const Comparison comparison = compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff);
+  const Comparison comparison = compare(problem, gpu_plan(problem), kTensorCoreRoundoff);
   EXPECT_EQ(comparison.mismatch, "") << describe(c);
   seen.decisions += comparison.decisions;
   seen.skipped += comparison.skipped;
@@ -213,17 +213,17 @@ TEST_F(DecodeKernels, GraphSeesNewLengthsAndThresholds) {
   Problem problem(c);
   DeviceProblem device(problem, Reports::kCounts);
   Graph graph([&](cudaStream_t stream) {
-    device.params.stream = stream;
+    device.params.execution.stream = stream;
     device.launch();
   });
-  device.params.stream = nullptr;
+  device.params.execution.stream = nullptr;
   for (const float shrink : {1.0f, 0.5f, 0.1f}) {
     std::vector<int32_t> lengths = problem.lengths;
     std::vector<float> thresholds = problem.thresholds;
     for (int32_t& x : lengths) x = static_cast<int32_t>(static_cast<float>(x) * shrink);
     for (float& x : thresholds) x *= shrink;
-    DeviceProblem::put(device.params.kv.lengths, lengths);
-    DeviceProblem::put(device.params.test.values, thresholds);
+    DeviceProblem::put(device.params.problem.kv.lengths, lengths);
+    DeviceProblem::put(device.params.decision.test.values, thresholds);
     device.mark();
     graph.replay();
     device.download();
@@ -240,13 +240,13 @@ TEST_F(DecodeKernels, GraphTakesRequestsUpToItsBatch) {
   Problem problem(c);
   DeviceProblem device(problem, Reports::kCounts);
   Graph graph([&](cudaStream_t stream) {
-    device.params.stream = stream;
+    device.params.execution.stream = stream;
     device.launch();
   });
-  device.params.stream = nullptr;
+  device.params.execution.stream = nullptr;
   for (const std::vector<int32_t>& lengths :
        {std::vector<int32_t>{900, 0, 0}, {900, 3000, 0}, {900, 3000, 700}}) {
-    DeviceProblem::put(device.params.kv.lengths, lengths);
+    DeviceProblem::put(device.params.problem.kv.lengths, lengths);
     device.mark();
     graph.replay();
     device.download();
@@ -270,7 +270,7 @@ TEST_F(DecodeKernels, NotANumber) {
       const Access access(problem.params);
       std::memset(value ? access.value(0, key, 1) : access.key(0, key, 1), 0xff, 2);
       DeviceProblem(problem).run();
-      EXPECT_EQ(compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff).mismatch, "")
+      EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
           << key << value;
     }
   }

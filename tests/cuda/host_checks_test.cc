@@ -53,13 +53,14 @@ std::string refusal(const Call& call) {
 }
 
 TEST(PageCheck, IsOfPages) {
-  KeysValues kv = paged_call(dense_call<DecodeParams>(1)).kv;
+  blasst_problem problem = paged_call(dense_call(1)).problem;
+  KeysValues& kv = problem.kv;
   int32_t found[4];
-  const auto plan = [&] { return plan_page_check(kv, 3, found, nullptr); };
+  const auto plan = [&] { return plan_page_check(problem, found, nullptr); };
   EXPECT_EQ(plan().room, 960);
   kv.key_length = 100;
   EXPECT_EQ(plan().room, 100);
-  EXPECT_NE(refusal([&] { plan_page_check(kv, 3, nullptr, nullptr); }).find("found is null"),
+  EXPECT_NE(refusal([&] { plan_page_check(problem, nullptr, nullptr); }).find("found is null"),
             std::string::npos);
   kv.lengths = nullptr;
   EXPECT_NE(refusal(plan).find("kv.lengths is null"), std::string::npos);
@@ -68,20 +69,18 @@ TEST(PageCheck, IsOfPages) {
 }
 
 TEST(Merge, SaysWhatItDoesNotDo) {
-  const PrefillParams rows = dense_call<PrefillParams>(100);
-  MergeParams p{.backend = BLASST_BACKEND_CUDA_SM90,
-                .dtype = BLASST_BFLOAT16,
-                .batch = 3,
+  MergeParams p{.batch = 3,
                 .query_length = 100,
                 .heads = kHeads,
-                .value_dim = kDim};
-  p.out_a = p.out_b = p.out = rows.out;
+                .value_dim = kDim,
+                .execution = {.backend = BLASST_BACKEND_CUDA}};
+  p.out_a = p.out_b = p.out = dense_call(100).problem.out;
   p.lse_a = p.lse_b = array<float>(0x60000000);
   MergeParams bad = p;
-  bad.dtype = BLASST_FLOAT32;
+  bad.out_a.dtype = bad.out_b.dtype = bad.out.dtype = BLASST_FLOAT32;
   EXPECT_NE(refusal([&] { merge(bad); }).find("float32"), std::string::npos);
   bad = p;
-  bad.threads = 2;
+  bad.execution.threads = 2;
   EXPECT_NE(refusal([&] { merge(bad); }).find("threads is 2"), std::string::npos);
   bad = p;
   bad.out_b.stride_token += 4;

@@ -7,38 +7,42 @@
 namespace blasst::cuda::prefill {
 namespace {
 
-using P = PrefillParams;
+using P = AttentionParams;
 
 P dense() {
-  P p = dense_call<P>(kRoom);
-  p.workspace_bytes = 16;
+  P p = dense_call(kRoom);
+  p.execution.workspace_bytes = plan(p).workspace_bytes;
   return p;
 }
 
 P ragged() {
   P p = dense();
-  p.cu_seqlens_q = p.kv.cu_seqlens = array<int32_t>(0x60000000);
-  p.rows = 2000;
-  p.workspace_bytes = 16 + 2 * 4 * 4;  // where the blocks and tiles of three requests begin
+  p.problem.query_layout = p.problem.kv.layout = BLASST_LAYOUT_RAGGED;
+  p.problem.cu_seqlens_q = p.problem.kv.cu_seqlens = array<int32_t>(0x60000000);
+  p.problem.rows = 2000;
+  p.problem.kv.tokens = 1500;
   return p;
 }
 
 P paged() { return paged_call(dense()); }
 
-class PrefillPlanRejects : public testing::TestWithParam<Bad<P>> {};
+class PrefillPlanRejects : public testing::TestWithParam<Bad> {};
 
-TEST_P(PrefillPlanRejects, AndSaysWhy) { expect_refusal(GetParam(), plan); }
+TEST_P(PrefillPlanRejects, AndSaysWhy) { expect_refusal(GetParam(), plan_launch); }
 
 INSTANTIATE_TEST_SUITE_P(
     , PrefillPlanRejects,
-    testing::ValuesIn(refused<P>(
+    testing::ValuesIn(refused(
         dense, paged,
-        {{"RowsOfDense", dense, [](P& p) { p.rows = 7; }, {"rows is 7"}},
-         {"RowsOfRagged", ragged, [](P& p) { p.rows = 3001; }, {"rows is 3001", "query_length"}},
+        {{"RowsOfDense", dense, [](P& p) { p.problem.rows = 7; }, {"rows is set", "ragged"}},
+         {"RowsOfRagged",
+          ragged,
+          [](P& p) { p.problem.rows = 3001; },
+          {"rows is 3001", "query_length"}},
          {"RaggedQueryLengths",
           ragged,
-          [](P& p) { p.query_lengths = p.cu_seqlens_q; },
-          {"query_lengths", "dense queries"}},
+          [](P& p) { p.problem.query_lengths = p.problem.cu_seqlens_q; },
+          {"query_lengths is set", "dense"}},
          {"MaximaStride",
           dense,
           [](P& p) {
@@ -46,76 +50,74 @@ INSTANTIATE_TEST_SUITE_P(
             p.report.tile_maxima_stride = 1;
           },
           {"report.tile_maxima_stride is 1"}},
-         {"TwoLayouts", ragged, [](P& p) { p.kv.lengths = p.kv.cu_seqlens; }, {"one layout"}}})),
-    name_of<P>);
+         {"TwoLayouts",
+          ragged,
+          [](P& p) { p.problem.kv.lengths = p.problem.kv.cu_seqlens; },
+          {"kv.lengths is set", "dense (0) or paged (2)"}}})),
+    name_of);
 
 TEST(PrefillPlan, ChoosesTheKernelByWhatIsAsked) {
   P p = dense();
-  EXPECT_EQ(plan(p).variant, Variant::kDense);
+  EXPECT_EQ(plan_launch(p).variant, Variant::kDense);
   float* buffer = static_cast<float*>(device(0x60000000));
   p.report.lse = buffer;
-  EXPECT_EQ(plan(p).variant, Variant::kDense);
-  p.test = {.kind = BLASST_TEST_RELATIVE, .values = buffer};
-  EXPECT_EQ(plan(p).variant, Variant::kSparse);
+  EXPECT_EQ(plan_launch(p).variant, Variant::kDense);
+  p.decision.test = {.kind = BLASST_TEST_RELATIVE, .values = buffer};
+  EXPECT_EQ(plan_launch(p).variant, Variant::kSparse);
   p.report.dropped_mass_bound = buffer;
-  EXPECT_EQ(plan(p).variant, Variant::kReport);
+  EXPECT_EQ(plan_launch(p).variant, Variant::kReport);
   p = dense();
   p.report.tiles_visitable = static_cast<int64_t*>(device(0x60000000));
-  EXPECT_EQ(plan(p).variant, Variant::kSparse);
+  EXPECT_EQ(plan_launch(p).variant, Variant::kSparse);
 }
 
 TEST(PrefillPlan, PassesLayoutsOn) {
-  const Launch d = plan(dense());
+  const Launch d = plan_launch(dense());
   EXPECT_EQ(d.params.rows, 3 * kRoom);
   EXPECT_EQ(d.k.outer, 3);
   EXPECT_EQ(d.params.least_distance, 0);
   EXPECT_EQ(d.params.most_distance, kUnlimited);
-  const Launch r = plan(ragged());
+  const Launch r = plan_launch(ragged());
   EXPECT_EQ(r.q.outer, 1);
   EXPECT_EQ(r.q.tokens, 2000);
-  EXPECT_EQ(r.k.tokens, 3 * kRoom);  // what the buffer holds
-  const Launch g = plan(paged());
+  EXPECT_EQ(r.k.tokens, 1500);
+  EXPECT_EQ(r.params.key_length, kRoom);
+  EXPECT_EQ(r.params.query_tiles, (2000 + 3 * 63) / 64);
+  const Launch g = plan_launch(paged());
   EXPECT_EQ(g.params.key_length, 15 * 64);
   EXPECT_EQ(g.k.outer, 40);
   EXPECT_EQ(g.k.tokens, 64);
 }
 
-TEST(PrefillPlan, WorkspaceGrowsWhereRequestsDiffer) {
-  EXPECT_EQ(workspace_bytes(dense()), 16u);
-  EXPECT_EQ(workspace_bytes(ragged()), 48u);
-  P p = dense();
-  p.query_lengths = array<int32_t>(0x60000000);
-  EXPECT_EQ(workspace_bytes(p), 48u);
-  EXPECT_THROW(plan(p), Error);
-  p.query_lengths = nullptr, p.kv.starts = array<int32_t>(0x60000000);
-  EXPECT_EQ(workspace_bytes(p), 48u);
-}
-
 TEST(PrefillPlan, RaggedNeedsNoLongestRequest) {
   P p = ragged();
-  p.query_length = p.kv.key_length = 0;
-  const Launch l = plan(p);
+  p.problem.query_length = p.problem.kv.key_length = 0;
+  const Launch l = plan_launch(p);
   EXPECT_EQ(l.params.query_length, 2000);
-  EXPECT_EQ(l.params.key_length, 3 * kRoom);
-  p.kv.k.stride_token = p.kv.v.stride_token = 0;  // any number of them
-  EXPECT_EQ(plan(p).params.key_length, kUnlimited - 1);
+  EXPECT_EQ(l.params.key_length, 1500);
 }
 
-TEST(PrefillPlan, TileShapeDependsOnTheDimensionAlone) {
-  P p = dense();
-  EXPECT_EQ(tile_shape(p).query_rows, 64);
-  EXPECT_EQ(tile_shape(p).keys, 128);
-  p.head_dim = p.value_dim = 256;
-  p.q.elements = p.out.elements = p.kv.k.elements = p.kv.v.elements = int64_t{1} << 30;
-  p.q.stride_head = p.out.stride_head = p.kv.k.stride_head = p.kv.v.stride_head = 256;
-  p.q.stride_token = p.out.stride_token = kHeads * 256;
-  p.kv.k.stride_token = p.kv.v.stride_token = kKvHeads * 256;
-  p.q.stride_request = p.out.stride_request = kRoom * kHeads * 256;
-  p.q.data = device(uintptr_t{1} << 40);
-  p.out.data = device(uintptr_t{2} << 40);
-  p.kv.k.data = device(uintptr_t{3} << 40);
-  p.kv.v.data = device(uintptr_t{4} << 40);
-  EXPECT_EQ(tile_shape(p).keys, 64);
+TEST(PrefillPlan, NeedsScalarsAlone) {
+  P p{.problem = {.batch = 3,
+                  .heads = kHeads,
+                  .kv_heads = kKvHeads,
+                  .head_dim = kDim,
+                  .value_dim = kDim,
+                  .query_length = 100,
+                  .kv = {.key_length = 5000}}};
+  for (View* view : {&p.problem.q, &p.problem.kv.k, &p.problem.kv.v, &p.problem.out})
+    view->dtype = BLASST_FLOAT16;
+  Plan tiles = plan(p);
+  EXPECT_EQ(tiles.backend, BLASST_BACKEND_CUDA);
+  EXPECT_EQ(tiles.shape.query_rows, 64);
+  EXPECT_EQ(tiles.shape.keys, 128);
+  EXPECT_EQ(tiles.tile_heads, kHeads);
+  EXPECT_EQ(tiles.query_tiles, 6);
+  EXPECT_EQ(tiles.key_tiles, 40);
+  EXPECT_EQ(tiles.tile_words, 2);
+  EXPECT_EQ(tiles.workspace_bytes, 48u);
+  p.problem.head_dim = p.problem.value_dim = 256;
+  EXPECT_EQ(plan(p).shape.keys, 64);
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
-// The cuda-sm90 prefill on a GPU, through the library: against the reference and against itself.
+// The prefill on a GPU, through the library: against the reference and against itself.
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <string>
 #include <vector>
 
-#include "check/compare.h"
-#include "check/device.h"
 #include "on_gpu.h"
+#include "testing/compare.h"
+#include "testing/device.h"
 
 namespace blasst::check {
 namespace {
@@ -16,7 +16,7 @@ class PrefillOnGpu : public OnGpu {};
 
 Comparison compare_on_gpu(Problem& problem) {
   DeviceProblem(problem).run();
-  return compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff);
+  return compare(problem, gpu_plan(problem), kTensorCoreRoundoff);
 }
 
 // Cut into parts that can run side by side.
@@ -116,10 +116,11 @@ TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
     Problem problem(c);
     DeviceProblem device(problem);
     device.run();
-    EXPECT_EQ(compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff).mismatch, "");
+    EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "");
     const std::vector<std::byte> wanted = problem.out_bits();
-    PrefillParams& p = device.params;
-    p.report = {};
+    AttentionParams& params = device.params;
+    blasst::Problem& p = params.problem;
+    params.report = {};
     for (const auto& [rows, keys] :
          {std::pair<int64_t, int64_t>{700, 900}, {0, 0}, {p.rows, 1 << 20}}) {
       p.query_length = rows, p.kv.key_length = keys;

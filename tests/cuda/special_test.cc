@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include "check/compare.h"
-#include "check/device.h"
-#include "check/element.h"
 #include "on_gpu.h"
+#include "testing/compare.h"
+#include "testing/device.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -47,7 +47,7 @@ INSTANTIATE_TEST_SUITE_P(, SpecialOnGpu, testing::Bool(), name_of);
 
 std::string mismatch_on_gpu(Problem& problem) {
   DeviceProblem(problem).run();
-  return compare(problem, gpu_tile_shape(problem), kTensorCoreRoundoff).mismatch;
+  return compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch;
 }
 
 // --- rows without keys -------------------------------------------------------------------------
@@ -108,33 +108,33 @@ TEST_P(SpecialOnGpu, MergeKeepsTheSinkOfAPartWithoutKeys) {
   device.run();
   const std::vector<float> out = problem.out(), lse = problem.lse;
 
-  const auto cells = static_cast<int64_t>(lse.size()), elements = device.params.out.elements;
+  const auto cells = static_cast<int64_t>(lse.size()),
+             elements = device.params.problem.out.elements;
   DeviceMemory memory;
-  const float* sinks = std::exchange(device.params.sinks, nullptr);
+  const float* sinks = std::exchange(device.params.problem.sinks, nullptr);
   device.run();  // keys without the sink
   std::vector<std::byte> bytes(2 * elements);
-  DeviceMemory::read(bytes.data(), device.params.out.data, bytes.size());
-  View keys_alone = device.params.out;
+  DeviceMemory::read(bytes.data(), device.params.problem.out.data, bytes.size());
+  View keys_alone = device.params.problem.out;
   keys_alone.data = memory.copy(bytes.data(), bytes.size());
   const float* keys_lse = memory.copy(problem.lse.data(), cells);
-  device.params.sinks = sinks;
-  DeviceProblem::put(device.params.kv.lengths, std::vector<int32_t>(3, 0));
+  device.params.problem.sinks = sinks;
+  DeviceProblem::put(device.params.problem.kv.lengths, std::vector<int32_t>(3, 0));
   device.run();  // the sink without keys
   for (int64_t i = 0; i < cells; ++i) EXPECT_EQ(problem.lse[i], problem.sinks[i * 8 / cells]);
 
-  const PrefillParams& p = device.params;
-  blasst::merge({.backend = BLASST_BACKEND_CUDA_SM90,
-                 .dtype = c.dtype,
-                 .batch = 3,
+  const AttentionParams& p = device.params;
+  blasst::merge({.batch = 3,
                  .query_length = c.requests[0].queries,
                  .heads = c.heads,
                  .value_dim = c.value_dim,
-                 .out_a = p.out,
+                 .out_a = p.problem.out,
                  .out_b = keys_alone,
                  .lse_a = p.report.lse,
                  .lse_b = keys_lse,
-                 .out = p.out,
-                 .lse = memory.copy(problem.lse.data(), cells)});
+                 .out = p.problem.out,
+                 .lse = memory.copy(problem.lse.data(), cells),
+                 .execution = {.backend = BLASST_BACKEND_CUDA}});
   device.download();
   const std::vector<float> merged = problem.out();
   float most = 0;
@@ -164,14 +164,15 @@ TEST_P(SpecialOnGpu, ThresholdsThatAreNoneSkipNothing) {
         EXPECT_GT(*std::ranges::max_element(skipped), 0);
         for (const float value : {kNan, -0.5f, -kInf}) {
           if (test == BLASST_TEST_ABSOLUTE && value == -0.5f) continue;  // as good as any
-          DeviceProblem::put(device.params.test.values, std::vector<float>(c.heads, value));
+          DeviceProblem::put(device.params.decision.test.values,
+                             std::vector<float>(c.heads, value));
           device.run();
           EXPECT_EQ(problem.tiles_skipped, std::vector<int64_t>(skipped.size(), 0)) << value;
           EXPECT_EQ(problem.out_bits(), dense.out_bits()) << value;
           // Of the first head alone: in decode the heads of its KV head decide together.
           std::vector<float> values = problem.thresholds;
           values[0] = value;
-          DeviceProblem::put(device.params.test.values, values);
+          DeviceProblem::put(device.params.decision.test.values, values);
           device.run();
           for (size_t i = 0; i < skipped.size(); ++i) {
             const bool none = i % c.heads < (decode() ? 4 : 1);
@@ -187,18 +188,18 @@ TEST_P(SpecialOnGpu, ThresholdsThatAreNoneSkipNothing) {
 
 // Every score of a key is score(key).
 void set_scores(Problem& problem, const std::function<float(int64_t)>& score) {
-  PrefillParams& p = problem.params;
-  p.scale = 1;
+  AttentionParams& p = problem.params;
+  p.problem.scale = 1;
   const Access access(p);
   const auto fill = [&](std::byte* row, float first) {
-    for (int64_t d = 0; d < p.head_dim; ++d)
-      store_element(p.dtype, row + 2 * d, d == 0 ? first : 0);
+    for (int64_t d = 0; d < p.problem.head_dim; ++d)
+      store_element(p.problem.q.dtype, row + 2 * d, d == 0 ? first : 0);
   };
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t b = 0; b < p.problem.batch; ++b) {
     for (int64_t i = 0; i < access.requests()[b].rows; ++i)
-      for (int64_t h = 0; h < p.heads; ++h) fill(access.query(b, i, h), 1);
+      for (int64_t h = 0; h < p.problem.heads; ++h) fill(access.query(b, i, h), 1);
     for (int64_t j = 0; j < access.requests()[b].keys; ++j)
-      for (int64_t h = 0; h < p.kv_heads; ++h) fill(access.key(b, j, h), score(j));
+      for (int64_t h = 0; h < p.problem.kv_heads; ++h) fill(access.key(b, j, h), score(j));
   }
 }
 
@@ -257,11 +258,11 @@ TEST_P(SpecialOnGpu, BoundOfTilesFarAboveTheMaximum) {
 
 // A stride of 0: all requests, all heads or all tokens are one.
 TEST_P(SpecialOnGpu, StridesOfZero) {
-  const auto set = [](PrefillParams& p, int64_t View::*stride, bool keys) {
+  const auto set = [](AttentionParams& p, int64_t View::*stride, bool keys) {
     if (keys)
-      p.kv.k.*stride = p.kv.v.*stride = 0;
+      p.problem.kv.k.*stride = p.problem.kv.v.*stride = 0;
     else
-      p.q.*stride = 0;
+      p.problem.q.*stride = 0;
   };
   for (const int64_t View::*stride :
        {&View::stride_request, &View::stride_token, &View::stride_head}) {
@@ -296,9 +297,9 @@ TEST_P(SpecialOnGpu, TensorsOfMoreThanTwoToThe31Elements) {
     device.run();
     const std::vector<std::byte> wanted = problem.out_bits();
 
-    PrefillParams& p = device.params;
-    View* views[] = {&p.q, &p.kv.k, &p.kv.v, &p.out};
-    const View near_out = p.out;
+    AttentionParams& p = device.params;
+    View* views[] = {&p.problem.q, &p.problem.kv.k, &p.problem.kv.v, &p.problem.out};
+    const View near_out = p.problem.out;
     DeviceMemory memory;
     // The inputs lie between each other's halves, the output has a buffer of its own.
     int64_t room = 0;
@@ -308,7 +309,7 @@ TEST_P(SpecialOnGpu, TensorsOfMoreThanTwoToThe31Elements) {
       must(cudaMemcpy(to, from, 2 * elements, cudaMemcpyDeviceToDevice));
     };
     for (View* view : views) {
-      if (view == &p.out) at = static_cast<std::byte*>(memory.allocate(2 * (kFar + room)));
+      if (view == &p.problem.out) at = static_cast<std::byte*>(memory.allocate(2 * (kFar + room)));
       // All of it twice; a half of each is used.
       const auto* data = static_cast<const std::byte*>(view->data);
       const int64_t elements = view->elements;
@@ -322,21 +323,21 @@ TEST_P(SpecialOnGpu, TensorsOfMoreThanTwoToThe31Elements) {
     }
     device.launch();
     synchronize();
-    const View& out = p.out;
+    const View& out = p.problem.out;
     auto* back = static_cast<std::byte*>(near_out.data);
     must(cudaMemset(back, 0xff, 2 * near_out.elements));
     for (int64_t b = 0; b < 2; ++b) {
-      for (int64_t i = 0; i < p.query_length; ++i) {
+      for (int64_t i = 0; i < p.problem.query_length; ++i) {
         for (int64_t h = 0; h < 2; ++h) {
           const auto offset = [&](const View& v) {
             return 2 * (b * v.stride_request + i * v.stride_token + h * v.stride_head);
           };
           copy(back + offset(near_out), static_cast<std::byte*>(out.data) + offset(out),
-               p.value_dim);
+               p.problem.value_dim);
         }
       }
     }
-    p.out = near_out;
+    p.problem.out = near_out;
     device.download();
     EXPECT_EQ(problem.out_bits(), wanted) << by_head;
   }

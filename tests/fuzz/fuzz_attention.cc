@@ -7,7 +7,7 @@
 #include <limits>
 #include <string>
 
-#include "check/compare.h"
+#include "testing/compare.h"
 
 namespace {
 
@@ -47,11 +47,11 @@ void bend(std::vector<int32_t>& indices, check::Choices& choose) {
 // Changes one parameter. Not those that say how large a caller's buffer is: no library can check
 // them.
 void bend(Problem& problem, check::Choices& choose) {
-  PrefillParams& p = problem.params;
-  View* const views[] = {&p.q, &p.out, &p.kv.k, &p.kv.v};
+  AttentionParams& p = problem.params;
+  View* const views[] = {&p.problem.q, &p.problem.out, &p.problem.kv.k, &p.problem.kv.v};
   View& view = *views[choose.between(0, 3)];
   const auto number = static_cast<float>(odd_number(choose));
-  switch (choose.between(0, 25)) {
+  switch (choose.between(0, 29)) {
     case 0:
       view.stride_request = odd_number(choose);
       break;
@@ -68,46 +68,47 @@ void bend(Problem& problem, check::Choices& choose) {
       view.elements = std::min(view.elements, odd_number(choose));
       break;
     case 5:
-      p.head_dim = odd_number(choose);
+      p.problem.head_dim = odd_number(choose);
       break;
     case 6:
-      p.value_dim = odd_number(choose);
+      p.problem.value_dim = odd_number(choose);
       break;
     case 7:
-      p.query_length = odd_number(choose);
+      p.problem.query_length = odd_number(choose);
       break;
     case 8:
-      p.kv.key_length = odd_number(choose);
+      p.problem.kv.key_length = odd_number(choose);
       break;
     case 9:
-      p.kv.page_size = odd_number(choose);
+      p.problem.kv.page_size = odd_number(choose);
       break;
     case 10:
-      p.kv.pages = odd_number(choose);
+      p.problem.kv.pages = odd_number(choose);
       break;
     case 11:
-      p.scale = number;
+      p.problem.scale = number;
       break;
     case 12:
-      p.softcap = number;
+      p.problem.softcap = number;
       break;
     case 13:
-      p.mask.window_left = odd_number(choose);
+      p.problem.mask.window_left = odd_number(choose);
       break;
     case 14:
-      p.mask.window_right = odd_number(choose);
+      p.problem.mask.window_right = odd_number(choose);
       break;
     case 15:
-      p.mask.causal = static_cast<int32_t>(odd_number(choose));
+      p.problem.mask.causal = static_cast<int32_t>(odd_number(choose));
       break;
     case 16:
-      p.order = static_cast<Order>(odd_number(choose));
+      p.decision.order = static_cast<Order>(odd_number(choose));
       break;
     case 17:
-      p.test.kind = static_cast<TestKind>(odd_number(choose));
+      p.decision.test.kind = static_cast<TestKind>(odd_number(choose));
       break;
     case 18:
-      bend(problem.lengths, choose);
+      bend(problem.lengths, choose), bend(problem.starts, choose);
+      bend(problem.query_lengths, choose);
       break;
     case 19:
       bend(problem.cu_keys, choose), bend(problem.cu_queries, choose);
@@ -116,7 +117,7 @@ void bend(Problem& problem, check::Choices& choose) {
       bend(problem.page_table, choose);
       break;
     case 21:
-      p.kv_heads = odd_number(choose);
+      p.problem.kv_heads = odd_number(choose);
       break;
     case 22:
       if (!problem.sinks.empty()) problem.sinks[0] = number * std::numeric_limits<float>::max();
@@ -125,8 +126,20 @@ void bend(Problem& problem, check::Choices& choose) {
       if (!problem.bands.empty()) problem.bands[choose.between(0, 1)] = odd_number(choose);
       break;
     case 24:
-      p.dtype =
+      p.problem.q.dtype =
           static_cast<DType>(odd_number(choose) | 4);  // none: another would be a larger buffer
+      break;
+    case 25:
+      p.problem.rows = odd_number(choose);
+      break;
+    case 26:
+      p.problem.kv.tokens = odd_number(choose);
+      break;
+    case 27:
+      p.problem.query_layout = static_cast<blasst_layout>(odd_number(choose));
+      break;
+    case 28:
+      p.problem.kv.layout = static_cast<blasst_layout>(odd_number(choose));
       break;
     default:
       if (!problem.thresholds.empty()) problem.thresholds[0] = number / 8;
@@ -146,7 +159,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   check::Case c = check::random_case(bytes, 200'000);
   c.threads = static_cast<int>(bytes.between(1, 2));
   if (bent) c.blocks = false;  // the block mask's buffer fits the lengths as they were
-  Problem problem(c);
+  check::Problem problem(c);
   if (!bent) {
     problem.run();
     const std::string mismatch = check::compare(problem).mismatch;

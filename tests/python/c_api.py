@@ -17,7 +17,7 @@ def _read_header() -> dict[str, type]:
     """Every struct and enum of the header by name."""
     text = (_ROOT / "include/blasst/blasst.h").read_text()
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-    text = re.sub(r"BLASST_DEFAULT\([^)]*\)", "", text)
+    text = re.sub(r"BLASST_DEFAULT\((?:[^()]|\([^()]*\))*\)", "", text)
     types = dict(_SCALARS)
     for name in re.findall(r"typedef BLASST_ENUM\((\w+)\)", text):
         types[name] = ctypes.c_int32
@@ -33,17 +33,16 @@ def _read_header() -> dict[str, type]:
 
 
 _types = _read_header()
-PrefillParams = _types["blasst_prefill_params"]
-DecodeParams = _types["blasst_decode_params"]
+AttentionParams = _types["blasst_attention_params"]
 View = _types["blasst_view"]
 _library = ctypes.CDLL(_ROOT / "build/release/libblasst.so")
 _library.blasst_last_error.restype = ctypes.c_char_p
 
 
-def new_params(phase: str) -> ctypes.Structure:
+def new_params() -> ctypes.Structure:
     """The C structure with its defaults."""
-    params = PrefillParams() if phase == "prefill" else DecodeParams()
-    getattr(_library, f"blasst_{phase}_params_init")(ctypes.byref(params))
+    params = AttentionParams()
+    _library.blasst_attention_params_init(ctypes.byref(params))
     return params
 
 

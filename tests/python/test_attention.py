@@ -94,10 +94,10 @@ def test_numbers_of_the_c_interface(phase, dtype, options):
     }
 
     def view(t):
-        return c_api.View(t.data_ptr(), t.numel(), *t.stride()[:3])
+        return c_api.View(t.data_ptr(), DTYPES.index(dtype), t.numel(), *t.stride()[:3])
 
-    p = c_api.new_params(phase)
-    p.dtype = DTYPES.index(dtype)
+    params = c_api.new_params()
+    p, test = params.problem, params.decision.test
     p.batch, p.query_length, p.heads, p.head_dim = q.shape
     p.kv_heads, p.value_dim = v.shape[2:]
     p.q, p.kv.k, p.kv.v, p.out = view(q), view(k), view(v), view(expected["out"])
@@ -105,18 +105,19 @@ def test_numbers_of_the_c_interface(phase, dtype, options):
     p.scale, p.softcap = options.get("scale", 0), options.get("softcap", 0)
     p.mask.causal = options.get("causal", False)
     p.mask.window_left, p.mask.window_right = options.get("window", (-1, -1))
-    p.order = ["forward", "reverse", "sink_first"].index(options.get("order", "sink_first"))
+    order = options.get("order", "sink_first")
+    params.decision.order = ["forward", "reverse", "sink_first"].index(order)
     if "sinks" in options:
         p.sinks = options["sinks"].data_ptr()
     for kind, name in enumerate(["threshold", "threshold_scale_factor", "absolute_threshold"], 1):
         if name in options:
             values = torch.as_tensor(options[name]).expand(batch, heads).contiguous()
-            p.test.kind, p.test.values = kind, values.data_ptr()
-            p.test.stride_request, p.test.stride_head = values.stride()
+            test.kind, test.values = kind, values.data_ptr()
+            test.stride_request, test.stride_head = values.stride()
     for name, t in expected.items():
         if name != "out":
-            setattr(p.report, name, t.data_ptr())
-    c_api.run(phase, p)
+            setattr(params.report, name, t.data_ptr())
+    c_api.run(phase, params)
 
     assert torch.equal(got.out, expected["out"])
     assert torch.equal(got.lse, expected["lse"].transpose(0, 1))
@@ -347,6 +348,23 @@ def test_padding_gives_the_bits_of_the_request_alone(side):
         gaps = gaps + one.gaps
     assert torch.equal(padded.gaps, gaps)
     assert padded.stats.skipped.sum() > 0
+
+
+def test_decode_of_ragged_queries_is_each_request_alone():
+    q, k, v = inputs(batch=2, queries=5, keys=150)
+    got = attention(
+        torch.cat([q[0, :2], q[1]]),
+        k,
+        v,
+        cu_seqlens_q=torch.tensor([0, 2, 7]),
+        causal=True,
+        threshold=0.1,
+        phase="decode",
+    )
+    for b, n, rows in ((0, 2, slice(0, 2)), (1, 5, slice(2, 7))):
+        part = q[b : b + 1, :n], k[b : b + 1], v[b : b + 1]
+        alone = attention(*part, causal=True, threshold=0.1, phase="decode")
+        assert torch.equal(got[rows], alone[0])
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -851,10 +869,6 @@ BAD = {
             "blocks is given together with starts or query_lengths",
         ),
         (
-            {"return_tile_maxima": True, "starts": i32(0, 1)},
-            "maxima is true together with starts or query_lengths",
-        ),
-        (
             RAGGED | {"return_tile_maxima": True},
             "maxima is true; it needs q as [batch, query_length",
         ),
@@ -935,8 +949,8 @@ BAD = {
             "page_table is [2]; it must be [batch, pages a request]",
         ),
         (
-            {**RAGGED, "phase": "decode"},
-            "cu_seqlens_q is given, but decode takes q as [batch, query",
+            {**RAGGED, "cu_seqlens_q": i32(0, 0, 20), "phase": "decode"},
+            "query_length is 20; it must be 1 to 16",
         ),
         ({"window": (1, 2, 3)}, "window is (1, 2, 3); it must be (before, after)"),
         ({"max_seqlen_q": 20}, "max_seqlen_q is given without cu_seqlens_q"),

@@ -281,7 +281,7 @@ def test_compiled_and_captured(phase: str) -> None:
 def test_tile_maxima_and_thresholds_by_place(dim: int) -> None:
     q, k, v = (t.cuda() for t in inputs(1, 700, 700, 4, 2, dim))
     rows, keys = prefill_tile(q.device, dim)
-    assert list(torch.ops.blasst.prefill_tile_shape(q, k, v)[:2]) == [rows, keys]
+    assert blasst.tile_shape(q, k, v, phase="prefill")[:2] == (rows, keys)
     maxima = blasst.attention(q, k, v, causal=True, return_tile_maxima=True).tile_maxima
     scores = (
         torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float().repeat_interleave(2, 2)) / dim**0.5

@@ -189,7 +189,7 @@ def test_padding_has_no_gradient_and_changes_none(side):
             assert torch.equal(a[0], b[request, part_rows])
             assert b[request].count_nonzero() == a.count_nonzero()
         dsinks += alone[3]
-    assert torch.equal(dsinks, together[3])
+    torch.testing.assert_close(dsinks, together[3], rtol=1e-6, atol=0)  # rounded once
 
 
 def test_compiled_gradients_are_the_eager_ones():
@@ -421,16 +421,6 @@ def test_what_has_no_backward_is_named():
     kp, vp = (t.detach()[:, :200].clone().requires_grad_() for t in (k, v))
     with pytest.raises(NotImplementedError, match="page 0 is used by requests 0 and 1"):
         attention(q, kp, vp, page_table=pages, lengths=lengths, phase="prefill").sum().backward()
-    with pytest.raises(
-        NotImplementedError, match="query_lengths is given together with page_table"
-    ):
-        attention(
-            *(q, kp, vp),
-            page_table=pages + torch.arange(2, dtype=torch.int32)[:, None],
-            lengths=lengths,
-            query_lengths=torch.tensor([1, 2], dtype=torch.int32),
-            phase="prefill",
-        ).sum().backward()
     out = attention(q, k, v, causal=True, phase="prefill")
     first = torch.autograd.grad((out**2).sum(), q, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="second derivative"):

@@ -11,11 +11,11 @@
 #include <numeric>
 #include <utility>
 
-#include "check/element.h"
-#include "check/problem.h"
 #include "commands.h"
 #include "measure.h"
 #include "target.h"
+#include "testing/element.h"
+#include "testing/problem.h"
 
 namespace blasst::command {
 namespace {
@@ -45,7 +45,7 @@ Problem make_problem(const BenchOptions& options, int64_t length, double sparsit
   // The tile shape decides which density gives the sparsity; it does not depend on the lengths.
   check::Case small = c;
   small.requests = {{1, 1}};
-  const TileShape shape = tile_shape_on(Problem(small), options.backend);
+  const TileShape shape = plan_on(Problem(small), options.backend).shape;
   c.block_rows = shape.query_rows, c.block_keys = shape.keys;
   const auto key_tiles = [&](int64_t keys) { return (keys + shape.keys - 1) / shape.keys; };
   int64_t tiles = 0, query_tiles = 0;
@@ -72,7 +72,7 @@ int threads_of(const BenchOptions& options) {
 
 nlohmann::ordered_json common_fields(const Problem& problem, const BenchOptions& options,
                                      int64_t length, double sparsity) {
-  const PrefillParams& p = problem.params;
+  const blasst_problem& p = problem.params.problem;
   return {{"phase", name_of(kPhases, options.phase)},
           {"backend", name_of(kBackends, options.backend)},
           {"dtype", name_of(kDTypes, options.dtype)},
@@ -94,16 +94,19 @@ namespace {
 double relative_error(const Problem& problem, TileShape shape) {
   const bool decode = problem.description.decode;
   const Access access(problem.params);
-  const int64_t group = problem.params.heads / problem.params.kv_heads;
+  const blasst_problem& whole = problem.params.problem;
+  const int64_t group = whole.heads / whole.kv_heads;
   const int64_t length = access.requests()[0].keys;
   const int64_t last = decode ? 0 : (length - 1) / shape.query_rows;
   double worst = 0;
   for (const auto& [request, kv_head, tile] :
        {std::tuple{int64_t{0}, int64_t{0}, last / 2},
-        std::tuple{problem.params.batch - 1, problem.params.kv_heads - 1, last}}) {
+        std::tuple{whole.batch - 1, whole.kv_heads - 1, last}}) {
     const int64_t first_row = decode ? 0 : tile * shape.query_rows;
     const int64_t rows = decode ? 1 : std::min(shape.query_rows, length - first_row);
-    PrefillParams p = problem.params;
+    AttentionParams params = problem.params;
+    params.report = {};
+    blasst_problem& p = params.problem;
     p.batch = 1;
     p.heads = decode ? group : 1;
     p.kv_heads = 1;
@@ -113,23 +116,22 @@ double relative_error(const Problem& problem, TileShape shape) {
     // From an element on, the rest of the buffer; the reference only reads.
     const auto from = [&](View& view, std::byte* address) {
       view.elements -=
-          (address - static_cast<std::byte*>(view.data)) / check::element_bytes(p.dtype);
+          (address - static_cast<std::byte*>(view.data)) / check::element_bytes(p.q.dtype);
       view.data = address;
     };
     from(p.q, access.query(request, first_row, kv_head * group));
     from(p.out, access.output(request, first_row, kv_head * group));
     from(p.kv.k, access.key(request, 0, kv_head));
     from(p.kv.v, access.value(request, 0, kv_head));
-    p.report = {};
-    const reference::Result wanted = check::refer(p, decode, shape);
-    const Access part(p);
+    const reference::Result wanted = check::refer(params, decode, shape);
+    const Access part(params);
     double error = 0, size = 0;
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t h = 0; h < p.heads; ++h) {
         for (int64_t d = 0; d < p.value_dim; ++d) {
           const double x = wanted.out[(row * p.heads + h) * p.value_dim + d];
           const double y = check::load_element(
-              p.dtype, part.output(0, row, h) + d * check::element_bytes(p.dtype));
+              p.q.dtype, part.output(0, row, h) + d * check::element_bytes(p.q.dtype));
           error += (x - y) * (x - y);
           size += x * x;
         }
@@ -151,27 +153,27 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
   const bool decode = options.phase == Phase::kDecode;
   Problem problem = make_problem(options, length, wanted_sparsity);
   const std::unique_ptr<Target> target = make_target(problem, options.backend, false);
-  const TileShape shape = tile_shape_on(problem, options.backend);
-  PrefillParams& p = target->params;
+  const Plan plan = plan_on(problem, options.backend);
+  AttentionParams& p = target->params;
 
   // First the results: a fast wrong kernel is of no interest.
   fmt::print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
-  const TileTest test = std::exchange(p.test, TileTest{});
-  const TileTest reference_test = std::exchange(problem.params.test, TileTest{});
+  const TileTest test = std::exchange(p.decision.test, TileTest{});
+  const TileTest reference_test = std::exchange(problem.params.decision.test, TileTest{});
   target->run();
-  double error = relative_error(problem, shape);
-  p.test = test;
-  problem.params.test = reference_test;
+  double error = relative_error(problem, plan.shape);
+  p.decision.test = test;
+  problem.params.decision.test = reference_test;
   target->run();
-  error = std::max(error, relative_error(problem, shape));
+  error = std::max(error, relative_error(problem, plan.shape));
   const double sparsity = static_cast<double>(sum(problem.tiles_skipped)) /
                           static_cast<double>(sum(problem.tiles_visitable));
 
   fmt::print(stderr, ", times");
-  PrefillParams sparse = p;
+  AttentionParams sparse = p;
   sparse.report = {};
-  PrefillParams dense = sparse;
-  dense.test = {};
+  AttentionParams dense = sparse;
+  dense.decision.test = {};
   size_t moved = 0;
   std::vector<std::function<void()>> calls = {[&] { check::call(dense, decode); },
                                               [&] { check::call(sparse, decode); }};
@@ -181,7 +183,8 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
   fmt::print(stderr, "\n");
 
   const double flops = 2 * visible_pairs(options, length) *
-                       static_cast<double>((p.head_dim + p.value_dim) * p.heads * p.batch);
+                       static_cast<double>((p.problem.head_dim + p.problem.value_dim) *
+                                           p.problem.heads * p.problem.batch);
   nlohmann::ordered_json fields = common_fields(problem, options, length, sparsity);
   fields.update({{"dense_ms", ms[0]},
                  {"sparse_ms", ms[1]},
@@ -189,11 +192,11 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
                  {"dense_gflops", flops / ms[0] / 1e6},
                  {"effective_gflops", flops / ms[1] / 1e6},
                  {"relative_error", error},
-                 {"workspace_mb", check::workspace_bytes(sparse, decode) / 1e6},
+                 {"workspace_mb", static_cast<double>(plan.workspace_bytes) / 1e6},
                  {"peak_rss_mb", peak_rss_mb()}});
   if (decode) {
-    const auto bytes =
-        static_cast<double>((p.kv.k.elements + p.kv.v.elements) * check::element_bytes(p.dtype));
+    const auto bytes = static_cast<double>((p.problem.kv.k.elements + p.problem.kv.v.elements) *
+                                           check::element_bytes(p.problem.q.dtype));
     fields["gb_per_s"] = bytes / ms[0] / 1e6;  // dense reads all of K and V
     // Of the same buffers, by a plain loop; on a GPU by a copy, reads and writes.
     fields["read_gb_per_s"] = static_cast<double>(moved) / ms[2] / 1e6;

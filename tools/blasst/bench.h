@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "check/problem.h"
 #include "commands.h"
+#include "testing/problem.h"
 
 namespace blasst::command {
 

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "bench.h"
-#include "check/backward.h"
-#include "check/element.h"
 #include "measure.h"
+#include "testing/backward.h"
+#include "testing/element.h"
 
 namespace blasst::command {
 namespace {
@@ -36,51 +36,52 @@ double norm_of_difference(std::span<const double> wanted, std::span<const float>
 // it sees the last key tile.
 double relative_error(const BackwardProblem& problem) {
   const BackwardParams& b = problem.params;
+  const DType dtype = b.problem.q.dtype;
   const Access access(problem.forward.params);
-  const TileShape shape = check::tile_shape(problem.forward.params, false);
-  const int64_t group = b.heads / b.kv_heads, request = b.batch - 1;
+  const TileShape shape = backward_plan(problem.params).shape;
+  const int64_t group = b.problem.heads / b.problem.kv_heads, request = b.problem.batch - 1;
   const int64_t length = access.requests()[request].keys;
   const int64_t tiles = (length + shape.keys - 1) / shape.keys, words = (tiles + 31) / 32;
   const int64_t first = (tiles - 1) * shape.keys, rows = length - first;
-  const int64_t kv_head = b.kv_heads - 1, head = kv_head * group;
+  const int64_t kv_head = b.problem.kv_heads - 1, head = kv_head * group;
 
   BackwardParams part = b;
-  part.batch = 1, part.heads = group, part.kv_heads = 1;
-  part.query_length = rows;
-  part.kv.lengths = nullptr;
-  part.kv.key_length = length;
+  part.problem.batch = 1, part.problem.heads = group, part.problem.kv_heads = 1;
+  part.problem.query_length = rows;
+  part.problem.kv.lengths = nullptr;
+  part.problem.kv.key_length = length;
   // From a row on, the rest of the buffer; the reference only reads.
   const auto from = [&](View& view, std::byte* address) {
-    view.elements -= (address - static_cast<std::byte*>(view.data)) / check::element_bytes(b.dtype);
+    view.elements -= (address - static_cast<std::byte*>(view.data)) / check::element_bytes(dtype);
     view.data = address;
   };
-  from(part.q, access.query(request, first, head));
-  from(part.out, access.output(request, first, head));
-  from(part.dout, access.query_row(b.dout, request, first, head));
-  from(part.dq, access.query_row(b.dq, request, first, head));
-  from(part.kv.k, access.key(request, 0, kv_head));
-  from(part.kv.v, access.value(request, 0, kv_head));
-  from(part.dk, access.key_row(b.dk, request, 0, kv_head));
-  from(part.dv, access.key_row(b.dv, request, 0, kv_head));
+  from(part.problem.q, access.query(request, first, head));
+  from(part.problem.out, access.output(request, first, head));
+  from(part.gradients.dout, access.query_row(b.gradients.dout, request, first, head));
+  from(part.gradients.dq, access.query_row(b.gradients.dq, request, first, head));
+  from(part.problem.kv.k, access.key(request, 0, kv_head));
+  from(part.problem.kv.v, access.value(request, 0, kv_head));
+  from(part.gradients.dk, access.key_row(b.gradients.dk, request, 0, kv_head));
+  from(part.gradients.dv, access.key_row(b.gradients.dv, request, 0, kv_head));
   std::vector<uint32_t> bits;
-  for (int64_t h = head; b.tile_bits && h < head + group; ++h) {
-    const uint32_t* row = b.tile_bits + ((h + 1) * b.batch * tiles - 1) * words;
+  for (int64_t h = head; b.gradients.tile_bits && h < head + group; ++h) {
+    const uint32_t* row = b.gradients.tile_bits + ((h + 1) * b.problem.batch * tiles - 1) * words;
     bits.insert(bits.end(), row, row + words);
   }
-  if (b.tile_bits) part.tile_bits = bits.data();
+  if (b.gradients.tile_bits) part.gradients.tile_bits = bits.data();
   const reference::Gradients wanted = reference::backward(part, shape);
 
   const auto load = [&](const std::byte* row, int64_t dim, std::vector<float>& to) {
     for (int64_t d = 0; d < dim; ++d)
-      to.push_back(static_cast<float>(
-          check::load_element(b.dtype, row + d * check::element_bytes(b.dtype))));
+      to.push_back(
+          static_cast<float>(check::load_element(dtype, row + d * check::element_bytes(dtype))));
   };
   std::vector<float> dq, dk, dv;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t h = head; h < head + group; ++h)
-      load(access.query_row(b.dq, request, first + i, h), b.head_dim, dq);
-    load(access.key_row(b.dk, request, first + i, kv_head), b.head_dim, dk);
-    load(access.key_row(b.dv, request, first + i, kv_head), b.value_dim, dv);
+      load(access.query_row(b.gradients.dq, request, first + i, h), b.problem.head_dim, dq);
+    load(access.key_row(b.gradients.dk, request, first + i, kv_head), b.problem.head_dim, dk);
+    load(access.key_row(b.gradients.dv, request, first + i, kv_head), b.problem.value_dim, dv);
   }
   // Together: a half underflows where a gradient alone is tiny.
   double error = 0, size = 0;
@@ -100,10 +101,10 @@ nlohmann::ordered_json measure_backward(const BenchOptions& options, int64_t len
                                         double wanted_sparsity) {
   fmt::print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
   Problem dense_forward = make_problem(options, length, wanted_sparsity);
-  dense_forward.params.test = {};
+  dense_forward.params.decision.test = {};
   dense_forward.run();
   BackwardProblem dense(dense_forward);
-  dense.params.tile_bits = nullptr;
+  dense.params.gradients.tile_bits = nullptr;
   dense.run();
   Problem sparse_forward = make_problem(options, length, wanted_sparsity);
   sparse_forward.run();
@@ -117,19 +118,20 @@ nlohmann::ordered_json measure_backward(const BenchOptions& options, int64_t len
   const std::vector<double> ms = median_ms(
       {[&] { backward(dense.params); }, [&] { backward(sparse.params); }}, options.repeat);
   fmt::print(stderr, "\n");
-  const BackwardParams& p = dense.params;
+  const blasst_problem& p = dense.params.problem;
   // Five products: three over the head dimension, two over the value dimension.
   const double flops = 2 * visible_pairs(options, length) *
                        static_cast<double>((3 * p.head_dim + 2 * p.value_dim) * p.heads * p.batch);
   nlohmann::ordered_json fields = common_fields(dense_forward, options, length, sparsity);
-  fields.update({{"dense_ms", ms[0]},
-                 {"sparse_ms", ms[1]},
-                 {"speedup", ms[0] / ms[1]},
-                 {"dense_gflops", flops / ms[0] / 1e6},
-                 {"effective_gflops", flops / ms[1] / 1e6},
-                 {"relative_error", error},
-                 {"workspace_mb", static_cast<double>(workspace_bytes(p)) / 1e6},
-                 {"peak_rss_mb", peak_rss_mb()}});
+  fields.update(
+      {{"dense_ms", ms[0]},
+       {"sparse_ms", ms[1]},
+       {"speedup", ms[0] / ms[1]},
+       {"dense_gflops", flops / ms[0] / 1e6},
+       {"effective_gflops", flops / ms[1] / 1e6},
+       {"relative_error", error},
+       {"workspace_mb", static_cast<double>(backward_plan(dense.params).workspace_bytes) / 1e6},
+       {"peak_rss_mb", peak_rss_mb()}});
   return fields;
 }
 

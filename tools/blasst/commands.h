@@ -21,7 +21,7 @@ Run add_verify(CLI::App& app);
 Run add_bench(CLI::App& app);
 
 inline const std::map<std::string, Backend> kBackends = {{"cpu", BLASST_BACKEND_CPU},
-                                                         {"cuda", BLASST_BACKEND_CUDA_SM90}};
+                                                         {"cuda", BLASST_BACKEND_CUDA}};
 inline const std::map<std::string, DType> kDTypes = {
     {"float32", BLASST_FLOAT32}, {"float16", BLASST_FLOAT16}, {"bfloat16", BLASST_BFLOAT16}};
 inline const std::map<std::string, Order> kOrders = {

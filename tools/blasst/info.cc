@@ -10,8 +10,8 @@ int info() {
   const std::string in_use = cpu_isa();  // first: the environment may name one that is not there
   fmt::print("blasst {}\n\nbackends\n", version());
   for (const BackendInfo& backend : backends())
-    fmt::print("  {:<10} {} ({})\n", backend.name, backend.usable ? "usable" : "not usable here",
-               backend.detail);
+    fmt::print("  {:<6} {:<12} {} ({})\n", backend.name, backend.architecture,
+               backend.usable ? "usable" : "not usable here", backend.detail);
   fmt::print("\ncpu instruction sets, best first\n");
   for (const std::string& isa : cpu_isas())
     fmt::print("  {}{}\n", isa, isa == in_use ? "  in use" : "");

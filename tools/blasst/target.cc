@@ -2,20 +2,20 @@
 
 #include <span>
 
-#include "check/compare.h"
-#include "check/element.h"
 #include "measure.h"
+#include "testing/compare.h"
+#include "testing/element.h"
 #if BLASST_CUDA
 #include <cuda_runtime_api.h>
 
-#include "check/device.h"
+#include "testing/device.h"
 #endif
 
 namespace blasst::command {
 namespace {
 
-size_t bytes_of(const View& view, DType dtype) {
-  return static_cast<size_t>(view.elements * check::element_bytes(dtype));
+size_t bytes_of(const View& view) {
+  return static_cast<size_t>(view.elements * check::element_bytes(view.dtype));
 }
 
 class OnCpu : public Target {
@@ -30,9 +30,10 @@ class OnCpu : public Target {
 
   size_t move_keys_and_values(int threads) override {
     const auto bytes = [&](const View& view) {
-      return std::span(static_cast<const std::byte*>(view.data), bytes_of(view, params.dtype));
+      return std::span(static_cast<const std::byte*>(view.data), bytes_of(view));
     };
-    const std::span<const std::byte> caches[] = {bytes(params.kv.k), bytes(params.kv.v)};
+    const std::span<const std::byte> caches[] = {bytes(params.problem.kv.k),
+                                                 bytes(params.problem.kv.v)};
     sink_ = read_all(caches, threads);
     return caches[0].size() + caches[1].size();
   }
@@ -58,8 +59,8 @@ class OnGpu : public Target {
 
   size_t move_keys_and_values(int) override {
     size_t moved = 0;
-    for (const View& view : {params.kv.k, params.kv.v}) {
-      const size_t bytes = bytes_of(view, params.dtype);
+    for (const View& view : {params.problem.kv.k, params.problem.kv.v}) {
+      const size_t bytes = bytes_of(view);
       if (!copy_) copy_ = memory_.allocate(bytes);
       if (const cudaError_t status =
               cudaMemcpyAsync(copy_, view.data, bytes, cudaMemcpyDeviceToDevice);
@@ -82,24 +83,24 @@ class OnGpu : public Target {
 std::unique_ptr<Target> make_target(check::Problem& problem, Backend backend,
                                     [[maybe_unused]] bool everything) {
 #if BLASST_CUDA
-  if (backend == BLASST_BACKEND_CUDA_SM90) return std::make_unique<OnGpu>(problem, everything);
+  if (backend == BLASST_BACKEND_CUDA) return std::make_unique<OnGpu>(problem, everything);
 #endif
-  problem.params.backend = backend;
+  problem.params.execution.backend = backend;
   return std::make_unique<OnCpu>(problem);
 }
 
 check::Case case_for(check::Case c, [[maybe_unused]] Backend backend) {
 #if BLASST_CUDA
-  if (backend == BLASST_BACKEND_CUDA_SM90) return check::for_gpu(c);
+  if (backend == BLASST_BACKEND_CUDA) return check::for_gpu(c);
 #endif
   return c;
 }
 
-TileShape tile_shape_on(const check::Problem& problem, [[maybe_unused]] Backend backend) {
+Plan plan_on(const check::Problem& problem, [[maybe_unused]] Backend backend) {
 #if BLASST_CUDA
-  if (backend == BLASST_BACKEND_CUDA_SM90) return check::gpu_tile_shape(problem);
+  if (backend == BLASST_BACKEND_CUDA) return check::gpu_plan(problem);
 #endif
-  return check::tile_shape(problem.params, problem.description.decode);
+  return check::plan(problem.params, problem.description.decode);
 }
 
 double sum_roundoff_on(Backend backend) {

@@ -7,7 +7,7 @@
 #include <string>
 
 #include "blasst/blasst.hpp"
-#include "check/problem.h"
+#include "testing/problem.h"
 
 namespace blasst::command {
 
@@ -15,7 +15,7 @@ class Target {
  public:
   virtual ~Target() = default;
 
-  PrefillParams params;  // what the backend is called with; a command may change what it wants
+  AttentionParams params;  // what the backend is called with; a command may change what it wants
 
   virtual void run() = 0;     // calls, and leaves the outputs in the problem
   virtual void finish() = 0;  // waits for calls that were made with `params`
@@ -27,7 +27,7 @@ class Target {
 std::unique_ptr<Target> make_target(check::Problem& problem, Backend backend, bool everything);
 
 check::Case case_for(check::Case c, Backend backend);  // like `c`, within what the backend does
-TileShape tile_shape_on(const check::Problem& problem, Backend backend);
+Plan plan_on(const check::Problem& problem, Backend backend);
 double sum_roundoff_on(Backend backend);  // for check::compare
 std::string processor(Backend backend);   // the CPU's instruction set, or the GPU
 

@@ -5,10 +5,10 @@
 #include <limits>
 #include <memory>
 
-#include "check/backward.h"
-#include "check/compare.h"
 #include "commands.h"
 #include "target.h"
+#include "testing/backward.h"
+#include "testing/compare.h"
 
 namespace blasst::command {
 namespace {
@@ -22,7 +22,7 @@ struct Options {
 
 check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
   make_target(problem, backend, true)->run();
-  return check::compare(problem, tile_shape_on(problem, backend), sum_roundoff_on(backend));
+  return check::compare(problem, plan_on(problem, backend), sum_roundoff_on(backend));
 }
 
 // Whether all cases agree on the backend, `name` of it or an instruction set. Case i has the seed

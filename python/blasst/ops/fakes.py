@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from blasst.ops.library import GAP_BINS, arguments_of, key_tiles, prefill_tile
+from blasst.ops.library import GAP_BINS, arguments_of, key_tiles, tile_of
 
 
 def _check_devices(arguments: dict[str, object], first: str) -> None:
@@ -50,14 +50,18 @@ def _fake(operator: str, *inputs: object) -> tuple[Tensor | None, ...]:
 
 
 def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tuple[int, int, int]:
-    """Heads, query tiles and key tiles of a report, as many as the index tensors allow."""
+    """Heads, query tiles and key tiles of a report, as many as the index tensors allow.
+
+    The plan's numbers (`library.plan`), which cannot take sizes that are symbols.
+    """
     ranges = {name: getattr(a, name) for name in ("cu_seqlens_k", "page_table", "max_seqlen_k")}
     keys = key_tiles(operator, a.q, a.k, **ranges)
     if operator.startswith("decode"):
         return a.k.shape[-2], batch, keys
-    query_rows, _ = prefill_tile(a.q.device, a.q.shape[-1])
+    query_rows, _ = tile_of("prefill", a.q.device, a.q.dtype, int(a.q.shape[-1]))
     if a.cu_seqlens_q is not None:
-        return a.q.shape[-2], rows // query_rows + batch, keys
+        most = (rows + batch * (query_rows - 1)) // query_rows
+        return a.q.shape[-2], torch.sym_min(rows, most), keys
     return a.q.shape[-2], batch * -(-a.q.shape[1] // query_rows), keys
 
 

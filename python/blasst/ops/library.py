@@ -3,7 +3,7 @@
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,30 +54,76 @@ def arguments_of(operator: str, inputs: tuple[object, ...]) -> dict[str, object]
     return dict(zip_longest(names(operator), inputs))
 
 
-def _prefill_tile() -> tuple[int, int]:
-    """Query rows and keys of the tile on which prefill decides."""
-    row = torch.empty(1, 1, 1, 16, device="cpu", dtype=torch.float32)
-    return tuple(torch.ops.blasst.prefill_tile_shape(row, row, row)[:2])
+class Plan(NamedTuple):
+    """What a call decides on and needs, whatever its tensors hold."""
+
+    query_rows: int
+    keys: int
+    split_tiles: int
+    heads: int
+    """Of a report of tiles, as the query tiles and key tiles, each as many as there may be."""
+    query_tiles: int
+    key_tiles: int
+    words: int
+    workspace_bytes: int
 
 
-QUERY_ROWS, KEYS = _prefill_tile()
+def plan(
+    phase: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    value_dim: int | None = None,
+    batch: int = 1,
+    heads: int = 1,
+    kv_heads: int = 1,
+    query_length: int = 1,
+    keys: int = 1,
+    rows: int | None = None,
+) -> Plan:
+    """The plan of a call of these numbers, on this kind of device.
+
+    keys: that a request has room for. rows: of all requests, of ragged queries.
+    """
+    numbers = call(
+        "plan",
+        phase=phase,
+        device="cuda" if device.type == "cuda" else "cpu",
+        dtype=str(dtype).removeprefix("torch."),
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim if value_dim is None else value_dim,
+        query_length=query_length,
+        keys=keys,
+        rows=rows,
+    )
+    return Plan(*numbers)
+
+
+QUERY_ROWS, KEYS = plan("prefill", torch.device("cpu"), torch.float32, head_dim=16)[:2]
 """On the CPU."""
+
+
+_cached_plan = cache(plan)
+
+
+@torch.compiler.assume_constant_result
+def tile_of(phase: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
+    """Query rows and keys of the tile that a phase decides on; decode: of one row a KV head."""
+    return _cached_plan(phase, device, dtype, head_dim=head_dim)[:2]
 
 
 def prefill_tile(device: torch.device, head_dim: int) -> tuple[int, int]:
     """Query rows and keys of the tile on which prefill decides on this kind of device."""
-    if device.type == "cuda":
-        return 64, 64 if head_dim > 128 else 128
-    return QUERY_ROWS, KEYS
-
-
-def decode_keys(device: torch.device) -> int:
-    """Keys of the tile on which decode decides on this kind of device."""
-    return 64 if device.type == "cuda" else KEYS
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return tile_of("prefill", device, dtype, head_dim)
 
 
 def key_tiles(
-    phase: str,
+    operator: str,
     q: Tensor,
     k: Tensor,
     *,
@@ -93,6 +139,6 @@ def key_tiles(
     else:
         keys = k.shape[1]
     if max_seqlen_k is not None:
-        keys = torch.sym_min(keys, max_seqlen_k)
-    decode = phase.startswith("decode")
-    return -(-keys // (decode_keys(q.device) if decode else prefill_tile(q.device, q.shape[-1])[1]))
+        keys = torch.sym_min(keys, torch.sym_max(1, max_seqlen_k))
+    phase = operator.removesuffix("_into")
+    return -(-keys // tile_of(phase, q.device, q.dtype, int(q.shape[-1]))[1])

@@ -1,8 +1,9 @@
-// The part of a launch that both phases plan alike. `Launch` is prefill's or decode's, `Call` the
-// public parameters of that phase. Throws Error.
+// The part of a launch that both phases plan alike. `Launch` is prefill's or decode's. Throws
+// Error.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -14,55 +15,67 @@
 
 namespace blasst::cuda {
 
-template <typename Call>
-void check_supported(const Call& call) {
-  if (call.dtype == BLASST_FLOAT32) refuse("dtype is float32; it does bfloat16 and float16");
-  if (call.head_dim != call.value_dim ||
-      (call.head_dim != 64 && call.head_dim != 128 && call.head_dim != 256))
-    refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", call.head_dim,
-           call.value_dim);
-  if (call.mask.blocks) refuse("mask.blocks is set; it has no block masks");
-  if (call.threads != 0) refuse("threads is {}; it must be 0", call.threads);
+// The scalars of a call that both phases look at.
+inline void check_supported(const AttentionParams& params, attention::Phase phase) {
+  attention::check_scalars(params, phase);
+  const blasst_problem& p = params.problem;
+  attention::check_one_type("cuda", p);
+  if (p.q.dtype == BLASST_FLOAT32) refuse("q is float32; it does bfloat16 and float16");
+  if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256))
+    refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", p.head_dim,
+           p.value_dim);
+  if (p.kv.layout == BLASST_LAYOUT_PAGED) check_page_size(p.kv);
+  if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
+  if (params.execution.threads != 0)
+    refuse("threads is {}; it must be 0", params.execution.threads);
+  const auto [outer, tokens] = attention::key_tensor(p);
+  for (const auto& [name, count] :
+       {std::pair{"the most keys of a request", attention::most_keys(p)},
+        std::pair{"tokens of k", tokens}, std::pair{"rows of all requests", attention::all_rows(p)},
+        std::pair{"kv.pages", p.kv.pages}})
+    attention::check_range(name, count, 0, kUnlimited - 1);
 }
 
-template <typename Launch, typename Call>
-void plan_shapes(Launch& l, const Call& call) {
-  l.element = call.dtype == BLASST_FLOAT16 ? Element::kHalf : Element::kBFloat16;
-  l.dim = static_cast<int>(call.head_dim);
-  l.params.batch = static_cast<int>(call.batch);
-  l.params.heads = static_cast<int>(call.heads);
-  l.params.kv_heads = static_cast<int>(call.kv_heads);
-  l.stream = call.stream;
+template <typename Launch>
+void plan_shapes(Launch& l, const AttentionParams& params) {
+  const blasst_problem& p = params.problem;
+  l.element = p.q.dtype == BLASST_FLOAT16 ? Element::kHalf : Element::kBFloat16;
+  l.dim = static_cast<int>(p.head_dim);
+  l.params.batch = static_cast<int>(p.batch);
+  l.params.heads = static_cast<int>(p.heads);
+  l.params.kv_heads = static_cast<int>(p.kv_heads);
+  l.params.query_length = static_cast<int>(attention::most_rows(p));
+  l.params.key_length = static_cast<int>(attention::most_keys(p));
+  l.stream = params.execution.stream;
 }
 
-// q and out as tensors [outer, tokens, heads, dim].
-template <typename Launch, typename Call>
-void plan_queries(Launch& l, const Call& call, int64_t outer, int64_t tokens) {
-  for (const auto& [name, view] : {std::pair{"q", &call.q}, std::pair{"out", &call.out}}) {
-    attention::check_view(name, *view, call.dtype, outer, tokens, call.heads, call.head_dim);
+template <typename Launch>
+void plan_queries(Launch& l, const blasst_problem& p) {
+  const auto [outer, tokens] = attention::query_tensor(p);
+  for (const auto& [name, view] : {std::pair{"q", &p.q}, std::pair{"out", &p.out}}) {
+    attention::check_view(name, *view, outer, tokens, p.heads, p.head_dim);
     check_aligned(name, *view);
   }
   if (outer > 0 && tokens > 0)
-    attention::check_no_overlap("out", call.out, outer, tokens, call.heads, call.value_dim);
-  attention::check_not_shared("out", call.out, "q", call.q, call.dtype);
-  attention::check_not_shared("out", call.out, "k", call.kv.k, call.dtype);
-  attention::check_not_shared("out", call.out, "v", call.kv.v, call.dtype);
-  l.q = tensor(call.q, outer, tokens, call.heads);
-  l.params.query_length = static_cast<int>(call.query_length);
-  l.params.out = call.out.data;
-  l.params.out_stride_request = call.out.stride_request;
-  l.params.out_stride_token = call.out.stride_token;
-  l.params.out_stride_head = call.out.stride_head;
+    attention::check_no_overlap("out", p.out, outer, tokens, p.heads, p.value_dim);
+  attention::check_not_shared("out", p.out, "q", p.q);
+  attention::check_not_shared("out", p.out, "k", p.kv.k);
+  attention::check_not_shared("out", p.out, "v", p.kv.v);
+  l.q = tensor(p.q, outer, tokens, p.heads);
+  l.params.out = p.out.data;
+  l.params.out_stride_request = p.out.stride_request;
+  l.params.out_stride_token = p.out.stride_token;
+  l.params.out_stride_head = p.out.stride_head;
 }
 
-template <typename Launch, typename Call>
-void plan_keys(Launch& l, const Call& call) {
+template <typename Launch>
+void plan_keys(Launch& l, const blasst_problem& problem) {
   auto& p = l.params;
-  const KeysValues& kv = call.kv;
-  const KeyRoom room = check_keys(call, kUnlimited - 1);
-  l.k = tensor(kv.k, room.outer, room.tokens, call.kv_heads);
-  l.v = tensor(kv.v, room.outer, room.tokens, call.kv_heads);
-  p.key_length = static_cast<int>(room.most);
+  const KeysValues& kv = problem.kv;
+  check_key_views(problem);
+  const auto [outer, tokens] = attention::key_tensor(problem);
+  l.k = tensor(kv.k, outer, tokens, problem.kv_heads);
+  l.v = tensor(kv.v, outer, tokens, problem.kv_heads);
   p.starts = kv.starts;
   p.lengths = kv.lengths;
   p.cu_seqlens_k = kv.cu_seqlens;
@@ -72,31 +85,44 @@ void plan_keys(Launch& l, const Call& call) {
   p.pages = static_cast<int>(kv.pages);
 }
 
-template <typename KernelParams, typename Call>
-void plan_mask_and_test(KernelParams& p, const Call& call) {
-  p.softcap = call.softcap;
-  p.sinks = call.sinks;
-  const attention::Distances d = attention::allowed_distances(call.mask, nullptr);
-  constexpr int64_t limit = kUnlimited;
-  p.least_distance = static_cast<int>(std::clamp(d.least, -limit, limit));
-  p.most_distance = static_cast<int>(std::clamp(d.most, -limit, limit));
-  p.order = call.order;
-  p.test = call.test.kind;
-  p.thresholds = call.test.values;
-  p.threshold_stride_request = call.test.stride_request;
-  p.threshold_stride_head = call.test.stride_head;
+inline float scale_of(const blasst_problem& p) {
+  return p.scale > 0 ? p.scale : 1 / std::sqrt(static_cast<float>(p.head_dim));
 }
 
 template <typename KernelParams>
-void plan_report(KernelParams& p, const Report& report, int64_t tile_keys) {
+void plan_mask_and_test(KernelParams& p, const AttentionParams& params) {
+  p.softcap = params.problem.softcap;
+  p.sinks = params.problem.sinks;
+  const attention::Distances d = attention::allowed_distances(params.problem.mask, nullptr);
+  constexpr int64_t limit = kUnlimited;
+  p.least_distance = static_cast<int>(std::clamp(d.least, -limit, limit));
+  p.most_distance = static_cast<int>(std::clamp(d.most, -limit, limit));
+  const TileTest& test = params.decision.test;
+  p.order = params.decision.order;
+  p.test = test.kind;
+  p.thresholds = test.values;
+  p.threshold_stride_request = test.stride_request;
+  p.threshold_stride_head = test.stride_head;
+}
+
+template <typename KernelParams>
+void plan_report(KernelParams& p, const Report& report, const attention::Geometry& geometry) {
   p.lse = report.lse;
   p.dropped_mass_bound = report.dropped_mass_bound;
   p.visitable = reinterpret_cast<unsigned long long*>(report.tiles_visitable);
   p.skipped = reinterpret_cast<unsigned long long*>(report.tiles_skipped);
   p.tile_bits = report.tile_bits;
-  p.tile_words =
-      static_cast<int>(attention::ceil_div(attention::ceil_div(p.key_length, tile_keys), 32));
+  p.tile_words = static_cast<int>(geometry.tile_words);
   p.gap_histogram = reinterpret_cast<unsigned long long*>(report.gap_histogram);
+}
+
+// The caller's workspace, which the plan says the size of.
+inline void check_workspace(const Execution& execution, std::size_t needed, std::size_t alignment) {
+  if (execution.workspace_bytes < needed)
+    attention::fail("workspace has {} bytes; a cuda call allocates nothing and this one needs {}",
+                    execution.workspace_bytes, needed);
+  if (reinterpret_cast<uintptr_t>(execution.workspace) % alignment != 0)
+    attention::fail("workspace is {}; it must be {}-byte aligned", execution.workspace, alignment);
 }
 
 }  // namespace blasst::cuda

@@ -1,6 +1,5 @@
 #include "cuda/sm90/decode/plan.h"
 
-#include <cmath>
 #include <cstdint>
 
 #include "attention/checks.h"
@@ -11,64 +10,68 @@
 namespace blasst::cuda::decode {
 namespace {
 
-using attention::fail;
+using attention::Phase;
 
-void check_decode(const DecodeParams& p) {
-  const int64_t rows = p.heads / p.kv_heads * p.query_length;
+void check_decode(const AttentionParams& params) {
+  const blasst_problem& p = params.problem;
+  const int64_t group = p.heads / p.kv_heads, rows = group * p.query_length;
+  if (p.query_layout == BLASST_LAYOUT_RAGGED)
+    refuse("query_layout is ragged; decode does dense queries");
+  if (p.query_lengths) refuse("query_lengths is set; decode's requests use all of their rows");
   if (rows > kMaxRows)
     refuse(
         "decode of {} query heads for each KV head at {} positions, {} rows; it does {} rows at "
         "most",
-        p.heads / p.kv_heads, p.query_length, rows, kMaxRows);
+        group, p.query_length, rows, kMaxRows);
   if (p.mask.bands) refuse("mask.bands is set; decode has no bands");
-  if (p.test.places != 1)
-    refuse("test.places is {}; decode's thresholds do not depend on the place", p.test.places);
-  if (p.report.tile_maxima) refuse("report.tile_maxima is set; decode does not report them");
+  const TileTest& test = params.decision.test;
+  if (test.places != 1)
+    refuse("test.places is {}; decode's thresholds do not depend on the place", test.places);
+  if (params.report.tile_maxima) refuse("report.tile_maxima is set; decode does not report them");
 }
 
-Launch plan_all(const DecodeParams& params) {
-  attention::check_scalars(params);
-  cuda::check_supported(params);
+// Of the scalars alone.
+attention::Geometry geometry_of(const AttentionParams& params) {
+  check_supported(params, Phase::kDecode);
   check_decode(params);
-  Launch l{};
-  plan_shapes(l, params);
-  plan_queries(l, params, params.batch, params.query_length);
-  plan_keys(l, params);
-  l.params.scale =
-      params.scale > 0 ? params.scale : 1 / std::sqrt(static_cast<float>(params.head_dim));
-  plan_mask_and_test(l.params, params);
-  plan_report(l.params, params.report, kTileKeys);
-  return l;
+  const blasst_problem& p = params.problem;
+  const int rows = static_cast<int>(p.heads / p.kv_heads * p.query_length);
+  const TileShape shape{.query_rows = rows,
+                        .keys = kTileKeys,
+                        .split_tiles = least_split_tiles(rows),
+                        .most_splits = most_splits(static_cast<int>(p.kv_heads))};
+  attention::check_tiles("cuda", params.decision, shape);
+  return attention::geometry(p, Phase::kDecode, shape);
 }
 
-std::size_t bytes_of(const Launch& l) {
-  const Params& p = l.params;
-  return workspace_bytes(p.batch, p.heads, p.kv_heads, p.query_length, p.key_length, l.dim);
+std::size_t workspace_bytes(const blasst_problem& p) {
+  return decode::workspace_bytes(static_cast<int>(p.batch), static_cast<int>(p.heads),
+                                 static_cast<int>(p.kv_heads), static_cast<int>(p.query_length),
+                                 static_cast<int>(attention::most_keys(p)),
+                                 static_cast<int>(p.head_dim));
 }
 
 }  // namespace
 
-Launch plan(const DecodeParams& params) {
-  Launch l = plan_all(params);
-  if (const std::size_t needed = bytes_of(l); params.workspace_bytes < needed)
-    fail("workspace has {} bytes; a cuda call allocates nothing and this one needs {}",
-         params.workspace_bytes, needed);
-  if (reinterpret_cast<uintptr_t>(params.workspace) % 256 != 0)
-    fail("workspace is {}; it must be 256-byte aligned", params.workspace);
-  l.workspace = params.workspace;
-  l.workspace_bytes = params.workspace_bytes;
-  return l;
+blasst_plan plan(const AttentionParams& params) {
+  const attention::Geometry geometry = geometry_of(params);
+  return attention::plan_of(BLASST_BACKEND_CUDA, geometry, workspace_bytes(params.problem));
 }
 
-std::size_t workspace_bytes(const DecodeParams& params) { return bytes_of(plan_all(params)); }
-
-TileShape tile_shape(const DecodeParams& params) {
-  const Params p = plan_all(params).params;
-  const int rows = p.heads / p.kv_heads * p.query_length;
-  return {.query_rows = rows,
-          .keys = kTileKeys,
-          .split_tiles = least_split_tiles(rows),
-          .most_splits = most_splits(p.kv_heads)};
+Launch plan_launch(const AttentionParams& params) {
+  const attention::Geometry geometry = geometry_of(params);
+  attention::check_arrays(params);
+  Launch l{};
+  plan_shapes(l, params);
+  plan_queries(l, params.problem);
+  plan_keys(l, params.problem);
+  l.params.scale = scale_of(params.problem);
+  plan_mask_and_test(l.params, params);
+  plan_report(l.params, params.report, geometry);
+  check_workspace(params.execution, workspace_bytes(params.problem), 256);
+  l.workspace = params.execution.workspace;
+  l.workspace_bytes = params.execution.workspace_bytes;
+  return l;
 }
 
 }  // namespace blasst::cuda::decode

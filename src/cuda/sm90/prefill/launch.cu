@@ -80,21 +80,17 @@ __global__ void __launch_bounds__(kListThreads)
   if (p.cu_seqlens_q) list(p.first_query_tile, kRowsPerWarpgroup);
 }
 
-// Query tiles that all requests have room for, of dense queries.
-int64_t query_tiles(const Params& p) {
-  return int64_t{p.batch} * ((p.query_length + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup);
-}
-
 void clear_report(const Params& p, cudaStream_t stream) {
   const auto heads = static_cast<std::size_t>(p.heads);
   clear(p.visitable, p.batch * heads * sizeof(*p.visitable), stream);
   clear(p.skipped, p.batch * heads * sizeof(*p.skipped), stream);
   clear(p.gap_histogram, heads * BLASST_GAP_BINS * sizeof(*p.gap_histogram), stream);
-  if (!may_be_padded(p)) return;
+  if (!rows_differ(p)) return;
   // Requests have room for more query tiles than they use.
-  const auto tiles = p.heads * query_tiles(p);
+  const auto tiles = heads * static_cast<std::size_t>(p.query_tiles);
   clear(p.tile_bits, tiles * p.tile_words * sizeof(*p.tile_bits), stream);
-  if (const int64_t maxima = tiles * p.tile_maxima_stride; p.tile_maxima && maxima > 0)
+  const auto maxima = static_cast<int64_t>(tiles) * p.tile_maxima_stride;
+  if (p.tile_maxima && maxima > 0)
     enqueue(clear_maxima, 256, 256, stream, p.tile_maxima, maxima);
 }
 

@@ -19,10 +19,9 @@ struct Launch {
   void* stream;    // a cudaStream_t
 };
 
-// The next item, and, where requests differ in rows, where the blocks and query tiles of each
-// begin.
-constexpr std::size_t workspace_bytes(const Params& p) {
-  return 16 + (rows_differ(p) ? 2 * sizeof(int) * (static_cast<std::size_t>(p.batch) + 1) : 0);
+// The next item, and room for where the blocks and query tiles of each request begin.
+constexpr std::size_t workspace_bytes(int64_t batch) {
+  return 16 + 2 * sizeof(int) * (static_cast<std::size_t>(batch) + 1);
 }
 
 // Enqueues everything on the stream; allocates nothing. Throws Error.

@@ -56,6 +56,7 @@ struct Params {
   unsigned long long* skipped;    // [batch, heads]
   unsigned* tile_bits;            // [heads, query tiles of all requests, tile_words]
   int tile_words;
+  int query_tiles;                    // room for those of all requests
   unsigned long long* gap_histogram;  // [heads, BLASST_GAP_BINS]
   float* tile_maxima;                 // [heads, query tiles of all requests, tile_maxima_stride]
   int64_t tile_maxima_stride;

@@ -46,7 +46,7 @@ __device__ Work describe(const Params& p, const Item& item) {
     const int tiles = (p.query_length + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup;
     w.query_tile = w.first_row / kRowsPerWarpgroup +
                    (p.cu_seqlens_q ? p.first_query_tile[item.request] : item.request * tiles);
-    w.query_tiles = p.cu_seqlens_q ? p.first_query_tile[p.batch] : p.batch * tiles;
+    w.query_tiles = p.query_tiles;
   }
   const int first = w.first_row + w.offset;
   const int last = first + min(w.rows, C::Layout::kRowsPerBlock) - 1;

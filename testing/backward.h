@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "check/problem.h"
+#include "testing/problem.h"
 
 namespace blasst::check {
 

@@ -6,15 +6,15 @@
 #include <memory>
 #include <vector>
 
-#include "check/problem.h"
+#include "testing/problem.h"
 
 namespace blasst::check {
 
-// A problem like `c` that cuda-sm90 takes: its types, dimensions, pages, strides, query rows.
+// A problem like `c` that the GPU takes: its types, dimensions, pages, strides, query rows.
 Case for_gpu(Case c);
 
-// Parameters of the problem as the GPU is called with: backend and limits, host pointers still.
-PrefillParams gpu_params(const Problem& problem);
+// Parameters of the problem as the GPU is called with, host pointers still.
+AttentionParams gpu_params(const Problem& problem);
 
 // Memory of the current device. Throws Error, as does everything here.
 class DeviceMemory {
@@ -29,7 +29,7 @@ class DeviceMemory {
     write(device, host, count * sizeof(T));
     return device;
   }
-  View copy(View view, DType dtype);
+  View copy(View view);
 
   static void write(void* device, const void* host, size_t bytes);
   static void read(void* host, const void* device, size_t bytes);
@@ -53,7 +53,7 @@ class DeviceProblem {
  public:
   explicit DeviceProblem(Problem& problem, Reports reports = Reports::kAll);
 
-  PrefillParams params;  // pointers into the device; a test may change what it wants
+  AttentionParams params;  // pointers into the device; a test may change what it wants
 
   void mark();      // fills the outputs with marks
   void launch();    // calls the library
@@ -67,16 +67,12 @@ class DeviceProblem {
   }
 
  private:
-  void download_bits();
-
   Problem& problem_;
   DeviceMemory memory_;
-  int64_t words_ = 0;  // of tile bits, a query tile: of params.kv.key_length keys
-  std::vector<uint32_t> bits_;
 };
 
-// Decides on the tiles of this shape on the GPU.
-TileShape gpu_tile_shape(const Problem& problem);
+// What the problem is on the GPU.
+Plan gpu_plan(const Problem& problem);
 
 void synchronize();  // waits for the current device
 

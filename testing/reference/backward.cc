@@ -4,10 +4,11 @@
 #include <span>
 #include <vector>
 
+#include "attention/checks.h"
 #include "attention/element.h"
 #include "attention/float_environment.h"
 #include "attention/problem.h"
-#include "blasst/reference.hpp"
+#include "testing/reference/reference.h"
 
 namespace blasst::reference {
 namespace {
@@ -38,11 +39,7 @@ void add(std::span<double> to, double weight, std::span<const double> row) {
 class Differentiate {
  public:
   Differentiate(const attention::BackwardProblem& b, TileShape shape)
-      : b_(b),
-        p_(b.forward),
-        shape_(shape),
-        query_tiles_(p_.query_tile_count(shape.query_rows)),
-        tile_words_(attention::ceil_div(attention::ceil_div(p_.max_keys, shape.keys), 32)) {
+      : b_(b), p_(b.forward), shape_(shape), geometry_(p_.geometry(shape)) {
     int64_t keys = 0;
     for (const attention::Request& r : p_.requests) {
       first_key_.push_back(keys);
@@ -55,6 +52,10 @@ class Differentiate {
   }
 
   Gradients run() {
+    p_.for_padding([&](int64_t request, int64_t at) {
+      for (int64_t h = 0; h < p_.heads && b_.dlse; ++h)
+        if (p_.has_sink_alone(request, at)) result_.dsinks[h] += b_.dlse[h * p_.rows + at];
+    });
     for (const QueryTile& tile : p_.query_tiles(shape_.query_rows))
       for (int64_t r = 0; r < tile.rows(); ++r) row(tile, r);
     return std::move(result_);
@@ -109,7 +110,7 @@ class Differentiate {
   std::vector<Key> kept_keys(const QueryTile& tile, Range seen, std::span<const double> q) const {
     std::vector<Key> keys;
     for (int64_t token = seen.begin; token < seen.end; ++token) {
-      if (!b_.kept(tile, query_tiles_, tile_words_, token / shape_.keys)) continue;
+      if (!b_.kept(tile, geometry_, token / shape_.keys)) continue;
       const std::vector<double> k =
           load_row(p_.dtype, p_.key(tile.request, token, tile.head / p_.group()), p_.head_dim);
       Key key{token, dot(q, k) * p_.scale, p_.scale};
@@ -131,7 +132,7 @@ class Differentiate {
   const attention::BackwardProblem& b_;
   const Problem& p_;
   TileShape shape_;
-  int64_t query_tiles_, tile_words_;
+  attention::Geometry geometry_;
   std::vector<int64_t> first_key_;  // of each request
   Gradients result_;
 };

@@ -6,17 +6,14 @@
 #include <vector>
 
 #include "blasst/blasst.hpp"
-#include "blasst/reference.hpp"
-#include "check/case.h"
+#include "testing/case.h"
+#include "testing/reference/reference.h"
 
 namespace blasst::check {
 
-// Decode is the same problem without ragged queries, so everything here holds prefill's parameters.
-DecodeParams as_decode(const PrefillParams& params);
-void call(const PrefillParams& params, bool decode);
-TileShape tile_shape(const PrefillParams& params, bool decode);
-size_t workspace_bytes(const PrefillParams& params, bool decode);
-reference::Result refer(const PrefillParams& params, bool decode, TileShape shape,
+void call(const AttentionParams& params, bool decode);
+Plan plan(const AttentionParams& params, bool decode);
+reference::Result refer(const AttentionParams& params, bool decode, TileShape shape,
                         const std::vector<bool>* kept = nullptr);
 
 // Where a call's numbers are and which keys a row sees: the header's rules, written a second time,
@@ -27,15 +24,18 @@ class Access {
     int64_t first_row, rows, first_key, keys;
   };
 
-  explicit Access(const PrefillParams& params);
+  explicit Access(const AttentionParams& params);
 
   const std::vector<Request>& requests() const { return requests_; }
-  int64_t rows() const { return rows_; }          // of all requests
+  int64_t rows() const { return rows_; }  // of all requests, those that are padding included
   int64_t max_keys() const { return max_keys_; }  // of any request
 
   // In any view laid out as q, or as k and v.
   std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
   std::byte* key_row(const View& view, int64_t request, int64_t token, int64_t kv_head) const;
+
+  // The row of a view laid out as q, among those of all requests.
+  std::byte* row_at(const View& view, int64_t row, int64_t head) const;
 
   std::byte* query(int64_t request, int64_t position, int64_t head) const;
   std::byte* output(int64_t request, int64_t position, int64_t head) const;
@@ -49,7 +49,7 @@ class Access {
   std::byte* row_of(const View& view, int64_t outer, int64_t token, int64_t head) const;
 
  private:
-  PrefillParams params_;
+  blasst_problem problem_;
   std::vector<Request> requests_;
   int64_t rows_ = 0;
   int64_t max_keys_ = 0;
@@ -62,7 +62,7 @@ class Problem {
   Problem(Problem&&) = default;
 
   Case description;
-  PrefillParams params;  // points into the buffers below; a test may change what it wants
+  AttentionParams params;  // points into the buffers below; a test may change what it wants
 
   // Fills the outputs with marks and calls the library.
   void run();
@@ -82,7 +82,7 @@ class Problem {
   std::vector<float> tile_maxima;
 
   // Input buffers, for tests that bend them.
-  std::vector<int32_t> lengths, cu_keys, cu_queries, page_table;
+  std::vector<int32_t> lengths, starts, query_lengths, cu_keys, cu_queries, page_table;
   std::vector<float> thresholds, sinks;
   std::vector<int64_t> bands;
   std::vector<uint8_t> blocks;

@@ -34,10 +34,10 @@ struct Result {
 
 // Decisions forced from outside: kept[i] replaces the test for the i-th visited tile, so that a
 // kernel's output can be compared when a decision within rounding went the other way.
-BLASST_API Result prefill(const PrefillParams& params, TileShape shape,
-                          const std::vector<bool>* kept = nullptr);
-BLASST_API Result decode(const DecodeParams& params, TileShape shape,
-                         const std::vector<bool>* kept = nullptr);
+Result prefill(const AttentionParams& params, TileShape shape,
+               const std::vector<bool>* kept = nullptr);
+Result decode(const AttentionParams& params, TileShape shape,
+              const std::vector<bool>* kept = nullptr);
 
 // What backward gives. The keys of the requests follow each other, without unused ones.
 struct Gradients {
@@ -49,6 +49,6 @@ struct Gradients {
 
 // Gradients of softmax over the kept tiles, by the definition: params.tile_bits are read, for tiles
 // of `shape`; out and lse are not.
-BLASST_API Gradients backward(const BackwardParams& params, TileShape shape);
+Gradients backward(const BackwardParams& params, TileShape shape);
 
 }  // namespace blasst::reference

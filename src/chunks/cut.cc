@@ -1,7 +1,5 @@
 // Cutting keys into chunks. A boundary depends on a few keys around it and on the chunk before it,
 // so what is decided stays decided when keys are added.
-#include "blasst/chunks.hpp"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,11 +8,12 @@
 #include "attention/checks.h"
 #include "attention/element.h"
 #include "attention/float_environment.h"
-#include "cpu/chunks/rows.h"
+#include "chunks/chunks.h"
+#include "chunks/rows.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 
-namespace blasst {
+namespace blasst::chunks {
 namespace {
 
 using attention::check_range;
@@ -44,14 +43,14 @@ void check_predictor(const BoundaryPredictor& p, const HeadRows& keys) {
 }
 
 void check(const ChunkRule& rule, const HeadRows& keys) {
-  cpu::check_rows("keys", keys);
-  if (rule.chunker < Chunker::kFixed || rule.chunker > Chunker::kTrained)
+  check_rows("keys", keys);
+  if (rule.chunker < BLASST_CHUNKS_FIXED || rule.chunker > BLASST_CHUNKS_TRAINED)
     fail("chunker is {}; it must be fixed (0), shift (1) or trained (2)",
          static_cast<int>(rule.chunker));
   check_range("most keys of a chunk", rule.most, 1, attention::kMaxCount);
   check_range("least keys of a chunk", rule.least, 1, rule.most);
   if (std::isnan(rule.threshold)) fail("threshold of the chunker is nan; it must be a number");
-  if (rule.chunker != Chunker::kTrained) return;
+  if (rule.chunker != BLASST_CHUNKS_TRAINED) return;
   if (!rule.predictor) fail("predictor is null; the trained chunker needs one");
   check_predictor(*rule.predictor, keys);
 }
@@ -63,7 +62,7 @@ std::vector<float> widened(const HeadRows& keys, int64_t begin, int64_t end,
   std::vector<float> rows((end - begin) * size);
   for (int64_t t = begin; t < end; ++t) {
     for (int64_t h = 0; h < keys.heads; ++h)
-      kernels.widen(cpu::row_of(keys, t, h), keys.head_dim,
+      kernels.widen(row_of(keys, t, h), keys.head_dim,
                     rows.data() + (t - begin) * size + h * keys.head_dim);
   }
   return rows;
@@ -127,15 +126,15 @@ void score_trained(const BoundaryPredictor& p, const HeadRows& keys, int64_t beg
 
 // Positions that can be decided on, among so many keys.
 attention::Range decidable(const ChunkRule& rule, int64_t keys) {
-  if (rule.chunker != Chunker::kTrained) return {1, keys};
+  if (rule.chunker != BLASST_CHUNKS_TRAINED) return {1, keys};
   return {1, keys - rule.predictor->window + 1};
 }
 
 // Of these, the ones that have a score.
 attention::Range scored(const ChunkRule& rule, int64_t keys) {
-  if (rule.chunker == Chunker::kFixed) return {};
+  if (rule.chunker == BLASST_CHUNKS_FIXED) return {};
   attention::Range range = decidable(rule, keys);
-  if (rule.chunker == Chunker::kTrained) range.begin = rule.predictor->window;
+  if (rule.chunker == BLASST_CHUNKS_TRAINED) range.begin = rule.predictor->window;
   return range;
 }
 
@@ -149,7 +148,7 @@ std::vector<float> checked_scores(const ChunkRule& rule, const HeadRows& keys, i
     const int64_t first = wanted.begin + i * kBlock;
     const int64_t last = std::min(wanted.end, first + kBlock);
     float* to = scores.data() + (first - begin);
-    if (rule.chunker == Chunker::kShift) {
+    if (rule.chunker == BLASST_CHUNKS_SHIFT) {
       score_shift(keys, first, last, kernels, to);
     } else {
       score_trained(*rule.predictor, keys, first, last, kernels, to);
@@ -160,24 +159,24 @@ std::vector<float> checked_scores(const ChunkRule& rule, const HeadRows& keys, i
 
 }  // namespace
 
-std::vector<float> boundary_scores(const ChunkRule& rule, const HeadRows& keys, int64_t begin,
-                                   int64_t end, int threads) {
+std::vector<float> scores(const ChunkRule& rule, const HeadRows& keys, int64_t begin, int64_t end,
+                          int threads) {
   const attention::DefaultFloatEnvironment environment;
-  threads = cpu::checked_threads(threads);
+  threads = checked_threads(threads);
   check(rule, keys);
   check_range("begin of the positions", begin, 0, keys.rows);
   check_range("end of the positions", end, begin, keys.rows);
   return checked_scores(rule, keys, begin, end, threads);
 }
 
-Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
+Chunks next(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
   const attention::DefaultFloatEnvironment environment;
-  threads = cpu::checked_threads(threads);
+  threads = checked_threads(threads);
   check(rule, keys);
   const int64_t size = keys.heads * keys.head_dim;
   if (keys.rows < chunks.keys)
     fail("{} keys are given, fewer than the {} that the chunks cover", keys.rows, chunks.keys);
-  cpu::check_chunks(chunks, keys.heads, keys.head_dim);
+  check_chunks(chunks, keys.heads, keys.head_dim);
   Chunks next{.keys = keys.rows, .starts = {}, .sums = {}};
   if (keys.rows == 0) return next;
 
@@ -190,7 +189,7 @@ Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys
     const float score = scores[t - begin];
     const int64_t length = t - next.starts.back();
     const bool wanted =
-        rule.chunker == Chunker::kShift ? score < rule.threshold : score > rule.threshold;
+        rule.chunker == BLASST_CHUNKS_SHIFT ? score < rule.threshold : score > rule.threshold;
     if ((wanted && length >= rule.least) || length >= rule.most)
       next.starts.push_back(static_cast<int32_t>(t));
   }
@@ -199,15 +198,15 @@ Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys
   cpu::parallel_for(std::ssize(next.starts), threads, [&](int64_t chunk, int) {
     float* sum = next.sums.data() + chunk * size;
     int64_t t = next.starts[chunk];
-    const int64_t chunk_end = cpu::chunk_end(next, chunk);
-    if (chunk == 0 && t < chunks.keys && chunk_end >= chunks.keys) {  // its known keys are summed
+    const int64_t last = chunk_end(next, chunk);
+    if (chunk == 0 && t < chunks.keys && last >= chunks.keys) {  // its known keys are summed
       std::ranges::copy(chunks.sums.last(size), sum);
       t = chunks.keys;
     }
     float row[256];
-    for (; t < chunk_end; ++t) {
+    for (; t < last; ++t) {
       for (int64_t h = 0; h < keys.heads; ++h) {
-        kernels.widen(cpu::row_of(keys, t, h), keys.head_dim, row);
+        kernels.widen(row_of(keys, t, h), keys.head_dim, row);
         kernels.add(row, keys.head_dim, sum + h * keys.head_dim);
       }
     }
@@ -215,14 +214,4 @@ Chunks next_chunks(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys
   return next;
 }
 
-void extend_chunks(Chunks& chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
-  const Chunks next = next_chunks(chunks, rule, keys, threads);
-  const int64_t kept = std::max<int64_t>(0, std::ssize(chunks.starts) - 1);
-  chunks.keys = next.keys;
-  chunks.starts.resize(kept);
-  chunks.starts.insert(chunks.starts.end(), next.starts.begin(), next.starts.end());
-  chunks.sums.resize(kept * keys.heads * keys.head_dim);
-  chunks.sums.insert(chunks.sums.end(), next.sums.begin(), next.sums.end());
-}
-
-}  // namespace blasst
+}  // namespace blasst::chunks

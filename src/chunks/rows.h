@@ -11,7 +11,7 @@
 #include "blasst/chunks.hpp"
 #include "cpu/processors.h"
 
-namespace blasst::cpu {
+namespace blasst::chunks {
 
 inline const std::byte* row_of(const HeadRows& rows, int64_t row, int64_t head) {
   return static_cast<const std::byte*>(rows.data) +
@@ -51,10 +51,10 @@ inline int64_t chunk_end(const ChunkView& chunks, int64_t chunk) {
 // The number of threads that `threads` stands for.
 inline int checked_threads(int threads) {
   attention::check_range("threads", threads, 0, attention::kMaxThreads);
-  return threads_of(threads);
+  return cpu::threads_of(threads);
 }
 
 // Consecutive chunks that cover the keys.
 void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim);
 
-}  // namespace blasst::cpu
+}  // namespace blasst::chunks

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "check/problem.h"
+#include "testing/problem.h"
 
 namespace blasst::check {
 
@@ -20,10 +20,10 @@ struct Comparison {
 // After problem.run().
 Comparison compare(const Problem& problem);
 
-// The same, of outputs that came from elsewhere, decided on tiles of this shape. `sum_roundoff`: of
+// The same, of outputs that came from elsewhere, with this plan. `sum_roundoff`: of
 // one addition of products, relative to the sum of their sizes.
 inline constexpr double kFloatRoundoff = 0x1p-24;
 inline constexpr double kTensorCoreRoundoff = 0x1p-21;  // sums are cut, not rounded
-Comparison compare(const Problem& problem, TileShape shape, double sum_roundoff = kFloatRoundoff);
+Comparison compare(const Problem& problem, const Plan& plan, double sum_roundoff = kFloatRoundoff);
 
 }  // namespace blasst::check

@@ -1,4 +1,4 @@
-#include "check/case.h"
+#include "testing/case.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -44,11 +44,11 @@ void choose_lengths(Case& c, Choices& choose, int64_t budget) {
       lengths.queries =
           random_length(choose, std::min<int64_t>(600, std::max<int64_t>(1, pairs / 64)));
     }
-    if (b > 0 && !c.ragged_queries) lengths.queries = c.requests[0].queries;
+    if (b > 0 && !c.ragged_queries && !c.padded) lengths.queries = c.requests[0].queries;
     lengths.keys = random_length(choose, std::min<int64_t>(20000, pairs / lengths.queries));
     if (c.causal && choose.one_in(2)) lengths.keys = std::max(lengths.keys, lengths.queries);
     if (choose.one_in(12)) lengths.keys = 0;
-    if (c.ragged_queries && choose.one_in(6)) lengths.queries = 0;
+    if ((c.ragged_queries || c.padded) && choose.one_in(6)) lengths.queries = 0;
     c.requests.push_back(lengths);
   }
 }
@@ -93,7 +93,8 @@ Case random_case(Choices& choose, int64_t budget) {
   c.inputs = choose.pick({Inputs::kGaussian, Inputs::kDrift, Inputs::kDrift, Inputs::kPlanted});
   c.density = static_cast<double>(choose.between(0, 10)) / 10;
   c.layout = choose.pick({Layout::kDense, Layout::kRagged, Layout::kPaged});
-  c.ragged_queries = !c.decode && choose.one_in(2);
+  c.ragged_queries = choose.one_in(2);
+  c.padded = !c.ragged_queries && choose.one_in(3);
   c.page_size = choose.pick<int64_t>({1, 16, 64, 256, choose.between(1, 256)});
   c.head_major = choose.one_in(3);
   c.padding = choose.pick<int64_t>({0, 0, 8, choose.between(1, 40)});
@@ -115,12 +116,13 @@ std::string describe(const Case& c) {
   const auto option = [](bool on, std::string text) { return on ? " " + text : std::string(); };
   return fmt::format(
       "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{} inputs {} layout "
-      "{}{}{}{}{}{}{}{}{}{}{}{} "
+      "{}{}{}{}{}{}{}{}{}{}{}{}{} "
       "order {} test {} threshold {}{}{}{} threads {} numbers {}",
       c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), fmt::join(lengths, ", "), c.heads,
       c.kv_heads, c.head_dim, c.value_dim, static_cast<int>(c.inputs), static_cast<int>(c.layout),
       option(c.layout == Layout::kPaged, fmt::format("page {}", c.page_size)),
-      option(c.ragged_queries, "ragged queries"), option(c.head_major, "head major"),
+      option(c.ragged_queries, "ragged queries"), option(c.padded, "padded"),
+      option(c.head_major, "head major"),
       option(c.padding > 0, fmt::format("padding {}", c.padding)),
       option(c.scale > 0, fmt::format("scale {}", c.scale)),
       option(c.softcap > 0, fmt::format("softcap {}", c.softcap)), option(c.sinks, "sinks"),

@@ -1,4 +1,4 @@
-#include "check/numbers.h"
+#include "testing/numbers.h"
 
 #include <algorithm>
 #include <bit>

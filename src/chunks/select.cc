@@ -5,13 +5,13 @@
 #include <vector>
 
 #include "attention/float_environment.h"
-#include "blasst/chunks.hpp"
-#include "cpu/chunks/rows.h"
+#include "chunks/chunks.h"
+#include "chunks/rows.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/thread_pool.h"
 
-namespace blasst {
+namespace blasst::chunks {
 namespace {
 
 using attention::ceil_div;
@@ -47,7 +47,7 @@ class Choice {
  private:
   void try_chunk(int64_t chunk) {
     const Range tiles{chunks_.starts[chunk] / cpu::kKeys,
-                      std::min(key_tiles_, ceil_div(cpu::chunk_end(chunks_, chunk), cpu::kKeys))};
+                      std::min(key_tiles_, ceil_div(chunk_end(chunks_, chunk), cpu::kKeys))};
     int64_t more = 0;
     for (int64_t j = tiles.begin; j < tiles.end; ++j) more += visit_[j] == 0;
     if (more <= left_) take(tiles);
@@ -77,8 +77,6 @@ int64_t budget_tiles(ChunkBudget budget, int64_t visible) {
 
 }  // namespace
 
-namespace cpu {
-
 void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim) {
   const auto starts = chunks.starts;
   check_range("keys of the chunks", chunks.keys, 0, attention::kMaxCount);
@@ -99,18 +97,16 @@ void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim) {
          chunks.sums.size(), starts.size(), kv_heads, head_dim, size);
 }
 
-}  // namespace cpu
-
-void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
-                  ChunkBudget budget, uint8_t* blocks, int threads) {
+void select(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
+            ChunkBudget budget, uint8_t* blocks, int threads) {
   const attention::DefaultFloatEnvironment environment;
-  threads = cpu::checked_threads(threads);
-  cpu::check_rows("queries", queries);
+  threads = checked_threads(threads);
+  check_rows("queries", queries);
   check_range("kv_heads", kv_heads, 1, queries.heads);
   if (queries.heads % kv_heads != 0)
     fail("{} heads of queries and {} KV heads; the first must be a multiple", queries.heads,
          kv_heads);
-  cpu::check_chunks(chunks, kv_heads, queries.head_dim);
+  check_chunks(chunks, kv_heads, queries.head_dim);
   check_range("rows of queries", queries.rows, 1, std::max<int64_t>(chunks.keys, 1));
   if (chunks.keys == 0) fail("there are no keys to choose from");
   if (!blocks) fail("blocks is null; the choice is written there");
@@ -127,7 +123,7 @@ void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, b
   const auto count = std::ssize(chunks.starts);
   std::vector<float> shrink(count);  // 1 / sqrt(length)
   for (int64_t c = 0; c < count; ++c)
-    shrink[c] = 1 / std::sqrt(static_cast<float>(cpu::chunk_end(chunks, c) - chunks.starts[c]));
+    shrink[c] = 1 / std::sqrt(static_cast<float>(chunk_end(chunks, c) - chunks.starts[c]));
 
   cpu::parallel_for(heads * query_tiles, threads, [&](int64_t i, int) {
     // Late query tiles have most to do.
@@ -149,7 +145,7 @@ void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, b
       std::ranges::fill(scores, -std::numeric_limits<float>::infinity());
       for (int64_t r = 0; r < queries.rows; ++r) {
         for (int64_t h = head * group; h < (head + 1) * group; ++h) {
-          kernels.widen(cpu::row_of(queries, r, h), dim, row);
+          kernels.widen(row_of(queries, r, h), dim, row);
           kernels.dots(row, keys, kv_heads * dim, candidates, dim, of_row.data());
           for (int64_t c = 0; c < candidates; ++c) scores[c] = std::max(scores[c], of_row[c]);
         }
@@ -157,7 +153,7 @@ void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, b
       for (int64_t c = 0; c < candidates; ++c) scores[c] *= shrink[c];
     } else {
       for (int64_t r = first; r < end; ++r) {
-        kernels.widen(cpu::row_of(queries, r, head), dim, row);
+        kernels.widen(row_of(queries, r, head), dim, row);
         kernels.add(row, dim, sum);
       }
       kernels.dots(sum, keys, kv_heads * dim, candidates, dim, scores.data());
@@ -167,4 +163,4 @@ void select_tiles(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, b
   });
 }
 
-}  // namespace blasst
+}  // namespace blasst::chunks

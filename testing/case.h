@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "blasst/blasst.hpp"
-#include "check/numbers.h"
+#include "testing/numbers.h"
 
 namespace blasst::check {
 
@@ -35,7 +35,10 @@ struct Case {
   int64_t block_rows = 0, block_keys = 0;
 
   Layout layout = Layout::kDense;  // of keys and values
-  bool ragged_queries = false;     // otherwise all requests have as many queries
+  bool ragged_queries = false;     // otherwise all requests have as many queries, or are padded
+  // Dense queries of a padded batch: a request uses the first `queries` of as many rows as the
+  // longest has, and, of dense keys, those behind some that it does not use.
+  bool padded = false;
   int64_t page_size = 16;
   bool head_major = false;  // heads outside tokens in memory
   int64_t padding = 0;      // unused elements after every row, and before the first

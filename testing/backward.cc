@@ -1,4 +1,4 @@
-#include "check/backward.h"
+#include "testing/backward.h"
 
 #include <fmt/format.h>
 
@@ -9,7 +9,7 @@
 #include <span>
 #include <string_view>
 
-#include "check/element.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -25,7 +25,12 @@ View allocate(std::vector<std::byte>& buffer, DType dtype, bool head_major, int6
   const int64_t row = dim + 8;
   const int64_t elements = outer * tokens * heads * row;
   buffer.assign(std::max<int64_t>(elements, 1) * element_bytes(dtype), kUnused);
-  View view{buffer.data(), elements, tokens * heads * row, heads * row, row};
+  View view{.data = buffer.data(),
+            .dtype = dtype,
+            .elements = elements,
+            .stride_request = tokens * heads * row,
+            .stride_token = heads * row,
+            .stride_head = row};
   if (head_major) view.stride_token = row, view.stride_head = tokens * row;
   return view;
 }
@@ -51,16 +56,20 @@ float dot(const std::vector<float>& a, const std::vector<float>& b) {
 // stored in the problem's type.
 class Plain {
  public:
-  Plain(const BackwardProblem& problem, TileShape shape)
-      : b_(problem.params), access_(problem.forward.params), shape_(shape) {
-    first_query_tile_ = first_key_ = {0};
+  Plain(const BackwardProblem& problem, const Plan& plan)
+      : b_(problem.params.problem),
+        given_(problem.params.gradients),
+        access_(problem.forward.params),
+        plan_(plan) {
+    first_key_ = {0};
+    int64_t first_query_tile = 0;
     for (const Access::Request& r : access_.requests()) {
-      first_query_tile_.push_back(first_query_tile_.back() +
-                                  (r.rows + shape.query_rows - 1) / shape.query_rows);
+      first_query_tile_.push_back(first_query_tile);
+      const bool ragged = b_.query_layout == BLASST_LAYOUT_RAGGED;
+      const int64_t room = ragged ? r.rows : b_.query_length;
+      first_query_tile += (room + plan.shape.query_rows - 1) / plan.shape.query_rows;
       first_key_.push_back(first_key_.back() + r.keys);
     }
-    const int64_t key_tiles = (access_.max_keys() + shape.keys - 1) / shape.keys;
-    words_ = (key_tiles + 31) / 32;
     dq.resize(access_.rows() * b_.heads * b_.head_dim);
     dk.resize(first_key_.back() * b_.kv_heads * b_.head_dim);
     dv.resize(first_key_.back() * b_.kv_heads * b_.value_dim);
@@ -69,8 +78,9 @@ class Plain {
     for (int64_t request = 0; request < b_.batch; ++request)
       for (int64_t i = 0; i < access_.requests()[request].rows; ++i)
         for (int64_t h = 0; h < b_.heads; ++h) row(request, i, h);
+    if (b_.sinks && given_.dlse) add_rows_before_every_key();
     for (auto* gradient : {&dq, &dk, &dv})
-      for (float& x : *gradient) x = rounded(b_.dtype, x);
+      for (float& x : *gradient) x = rounded(b_.q.dtype, x);
   }
 
   std::vector<float> dq, dk, dv, dsinks;
@@ -80,15 +90,29 @@ class Plain {
 
  private:
   bool kept(int64_t request, int64_t position, int64_t head, int64_t key) const {
-    const int64_t query_tile = first_query_tile_[request] + position / shape_.query_rows;
-    const int64_t key_tile = key / shape_.keys;
+    const int64_t query_tile = first_query_tile_[request] + position / plan_.shape.query_rows;
+    const int64_t key_tile = key / plan_.shape.keys;
     const Mask& mask = b_.mask;
     if (mask.blocks && !mask.blocks[head * mask.blocks_stride_head +
                                     query_tile * mask.blocks_stride_query_tile + key_tile])
       return false;
-    if (!b_.tile_bits) return true;
-    const int64_t row = head * first_query_tile_.back() + query_tile;
-    return b_.tile_bits[row * words_ + key_tile / 32] >> (key_tile % 32) & 1;
+    if (!given_.tile_bits) return true;
+    const int64_t row = head * plan_.query_tiles + query_tile;
+    return given_.tile_bits[row * plan_.tile_words + key_tile / 32] >> (key_tile % 32) & 1;
+  }
+
+  // Padding, but in use: the sink is all that they have.
+  void add_rows_before_every_key() {
+    for (int64_t request = 0; request < b_.batch; ++request) {
+      const bool dense = b_.query_layout == BLASST_LAYOUT_DENSE;
+      const int64_t end = access_.requests()[request].first_row;
+      for (int64_t row = request * b_.query_length; dense && row < end; ++row) {
+        for (int64_t h = 0; h < b_.heads; ++h) {
+          dsinks[h] += given_.dlse[h * access_.rows() + row];
+          dsinks_terms[h] += std::abs(given_.dlse[h * access_.rows() + row]);
+        }
+      }
+    }
   }
 
   // to[row] += weight * from; terms[row] grows by the magnitude.
@@ -104,15 +128,15 @@ class Plain {
   void row(int64_t request, int64_t position, int64_t head) {
     const int64_t kv_head = head / (b_.heads / b_.kv_heads);
     const float scale = b_.scale > 0 ? b_.scale : 1 / std::sqrt(static_cast<float>(b_.head_dim));
-    const auto q = load_row(b_.dtype, access_.query(request, position, head), b_.head_dim);
+    const auto q = load_row(b_.q.dtype, access_.query(request, position, head), b_.head_dim);
     const auto dout =
-        load_row(b_.dtype, access_.query_row(b_.dout, request, position, head), b_.value_dim);
+        load_row(b_.q.dtype, access_.query_row(given_.dout, request, position, head), b_.value_dim);
     std::vector<int64_t> tokens;
     std::vector<float> weights, slopes, dweights;
     float most = b_.sinks ? b_.sinks[head] : -std::numeric_limits<float>::infinity();
     for (int64_t j = 0; j < access_.requests()[request].keys; ++j) {
       if (!access_.sees(request, position, head, j) || !kept(request, position, head, j)) continue;
-      const auto k = load_row(b_.dtype, access_.key(request, j, kv_head), b_.head_dim);
+      const auto k = load_row(b_.q.dtype, access_.key(request, j, kv_head), b_.head_dim);
       float score = scale * dot(q, k), slope = scale;
       if (b_.softcap > 0) {
         const float ratio = score / b_.softcap, cosh = std::cosh(ratio);
@@ -131,29 +155,29 @@ class Plain {
     float delta = 0, delta_terms = 0;
     for (size_t i = 0; i < tokens.size(); ++i) {
       weights[i] /= total;
-      const auto v = load_row(b_.dtype, access_.value(request, tokens[i], kv_head), b_.value_dim);
+      const auto v = load_row(b_.q.dtype, access_.value(request, tokens[i], kv_head), b_.value_dim);
       dweights.push_back(dot(dout, v));
       delta_terms += weights[i] * std::abs(dweights[i]);
       for (size_t d = 0; d < v.size(); ++d) out[d] += weights[i] * v[d];
-      const float stored = rounded(b_.dtype, weights[i]);
+      const float stored = rounded(b_.q.dtype, weights[i]);
       add(dv, dv_terms, (first_key_[request] + tokens[i]) * b_.kv_heads + kv_head, stored, stored,
           dout);
     }
     for (size_t d = 0; d < out.size(); ++d) {
-      delta += rounded(b_.dtype, out[d]) * dout[d];
+      delta += rounded(b_.q.dtype, out[d]) * dout[d];
       delta_terms += std::abs(out[d] * dout[d]);
     }
     const int64_t row = access_.requests()[request].first_row + position;
-    if (b_.dlse) {
-      const float dlse = b_.dlse[head * access_.rows() + row];
+    if (given_.dlse) {
+      const float dlse = given_.dlse[head * access_.rows() + row];
       delta -= dlse, delta_terms += std::abs(dlse);
     }
     const int64_t q_row = row * b_.heads + head;
     for (size_t i = 0; i < tokens.size(); ++i) {
-      const float dproduct = rounded(b_.dtype, weights[i] * (dweights[i] - delta)) * slopes[i];
+      const float dproduct = rounded(b_.q.dtype, weights[i] * (dweights[i] - delta)) * slopes[i];
       const float terms = weights[i] * (std::abs(dweights[i]) + delta_terms) * slopes[i];
       add(dq, dq_terms, q_row, dproduct, terms,
-          load_row(b_.dtype, access_.key(request, tokens[i], kv_head), b_.head_dim));
+          load_row(b_.q.dtype, access_.key(request, tokens[i], kv_head), b_.head_dim));
       add(dk, dk_terms, (first_key_[request] + tokens[i]) * b_.kv_heads + kv_head, dproduct, terms,
           q);
     }
@@ -163,11 +187,12 @@ class Plain {
     dsinks_terms[head] += sink * delta_terms;
   }
 
-  const BackwardParams& b_;
+  const blasst_problem& b_;
+  const Gradients& given_;
   Access access_;
-  TileShape shape_;
-  std::vector<int64_t> first_query_tile_, first_key_;  // of each request, then the total
-  int64_t words_ = 0;
+  Plan plan_;
+  std::vector<int64_t> first_query_tile_;  // of each request
+  std::vector<int64_t> first_key_;         // of each request, then the total
 };
 
 GradientError measure(const std::vector<double>& wanted, const std::vector<float>& kernel,
@@ -199,72 +224,67 @@ Case differentiable(Case c) {
 }
 
 BackwardProblem::BackwardProblem(Problem& problem) : forward(problem), access_(problem.params) {
-  const PrefillParams& p = problem.params;
+  const blasst_problem& p = problem.params.problem;
+  const DType dtype = problem.description.dtype;
   const bool head_major = !problem.description.head_major;
-  const int64_t outer = p.cu_seqlens_q ? 1 : p.batch;
-  const int64_t tokens = p.cu_seqlens_q ? access_.rows() : p.query_length;
-  const int64_t key_outer = p.kv.cu_seqlens ? 1 : p.kv.page_table ? p.kv.pages : p.batch;
-  const int64_t keys = p.kv.cu_seqlens   ? p.kv.cu_seqlens[p.batch]
-                       : p.kv.page_table ? p.kv.page_size
-                                         : p.kv.key_length;
-  params = {.backend = p.backend,
-            .dtype = p.dtype,
-            .batch = p.batch,
-            .heads = p.heads,
-            .kv_heads = p.kv_heads,
-            .head_dim = p.head_dim,
-            .value_dim = p.value_dim,
-            .query_length = p.query_length,
-            .cu_seqlens_q = p.cu_seqlens_q,
-            .q = p.q,
-            .kv = p.kv,
-            .out = p.out,
-            .dout = allocate(dout_, p.dtype, head_major, outer, tokens, p.heads, p.value_dim),
-            .lse = problem.lse.data(),
-            .tile_bits = problem.tile_bits.data(),
-            .scale = p.scale,
-            .softcap = p.softcap,
-            .sinks = p.sinks,
-            .mask = p.mask,
-            .dq = allocate(dq_, p.dtype, head_major, outer, tokens, p.heads, p.head_dim),
-            .dk = allocate(dk_, p.dtype, head_major, key_outer, keys, p.kv_heads, p.head_dim),
-            .dv = allocate(dv_, p.dtype, head_major, key_outer, keys, p.kv_heads, p.value_dim),
-            .threads = p.threads};
+  const bool ragged = p.query_layout == BLASST_LAYOUT_RAGGED;
+  const int64_t outer = ragged ? 1 : p.batch, tokens = ragged ? p.rows : p.query_length;
+  const KeysValues& kv = p.kv;
+  const int64_t key_outer = kv.cu_seqlens ? 1 : kv.page_table ? kv.pages : p.batch;
+  const int64_t keys = kv.cu_seqlens   ? kv.cu_seqlens[p.batch]
+                       : kv.page_table ? kv.page_size
+                                       : kv.key_length;
+  const auto rows = [&](std::vector<std::byte>& buffer, int64_t dim) {
+    return allocate(buffer, dtype, head_major, outer, tokens, p.heads, dim);
+  };
+  const auto key_rows = [&](std::vector<std::byte>& buffer, int64_t dim) {
+    return allocate(buffer, dtype, head_major, key_outer, keys, p.kv_heads, dim);
+  };
+  params = {.problem = p,
+            .gradients = {.dout = rows(dout_, p.value_dim),
+                          .lse = problem.lse.data(),
+                          .tile_bits = problem.tile_bits.data(),
+                          .dq = rows(dq_, p.head_dim),
+                          .dk = key_rows(dk_, p.head_dim),
+                          .dv = key_rows(dv_, p.value_dim)},
+            .execution = {.backend = problem.params.execution.backend,
+                          .threads = problem.params.execution.threads}};
   for (size_t j = 0; j < problem.lse.size(); ++j)
     dlse.push_back(static_cast<float>(2 * uniform(hash(problem.description.seed, 105, j)) - 1));
   dsinks.resize(p.heads);
-  if (p.sinks) params.dsinks = dsinks.data();
+  if (p.sinks) params.gradients.dsinks = dsinks.data();
   const Numbers numbers{.seed = hash(problem.description.seed, 104)};
   std::vector<float> row(p.value_dim);
   int64_t i = 0;
-  for_query_rows(params.dout, [&](std::byte* address) {
+  for_query_rows(params.gradients.dout, [&](std::byte* address) {
     numbers.value(0, i++, 0, row);
     for (int64_t d = 0; d < p.value_dim; ++d)
-      store_element(p.dtype, address + d * element_bytes(p.dtype), row[d]);
+      store_element(p.q.dtype, address + d * element_bytes(p.q.dtype), row[d]);
   });
 }
 
 template <typename Visit>
 void BackwardProblem::for_query_rows(const View& view, const Visit& visit) const {
-  for (int64_t b = 0; b < params.batch; ++b)
-    for (int64_t i = 0; i < access_.requests()[b].rows; ++i)
-      for (int64_t h = 0; h < params.heads; ++h) visit(access_.query_row(view, b, i, h));
+  for (int64_t row = 0; row < access_.rows(); ++row)
+    for (int64_t h = 0; h < params.problem.heads; ++h) visit(access_.row_at(view, row, h));
 }
 
 template <typename Visit>
 void BackwardProblem::for_key_rows(const View& view, bool unused, const Visit& visit) const {
-  const KeysValues& kv = params.kv;
+  const KeysValues& kv = params.problem.kv;
   if (unused && kv.page_table) {
     for (int64_t page = 0; page < kv.pages; ++page)
       for (int64_t j = 0; j < kv.page_size; ++j)
-        for (int64_t h = 0; h < params.kv_heads; ++h) visit(access_.row_of(view, page, j, h));
+        for (int64_t h = 0; h < params.problem.kv_heads; ++h)
+          visit(access_.row_of(view, page, j, h));
     return;
   }
-  for (int64_t b = 0; b < params.batch; ++b) {
+  for (int64_t b = 0; b < params.problem.batch; ++b) {
     const bool all = unused && !kv.cu_seqlens;
     const int64_t keys = all ? kv.key_length : access_.requests()[b].keys;
     for (int64_t j = 0; j < keys; ++j)
-      for (int64_t h = 0; h < params.kv_heads; ++h) visit(access_.key_row(view, b, j, h));
+      for (int64_t h = 0; h < params.problem.kv_heads; ++h)
+        visit(all ? access_.row_of(view, b, j, h) : access_.key_row(view, b, j, h));
   }
 }
 
@@ -283,16 +303,16 @@ bool BackwardProblem::wrote_anything() const {
 
 bool BackwardProblem::wrote_elsewhere() const {
   std::vector<std::byte> dq = dq_, dk = dk_, dv = dv_;
-  const int64_t bytes = element_bytes(params.dtype);
+  const int64_t bytes = element_bytes(params.problem.q.dtype);
   const auto forget = [&](std::vector<std::byte>& copy, const std::vector<std::byte>& buffer,
                           int64_t dim) {
     return [&copy, &buffer, size = dim * bytes](std::byte* row) {
       std::fill_n(copy.data() + (row - buffer.data()), size, kUnused);
     };
   };
-  for_query_rows(params.dq, forget(dq, dq_, params.head_dim));
-  for_key_rows(params.dk, true, forget(dk, dk_, params.head_dim));
-  for_key_rows(params.dv, true, forget(dv, dv_, params.value_dim));
+  for_query_rows(params.gradients.dq, forget(dq, dq_, params.problem.head_dim));
+  for_key_rows(params.gradients.dk, true, forget(dk, dk_, params.problem.head_dim));
+  for_key_rows(params.gradients.dv, true, forget(dv, dv_, params.problem.value_dim));
   return std::ranges::any_of(std::array{&dq, &dk, &dv}, [](const auto* buffer) {
     return std::ranges::any_of(*buffer, [](std::byte x) { return x != kUnused; });
   });
@@ -300,24 +320,24 @@ bool BackwardProblem::wrote_elsewhere() const {
 
 std::vector<float> BackwardProblem::dq() const {
   std::vector<float> values;
-  for_query_rows(params.dq, [&](const std::byte* address) {
-    append(values, load_row(params.dtype, address, params.head_dim));
+  for_query_rows(params.gradients.dq, [&](const std::byte* address) {
+    append(values, load_row(params.problem.q.dtype, address, params.problem.head_dim));
   });
   return values;
 }
 
 std::vector<float> BackwardProblem::dk() const {
   std::vector<float> values;
-  for_key_rows(params.dk, false, [&](const std::byte* address) {
-    append(values, load_row(params.dtype, address, params.head_dim));
+  for_key_rows(params.gradients.dk, false, [&](const std::byte* address) {
+    append(values, load_row(params.problem.q.dtype, address, params.problem.head_dim));
   });
   return values;
 }
 
 std::vector<float> BackwardProblem::dv() const {
   std::vector<float> values;
-  for_key_rows(params.dv, false, [&](const std::byte* address) {
-    append(values, load_row(params.dtype, address, params.value_dim));
+  for_key_rows(params.gradients.dv, false, [&](const std::byte* address) {
+    append(values, load_row(params.problem.q.dtype, address, params.problem.value_dim));
   });
   return values;
 }
@@ -325,29 +345,29 @@ std::vector<float> BackwardProblem::dv() const {
 std::vector<std::byte> BackwardProblem::bits() const {
   std::vector<std::byte> bits;
   const auto append_row = [&](int64_t dim) {
-    return [&bits, size = dim * element_bytes(params.dtype)](const std::byte* row) {
+    return [&bits, size = dim * element_bytes(params.problem.q.dtype)](const std::byte* row) {
       bits.insert(bits.end(), row, row + size);
     };
   };
-  for_query_rows(params.dq, append_row(params.head_dim));
-  for_key_rows(params.dk, true, append_row(params.head_dim));
-  for_key_rows(params.dv, true, append_row(params.value_dim));
+  for_query_rows(params.gradients.dq, append_row(params.problem.head_dim));
+  for_key_rows(params.gradients.dk, true, append_row(params.problem.head_dim));
+  for_key_rows(params.gradients.dv, true, append_row(params.problem.value_dim));
   const auto sinks = std::as_bytes(std::span(dsinks));
   bits.insert(bits.end(), sinks.begin(), sinks.end());
   return bits;
 }
 
 BackwardComparison compare(const BackwardProblem& problem) {
-  const TileShape shape = tile_shape(problem.forward.params, false);
-  const reference::Gradients wanted = reference::backward(problem.params, shape);
-  const Plain plain(problem, shape);
+  const Plan plan = backward_plan(problem.params);
+  const reference::Gradients wanted = reference::backward(problem.params, plan.shape);
+  const Plain plain(problem, plan);
   BackwardComparison result;
   result.dq = measure(wanted.dq, problem.dq(), plain.dq, plain.dq_terms);
   result.dk = measure(wanted.dk, problem.dk(), plain.dk, plain.dk_terms);
   result.dv = measure(wanted.dv, problem.dv(), plain.dv, plain.dv_terms);
-  if (problem.params.dsinks)
+  if (problem.params.gradients.dsinks)
     result.dsinks = measure(wanted.dsinks, problem.dsinks, plain.dsinks, plain.dsinks_terms);
-  const double roundoff = unit_roundoff(problem.params.dtype);
+  const double roundoff = unit_roundoff(problem.params.problem.q.dtype);
   const auto check = [&](std::string_view name, const GradientError& e) {
     if (!result.mismatch.empty()) return;
     // Weights carry the rounding of float32 scores and of the stored LSE, which is as large as

@@ -1,4 +1,4 @@
-#include "blasst/reference.hpp"
+#include "testing/reference/reference.h"
 
 #include <algorithm>
 #include <cmath>
@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 
+#include "attention/checks.h"
 #include "attention/element.h"
 #include "attention/float_environment.h"
 #include "attention/problem.h"
@@ -241,10 +242,14 @@ Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced
   attention::check_block_mask(p, shape);
   const auto count = static_cast<size_t>(p.rows * p.heads);
   Result result{.out = std::vector<double>(count * p.value_dim),
-                .lse = std::vector<double>(count),
+                .lse = std::vector<double>(count, -kInf),
                 .dropped_mass_bound = std::vector<double>(count),
                 .dropped_mass = std::vector<double>(count),
                 .tiles = {}};
+  p.for_padding([&](int64_t request, int64_t row) {
+    for (int64_t h = 0; h < p.heads; ++h)
+      result.lse[h * p.rows + row] = p.padding_lse(request, row, h);
+  });
   for (const QueryTile& tile : p.query_tiles(shape.query_rows))
     Attend(p, shape, tile, result, forced).run();
   return result;
@@ -252,14 +257,14 @@ Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced
 
 }  // namespace
 
-Result prefill(const PrefillParams& params, TileShape shape, const std::vector<bool>* kept) {
+Result prefill(const AttentionParams& params, TileShape shape, const std::vector<bool>* kept) {
   const attention::DefaultFloatEnvironment environment;
-  return attend(attention::make_problem(params), shape, kept);
+  return attend(attention::make_problem(params, attention::Phase::kPrefill), shape, kept);
 }
 
-Result decode(const DecodeParams& params, TileShape shape, const std::vector<bool>* kept) {
+Result decode(const AttentionParams& params, TileShape shape, const std::vector<bool>* kept) {
   const attention::DefaultFloatEnvironment environment;
-  return attend(attention::make_problem(params), shape, kept);
+  return attend(attention::make_problem(params, attention::Phase::kDecode), shape, kept);
 }
 
 }  // namespace blasst::reference

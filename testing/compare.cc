@@ -1,4 +1,4 @@
-#include "check/compare.h"
+#include "testing/compare.h"
 
 #include <fmt/format.h>
 
@@ -9,7 +9,7 @@
 #include <map>
 #include <span>
 
-#include "check/element.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -28,18 +28,21 @@ struct Allowance {
 
 class Comparer {
  public:
-  Comparer(const Problem& problem, TileShape shape, double sum_roundoff)
+  Comparer(const Problem& problem, const Plan& plan, double sum_roundoff)
       : problem_(problem),
         p_(problem.params),
         decode_(problem.description.decode),
         access_(p_),
-        shape_(shape),
+        plan_(plan),
+        shape_(plan.shape),
         roundoff_(sum_roundoff) {
-    words_ = ceil_div(ceil_div(access_.max_keys(), shape_.keys), 32);
-    first_query_tile_ = {0};
-    for (const auto& r : access_.requests())
-      first_query_tile_.push_back(first_query_tile_.back() +
-                                  (decode_ ? 1 : ceil_div(r.rows, shape_.query_rows)));
+    int64_t first = 0;
+    for (const auto& r : access_.requests()) {
+      first_query_tile_.push_back(first);
+      const bool ragged = p_.problem.query_layout == BLASST_LAYOUT_RAGGED;
+      const int64_t room = ragged ? r.rows : p_.problem.query_length;
+      first += decode_ ? 1 : ceil_div(room, shape_.query_rows);
+    }
   }
 
   Comparison run() {
@@ -63,11 +66,11 @@ class Comparer {
       result_.mismatch = fmt::format(format, std::forward<Args>(args)...);
   }
 
-  int64_t group() const { return p_.heads / p_.kv_heads; }
+  int64_t group() const { return p_.problem.heads / p_.problem.kv_heads; }
 
   bool bit(int64_t bit_head, int64_t query_tile, int64_t key_tile) const {
-    const int64_t row = bit_head * first_query_tile_.back() + query_tile;
-    return problem_.tile_bits[row * words_ + key_tile / 32] >> (key_tile % 32) & 1;
+    const int64_t row = bit_head * plan_.query_tiles + query_tile;
+    return problem_.tile_bits[row * plan_.tile_words + key_tile / 32] >> (key_tile % 32) & 1;
   }
 
   bool kernel_kept(const Tile& t) const {
@@ -104,7 +107,8 @@ class Comparer {
     for (const auto& [place, tiles] : visits)
       plain_row(place.first, place.second, tiles, plain_lse_error);
     allowed_.score = 2 * score_error_ + roundoff_ * (8 + 4 * magnitude_);
-    allowed_.out = 2 * result_.plain_error + unit_roundoff(p_.dtype) + roundoff_ * (8 + magnitude_);
+    allowed_.out =
+        2 * result_.plain_error + unit_roundoff(p_.problem.q.dtype) + roundoff_ * (8 + magnitude_);
     // A kernel that works in powers of two rounds the scale, the maximum and the result.
     allowed_.lse = 2 * plain_lse_error + roundoff_ * (8 + 3 * magnitude_);
   }
@@ -113,7 +117,7 @@ class Comparer {
     const int64_t request = tiles[0]->request;
     const int64_t position = row - access_.requests()[request].first_row;
     std::vector<std::pair<int64_t, float>> scores;  // of the keys of kept tiles
-    float m = p_.sinks ? p_.sinks[head] : -std::numeric_limits<float>::infinity();
+    float m = p_.problem.sinks ? p_.problem.sinks[head] : -std::numeric_limits<float>::infinity();
     for (const Tile* t : tiles) {
       for (int64_t j = t->key_tile * shape_.keys; j < (t->key_tile + 1) * shape_.keys; ++j) {
         if (!access_.sees(request, position, head, j)) continue;
@@ -125,18 +129,18 @@ class Comparer {
       }
     }
     if (scores.empty()) return;
-    float l = p_.sinks ? std::exp(p_.sinks[head] - m) : 0;
-    std::vector<float> o(p_.value_dim);
+    float l = p_.problem.sinks ? std::exp(p_.problem.sinks[head] - m) : 0;
+    std::vector<float> o(p_.problem.value_dim);
     for (const auto& [j, s] : scores) {
       const float probability = std::exp(s - m);
       l += probability;
-      const float stored = rounded(p_.dtype, probability);
+      const float stored = rounded(p_.problem.q.dtype, probability);
       const std::byte* v = access_.value(request, j, head / group());
-      for (int64_t d = 0; d < p_.value_dim; ++d)
-        o[d] +=
-            stored * static_cast<float>(load_element(p_.dtype, v + d * element_bytes(p_.dtype)));
+      for (int64_t d = 0; d < p_.problem.value_dim; ++d)
+        o[d] += stored * static_cast<float>(load_element(
+                             p_.problem.q.dtype, v + d * element_bytes(p_.problem.q.dtype)));
     }
-    for (float& x : o) x = rounded(p_.dtype, x / l);
+    for (float& x : o) x = rounded(p_.problem.q.dtype, x / l);
     const double error = row_error(head, row, o);
     if (std::isfinite(error)) result_.plain_error = std::max(result_.plain_error, error);
     const double lse = std::abs(m + std::log(l) - reference_.lse[head * access_.rows() + row]);
@@ -144,13 +148,15 @@ class Comparer {
   }
 
   float plain_score(const std::byte* q, const std::byte* k) {
-    const int64_t bytes = element_bytes(p_.dtype);
-    const float scale = p_.scale > 0 ? p_.scale : 1 / std::sqrt(static_cast<float>(p_.head_dim));
+    const int64_t bytes = element_bytes(p_.problem.q.dtype);
+    const float scale = p_.problem.scale > 0
+                            ? p_.problem.scale
+                            : 1 / std::sqrt(static_cast<float>(p_.problem.head_dim));
     float dot = 0;
     double exact = 0, size = 0;
-    for (int64_t d = 0; d < p_.head_dim; ++d) {
-      const double product =
-          load_element(p_.dtype, q + d * bytes) * load_element(p_.dtype, k + d * bytes);
+    for (int64_t d = 0; d < p_.problem.head_dim; ++d) {
+      const double product = load_element(p_.problem.q.dtype, q + d * bytes) *
+                             load_element(p_.problem.q.dtype, k + d * bytes);
       dot += static_cast<float>(product);
       exact += product;
       size += std::abs(product);
@@ -159,11 +165,13 @@ class Comparer {
       score_error_ = std::max(score_error_, scale * std::abs(dot - exact));
       magnitude_ = std::max(magnitude_, scale * size);
     }
-    return p_.softcap > 0 ? p_.softcap * std::tanh(scale * dot / p_.softcap) : scale * dot;
+    return p_.problem.softcap > 0 ? p_.problem.softcap * std::tanh(scale * dot / p_.problem.softcap)
+                                  : scale * dot;
   }
 
   std::span<const double> reference_row(int64_t head, int64_t row) const {
-    return std::span(reference_.out).subspan((row * p_.heads + head) * p_.value_dim, p_.value_dim);
+    return std::span(reference_.out)
+        .subspan((row * p_.problem.heads + head) * p_.problem.value_dim, p_.problem.value_dim);
   }
 
   // Largest error relative to the reference's largest element. A row that is not finite in the
@@ -208,15 +216,15 @@ class Comparer {
   }
 
   void check_statistics() {
-    for (int64_t b = 0; b < p_.batch; ++b) {
-      for (int64_t h = 0; h < p_.heads; ++h) {
+    for (int64_t b = 0; b < p_.problem.batch; ++b) {
+      for (int64_t h = 0; h < p_.problem.heads; ++h) {
         int64_t visitable = 0, skipped = 0;
         for (const Tile& t : reference_.tiles) {
           if (t.request != b || !counts_for(t, h)) continue;
           ++visitable;
           skipped += !kernel_kept(t);
         }
-        const int64_t cell = b * p_.heads + h;
+        const int64_t cell = b * p_.problem.heads + h;
         if (problem_.tiles_visitable[cell] != visitable || problem_.tiles_skipped[cell] != skipped)
           mismatch("request {} head {} reports {} of {} tiles skipped; it was {} of {}", b, h,
                    problem_.tiles_skipped[cell], problem_.tiles_visitable[cell], skipped,
@@ -229,7 +237,7 @@ class Comparer {
   // those within rounding of the edge.
   void check_gaps() {
     constexpr int inner = BLASST_GAP_BINS - 2;
-    for (int64_t h = 0; h < p_.heads; ++h) {
+    for (int64_t h = 0; h < p_.problem.heads; ++h) {
       std::vector<double> gaps;
       for (const Tile& t : reference_.tiles)
         if (counts_for(t, h)) gaps.push_back(std::isnan(t.gap) ? kInf : t.gap);
@@ -259,8 +267,7 @@ class Comparer {
     int64_t visited = 0;
     for (const Tile& t : reference_.tiles) {
       const int64_t head = decode_ ? t.head / group() : t.head;
-      const int64_t row =
-          head * first_query_tile_.back() + first_query_tile_[t.request] + t.query_tile;
+      const int64_t row = head * plan_.query_tiles + first_query_tile_[t.request] + t.query_tile;
       const float maximum = problem_.tile_maxima[row * stride + t.key_tile];
       visited += maximum != -kInf;
       const bool same = std::isfinite(t.maximum)
@@ -279,10 +286,10 @@ class Comparer {
 
   void check_rows() {
     const std::vector<float> out = problem_.out();
-    for (int64_t h = 0; h < p_.heads; ++h) {
+    for (int64_t h = 0; h < p_.problem.heads; ++h) {
       for (int64_t row = 0; row < access_.rows(); ++row) {
-        const std::span kernel =
-            std::span(out).subspan((row * p_.heads + h) * p_.value_dim, p_.value_dim);
+        const std::span kernel = std::span(out).subspan(
+            (row * p_.problem.heads + h) * p_.problem.value_dim, p_.problem.value_dim);
         const double error = row_error(h, row, kernel);
         result_.error = std::max(result_.error, error);
         if (!(error <= allowed_.out))
@@ -317,13 +324,13 @@ class Comparer {
   }
 
   const Problem& problem_;
-  const PrefillParams& p_;
+  const AttentionParams& p_;
   bool decode_;
   Access access_;
+  Plan plan_;
   TileShape shape_;
   double roundoff_;
-  int64_t words_ = 0;
-  std::vector<int64_t> first_query_tile_;  // of each request, then the total
+  std::vector<int64_t> first_query_tile_;  // of each request
   reference::Result reference_;
   double score_error_ = 0;  // of plain float32 scores
   double magnitude_ = 0;    // largest scale * sum |q k|
@@ -334,11 +341,11 @@ class Comparer {
 }  // namespace
 
 Comparison compare(const Problem& problem) {
-  return compare(problem, tile_shape(problem.params, problem.description.decode));
+  return compare(problem, plan(problem.params, problem.description.decode));
 }
 
-Comparison compare(const Problem& problem, TileShape shape, double sum_roundoff) {
-  return Comparer(problem, shape, sum_roundoff).run();
+Comparison compare(const Problem& problem, const Plan& plan, double sum_roundoff) {
+  return Comparer(problem, plan, sum_roundoff).run();
 }
 
 }  // namespace blasst::check
