@@ -50,8 +50,8 @@ void choose(std::span<const Backend* const> candidates, blasst_backend wanted, M
     std::string built;
     for (const Backend* backend : candidates)
       built += (built.empty() ? "" : ", ") + name_of(backend->id());
-    throw Error(BLASST_UNSUPPORTED, fmt::format("backend {} is not in this build; it has: {}",
-                                                name_of(wanted), built));
+    throw Error(BLASST_UNSUPPORTED,
+                fmt::format("backend {} is not in this build; it has: {}", name_of(wanted), built));
   }
   std::string reasons;
   for (const Backend* backend : asked) {

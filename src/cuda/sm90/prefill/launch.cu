@@ -90,8 +90,7 @@ void clear_report(const Params& p, cudaStream_t stream) {
   const auto tiles = heads * static_cast<std::size_t>(p.query_tiles);
   clear(p.tile_bits, tiles * p.tile_words * sizeof(*p.tile_bits), stream);
   const auto maxima = static_cast<int64_t>(tiles) * p.tile_maxima_stride;
-  if (p.tile_maxima && maxima > 0)
-    enqueue(clear_maxima, 256, 256, stream, p.tile_maxima, maxima);
+  if (p.tile_maxima && maxima > 0) enqueue(clear_maxima, 256, 256, stream, p.tile_maxima, maxima);
 }
 
 // The parts of the parameters that say who does what. Returns the most items that there can be.
