@@ -12,7 +12,7 @@ from torch import Tensor
 import blasst
 import c_api
 from blasst import attention
-from blasst.ops import arguments
+from blasst.ops import arguments, library
 from blasst.ops.library import call
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -442,6 +442,27 @@ def test_tile_shape_is_what_statistics_count():
     rows, keys, _ = blasst.tile_shape(q, k, v, phase="prefill")
     stats = attention(q, k, v, return_stats=True).stats
     assert (stats.visitable == math.ceil(200 / rows) * math.ceil(200 / keys)).all()
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_the_plan_has_the_sizes_of_what_is_reported(phase):
+    queries = 130 if phase == "prefill" else 5
+    q, k, v = inputs(queries=queries, keys=200)
+    found = library.plan(
+        *(phase, q.device, q.dtype),
+        batch=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        query_length=queries,
+        keys=200,
+    )
+    got = attention(q, k, v, phase=phase, return_tile_maxima=True, return_tile_mask=True)
+    tiles = found.heads * found.query_tiles * found.key_tiles
+    assert got.tile_maxima.numel() == got.tile_mask.numel() == tiles
+    assert tuple(found[:3]) == tuple(blasst.tile_shape(q, k, v, phase=phase))
+    with pytest.raises(ValueError, match="head_dim is 12; it must be a multiple of 8"):
+        library.plan(phase, q.device, q.dtype, head_dim=12)
 
 
 # Tracing
