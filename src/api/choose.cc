@@ -65,7 +65,7 @@ void choose(std::span<const Backend* const> candidates, blasst_backend wanted, M
         why = error.what();
       }
     } else {
-      why = backend->info().name + ": " + why;
+      why.insert(0, backend->info().name + ": ");
     }
     reasons += (reasons.empty() ? "" : "; ") + why;
   }

@@ -18,7 +18,7 @@ namespace {
 std::vector<int32_t> checked_cu_seqlens(std::string_view name, const int32_t* values, int64_t batch,
                                         std::string_view total_name, int64_t total,
                                         std::string_view most_name, int64_t most) {
-  const std::vector<int32_t> cu(values, values + batch + 1);
+  std::vector<int32_t> cu(values, values + batch + 1);
   if (cu[0] != 0) fail("{}[0] is {}; it must be 0", name, cu[0]);
   for (int64_t b = 0; b < batch; ++b) {
     if (cu[b + 1] < cu[b])
