@@ -30,6 +30,14 @@ class Schedule(NamedTuple):
         """The one for a call with room for so many keys a request: a call has one order."""
         return self.shorter if keys < self.below else self
 
+    def to(self, device: torch.device) -> "Schedule":
+        """The same on this device, where `at` then works."""
+        return self._replace(
+            lengths=self.lengths.to(device),
+            ln_threshold=self.ln_threshold.to(device),
+            shorter=self.shorter and self.shorter.to(device),
+        )
+
     def at(self, lengths: Tensor) -> Tensor:
         """[requests] keys -> [requests, layers, heads] float32: thresholds, 0 to 1."""
         ln_length, points = lengths.double().log(), self.lengths.log()
@@ -139,7 +147,13 @@ class Measured:
         )
 
 
-def of_layer(table: Tensor, layer: int) -> Tensor:
+def heads_of(ln_threshold: Tensor) -> list[int] | None:
+    """How many heads each layer of a table [n, layers, heads] has; None: as many as it is wide."""
+    missing = ln_threshold[0].isnan()
+    return (~missing).sum(-1).tolist() if missing.any() else None
+
+
+def of_layer(table: Tensor, layer: int, heads: list[int] | None) -> Tensor:
     """[n, heads of the layer] of a table [n, layers, heads], or of one for all, [n, 1, 1]."""
     layers = table.shape[1]
     if layers > 1 and layer >= layers:
@@ -147,5 +161,5 @@ def of_layer(table: Tensor, layer: int) -> Tensor:
             f"sparse_attention_config holds thresholds for {layers} layers; the model asks for "
             f"layer {layer}"
         )
-    own = table[:, layer if layers > 1 else 0]
-    return own[:, ~own[0].isnan()]
+    row = layer if layers > 1 else 0
+    return table[:, row] if heads is None else table[:, row, : heads[row]]

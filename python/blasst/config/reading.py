@@ -110,11 +110,64 @@ def thresholds_for(
     return parsed(entry, layer).rule(attention_class, layer, phase, lengths, keys, name)
 
 
-class _Read(NamedTuple):
-    """An entry, what it held when it was read, and what was made of that."""
+class _Watch:
+    """Notices edits of an entry that one layer can see, in a few microseconds.
 
-    entry: Mapping[str, Any]
-    held: Mapping[str, Any]
+    Attention asks at every layer of every pass, so only that layer's thresholds are compared.
+    """
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self._sizes: list[tuple[Any, int]] = []
+        self._inner: list[tuple[Any, Any, Any]] = []
+        self._values: list[tuple[Any, Any, Any]] = []
+        self._tables: list[tuple[dict, list[list]]] = []
+        self._collect(entry)
+
+    def _collect(self, node: dict | list) -> None:
+        self._sizes.append((node, len(node)))
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if key == "ln_threshold":
+                layers = range(len(value[0][0]))
+                rows = [deepcopy(_rows(value, layer)) for layer in layers]
+                self._tables.append((node, rows))
+            elif isinstance(value, dict) or (isinstance(value, list) and _nests(value)):
+                self._inner.append((node, key, value))
+                self._collect(value)
+            else:
+                self._values.append((node, key, deepcopy(value)))
+
+    def is_unchanged(self, layer: int) -> bool:
+        """Whether the entry says the same to this layer as when it was read."""
+        try:
+            return (
+                all(len(node) == size for node, size in self._sizes)
+                and all(node[key] is value for node, key, value in self._inner)
+                and all(node[key] == value for node, key, value in self._values)
+                and all(self._has_rows(node, rows, layer) for node, rows in self._tables)
+            )
+        except (IndexError, KeyError, TypeError):  # something went, or became something else
+            return False
+
+    @staticmethod
+    def _has_rows(node: dict, rows: list[list], layer: int) -> bool:
+        table, place = node["ln_threshold"], min(layer, len(rows) - 1)
+        return len(table[0][0]) == len(rows) and _rows(table, place) == rows[place]
+
+
+def _rows(table: list, layer: int) -> list:
+    """One layer's thresholds, of every length and target."""
+    return [layers[layer] for by_target in table for layers in by_target]
+
+
+def _nests(values: list) -> bool:
+    return any(isinstance(value, dict | list) for value in values)
+
+
+class _Read(NamedTuple):
+    """An entry, and what was made of it."""
+
+    entry: dict[str, Any]
+    watch: _Watch
     result: SparseAttention
 
 
@@ -124,42 +177,15 @@ _read: tuple[_Read, ...] = ()
 """Replaced, never changed, so that any thread may look through it."""
 
 
-def parsed(entry: Mapping[str, Any], layer: int) -> SparseAttention:
+def parsed(entry: Any, layer: int) -> SparseAttention:
     """`parse`, once for each entry and again after an edit that this layer can see."""
     global _read  # noqa: PLW0603
     for known in _read:
-        if known.entry is entry and _is_unchanged(known.held, entry, layer):
+        if known.entry is entry and known.watch.is_unchanged(layer):
             return known.result
-    found = _Read(entry, deepcopy(dict(entry)) if isinstance(entry, Mapping) else {}, parse(entry))
+    result = parse(entry)
+    found = _Read(entry, _Watch(entry), result)
     with _reading:
         others = [known for known in _read if known.entry is not entry]
         _read = (*others[1 - _READ_AT_MOST :], found)
-    return found.result
-
-
-def _is_unchanged(held: Any, entry: Any, layer: int) -> bool:
-    """Whether nothing but other layers' thresholds differs: one layer's are quick to compare."""
-    if not isinstance(held, Mapping):
-        if isinstance(held, list) and isinstance(entry, list) and len(held) == len(entry):
-            return all(_is_unchanged(*pair, layer) for pair in zip(held, entry, strict=True))
-        return held == entry
-    if not isinstance(entry, Mapping) or held.keys() != entry.keys():
-        return False
-    return all(
-        _is_row_unchanged(held[key], entry[key], layer)
-        if key == "ln_threshold"
-        else _is_unchanged(held[key], entry[key], layer)
-        for key in held
-    )
-
-
-def _is_row_unchanged(held: list, table: list, layer: int) -> bool:
-    """The same for a table: [lengths][targets][layers][heads]."""
-    if len(held) != len(table) or any(len(a) != len(b) for a, b in zip(held, table, strict=True)):
-        return False
-    return all(
-        len(layers) == len(now)
-        and layers[min(layer, len(layers) - 1)] == now[min(layer, len(now) - 1)]
-        for by_target, by_target_now in zip(held, table, strict=True)
-        for layers, now in zip(by_target, by_target_now, strict=True)
-    )
+    return result

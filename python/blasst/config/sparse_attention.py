@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from blasst.config.laws import Law, Measured, Schedule, of_layer, on_host
+from blasst.config.laws import Law, Measured, Schedule, heads_of, of_layer, on_host
 from blasst.config.writing import ecosystem_entry, own_entry
 
 PHASES = ("prefill", "decode")
@@ -104,6 +104,7 @@ class SparseAttention:
         lengths: Sequence[int],
         keys: int,
         name: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> Rule:
         """The thresholds and the order of one layer: see `thresholds_for`."""
         if not self._is_sparse(attention_class, layer, phase, name):
@@ -111,16 +112,17 @@ class SparseAttention:
         # Every layer of a pass asks for the same lengths, so the whole model's table is kept. It is
         # read once: another thread may put its own in the place.
         target = self.target_sparsity[phase]
-        key = (target, keys, *lengths)
+        key = (target, device, keys, *lengths)
         found = self._tables.get(phase)
         if found is None or found[0] != key:
             schedule = self._schedule(phase).of_call(keys)
             for length in lengths:
                 self._tell_outside(phase, target, length)
-            table = schedule.at(on_host(lengths, torch.float64))
-            self._tables[phase] = found = (key, schedule.order, table)
-        _, order, table = found
-        return Rule(of_layer(table, layer), order)
+            table = schedule.at(on_host(lengths, torch.float64)).to(device)
+            heads = heads_of(schedule.ln_threshold)
+            self._tables[phase] = found = (key, schedule.order, table, heads)
+        _, order, table, heads = found
+        return Rule(of_layer(table, layer, heads), order)
 
     def schedule(
         self, attention_class: str, layer: int, phase: str, name: str | None = None
@@ -132,7 +134,7 @@ class SparseAttention:
 
     def _schedule_of(self, whole: Schedule, layer: int) -> Schedule:
         return whole._replace(
-            ln_threshold=of_layer(whole.ln_threshold, layer)[:, None],
+            ln_threshold=of_layer(whole.ln_threshold, layer, heads_of(whole.ln_threshold))[:, None],
             shorter=whole.shorter and self._schedule_of(whole.shorter, layer),
         )
 
@@ -206,7 +208,8 @@ class SparseAttention:
         return entry | {"blasst": own_entry(self.measured)} if self.measured else entry
 
 
-def is_listed(names: Sequence[str], attention_class: str, name: str) -> bool:
+@lru_cache(4096)
+def is_listed(names: tuple[str, ...], attention_class: str, name: str) -> bool:
     """Whether one of the names is this class, or this module or one around it."""
     return any(entry == attention_class or _pattern(entry).search(name) for entry in names)
 

@@ -65,7 +65,7 @@ def attention_forward(
     phase = _phase(queries, query, key, value)
     sequences = packed.find(mask, causal, query, key, kwargs)
     inputs = tuple(t.transpose(1, 2) for t in (query, key, value))
-    lengths = _Lengths(mask, ranges, sequences, batch, keys)
+    lengths = _Lengths(mask, ranges, sequences, batch, keys, query.device)
     share = share_of(module, heads)
     result = attention(
         **_layout(*inputs, ranges, sequences),
@@ -100,7 +100,7 @@ def _test(
     if torch.compiler.is_compiling():
         test = options_when_compiled(module, phase, lengths.room, lengths.tensor)
     else:
-        test = options_of(module, phase, lengths.room, lengths.numbers, tiles)
+        test = options_of(module, phase, lengths.room, lengths.numbers, tiles, inputs[0].device)
     if share is None:
         return test
     return {n: v if n == "order" else share.of_thresholds(v) for n, v in test.items()}
@@ -164,9 +164,10 @@ class _Lengths:
         sequences: Sequences | None,
         batch: int,
         keys: int,
+        device: torch.device,
     ) -> None:
         self._mask, self._ranges, self._sequences = mask, ranges, sequences
-        self._batch, self._keys = batch, keys
+        self._batch, self._keys, self._device = batch, keys, device
         self.are_packed = sequences is not None
 
     @property
@@ -179,7 +180,7 @@ class _Lengths:
         if self._sequences is not None:
             return self._sequences.ends_k.diff()
         if self._ranges is None:
-            return torch.full((self._batch,), self._keys, dtype=torch.int64, device="cpu")
+            return torch.full((self._batch,), self._keys, dtype=torch.int64, device=self._device)
         return self._ranges[:, 1] - self._ranges[:, 0]
 
     def numbers(self) -> list[int]:

@@ -90,6 +90,7 @@ def options_of(
     keys: int,
     lengths: Callable[[], list[int]],
     tiles: Callable[[], tuple[int, int]],
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Threshold and order of a call, as `blasst.attention` takes them.
 
@@ -99,6 +100,7 @@ def options_of(
         keys: how many the call has room for a request.
         lengths: keys in use of each request; asked only where thresholds depend on them.
         tiles: query rows and keys of the tiles that decide.
+        device: where thresholds of a calibration shall be.
     """
     configured = getattr(module, "blasst_thresholds", {}).get(phase)
     if configured is not None:
@@ -109,7 +111,7 @@ def options_of(
         return {}
     read, place = found
     kind = type(module).__name__
-    rule = read.rule(kind, place.layer, phase, lengths(), keys, place.name)
+    rule = read.rule(kind, place.layer, phase, lengths(), keys, place.name, device)
     if rule.threshold is not None:
         read.tell_tiles(phase, tiles)
     return {"threshold": rule.threshold, "order": rule.order}
@@ -128,7 +130,7 @@ def options_when_compiled(
     if schedule is None:
         return {}
     schedule = schedule.of_call(keys)
-    return {"threshold": schedule.at(lengths().cpu())[:, 0], "order": schedule.order}
+    return {"threshold": schedule.at(lengths())[:, 0], "order": schedule.order}
 
 
 @torch.compiler.assume_constant_result
@@ -138,7 +140,8 @@ def _schedule_of(module: nn.Module, phase: str) -> Schedule | None:
     if found is None:
         return None
     read, place = found
-    return read.schedule(type(module).__name__, place.layer, phase, place.name)
+    schedule = read.schedule(type(module).__name__, place.layer, phase, place.name)
+    return schedule and schedule.to(next(module.parameters()).device)
 
 
 def _calibration_of(module: nn.Module) -> tuple[SparseAttention, Place] | None:
