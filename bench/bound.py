@@ -5,9 +5,8 @@ tiles - LSE of all), so one dense and one sparse call tell both.
 """
 
 import argparse
-import math
-from pathlib import Path
 
+import recorded
 import torch
 
 import blasst
@@ -16,24 +15,18 @@ import blasst
 def main() -> None:
     """Prints a line for each recorded layer and sparsity."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--recorded", type=Path, default=Path("build/qkv.pt"), metavar="FILE")
+    recorded.add_option(parser)
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0.5, 0.75])
     arguments = parser.parse_args()
-    if not arguments.recorded.exists():
-        parser.error(f"no {arguments.recorded}: bench/record_qkv.py makes it")
-    for layer, tensors in torch.load(arguments.recorded, weights_only=True).items():
+    for layer, tensors in recorded.load(parser, arguments.recorded).items():
         q, k, v = (t.float() for t in tensors)
-        dense = blasst.attention(
-            q, k, v, causal=True, phase="prefill", return_lse=True, return_gaps=True
-        )
-        share = dense.gaps.sum(0).cumsum(0) / dense.gaps.sum()
+        dense = blasst.attention(q, k, v, causal=True, phase="prefill", return_lse=True)
         for sparsity in arguments.sparsity:
-            gap = int((share < sparsity).sum()) / 16 - 32  # a bin is 1/16 wide, from -32 on
             sparse = blasst.attention(
                 *(q, k, v),
                 causal=True,
                 phase="prefill",
-                threshold=math.exp(min(gap, 0.0)),
+                threshold=recorded.threshold_for(sparsity, q, k, v),
                 return_lse=True,
                 return_stats=True,
                 return_error_bound=True,

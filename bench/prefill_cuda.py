@@ -11,12 +11,14 @@ thresholds by head and place beside a relative one, and the recorded tensors of 
 """
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import recorded
 import torch
 from torch import Tensor
 
@@ -35,7 +37,6 @@ AMPLITUDE = 22.0  # a matching key beats another by e^43
 THRESHOLD = 1e-3
 QUERY_BLOCK = 384  # rows that match the same keys
 KEY_BLOCK = 128  # keys that score alike
-RECORDED = Path("build/qkv.pt")
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,11 @@ class FmhaV2:
 
 
 class Table:
-    """Prints lines."""
+    """Prints lines, and keeps their numbers."""
 
     def __init__(self, rounds: int, turn: float, fmha_v2: FmhaV2 | None):
         self.rounds, self.turn, self.fmha_v2 = rounds, turn, fmha_v2
+        self.rows: list[dict[str, object]] = []
 
     def line(
         self,
@@ -235,6 +237,8 @@ class Table:
                 f", of FA3 {rate['dense'] / rate['FA3']:4.2f}x {rate['sparse'] / rate['FA3']:4.2f}x"
             )
         print(line, flush=True)
+        row = {"work": work.name, "sparsity": sparse.stats.sparsity, "tflops": rate}
+        self.rows.append(row)
         return sparse.stats.sparsity, rate["sparse"]
 
     def planted(self, works: tuple[Work, ...], sparsities: list[float]) -> None:
@@ -285,13 +289,11 @@ class Table:
         """At thresholds for 50 and 75 % on these very tensors, one for each layer."""
         for layer, tensors in torch.load(file, weights_only=True).items():
             q, k, v = (t.cuda() for t in tensors)
-            gaps = blasst.attention(q, k, v, causal=True, phase="prefill", return_gaps=True).gaps
-            share = gaps.sum(0).cumsum(0) / gaps.sum()
             work = Work(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3])
             for sparsity in (0.5, 0.75):
-                edge = int((share < sparsity).sum()) / 16 - 32
-                print(f"layer {layer}, threshold e^{edge:.2f}: ", end="")
-                self.line(work, (q, k, v), math.exp(min(edge, 0.0)), 1.0)
+                threshold = recorded.threshold_for(sparsity, q, k, v)
+                print(f"layer {layer}, threshold {threshold:.2e}: ", end="")
+                self.line(work, (q, k, v), threshold, 1.0)
 
 
 def main() -> None:
@@ -303,8 +305,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=100, help="least milliseconds of a turn")
-    parser.add_argument("--recorded", type=Path, default=RECORDED, metavar="FILE")
+    recorded.add_option(parser)
     parser.add_argument("--fmha-v2", metavar="SO", help="compiled module of FlashInfer's fmha_v2")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="for bench/plot_prefill.py")
     arguments = parser.parse_args()
     if arguments.fmha_v2 and not tvm_ffi:
         parser.error("--fmha-v2 needs tvm_ffi (PyPI: apache-tvm-ffi)")
@@ -326,6 +329,9 @@ def main() -> None:
             table.recorded(arguments.recorded)
         else:
             print(f"no {arguments.recorded}: bench/record_qkv.py makes it", flush=True)
+    if arguments.out:
+        measured = {"device": torch.cuda.get_device_name(), "rows": table.rows}
+        arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":
