@@ -2,8 +2,8 @@
 
     python examples/calibrate.py MODEL FOLDER --target-sparsity 0.5
 
-`AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="blasst")` then runs with them. The
-command `blasst calibrate` does the same with more options.
+`AutoModelForCausalLM.from_pretrained(FOLDER, attn_implementation="blasst")` then runs
+with them. The command `blasst calibrate` does the same with more options.
 """
 
 import argparse

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from recency_model import make_loaded
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
