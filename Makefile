@@ -88,6 +88,11 @@ format: $(VENV)/.complete ## rewrite the sources in the project's format
 	$(VENV)/bin/clang-format -i $(sources)
 	$(python) -m ruff format
 
+##@ Documentation
+.PHONY: docs
+docs: $(VENV)/.docs ## the site, from docs/ and the docstrings, into build/docs
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --quiet
+
 ##@ GPU of compute capability 9.0
 .PHONY: gpu-test
 gpu-test: build ## kernels and operator against the reference and the CPU
@@ -140,6 +145,10 @@ $(VENV)/.complete: requirements.txt scripts/python-env | build-packages
 $(VENV)/lowest/.complete: requirements-lowest.txt $(VENV)/.complete
 	rm -rf $(@D)
 	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.complete
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
 $(VENV)/.gemma3: requirements-gemma3.txt $(VENV)/.complete
