@@ -23,19 +23,18 @@ int main() {
   };
   const float threshold = 0.3f;  // drop tiles whose scores are all 1.2 below their row's maximum
   int64_t visitable[heads], skipped[heads];
-  blasst::prefill({.problem = {.heads = heads,
-                               .kv_heads = kv_heads,
-                               .head_dim = dim,
-                               .value_dim = dim,
-                               .query_length = tokens,
-                               .q = view(q, heads),
-                               .out = view(out, heads),
-                               .kv = {.k = view(k, kv_heads),
-                                      .v = view(v, kv_heads),
-                                      .key_length = tokens},
-                               .mask = {.causal = 1}},
-                   .decision = {.test = {.kind = BLASST_TEST_RELATIVE, .values = &threshold}},
-                   .report = {.tiles_visitable = visitable, .tiles_skipped = skipped}});
+  blasst::prefill(
+      {.problem = {.heads = heads,
+                   .kv_heads = kv_heads,
+                   .head_dim = dim,
+                   .value_dim = dim,
+                   .query_length = tokens,
+                   .q = view(q, heads),
+                   .out = view(out, heads),
+                   .kv = {.k = view(k, kv_heads), .v = view(v, kv_heads), .key_length = tokens},
+                   .mask = {.causal = 1}},
+       .decision = {.test = {.kind = BLASST_TEST_RELATIVE, .values = &threshold}},
+       .report = {.tiles_visitable = visitable, .tiles_skipped = skipped}});
   int64_t all = 0, dropped = 0;
   for (int h = 0; h < heads; ++h) all += visitable[h], dropped += skipped[h];
   std::printf("%lld of %lld tiles skipped\n", static_cast<long long>(dropped),
