@@ -211,7 +211,7 @@ def test_unequal_prompts_are_averaged_where_they_reach():
     for tiles, value in ((3, 1.0), (5, 3.0)):
         maxima = torch.full((1, 1, tiles, tiles), value).tril()
         maxima = maxima.masked_fill(torch.ones(tiles, tiles).triu(1).bool(), -math.inf)
-        sums.add("prefill", 0, blasst.Result(None, None, None, None, None, maxima), None)
+        sums.add("prefill", 0, blasst.Result(*[None] * 5, maxima, None), None)
     table, spread = sums.table()
     assert table[0, 0, 0].tolist() == [-math.inf, -math.inf, 2.0, 3.0, 3.0]
     assert spread[0, 0, 0, 2] == pytest.approx(math.sqrt(2))
@@ -226,4 +226,4 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert AbsoluteThresholds.load(path).keeps == (1, 4)
     assert "between prompts" in capsys.readouterr().out
     assert main(["bsfa", "tiny", *arguments, "--keep", "9"]) == 1
-    assert "blasst: tiles to keep are [9]; each must be 1 to 6" in capsys.readouterr().err
+    assert "blasst: tiles to keep are [1, 4, 9]; each must be 1 to 6" in capsys.readouterr().err

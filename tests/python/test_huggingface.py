@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import blasst
-from blasst import Threshold, hf
+from blasst import Threshold
 from blasst.config import LENGTH_FORMULA
-from blasst.hf import key_ranges
+from blasst.hf import key_ranges, recording
 from tiny_models import MODELS, QUIET, VOCABULARY, make_model, with_quiet_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -413,7 +413,7 @@ def test_recordings():
 def test_an_error_ends_the_recording():
     with pytest.raises(KeyError), blasst.record():
         raise KeyError
-    assert hf.recording.active == []
+    assert recording.active == []
 
 
 # What cannot be honoured is an error that names it

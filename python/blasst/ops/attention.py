@@ -183,19 +183,16 @@ def attention(
             gradient; in the backward pass of a decode, of pages that requests share, on cuda, or of
             a backward pass.
     """
+    places = {
+        "starts": starts,
+        "lengths": lengths,
+        "query_lengths": query_lengths,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "page_table": page_table,
+    }
     check_tensors(
-        {"q": q, "k": k, "v": v},
-        {
-            "sinks": sinks,
-            "starts": starts,
-            "lengths": lengths,
-            "query_lengths": query_lengths,
-            "cu_seqlens_q": cu_seqlens_q,
-            "cu_seqlens_k": cu_seqlens_k,
-            "page_table": page_table,
-            "blocks": blocks,
-            "out": out,
-        },
+        {"q": q, "k": k, "v": v}, {"sinks": sinks, **places, "blocks": blocks, "out": out}
     )
     phase = phase_of(phase, q)
     if page_table is None:
@@ -215,14 +212,6 @@ def attention(
         "return_tile_mask": return_tile_mask,
     }
     check_flags(**asked)
-    places = {
-        "starts": starts,
-        "lengths": lengths,
-        "query_lengths": query_lengths,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "page_table": page_table,
-    }
     if return_tile_mask and any(t is not None for t in places.values()):
         raise NotSupportedError(
             "return_tile_mask is set together with starts, lengths, query_lengths, cu_seqlens_q, "
