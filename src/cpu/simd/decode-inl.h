@@ -251,7 +251,7 @@ class DecodeHead {
   Range KeysOf(int64_t j) const { return {j * kKeys, std::min<int64_t>(keys_, (j + 1) * kKeys)}; }
 
   static const std::byte* ZeroRow() {
-    static constexpr std::array<std::byte, kMaxDim * sizeof(float)> zeros{};
+    alignas(float) static constexpr std::array<std::byte, kMaxDim * sizeof(float)> zeros{};
     return zeros.data();
   }
 

@@ -63,7 +63,7 @@ class KeyTile {
 
  private:
   static constexpr int kAhead = 8;  // rows between asking for one and copying it
-  static constexpr std::array<std::byte, kMaxDim * sizeof(float)> zeros_{};
+  alignas(float) static constexpr std::array<std::byte, kMaxDim * sizeof(float)> zeros_{};
 
   // Asks for row i, counted over keys and then steps of values.
   HWY_INLINE void Fetch(int64_t i) const {
