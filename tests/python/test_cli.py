@@ -153,7 +153,7 @@ def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
     assert (folder / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("imported", ["torch", "typer", "blasst.cli.console"])
+@pytest.mark.parametrize("imported", ["torch", "transformers", "blasst.cli.console"])
 def test_ctrl_c_while_importing_is_one_line(imported, tmp_path):
     # In place of an impatient user: SIGINT when this module is looked for.
     (tmp_path / "sitecustomize.py").write_text(f"""

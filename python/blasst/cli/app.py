@@ -25,6 +25,7 @@ def _add(function: Callable[..., None], *, resumes: bool = False) -> None:
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> None:
+        import transformers  # noqa: F401, every command needs it; here Ctrl-C still ends the process
         from safetensors import SafetensorError
 
         from blasst.cli.console import console, log_to_console
