@@ -9,12 +9,12 @@
 
 #include "attention/checks.h"
 #include "attention/element.h"
-#include "cuda/checks.h"
+#include "cuda/core/checks.h"
+#include "cuda/core/runtime.h"
 #include "cuda/merge.h"
 #include "cuda/pages.h"
 #include "cuda/sm90/decode/plan.h"
 #include "cuda/sm90/prefill/plan.h"
-#include "cuda/sm90/runtime.h"
 #include "cuda/usable.h"
 
 namespace blasst::cuda {

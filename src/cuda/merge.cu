@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "cuda/core/runtime.h"
 #include "cuda/merge.h"
-#include "cuda/sm90/runtime.h"
 
 namespace blasst::cuda {
 namespace {

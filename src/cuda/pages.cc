@@ -1,7 +1,7 @@
 #include "cuda/pages.h"
 
 #include "attention/checks.h"
-#include "cuda/checks.h"
+#include "cuda/core/checks.h"
 
 namespace blasst::cuda {
 

@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
+#include "cuda/core/runtime.h"
 #include "cuda/pages.h"
-#include "cuda/sm90/runtime.h"
 
 namespace blasst::cuda {
 namespace {

@@ -68,19 +68,19 @@ TEST(DecodePlan, PassesOnWhatItIsGiven) {
   p.problem.mask.window_left = 100;
   p.problem.softcap = 30;
   const Launch l = plan_launch(p);
-  EXPECT_EQ(l.dim, kDim);
-  EXPECT_EQ(l.params.key_length, 15 * 64);
-  EXPECT_EQ(l.params.least_distance, 0);
-  EXPECT_EQ(l.params.most_distance, 100);
+  EXPECT_EQ(l.qk_dim, kDim);
+  EXPECT_EQ(l.params.keys.length, 15 * 64);
+  EXPECT_EQ(l.params.distances.least, 0);
+  EXPECT_EQ(l.params.distances.most, 100);
   EXPECT_EQ(l.params.softcap, 30);
   EXPECT_FLOAT_EQ(l.params.scale, 0.08838835f);
   EXPECT_EQ(l.k.outer, 40);
   EXPECT_EQ(l.k.tokens, 64);
   EXPECT_EQ(l.q.tokens, 2);
-  EXPECT_EQ(l.params.starts, nullptr);
+  EXPECT_EQ(l.params.keys.starts, nullptr);
   p = dense();
   p.problem.kv.starts = p.problem.kv.lengths;
-  EXPECT_EQ(plan_launch(p).params.starts, p.problem.kv.starts);
+  EXPECT_EQ(plan_launch(p).params.keys.starts, p.problem.kv.starts);
 }
 
 TEST(DecodePlan, TileShapeIsOfTheRequestAlone) {

@@ -4,7 +4,9 @@
 #include <array>
 #include <set>
 
-#include "cuda/sm90/decode/schedule.h"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/tensor.h"
+#include "cuda/core/tiles.h"
 
 namespace blasst::cuda::decode {
 namespace {
@@ -67,15 +69,15 @@ TEST(DecodeSchedule, VisitIsWhatThePositionsSee) {
     EXPECT_EQ(range.begin, begin);
     EXPECT_EQ(range.end, end);
   };
-  expect(visit(0, 1, 0, kUnlimited), 0, 0);
-  expect(visit(1, 1, 0, kUnlimited), 0, 1);
-  expect(visit(640, 1, 0, kUnlimited), 0, 10);
-  expect(visit(641, 1, 0, kUnlimited), 0, 11);
-  expect(visit(640, 1, 0, 63), 9, 10);   // keys 576 to 639
-  expect(visit(640, 1, 0, 64), 8, 10);   // keys 575 to 639
-  expect(visit(640, 16, 0, 63), 8, 10);  // the first position stands at 624
-  expect(visit(5, 16, 0, 63), 0, 1);     // more positions than keys
-  expect(visible_keys(640, 1, 0, 64), 575, 640);
+  expect(visit(0, 1, {0, kUnlimited}), 0, 0);
+  expect(visit(1, 1, {0, kUnlimited}), 0, 1);
+  expect(visit(640, 1, {0, kUnlimited}), 0, 10);
+  expect(visit(641, 1, {0, kUnlimited}), 0, 11);
+  expect(visit(640, 1, {0, 63}), 9, 10);   // keys 576 to 639
+  expect(visit(640, 1, {0, 64}), 8, 10);   // keys 575 to 639
+  expect(visit(640, 16, {0, 63}), 8, 10);  // the first position stands at 624
+  expect(visit(5, 16, {0, 63}), 0, 1);     // more positions than keys
+  expect(visible_keys(640, 1, {0, 64}), 575, 640);
 }
 
 TEST(DecodeSchedule, EveryOrderVisitsEveryTileOnce) {

@@ -75,16 +75,16 @@ TEST(PrefillPlan, PassesLayoutsOn) {
   const Launch d = plan_launch(dense());
   EXPECT_EQ(d.params.rows, 3 * kRoom);
   EXPECT_EQ(d.k.outer, 3);
-  EXPECT_EQ(d.params.least_distance, 0);
-  EXPECT_EQ(d.params.most_distance, kUnlimited);
+  EXPECT_EQ(d.params.distances.least, 0);
+  EXPECT_EQ(d.params.distances.most, kUnlimited);
   const Launch r = plan_launch(ragged());
   EXPECT_EQ(r.q.outer, 1);
   EXPECT_EQ(r.q.tokens, 2000);
   EXPECT_EQ(r.k.tokens, 1500);
-  EXPECT_EQ(r.params.key_length, kRoom);
-  EXPECT_EQ(r.params.query_tiles, (2000 + 3 * 63) / 64);
+  EXPECT_EQ(r.params.keys.length, kRoom);
+  EXPECT_EQ(r.params.report.query_tiles, (2000 + 3 * 63) / 64);
   const Launch g = plan_launch(paged());
-  EXPECT_EQ(g.params.key_length, 15 * 64);
+  EXPECT_EQ(g.params.keys.length, 15 * 64);
   EXPECT_EQ(g.k.outer, 40);
   EXPECT_EQ(g.k.tokens, 64);
 }
@@ -94,7 +94,7 @@ TEST(PrefillPlan, RaggedNeedsNoLongestRequest) {
   p.problem.query_length = p.problem.kv.key_length = 0;
   const Launch l = plan_launch(p);
   EXPECT_EQ(l.params.query_length, 2000);
-  EXPECT_EQ(l.params.key_length, 1500);
+  EXPECT_EQ(l.params.keys.length, 1500);
 }
 
 TEST(PrefillPlan, NeedsScalarsAlone) {

@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "attention/tiles.h"
-#include "cuda/sm90/prefill/schedule.h"
+#include "cuda/core/prefill/order.h"
+#include "cuda/core/tensor.h"
+#include "cuda/core/tiles.h"
 
 namespace blasst::cuda::prefill {
 namespace {
@@ -87,11 +89,11 @@ TEST(PrefillSchedule, LongestFirstAndOneKvHeadSideBySide) {
 
 TEST(PrefillSchedule, SectionsAreWholeKvHeadsThatFit) {
   constexpr int64_t l2 = int64_t{32} << 20;
-  EXPECT_EQ(section_heads(65536, 128, 1, 64, 4, l2), 16);  // one KV head fills it
-  EXPECT_EQ(section_heads(16384, 128, 1, 64, 4, l2), 64);  // all four fit
-  EXPECT_EQ(section_heads(32768, 128, 1, 32, 8, l2), 8);   // two KV heads of four heads
-  EXPECT_EQ(section_heads(1 << 20, 128, 2, 8, 8, l2), 1);  // not even one fits
-  EXPECT_EQ(section_heads(0, 64, 3, 8, 2, l2), 24);        // never more than there are
+  EXPECT_EQ(section_heads(65536, 256, 1, 64, 4, l2), 16);  // one KV head fills it
+  EXPECT_EQ(section_heads(16384, 256, 1, 64, 4, l2), 64);  // all four fit
+  EXPECT_EQ(section_heads(32768, 256, 1, 32, 8, l2), 8);   // two KV heads of four heads
+  EXPECT_EQ(section_heads(1 << 20, 256, 2, 8, 8, l2), 1);  // not even one fits
+  EXPECT_EQ(section_heads(0, 128, 3, 8, 2, l2), 24);       // never more than there are
 }
 
 TEST(PrefillSchedule, VisitsLikeTheReference) {
@@ -99,7 +101,7 @@ TEST(PrefillSchedule, VisitsLikeTheReference) {
     for (int begin = 0; begin < 3; ++begin) {
       for (int end = begin + 1; end < begin + 6; ++end) {
         for (int i = 0; i < end - begin; ++i)
-          EXPECT_EQ(tile_at(order, begin, end, i), attention::nth_tile(order, {begin, end}, i));
+          EXPECT_EQ(tile_at(order, {begin, end}, i), attention::nth_tile(order, {begin, end}, i));
       }
     }
   }
@@ -110,7 +112,7 @@ TEST(PrefillSchedule, SeesLikeTheReference) {
                                     std::pair{0, 5}, std::pair{-3, 4}, std::pair{2, 9}}) {
     for (int position = -4; position < 20; ++position) {
       const attention::Range wanted = attention::visible_keys({least, most}, position, 12);
-      const KeyRange keys = keys_of(position, position, least, most, 12);
+      const Range keys = keys_seen(position, position, {least, most}, 12);
       EXPECT_EQ(keys.begin >= keys.end, wanted.empty());
       if (wanted.empty()) continue;
       EXPECT_EQ(keys.begin, wanted.begin);

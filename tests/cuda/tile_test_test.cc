@@ -1,10 +1,13 @@
-// The tile test's thresholds as the kernels take them. No GPU needed.
+// The tile test as the kernels take it. No GPU needed.
 #include "cuda/core/tile_test.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <limits>
+
+#include "attention/tiles.h"
+#include "cuda/core/tiles.h"
 
 namespace blasst::cuda {
 namespace {
@@ -33,6 +36,30 @@ TEST(LogThreshold, OfNoThresholdSkipsNothing) {
   }
   EXPECT_EQ(log_threshold(BLASST_TEST_ABSOLUTE, kNan, 100), -kInf);
   EXPECT_EQ(log_threshold(BLASST_TEST_NONE, 0.5f, 100), -kInf);
+}
+
+TEST(SkipBelow, OfARelativeTestFollowsTheRunningMaximum) {
+  EXPECT_EQ(skip_below(BLASST_TEST_RELATIVE, -3, 10), 7);
+  EXPECT_EQ(skip_below(BLASST_TEST_ABSOLUTE, -3, 10), -3);
+}
+
+TEST(SkipBelow, OnlyATileWithoutScoresIsSkippedFirst) {
+  for (const int test : {BLASST_TEST_RELATIVE, BLASST_TEST_ABSOLUTE}) {
+    for (const float threshold : {-kInf, -3.0f, 0.0f, kInf}) {
+      const float below = skip_below(test, threshold, -kInf);
+      EXPECT_TRUE(-kInf < below) << test << ' ' << threshold;
+      EXPECT_FALSE(std::numeric_limits<float>::lowest() < below) << test << ' ' << threshold;
+    }
+    // And a threshold that is none skips nothing that has a score.
+    EXPECT_FALSE(std::numeric_limits<float>::lowest() < skip_below(test, -kInf, 10));
+  }
+}
+
+TEST(GapBin, IsTheReferences) {
+  for (const double gap : {-1000.0, -32.1, -32.0, -31.99, -5.3, -0.07, -0.0, 0.0, 3.0})
+    EXPECT_EQ(gap_bin(static_cast<float>(gap)), attention::gap_bin(static_cast<float>(gap))) << gap;
+  EXPECT_EQ(gap_bin(kInf), BLASST_GAP_BINS - 1);
+  EXPECT_EQ(gap_bin(kNan), BLASST_GAP_BINS - 1);
 }
 
 }  // namespace

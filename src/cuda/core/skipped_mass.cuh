@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cuda/sm90/ptx.cuh"
+#include "cuda/core/math.cuh"
 
 namespace blasst::cuda {
 
@@ -17,15 +17,14 @@ struct SkippedMass {
   __device__ __forceinline__ void add(float other_maximum, float other_sum) {
     const float both = fmaxf(maximum, other_maximum);
     if (both == -INFINITY) return;
-    sum =
-        sum * ptx::exp2_approx(maximum - both) + other_sum * ptx::exp2_approx(other_maximum - both);
+    sum = sum * exp2_approx(maximum - both) + other_sum * exp2_approx(other_maximum - both);
     maximum = both;
   }
   __device__ __forceinline__ void add(const SkippedMass& other) { add(other.maximum, other.sum); }
 
   // Its part of all, beside the kept exponentials: kept_sum * 2^kept_maximum.
   __device__ __forceinline__ float share(float kept_maximum, float kept_sum) const {
-    return sum == 0 ? 0.0f : 1 / (1 + kept_sum / sum * ptx::exp2_approx(kept_maximum - maximum));
+    return sum == 0 ? 0.0f : 1 / (1 + kept_sum / sum * exp2_approx(kept_maximum - maximum));
   }
 };
 

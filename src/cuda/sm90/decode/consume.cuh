@@ -7,33 +7,40 @@
 
 #include <cmath>
 
-#include "blasst/blasst.h"
-#include "cuda/core/skipped_mass.cuh"
-#include "cuda/sm90/decode/fold.cuh"
+#include "cuda/core/decode/fold.cuh"
+#include "cuda/core/decode/params.h"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/math.cuh"
+#include "cuda/core/tiles.h"
+#include "cuda/sm90/core/ring.cuh"
+#include "cuda/sm90/core/wgmma.cuh"
 #include "cuda/sm90/decode/layout.cuh"
-#include "cuda/sm90/decode/mma.cuh"
-#include "cuda/sm90/decode/params.h"
+#include "cuda/sm90/decode/place.cuh"
 #include "cuda/sm90/decode/produce.cuh"
-#include "cuda/sm90/decode/schedule.h"
-#include "cuda/sm90/ptx.cuh"
+#include "cuda/sm90/decode/reports.cuh"
 
 namespace blasst::cuda::decode {
 
-inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kInf = INFINITY;
-
-template <typename T, int kDim, int kRows, Variant kVariant>
+template <typename C>
 class Consumer {
-  using L = Layout<kDim, kRows>;
-  using Mma = NarrowMma<T, kRows>;
-  static constexpr bool kTests = kVariant != Variant::kDense;
-  static constexpr bool kReports = kVariant == Variant::kReport;
-  static constexpr bool kFolds = adds_splits(kDim, kRows);  // items of several splits
+  using L = typename C::Layout;
+  using Mma = ptx::Wgmma<typename C::Element, C::kRows>;
+  static constexpr int kRows = C::kRows;
+  static constexpr bool kTests = C::kTests;
+  static constexpr bool kFolds = adds_splits(C::kValueDim, kRows);  // items of several splits
   static constexpr int kScores = kRows / 2;   // accumulators of a 64-row product, a thread
   static constexpr int kColumns = kRows / 4;  // query rows a thread has elements of
-  static constexpr int kPanels = L::kPanels;
+  static constexpr int kPanels = L::Values::kCount;
   static constexpr int kValueStages = L::kValueStages;
-  static constexpr unsigned kAll = 0xffffffffu;
+
+  using Scores = float[kScores];
+  using Outputs = float[kPanels][kScores];
+  using Columns = float[kColumns];  // a value for each of the thread's query rows
+
+  // Sums over kept keys, relative to the maxima.
+  struct Softmax {
+    Columns maximum, sum;
+  };
 
  public:
   __device__ __forceinline__ Consumer(const Params& p, const Plan& plan, typename L::Shared& shared,
@@ -42,73 +49,66 @@ class Consumer {
         plan_(plan),
         shared_(shared),
         v_map_(v_map),
-        warp_(ptx::warp_uniform(threadIdx.x / 32)),
-        lane_(threadIdx.x % 32),
         group_(p.heads / p.kv_heads),
-        log2_scale_(plan.unit_scale * kLog2e) {}
+        log2_scale_(plan.unit_scale * kLog2e),
+        reports_(p, plan) {}
 
   __device__ __forceinline__ void run() {
     while (true) {
+      // 1. Which tile is next, and what it begins.
       const int stage = ring_.stage;
       ptx::mbarrier_wait(address(shared_.tiles_full[stage]), ring_.phase);
       Tile tile;
-      if (lane_ == 0) tile = shared_.tiles[stage];
+      if (at_.lane == 0) tile = shared_.tiles[stage];
       const int flags = ptx::warp_uniform(tile.flags);
       if (flags & kStop) return;
-      tile_ = ptx::warp_uniform(tile.index);
+      const int index = ptx::warp_uniform(tile.index);
       if (flags & kFirstOfItem) begin_item();
+
+      // 2. Its scores and their maxima, over the thread's own keys; the stage goes back.
       ptx::mbarrier_wait(address(shared_.keys_full[stage]), ring_.phase);
-      float s[kScores], t[kColumns];
+      Scores s;
+      Columns maximum;
       score(s);
       release_keys(flags);
-      bool nan = finish_scores(s, t);
+      bool nan = finish_scores(s, index, maximum);
+
+      // 3. A seed of another item gives its maxima and no more.
       if (flags & kOnlySeed) {
-        take_seed(t);
+        take_seed(maximum);
         if (flags & kLastSeed) share_maxima(seed_, nan);
         continue;
       }
-      share_maxima(t, nan);
-      if (flags & kSeed) take_seed(t);
+
+      // 4. The maxima over all keys, and the decision: a kept tile's values are asked for, its
+      // probabilities wait for them; values that came in the meantime are added.
+      share_maxima(maximum, nan);
+      if (flags & kSeed) take_seed(maximum);
       if (flags & kFirstOfSplit) begin_split();
-      visit(s, t, nan, tile);
+      visit(s, maximum, nan, index, tile);
+
+      // 5. Ends.
       if (flags & kLastOfSplit) end_split();
       if (flags & kLastOfItem) end_item();
     }
   }
 
  private:
-  // --- where a thread's elements are ------------------------------------------------------------
-
-  __device__ __forceinline__ int row_of(int column) const {
-    return 8 * (column / 2) + 2 * (lane_ % 4) + column % 2;
-  }
-  __device__ __forceinline__ int key_of(int half) const {
-    return 16 * warp_ + lane_ / 4 + 8 * half;
-  }
-  static __device__ __forceinline__ constexpr int element(int column, int half) {
-    return 4 * (column / 2) + 2 * half + column % 2;
-  }
-
-  // The keys that a row sees.
-  __device__ __forceinline__ Range range_of(int row) const {
-    const int position = item_.keys - p_.query_length + row / group_;
-    return {max(0, position - p_.most_distance), min(item_.keys, position - p_.least_distance + 1)};
-  }
-
   // --- items and splits -------------------------------------------------------------------------
 
   __device__ __forceinline__ void begin_item() {
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_full[slot]), queries_.phase);
     item_ = shared_.items[slot];
-    seen_by_all_ = {range_of(plan_.rows - 1).begin, range_of(0).end};
+    seen_by_all_ = {range_of(p_, item_, group_, plan_.rows - 1).begin,
+                    range_of(p_, item_, group_, 0).end};
     first_split_ = item_.begin == 0;
     total_empty_ = true;
     dropped_ = 0;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      seed_[c] = -kInf;
-      if constexpr (kTests) below_[c] = shared_.below[slot][row_of(c)];
+      seed_[c] = -INFINITY;
+      if constexpr (kTests) below_[c] = shared_.below[slot][at_.row(c)];
     }
 #pragma unroll
     for (int i = 0; i < kPanels; ++i)
@@ -117,90 +117,89 @@ class Consumer {
   }
 
   // Maxima of a thread's own keys, or of all.
-  __device__ __forceinline__ void take_seed(const float (&t)[kColumns]) {
+  __device__ __forceinline__ void take_seed(const Columns& maximum) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) seed_[c] = fmaxf(seed_[c], t[c]);
+    for (int c = 0; c < kColumns; ++c) seed_[c] = fmaxf(seed_[c], maximum[c]);
   }
 
   __device__ __forceinline__ void begin_split() {
     seeded_ = !first_split_;
     first_split_ = false;
     // The absolute test may skip the seeds' tiles: sums relative to their maxima could vanish.
-    const bool from_seeds = seeded_ && p_.test != BLASST_TEST_ABSOLUTE;
+    const bool from_seeds = seeded_ && p_.test.kind != BLASST_TEST_ABSOLUTE;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      m_[c] = from_seeds ? seed_[c] : -kInf;
-      if (row_of(c) >= plan_.rows) m_[c] = 0;
-      l_[c] = 0;
-      if constexpr (kReports) mass_[c] = SkippedMass::none();
+      split_.maximum[c] = from_seeds ? seed_[c] : -INFINITY;
+      if (at_.row(c) >= plan_.rows) split_.maximum[c] = 0;
+      split_.sum[c] = 0;
     }
+    reports_.begin_split();
   }
 
-  // The running maximum that tiles are tested against.
-  __device__ __forceinline__ float running(int column) const {
-    return seeded_ ? fmaxf(m_[column], seed_[column]) : m_[column];
+  // The running maxima that tiles are tested against.
+  __device__ __forceinline__ void running_maxima(Columns& running) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      running[c] = seeded_ ? fmaxf(split_.maximum[c], seed_[c]) : split_.maximum[c];
   }
 
   __device__ __forceinline__ void end_split() {
-    sum_over_keys();
+    sum_over_keys(split_.sum);
     if constexpr (kFolds) {
       while (unfolded_ > 0) add_oldest();  // of the split before
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        split_m_[c] = m_[c], split_l_[c] = l_[c];
-        if constexpr (kReports) split_mass_[c] = mass_[c];
-      }
+      before_ = split_;
+      reports_.end_split();
       unfolded_ = pending_;
       if (unfolded_ == 0) fold();
     }
   }
 
-  // l: from the keys of each thread to all keys.
-  __device__ __forceinline__ void sum_over_keys() {
+  // From the keys of each thread to all keys.
+  __device__ __forceinline__ void sum_over_keys(Columns& sum) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
-      for (int step = 4; step <= 16; step *= 2) l_[c] += __shfl_xor_sync(kAll, l_[c], step);
-      if (lane_ < 4) shared_.sums[warp_][row_of(c)] = l_[c];
+      for (int step = 4; step <= 16; step *= 2) sum[c] += __shfl_xor_sync(kAllLanes, sum[c], step);
+      if (at_.lane < 4) shared_.sums[at_.warp][at_.row(c)] = sum[c];
     }
     ptx::named_barrier_sync(1, kConsumers);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int row = row_of(c);
-      l_[c] = (shared_.sums[0][row] + shared_.sums[1][row]) +
-              (shared_.sums[2][row] + shared_.sums[3][row]);
+      const int row = at_.row(c);
+      sum[c] = (shared_.sums[0][row] + shared_.sums[1][row]) +
+               (shared_.sums[2][row] + shared_.sums[3][row]);
     }
   }
 
   __device__ __forceinline__ void end_item() {
     while (pending_ > 0) add_oldest();
-    if constexpr (kFolds) {
-      write(total_, total_m_, total_l_, total_mass_);
-    } else {
-      write(o_, m_, l_, mass_);
-    }
+    if constexpr (kFolds)
+      write(total_o_, total_, [&](int column) { return reports_.of_item(column); });
+    else
+      write(o_, split_, [&](int column) { return reports_.of_split(column); });
     queries_.next();
   }
 
-  __device__ __forceinline__ void write(const float (&o)[kPanels][kScores],
-                                        const float (&m)[kColumns], const float (&l)[kColumns],
-                                        const SkippedMass (&mass)[kColumns]) const {
-    float* partial = plan_.partial + int64_t{item_.slot} * plan_.rows * kDim;
+  template <typename Mass>
+  __device__ __forceinline__ void write(const Outputs& o, const Softmax& softmax,
+                                        const Mass& mass_of) const {
+    float* partial = plan_.partial + int64_t{item_.slot} * plan_.rows * C::kValueDim;
     float* statistics = plan_.statistics + int64_t{item_.slot} * kStatistics * plan_.rows;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int row = row_of(c);
+      const int row = at_.row(c);
       if (row >= plan_.rows) continue;
 #pragma unroll
       for (int i = 0; i < kPanels; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          partial[row * kDim + i * kPanel + key_of(half)] = o[i][element(c, half)];
+          partial[row * C::kValueDim + i * kPanel + at_.key(half)] = o[i][at_.element(c, half)];
       if (threadIdx.x < 4) {
-        statistics[row] = m[c];
-        statistics[plan_.rows + row] = l[c];
-        statistics[2 * plan_.rows + row] = kReports ? mass[c].maximum : -kInf;
-        statistics[3 * plan_.rows + row] = kReports ? mass[c].sum : 0.0f;
+        const SkippedMass mass = mass_of(c);
+        statistics[row] = softmax.maximum[c];
+        statistics[plan_.rows + row] = softmax.sum[c];
+        statistics[2 * plan_.rows + row] = mass.maximum;
+        statistics[3 * plan_.rows + row] = mass.sum;
       }
     }
     if (threadIdx.x == 0) plan_.dropped[item_.slot] = dropped_;
@@ -208,79 +207,91 @@ class Consumer {
 
   // --- scores -----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void score(float (&s)[kScores]) {
+  __device__ __forceinline__ void score(Scores& s) {
     const uint32_t keys = ptx::shared_address(shared_.keys[ring_.stage]);
     const uint32_t queries = ptx::shared_address(shared_.queries[queries_.stage]);
 #pragma unroll
     for (int x = 0; x < kScores; ++x) s[x] = 0;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kDim; k += 16) {
+    for (int k = 0; k < C::kQkDim; k += 16) {
       const int panel = k / kPanel, bytes = k % kPanel * 2;
-      Mma::template step<false>(
-          s, ptx::wgmma_descriptor(keys + panel * kPanelBytes + bytes),
-          ptx::wgmma_descriptor(queries + panel * kRows * kPanel * 2 + bytes));
+      Mma::add(s, ptx::wgmma_descriptor(keys + panel * L::Keys::kPanelBytes + bytes),
+               ptx::wgmma_descriptor(queries + panel * L::Queries::kPanelBytes + bytes));
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::pin(s);
+    ptx::fence_registers(s);
   }
 
   // Keys, and after an item's last tile its queries, may be overwritten.
   __device__ __forceinline__ void release_keys(int flags) {
     __syncwarp();
-    if (lane_ == 0) ptx::mbarrier_arrive(address(shared_.keys_empty[ring_.stage]));
+    if (at_.lane == 0) ptx::mbarrier_arrive(address(shared_.keys_empty[ring_.stage]));
     if (flags & kLastOfItem) ptx::mbarrier_arrive(address(shared_.queries_empty[queries_.stage]));
     ring_.next();
   }
 
   // Soft cap, mask and the maximum of every row over a thread's keys, NaN left aside. Whether there
   // is a NaN.
-  __device__ __forceinline__ bool finish_scores(float (&s)[kScores], float (&t)[kColumns]) {
+  __device__ __forceinline__ bool finish_scores(Scores& s, int tile, Columns& maximum) const {
     if (p_.softcap > 0) {
 #pragma unroll
       for (int x = 0; x < kScores; ++x) s[x] = p_.softcap * tanhf(p_.scale * s[x] / p_.softcap);
     }
-    const int key0 = tile_ * kTileKeys;
-    if (key0 < seen_by_all_.begin || key0 + kTileKeys > seen_by_all_.end) mask(s);
+    const int key0 = tile * kTileKeys;
+    if (key0 < seen_by_all_.begin || key0 + kTileKeys > seen_by_all_.end) mask(s, tile);
 
     bool nan = false;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float a = s[element(c, 0)], b = s[element(c, 1)];
+      const float a = s[at_.element(c, 0)], b = s[at_.element(c, 1)];
       if constexpr (kTests) nan |= isnan(a) || isnan(b);
-      t[c] = fmaxf(a, b);
+      maximum[c] = fmaxf(a, b);
     }
     return nan;
   }
 
+  __device__ __forceinline__ void mask(Scores& s, int tile) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const Range seen = range_of(p_, item_, group_, min(at_.row(c), plan_.rows - 1));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = tile * kTileKeys + at_.key(half);
+        if (key < seen.begin || key >= seen.end) s[at_.element(c, half)] = -INFINITY;
+      }
+    }
+  }
+
   // From the keys of each thread to all keys of the tile: the row maxima, and whether there is a
   // NaN.
-  __device__ __forceinline__ void share_maxima(float (&t)[kColumns], bool& nan) {
+  __device__ __forceinline__ void share_maxima(Columns& maximum, bool& nan) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int step = 4; step <= 16; step *= 2)
-        t[c] = fmaxf(t[c], __shfl_xor_sync(kAll, t[c], step));
+        maximum[c] = fmaxf(maximum[c], __shfl_xor_sync(kAllLanes, maximum[c], step));
     }
     auto& maxima = shared_.maxima[buffer_];
-    if (lane_ < 4) {
+    if (at_.lane < 4) {
 #pragma unroll
       for (int c = 0; c < kColumns; c += 2)
-        *reinterpret_cast<float2*>(&maxima[warp_][row_of(c)]) = make_float2(t[c], t[c + 1]);
+        *reinterpret_cast<float2*>(&maxima[at_.warp][at_.row(c)]) =
+            make_float2(maximum[c], maximum[c + 1]);
     }
     if constexpr (kTests) {
-      nan = __any_sync(kAll, nan);
-      if (lane_ == 0) shared_.nan[buffer_][warp_] = nan;
+      nan = __any_sync(kAllLanes, nan);
+      if (at_.lane == 0) shared_.nan[buffer_][at_.warp] = nan;
     }
     ptx::named_barrier_sync(1, kConsumers);
 #pragma unroll
     for (int c = 0; c < kColumns; c += 2) {
 #pragma unroll
       for (int w = 0; w < kConsumerWarps; ++w) {
-        const float2 of_warp = *reinterpret_cast<const float2*>(&maxima[w][row_of(c)]);
-        t[c] = w == 0 ? of_warp.x : fmaxf(t[c], of_warp.x);
-        t[c + 1] = w == 0 ? of_warp.y : fmaxf(t[c + 1], of_warp.y);
+        const float2 of_warp = *reinterpret_cast<const float2*>(&maxima[w][at_.row(c)]);
+        maximum[c] = w == 0 ? of_warp.x : fmaxf(maximum[c], of_warp.x);
+        maximum[c + 1] = w == 0 ? of_warp.y : fmaxf(maximum[c + 1], of_warp.y);
       }
     }
     if constexpr (kTests) {
@@ -290,79 +301,38 @@ class Consumer {
     buffer_ ^= 1;
   }
 
-  __device__ __forceinline__ void mask(float (&s)[kScores]) const {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const Range seen = range_of(min(row_of(c), plan_.rows - 1));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int key = tile_ * kTileKeys + key_of(half);
-        if (key < seen.begin || key >= seen.end) s[element(c, half)] = -kInf;
-      }
-    }
-  }
-
   // --- decision ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void visit(float (&s)[kScores], const float (&t)[kColumns], bool nan,
+  __device__ __forceinline__ void visit(Scores& s, const Columns& maximum, bool nan, int index,
                                         const Tile& tile) {
-    bool keep = true;
-    if constexpr (kTests) {
-      bool allow = true;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float tested = p_.test == BLASST_TEST_ABSOLUTE ? t[c] : t[c] - running(c);
-        allow &= t[c] == -kInf || (running(c) > -kInf && tested < below_[c]);
-      }
-      keep = ptx::warp_uniform(!__all_sync(kAll, allow) || nan);
-    }
-    if constexpr (kReports) report(t, nan, keep);
+    Columns running;
+    running_maxima(running);
+    const bool keep = wanted(maximum, running, nan);
+    reports_.decided(item_, at_, index, nan, keep, maximum, running);
     if (keep) {
-      ask_for_values(tile);
-      probabilities(s, t);
+      ask_for_values(index, tile);
+      probabilities(s, maximum);
       values_.next();
       if (++pending_ == kValueStages) add_oldest();
     } else {
       ++dropped_;
-      if constexpr (kReports) add_skipped(t);
     }
   }
 
-  __device__ __forceinline__ void report(const float (&t)[kColumns], bool nan, bool keep) const {
-    float gap = -kInf;
+  // Whether some row wants the tile. A row's first scores, and NaN, are wanted.
+  __device__ __forceinline__ bool wanted(const Columns& maximum, const Columns& running,
+                                         bool nan) const {
+    if constexpr (!kTests) {
+      return true;
+    } else {
+      bool skip = true;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      if (row_of(c) < plan_.rows && t[c] > -kInf) gap = fmaxf(gap, t[c] - running(c));
-    }
-    gap = fmaxf(gap, __shfl_xor_sync(kAll, gap, 1));
-    gap = fmaxf(gap, __shfl_xor_sync(kAll, gap, 2));
-    if (warp_ != 0) return;
-    if (p_.tile_bits && keep && lane_ == 0) {
-      unsigned* words =
-          p_.tile_bits + (int64_t{item_.kv_head} * p_.batch + item_.request) * p_.tile_words;
-      atomicOr(words + tile_ / 32, 1u << (tile_ % 32));
-    }
-    if (!p_.gap_histogram) return;
-    const int bin = gap_bin(nan ? NAN : gap * plan_.unit_scale);
-    for (int g = lane_; g < group_; g += 32)
-      atomicAdd(&p_.gap_histogram[(item_.kv_head * group_ + g) * BLASST_GAP_BINS + bin], 1ull);
-  }
-
-  static __device__ __forceinline__ int gap_bin(float gap) {
-    constexpr int inner = BLASST_GAP_BINS - 2;
-    constexpr auto range = static_cast<float>(BLASST_GAP_RANGE);
-    if (!(gap < 0)) return BLASST_GAP_BINS - 1;  // NaN too
-    if (gap < -range) return 0;
-    return min(inner, 1 + static_cast<int>((gap + range) * (inner / range)));
-  }
-
-  __device__ __forceinline__ void add_skipped(const float (&t)[kColumns]) {
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      if (t[c] == -kInf) continue;  // the row sees no key here
-      const Range seen = range_of(min(row_of(c), plan_.rows - 1));
-      const int keys = min(seen.end, (tile_ + 1) * kTileKeys) - max(seen.begin, tile_ * kTileKeys);
-      mass_[c].add(t[c] * log2_scale_, static_cast<float>(keys));
+      for (int c = 0; c < kColumns; ++c) {
+        const float tested =
+            p_.test.kind == BLASST_TEST_ABSOLUTE ? maximum[c] : maximum[c] - running[c];
+        skip &= maximum[c] == -INFINITY || (running[c] > -INFINITY && tested < below_[c]);
+      }
+      return ptx::warp_uniform(!__all_sync(kAllLanes, skip) || nan);
     }
   }
 
@@ -370,54 +340,56 @@ class Consumer {
 
   // The stage is free: its last values were added before the barrier that this tile's maxima met
   // at.
-  __device__ __forceinline__ void ask_for_values(const Tile& tile) {
-    if (warp_ != 0) return;
+  __device__ __forceinline__ void ask_for_values(int index, const Tile& tile) {
+    if (at_.warp != 0) return;
     const int stage = values_.stage;
     int page = 0;
-    if (p_.page_table) {
+    if (p_.keys.page_table) {
 #pragma unroll
       for (int box = 0; box < kMostBoxes; ++box) {
         const int of_box = ptx::warp_uniform(tile.pages[box]);
-        if (box == lane_ / kPanels) page = of_box;
+        if (box == at_.lane / kPanels) page = of_box;
       }
     }
-    if (lane_ == 0) shared_.kept[stage] = tile_;
-    copy_tile<kPanels>(p_, plan_, v_map_, ptx::shared_address(shared_.values[stage]),
-                       shared_.values_full[stage], item_, tile_,
-                       boxes_of(p_, plan_, item_.keys, tile_), page, ptx::L2Hint::kFirst);
+    if (at_.lane == 0) shared_.kept[stage] = index;
+    copy_tile<typename L::Values>(
+        p_, plan_, v_map_, ptx::shared_address(shared_.values[stage]), shared_.values_full[stage],
+        item_, index, boxes_of(p_, plan_, item_.keys, index), page, ptx::L2Hint::kFirst);
   }
 
   // Softmax of the tile, packed into shared memory as [query row, key], and the factor that brings
   // earlier results to the new maximum.
-  __device__ __forceinline__ void probabilities(float (&s)[kScores], const float (&t)[kColumns]) {
+  __device__ __forceinline__ void probabilities(Scores& s, const Columns& tile_maximum) {
     const int stage = values_.stage;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float maximum = fmaxf(m_[c], t[c]);
-      const float base = maximum == -kInf ? 0.0f : __fmul_rn(maximum, log2_scale_);
-      const float factor = ptx::exp2_approx(__fsub_rn(__fmul_rn(m_[c], log2_scale_), base));
-      if (threadIdx.x < 4) shared_.factors[stage][row_of(c)] = factor;
-      m_[c] = maximum;
+      const float maximum = fmaxf(split_.maximum[c], tile_maximum[c]);
+      const float base = maximum == -INFINITY ? 0.0f : __fmul_rn(maximum, log2_scale_);
+      const float factor = exp2_approx(__fsub_rn(__fmul_rn(split_.maximum[c], log2_scale_), base));
+      if (threadIdx.x < 4) shared_.factors[stage][at_.row(c)] = factor;
+      split_.maximum[c] = maximum;
       float sum = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float& x = s[element(c, half)];
-        x = ptx::exp2_approx(__fmaf_rn(x, log2_scale_, -base));
+        float& x = s[at_.element(c, half)];
+        x = exp2_approx(__fmaf_rn(x, log2_scale_, -base));
         sum = half == 0 ? x : __fadd_rn(sum, x);
       }
-      l_[c] = __fmaf_rn(l_[c], factor, sum);
+      split_.sum[c] = __fmaf_rn(split_.sum[c], factor, sum);
     }
     const uint32_t base = ptx::shared_address(shared_.probabilities[stage]);
-    const int chunk = 2 * warp_ + lane_ / 8 % 2;  // 8 keys
-    const auto place = [&](int row) { return base + row * 128 + (chunk ^ row % 8) * 16; };
-    const auto pack = [&](int x) { return ptx::pack2<T>(s[x], s[x + 1]); };
+    const int chunk = 2 * at_.warp + at_.lane / 8 % 2;  // 8 keys
+    const auto place = [&](int row) {
+      return base + row * kPanelRowBytes + (chunk ^ row % 8) * 16;
+    };
+    const auto pack = [&](int x) { return pack2<typename C::Element>(s[x], s[x + 1]); };
     if constexpr (kRows == 8) {
-      store_transposed_2(place(lane_ % 8), pack(0), pack(2));
+      ptx::store_transposed_2(place(at_.lane % 8), pack(0), pack(2));
     } else {
 #pragma unroll
       for (int j = 0; j < kRows / 8; j += 2)
-        store_transposed_4(place(8 * j + lane_ / 16 * 8 + lane_ % 8), pack(4 * j), pack(4 * j + 2),
-                           pack(4 * j + 4), pack(4 * j + 6));
+        ptx::store_transposed_4(place(8 * j + at_.lane / 16 * 8 + at_.lane % 8), pack(4 * j),
+                                pack(4 * j + 2), pack(4 * j + 4), pack(4 * j + 6));
     }
     ptx::fence_proxy_async();
   }
@@ -436,20 +408,20 @@ class Consumer {
   __device__ __forceinline__ void add_values(int stage, uint32_t phase) {
     ptx::mbarrier_wait(address(shared_.values_full[stage]), phase);
     clear_unseen(stage);
-    float factor[kColumns];
+    Columns factor;
     bool grown = false;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      factor[c] = shared_.factors[stage][row_of(c)];
+      factor[c] = shared_.factors[stage][at_.row(c)];
       grown |= factor[c] != 1;
     }
-    if (__any_sync(kAll, grown)) {
+    if (__any_sync(kAllLanes, grown)) {
 #pragma unroll
       for (int i = 0; i < kPanels; ++i)
 #pragma unroll
         for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) o_[i][element(c, half)] *= factor[c];
+          for (int half = 0; half < 2; ++half) o_[i][at_.element(c, half)] *= factor[c];
     }
     const uint32_t values = ptx::shared_address(shared_.values[stage]);
     const uint32_t probabilities = ptx::shared_address(shared_.probabilities[stage]);
@@ -458,22 +430,21 @@ class Consumer {
     for (int k = 0; k < kTileKeys; k += 16)
 #pragma unroll
       for (int i = 0; i < kPanels; ++i)
-        Mma::template step<true>(o_[i],
-                                 ptx::wgmma_descriptor(values + i * kPanelBytes + k * kPanel * 2),
-                                 ptx::wgmma_descriptor(probabilities + k * 2));
+        Mma::template add<true>(
+            o_[i], ptx::wgmma_descriptor(values + i * L::Values::kPanelBytes + k * kPanelRowBytes),
+            ptx::wgmma_descriptor(probabilities + k * 2));
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
 #pragma unroll
-    for (int i = 0; i < kPanels; ++i) ptx::pin(o_[i]);
+    for (int i = 0; i < kPanels; ++i) ptx::fence_registers(o_[i]);
   }
 
   // Values that no row sees may be anything, NaN too, and are multiplied by zero.
   __device__ __forceinline__ void clear_unseen(int stage) {
-    const Range seen =
-        visible_keys(item_.keys, p_.query_length, p_.least_distance, p_.most_distance);
+    const Range seen = visible_keys(item_.keys, p_.query_length, p_.distances);
     const int key0 = shared_.kept[stage] * kTileKeys;
     if (key0 >= seen.begin && key0 + kTileKeys <= seen.end) return;
-    constexpr int kChunks = kPanel * 2 / 16;  // of a swizzled row; swizzling stays within it
+    constexpr int kChunks = kPanelRowBytes / 16;  // of a swizzled row; swizzling stays within it
     for (int x = threadIdx.x; x < kPanels * kTileKeys * kChunks; x += kConsumers) {
       const int key = key0 + x / kChunks % kTileKeys;
       if (key < seen.begin || key >= seen.end)
@@ -485,28 +456,22 @@ class Consumer {
 
   // The split's result joins those of the item's earlier splits.
   __device__ __forceinline__ void fold() {
-    if (total_empty_) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        total_m_[c] = split_m_[c], total_l_[c] = split_l_[c];
-        if constexpr (kReports) total_mass_[c] = split_mass_[c];
-      }
-    }
+    reports_.fold(total_empty_);
+    if (total_empty_) total_ = before_;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const FoldWeights add(total_m_[c], split_m_[c], log2_scale_);
+      const FoldWeights add(total_.maximum[c], before_.maximum[c], log2_scale_);
 #pragma unroll
       for (int i = 0; i < kPanels; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int x = element(c, half);
-          total_[i][x] = total_empty_ ? o_[i][x] : add(total_[i][x], o_[i][x]);
+          const int x = at_.element(c, half);
+          total_o_[i][x] = total_empty_ ? o_[i][x] : add(total_o_[i][x], o_[i][x]);
           o_[i][x] = 0;
         }
       if (total_empty_) continue;
-      total_m_[c] = add.maximum;
-      total_l_[c] = add(total_l_[c], split_l_[c]);
-      if constexpr (kReports) total_mass_[c].add(split_mass_[c]);
+      total_.maximum[c] = add.maximum;
+      total_.sum[c] = add(total_.sum[c], before_.sum[c]);
     }
     total_empty_ = false;
   }
@@ -515,9 +480,10 @@ class Consumer {
   const Plan& plan_;
   typename L::Shared& shared_;
   const CUtensorMap* v_map_;
-  const int warp_, lane_;
+  const ThreadPlace at_;
   const int group_;  // query heads of a KV head
   const float log2_scale_;
+  Reports<C> reports_;
 
   Ring<L::kKeyStages> ring_;
   Ring<2> queries_;
@@ -528,23 +494,17 @@ class Consumer {
 
   Item item_;
   Range seen_by_all_;  // keys that every row sees
-  int tile_;
-  int dropped_;       // tiles, of this item
-  bool first_split_;  // of the visit, is the next to begin
-  bool seeded_;       // the split at hand lies behind the seeds
+  int dropped_;        // tiles, of this item
+  bool first_split_;   // of the visit, is the next to begin
+  bool seeded_;        // the split at hand lies behind the seeds
   bool total_empty_;
+  Columns below_, seed_;
 
-  // By column: the split at hand, ...
-  float m_[kColumns], l_[kColumns];
-  SkippedMass mass_[kColumns];  // reports only
-  float below_[kColumns], seed_[kColumns];
-
-  float o_[kPanels][kScores];
-  // ... the split before, until its last tile is added, and the item's splits before that.
-  float split_m_[kColumns], split_l_[kColumns];
-  float total_m_[kColumns], total_l_[kColumns];
-  SkippedMass split_mass_[kColumns], total_mass_[kColumns];
-  float total_[kPanels][kScores];
+  Softmax split_;   // of the split at hand
+  Softmax before_;  // of the one before, until its last tile is added
+  Softmax total_;   // of the item's splits before that
+  Outputs o_;       // of the oldest split with tiles to be added
+  Outputs total_o_;
 };
 
 }  // namespace blasst::cuda::decode

@@ -1,22 +1,21 @@
 // Decode attention for compute capability 9.0. docs/kernels/sm90-decode.md draws the schedule.
 #pragma once
 
+#include "cuda/core/decode/params.h"
+#include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/decode/consume.cuh"
 #include "cuda/sm90/decode/layout.cuh"
-#include "cuda/sm90/decode/params.h"
 #include "cuda/sm90/decode/produce.cuh"
-#include "cuda/sm90/ptx.cuh"
 
 namespace blasst::cuda::decode {
 
 // The results of all work items: sums over kept keys, relative to each row's maximum.
-template <typename T, int kDim, int kRows, Variant kVariant>
-__global__ void __launch_bounds__(kThreads, Layout<kDim, kRows>::kBlocks)
+template <typename C>
+__global__ void __launch_bounds__(kThreads, C::Layout::kBlocks)
     attend(const __grid_constant__ Params p, const __grid_constant__ Plan plan,
            const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
            const __grid_constant__ CUtensorMap v_map) {
-  using L = Layout<kDim, kRows>;
-  constexpr bool kTests = kVariant != Variant::kDense;
+  using L = typename C::Layout;
   // The combining kernel takes what room there is, and waits for this grid's writes.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   extern __shared__ __align__(1024) std::byte storage[];
@@ -26,7 +25,8 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim, kRows>::kBlocks)
     for (auto& barrier : shared.keys_full) ptx::mbarrier_init(address(barrier), 1);
     for (auto& barrier : shared.keys_empty) ptx::mbarrier_init(address(barrier), kConsumerWarps);
     for (auto& barrier : shared.values_full) ptx::mbarrier_init(address(barrier), 1);
-    for (auto& barrier : shared.queries_full) ptx::mbarrier_init(address(barrier), kTests ? 33 : 1);
+    for (auto& barrier : shared.queries_full)
+      ptx::mbarrier_init(address(barrier), C::kTests ? 33 : 1);
     for (auto& barrier : shared.queries_empty) ptx::mbarrier_init(address(barrier), kConsumers);
     ptx::fence_mbarrier_init();
   }
@@ -34,14 +34,14 @@ __global__ void __launch_bounds__(kThreads, Layout<kDim, kRows>::kBlocks)
     for (const CUtensorMap* map : {&q_map, &k_map, &v_map}) ptx::prefetch_tensor_map(map);
   }
   // Rows that no copy fills stay zero.
-  for (int x = threadIdx.x; x < 2 * L::kQueryBytes / 16; x += kThreads)
+  for (int x = threadIdx.x; x < 2 * L::Queries::kBytes / 16; x += kThreads)
     reinterpret_cast<int4*>(shared.queries)[x] = make_int4(0, 0, 0, 0);
   ptx::fence_proxy_async();
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
-    Producer<kDim, kRows, kTests>(p, plan, shared, &q_map, &k_map).run();
+    Producer<L, C::kRows, C::kTests>(p, plan, shared, &q_map, &k_map).run();
   } else {
-    Consumer<T, kDim, kRows, kVariant>(p, plan, shared, &v_map).run();
+    Consumer<C>(p, plan, shared, &v_map).run();
   }
 }
 

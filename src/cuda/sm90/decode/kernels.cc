@@ -1,11 +1,17 @@
 #include "cuda/sm90/decode/kernels.h"
 
+#include <fmt/format.h>
+
+#include "blasst/blasst.hpp"
+
 namespace blasst::cuda::decode {
 
-Kernels find_kernels(Element element, int dim, int rows, Variant variant) {
-  if (dim == 64) return find_kernels_64(element, rows, variant);
-  if (dim == 128) return find_kernels_128(element, rows, variant);
-  return find_kernels_256(element, rows, variant);
+Kernels find_kernels(Element element, int qk_dim, int value_dim, int rows, Variant variant) {
+  const auto is = [&](int qk, int value) { return qk_dim == qk && value_dim == value; };
+  if (is(64, 64)) return find_kernels_of<64, 64>(element, rows, variant);
+  if (is(128, 128)) return find_kernels_of<128, 128>(element, rows, variant);
+  if (is(256, 256)) return find_kernels_of<256, 256>(element, rows, variant);
+  throw Error(BLASST_INTERNAL, fmt::format("no kernel of dimensions {} and {}", qk_dim, value_dim));
 }
 
 }  // namespace blasst::cuda::decode

@@ -1,18 +1,17 @@
-// Instantiates the kernels of one head dimension, BLASST_DECODE_DIM.
-#include "cuda/sm90/decode/combine.cuh"
+// Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM.
+#include "cuda/core/decode/combine.cuh"
+#include "cuda/core/decode/splits.h"
 #include "cuda/sm90/decode/kernel.cuh"
 #include "cuda/sm90/decode/kernels.h"
-#include "cuda/sm90/decode/schedule.h"
 
 namespace blasst::cuda::decode {
 namespace {
 
 template <typename T, int kRows, Variant kVariant>
 Kernels kernels() {
-  using L = Layout<BLASST_DECODE_DIM, kRows>;
-  return {reinterpret_cast<const void*>(&attend<T, BLASST_DECODE_DIM, kRows, kVariant>),
-          sizeof(typename L::Shared), L::kBlocks,
-          reinterpret_cast<const void*>(&combine<T, BLASST_DECODE_DIM>)};
+  using C = Config<T, BLASST_QK_DIM, BLASST_VALUE_DIM, kRows, kVariant>;
+  return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared), C::Layout::kBlocks,
+          reinterpret_cast<const void*>(&combine<T, BLASST_VALUE_DIM>)};
 }
 
 template <typename T, int kRows>
@@ -44,9 +43,9 @@ Kernels kernels(int rows, Variant variant) {
 
 }  // namespace
 
-#define BLASST_JOIN_(a, b) a##b
-#define BLASST_JOIN(a, b) BLASST_JOIN_(a, b)
-Kernels BLASST_JOIN(find_kernels_, BLASST_DECODE_DIM)(Element element, int rows, Variant variant) {
+template <>
+Kernels find_kernels_of<BLASST_QK_DIM, BLASST_VALUE_DIM>(Element element, int rows,
+                                                         Variant variant) {
   return element == Element::kHalf ? kernels<__half>(rows, variant)
                                    : kernels<__nv_bfloat16>(rows, variant);
 }

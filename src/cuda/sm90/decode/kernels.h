@@ -12,12 +12,18 @@ struct Kernels {
   const void* combine;
 };
 
-// dim: 64, 128 or 256; rows: of a KV head, 1 to kMaxRows.
-Kernels find_kernels(Element element, int dim, int rows, Variant variant);
+// Of queries and keys with qk_dim elements and values with value_dim; rows: of a KV head, 1 to
+// kMaxRows.
+Kernels find_kernels(Element element, int qk_dim, int value_dim, int rows, Variant variant);
 
-// One for each head dimension, compiled apart.
-Kernels find_kernels_64(Element element, int rows, Variant variant);
-Kernels find_kernels_128(Element element, int rows, Variant variant);
-Kernels find_kernels_256(Element element, int rows, Variant variant);
+// One for each pair of dimensions, compiled apart.
+template <int kQkDim, int kValueDim>
+Kernels find_kernels_of(Element element, int rows, Variant variant);
+template <>
+Kernels find_kernels_of<64, 64>(Element element, int rows, Variant variant);
+template <>
+Kernels find_kernels_of<128, 128>(Element element, int rows, Variant variant);
+template <>
+Kernels find_kernels_of<256, 256>(Element element, int rows, Variant variant);
 
 }  // namespace blasst::cuda::decode

@@ -4,18 +4,19 @@
 #include <string>
 
 #include "blasst/blasst.hpp"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/runtime.h"
+#include "cuda/sm90/core/tensor_map.h"
 #include "cuda/sm90/decode/kernels.h"
 #include "cuda/sm90/decode/launch.h"
 #include "cuda/sm90/decode/layout.cuh"
-#include "cuda/sm90/decode/schedule.h"
-#include "cuda/sm90/runtime.h"
 
 namespace blasst::cuda::decode {
 namespace {
 
 // Boxes of one panel by `heads` by `tokens`.
-CUtensorMap map_of(const Tensor& t, const Launch& l, int heads, int tokens) {
-  return tensor_map(t.data, l.element, l.dim,
+CUtensorMap map_of(const Tensor& t, Element element, int heads, int tokens) {
+  return tensor_map(t, element,
                     {{{t.heads, t.stride_head, heads},
                       {t.tokens, t.stride_token, tokens},
                       {t.outer, t.stride_outer, 1}}},
@@ -23,13 +24,15 @@ CUtensorMap map_of(const Tensor& t, const Launch& l, int heads, int tokens) {
 }
 
 // The part of the plan that the shapes decide.
-Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_length, int dim) {
+Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_length,
+               int value_dim) {
   Plan plan{};
   plan.rows = heads / kv_heads * query_length;
   plan.least_split_tiles = least_split_tiles(plan.rows);
   plan.most_splits = most_splits(kv_heads);
   const int splits = split_slots(key_length, plan.least_split_tiles, plan.most_splits);
-  plan.item_splits = item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), plan.rows, dim);
+  plan.item_splits =
+      item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), plan.rows, value_dim);
   plan.item_slots = ceil_div(splits, plan.item_splits);
   const int64_t items = int64_t{batch} * kv_heads * plan.item_slots;
   if (items > 1 << 30)
@@ -41,7 +44,7 @@ Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_len
 }
 
 // Places the plan's arrays in the workspace; returns the end of the last.
-std::size_t place(Plan& plan, int dim, std::byte* workspace) {
+std::size_t place(Plan& plan, int value_dim, std::byte* workspace) {
   std::size_t at = 0;
   const auto take = [&](std::size_t bytes) {
     std::byte* here = workspace + at;
@@ -49,7 +52,7 @@ std::size_t place(Plan& plan, int dim, std::byte* workspace) {
     return here;
   };
   const std::size_t rows = std::size_t(plan.items) * plan.rows;
-  plan.partial = reinterpret_cast<float*>(take(rows * dim * sizeof(float)));
+  plan.partial = reinterpret_cast<float*>(take(rows * value_dim * sizeof(float)));
   plan.statistics = reinterpret_cast<float*>(take(rows * kStatistics * sizeof(float)));
   plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.items) * sizeof(int)));
   plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
@@ -57,23 +60,25 @@ std::size_t place(Plan& plan, int dim, std::byte* workspace) {
 }
 
 Variant variant_of(const Params& p) {
-  if (p.tile_bits || p.gap_histogram || p.dropped_mass_bound) return Variant::kReport;
-  return p.test == BLASST_TEST_NONE ? Variant::kDense : Variant::kSparse;
+  if (p.report.tile_bits || p.report.gap_histogram || p.report.dropped_mass_bound)
+    return Variant::kReport;
+  return p.test.kind == BLASST_TEST_NONE ? Variant::kDense : Variant::kSparse;
 }
 
 void clear_report(const Params& p, cudaStream_t stream) {
   const auto heads = static_cast<std::size_t>(p.heads);
-  clear(p.tile_bits, sizeof(*p.tile_bits) * p.kv_heads * p.batch * std::size_t(p.tile_words),
+  clear(p.report.tile_bits,
+        sizeof(*p.report.tile_bits) * p.kv_heads * p.batch * std::size_t(p.report.tile_words),
         stream);
-  clear(p.gap_histogram, sizeof(*p.gap_histogram) * heads * BLASST_GAP_BINS, stream);
+  clear(p.report.gap_histogram, sizeof(*p.report.gap_histogram) * heads * BLASST_GAP_BINS, stream);
 }
 
 }  // namespace
 
 std::size_t workspace_bytes(int batch, int heads, int kv_heads, int query_length, int key_length,
-                            int dim) {
-  Plan plan = make_plan(batch, heads, kv_heads, query_length, key_length, dim);
-  return place(plan, dim, nullptr);
+                            int value_dim) {
+  Plan plan = make_plan(batch, heads, kv_heads, query_length, key_length, value_dim);
+  return place(plan, value_dim, nullptr);
 }
 
 // All that can fail on the host comes before the first write.
@@ -81,21 +86,21 @@ void launch(const Launch& l) {
   Params p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
   if (p.batch == 0) return clear_report(p, stream);
-  Plan plan = make_plan(p.batch, p.heads, p.kv_heads, p.query_length, p.key_length, l.dim);
-  const std::size_t needed = place(plan, l.dim, static_cast<std::byte*>(l.workspace));
+  Plan plan = make_plan(p.batch, p.heads, p.kv_heads, p.query_length, p.keys.length, l.value_dim);
+  const std::size_t needed = place(plan, l.value_dim, static_cast<std::byte*>(l.workspace));
   if (l.workspace_bytes < needed)
     throw Error(BLASST_INVALID_ARGUMENT, "workspace_bytes is " + std::to_string(l.workspace_bytes) +
                                              "; this call needs " + std::to_string(needed));
-  plan.box_tokens = p.page_table ? std::min(p.page_size, kTileKeys) : kTileKeys;
+  plan.box_tokens = p.keys.page_table ? std::min(p.keys.page_size, kTileKeys) : kTileKeys;
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
 
-  const CUtensorMap q = map_of(l.q, l, p.heads / p.kv_heads, p.query_length);
+  const CUtensorMap q = map_of(l.q, l.element, p.heads / p.kv_heads, p.query_length);
   // Without keys nothing is copied; any tensor will do.
-  const bool keys_at_all = p.key_length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, l, 1, plan.box_tokens);
-  const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l, 1, plan.box_tokens);
+  const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
+  const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, l.element, 1, plan.box_tokens);
+  const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l.element, 1, plan.box_tokens);
 
-  const Kernels kernels = find_kernels(l.element, l.dim, plan.rows, variant_of(p));
+  const Kernels kernels = find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
   allow_shared_memory(kernels.attend, kernels.shared_bytes);
   allow_shared_memory(kernels.combine, 0);  // loads it
   const int blocks = std::min(plan.items, multiprocessors() * kernels.blocks);

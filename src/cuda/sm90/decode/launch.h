@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/sm90/decode/params.h"
-#include "cuda/sm90/tensor.h"
+#include "cuda/core/decode/params.h"
+#include "cuda/core/tensor.h"
 
 namespace blasst::cuda::decode {
 
@@ -13,7 +13,7 @@ struct Launch {
   Params params;
   Tensor q, k, v;
   Element element;
-  int dim;  // 64, 128 or 256, of queries, keys and values
+  int qk_dim, value_dim;  // of queries and keys, of values and outputs
   void* workspace;
   std::size_t workspace_bytes;  // at least what workspace_bytes() says
   void* stream;                 // a cudaStream_t
@@ -21,7 +21,7 @@ struct Launch {
 
 // What a launch of these shapes needs on the device, whatever the lengths. 256-byte aligned.
 std::size_t workspace_bytes(int batch, int heads, int kv_heads, int query_length, int key_length,
-                            int dim);
+                            int value_dim);
 
 // Enqueues everything on the stream; allocates nothing. Throws Error.
 void launch(const Launch& launch);

@@ -4,17 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/sm90/decode/params.h"
+#include "cuda/core/decode/params.h"
+#include "cuda/sm90/core/panels.cuh"
 
 namespace blasst::cuda::decode {
 
-inline constexpr int kPanel = 64;  // elements of a swizzled row: 128 bytes
-inline constexpr int kPanelBytes = kTileKeys * kPanel * 2;
 inline constexpr int kConsumerWarps = 4;
 inline constexpr int kConsumers = 32 * kConsumerWarps;
 inline constexpr int kThreads = kConsumers + 32;  // and the warp that feeds them
-inline constexpr int kMostCombineThreads = 256;
-inline constexpr int kMostBoxes = 4;  // pages of 16 tokens in a tile
+inline constexpr int kMostBoxes = 4;              // pages of 16 tokens in a tile
 
 // Work of a block: a split or a group of splits of one request and KV head.
 struct Item {
@@ -45,32 +43,33 @@ struct Tile {
   int pages[kMostBoxes];
 };
 
-// kRows: query rows, rounded up.
-template <int kDim, int kRows>
+// kRows: query rows, rounded up. Queries and keys have kQkDim elements, values kValueDim.
+template <int kQkDim, int kValueDim, int kRows>
 struct Layout {
-  static constexpr int kPanels = kDim / kPanel;
-  static constexpr int kTileBytes = kPanels * kPanelBytes;
-  static constexpr int kQueryBytes = kRows * kDim * 2;
-  static constexpr int kProbabilityBytes = kRows * kTileKeys * 2;
+  using Keys = Panels<kTileKeys, kQkDim>;
+  using Values = Panels<kTileKeys, kValueDim>;
+  using Queries = Panels<kRows, kQkDim>;
+  using Probabilities = Panels<kRows, kTileKeys>;
 
   // Two blocks share a multiprocessor where 113 KiB and 168 registers a thread are enough.
-  static constexpr int kBlocks = kDim == 256 || kRows > 16 ? 1 : 2;
+  static constexpr int kBlocks = kValueDim == 256 || kRows > 16 ? 1 : 2;
 
   // Kept tiles whose values are on their way, and the one that is added.
-  static constexpr int kValueStages = kDim == 256    ? (kRows > 16 ? 2 : 3)
-                                      : kBlocks == 1 ? 4
-                                                     : (kDim == 128 ? 3 : 4);
-  static constexpr int kBudget = (kBlocks == 2 ? 113 : 227) * 1024 - 2 * kQueryBytes -
-                                 kValueStages * kProbabilityBytes - 2048 - 64 * kRows;
-  static constexpr int kFit = kBudget / kTileBytes - kValueStages;
+  static constexpr int kValueStages = kValueDim == 256 ? (kRows > 16 ? 2 : 3)
+                                      : kBlocks == 1   ? 4
+                                                       : (kValueDim == 128 ? 3 : 4);
+  static constexpr int kBudget = (kBlocks == 2 ? 113 : 227) * 1024 - 2 * Queries::kBytes -
+                                 kValueStages * (Values::kBytes + Probabilities::kBytes) - 2048 -
+                                 64 * kRows;
+  static constexpr int kFit = kBudget / Keys::kBytes;
   static constexpr int kKeyStages = kFit < 8 ? kFit : 8;
   static_assert(kKeyStages >= 2, "keys need two stages");
 
   struct Shared {
-    alignas(1024) std::byte keys[kKeyStages][kTileBytes];
-    alignas(1024) std::byte values[kValueStages][kTileBytes];
-    alignas(1024) std::byte queries[2][kQueryBytes];
-    alignas(1024) std::byte probabilities[kValueStages][kProbabilityBytes];
+    alignas(1024) std::byte keys[kKeyStages][Keys::kBytes];
+    alignas(1024) std::byte values[kValueStages][Values::kBytes];
+    alignas(1024) std::byte queries[2][Queries::kBytes];
+    alignas(1024) std::byte probabilities[kValueStages][Probabilities::kBytes];
     float factors[kValueStages][kRows];      // for results before a kept tile is added
     float maxima[2][kConsumerWarps][kRows];  // of each warp's keys; tiles alternate
     float sums[kConsumerWarps][kRows];
@@ -86,14 +85,17 @@ struct Layout {
   };
 };
 
-// A position in a ring of stages.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
+// What is compiled into a kernel.
+template <typename T, int kQkDim_, int kValueDim_, int kRows_, Variant kVariant_>
+struct Config {
+  using Element = T;
+  using Layout = decode::Layout<kQkDim_, kValueDim_, kRows_>;
+  using Shared = typename Layout::Shared;
+  static constexpr int kQkDim = kQkDim_;
+  static constexpr int kValueDim = kValueDim_;
+  static constexpr int kRows = kRows_;
+  static constexpr bool kTests = kVariant_ != Variant::kDense;
+  static constexpr bool kReports = kVariant_ == Variant::kReport;
 };
 
 }  // namespace blasst::cuda::decode

@@ -3,9 +3,9 @@
 #include <cstdint>
 
 #include "attention/checks.h"
-#include "cuda/checks.h"
-#include "cuda/sm90/decode/schedule.h"
-#include "cuda/sm90/plan.h"
+#include "cuda/core/checks.h"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/plan.h"
 
 namespace blasst::cuda::decode {
 namespace {
@@ -48,7 +48,7 @@ std::size_t workspace_bytes(const blasst_problem& p) {
   return decode::workspace_bytes(static_cast<int>(p.batch), static_cast<int>(p.heads),
                                  static_cast<int>(p.kv_heads), static_cast<int>(p.query_length),
                                  static_cast<int>(attention::most_keys(p)),
-                                 static_cast<int>(p.head_dim));
+                                 static_cast<int>(p.value_dim));
 }
 
 }  // namespace

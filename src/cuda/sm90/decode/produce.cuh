@@ -5,31 +5,16 @@
 #include <cmath>
 
 #include "blasst/blasst.h"
+#include "cuda/core/decode/params.h"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/keys.cuh"
+#include "cuda/core/math.cuh"
 #include "cuda/core/tile_test.h"
+#include "cuda/core/tiles.h"
+#include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/decode/layout.cuh"
-#include "cuda/sm90/decode/params.h"
-#include "cuda/sm90/decode/schedule.h"
-#include "cuda/sm90/ptx.cuh"
 
 namespace blasst::cuda::decode {
-
-__device__ __forceinline__ uint32_t address(const uint64_t& barrier) {
-  return ptx::shared_address(&barrier);
-}
-
-// Where the request's first key is: in all keys of a ragged tensor, else in the request's.
-__device__ __forceinline__ int first_key_of(const Params& p, int request) {
-  if (p.cu_seqlens_k) return p.cu_seqlens_k[request];
-  return p.starts ? max(0, p.starts[request]) : 0;
-}
-
-// Tokens of the request that are there to be read.
-__device__ __forceinline__ int keys_of(const Params& p, int request) {
-  if (p.cu_seqlens_k)
-    return max(0, min(p.cu_seqlens_k[request + 1] - p.cu_seqlens_k[request], p.key_length));
-  const int end = p.lengths ? min(p.lengths[request], p.key_length) : p.key_length;
-  return max(0, end - first_key_of(p, request));
-}
 
 // The index-th item of the launch; false if the request has no such item.
 __device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int index,
@@ -38,9 +23,10 @@ __device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int
   item.slot = index;
   item.request = place.request;
   item.kv_head = place.kv_head;
-  item.keys = keys_of(p, item.request);
-  item.first_key = first_key_of(p, item.request);
-  const Range tiles = visit(item.keys, p.query_length, p.least_distance, p.most_distance);
+  const Span keys = keys_of_request(p.keys, item.request);
+  item.keys = keys.count;
+  item.first_key = keys.first;
+  const Range tiles = visit(item.keys, p.query_length, p.distances);
   item.tile_begin = tiles.begin, item.tile_end = tiles.end;
   const int count = tiles.end - tiles.begin;
   item.split_tiles = split_tiles(count, plan.least_split_tiles, plan.most_splits);
@@ -52,39 +38,33 @@ __device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int
 
 // Copies of a tile: pages, or one box. Those wholly beyond the request's keys are left out.
 __device__ __forceinline__ int boxes_of(const Params& p, const Plan& plan, int keys, int tile) {
-  if (!p.page_table) return 1;
+  if (!p.keys.page_table) return 1;
   const int left = min(kTileKeys, keys - tile * kTileKeys);
   return ceil_div(left, plan.box_tokens);
 }
 
-// Copies a tile's keys or values; one warp, whose lane copies a panel of box lane / kPanels, from
-// that box's `page`.
-template <int kPanels>
+// Copies a tile's keys or values, of `Tile`'s panels; one warp, whose lane copies a panel of box
+// lane / Tile::kCount, from that box's `page`.
+template <typename Tile>
 __device__ __forceinline__ void copy_tile(const Params& p, const Plan& plan, const CUtensorMap* map,
                                           uint32_t destination, uint64_t& barrier, const Item& item,
                                           int tile, int boxes, int page, ptx::L2Hint hint) {
   const int lane = threadIdx.x % 32;
-  const int box = lane / kPanels, panel = lane % kPanels;
+  const int box = lane / Tile::kCount, panel = lane % Tile::kCount;
   if (lane == 0)
-    ptx::mbarrier_arrive_expect(address(barrier), boxes * plan.box_tokens * kPanels * kPanel * 2);
+    ptx::mbarrier_arrive_expect(address(barrier),
+                                boxes * plan.box_tokens * Tile::kCount * kPanelRowBytes);
   __syncwarp();
   if (box >= boxes) return;
-  int token = tile * kTileKeys + box * plan.box_tokens, outer = item.request;
-  if (p.page_table) {
-    token %= p.page_size;
-    outer = page;
-  } else {
-    token += item.first_key;
-    if (p.cu_seqlens_k) outer = 0;
-  }
-  ptx::copy_box(destination + panel * kPanelBytes + box * plan.box_tokens * kPanel * 2, map,
-                address(barrier), panel * kPanel, item.kv_head, token, outer, hint);
+  const int token = tile * kTileKeys + box * plan.box_tokens;
+  const TokenPlace place = place_of_token(p.keys, item.request, item.first_key, token, page);
+  ptx::copy_box(destination + panel * Tile::kPanelBytes + box * plan.box_tokens * kPanelRowBytes,
+                map, address(barrier), panel * kPanel, item.kv_head, place.token, place.outer,
+                hint);
 }
 
-template <int kDim, int kRows, bool kTests>
+template <typename L, int kRows, bool kTests>
 class Producer {
-  using L = Layout<kDim, kRows>;
-  static constexpr unsigned kAll = 0xffffffffu;
   static constexpr int kOwnRows = (kRows + 31) / 32;  // query rows a lane
 
  public:
@@ -107,9 +87,9 @@ class Producer {
       Item mine{};
       const bool found =
           lane_ < chunk && first + lane_ < plan_.items && find_item(p_, plan_, first + lane_, mine);
-      for (unsigned rest = __ballot_sync(kAll, found); rest; rest &= rest - 1)
+      for (unsigned rest = __ballot_sync(kAllLanes, found); rest; rest &= rest - 1)
         feed(broadcast(mine, __ffs(rest) - 1));
-      first = __shfl_sync(kAll, next, 0);
+      first = __shfl_sync(kAllLanes, next, 0);
     }
     ptx::mbarrier_wait(address(shared_.keys_empty[ring_.stage]), ring_.phase ^ 1);
     if (lane_ == 0) {
@@ -120,7 +100,7 @@ class Producer {
 
  private:
   static __device__ __forceinline__ Item broadcast(const Item& item, int lane) {
-    const auto get = [&](int x) { return __shfl_sync(kAll, x, lane); };
+    const auto get = [&](int x) { return __shfl_sync(kAllLanes, x, lane); };
     return {get(item.request),   get(item.kv_head),    get(item.slot),     get(item.keys),
             get(item.first_key), get(item.tile_begin), get(item.tile_end), get(item.split_tiles),
             get(item.begin),     get(item.end)};
@@ -158,12 +138,13 @@ class Producer {
     ptx::mbarrier_wait(address(shared_.queries_empty[slot]), queries_.phase ^ 1);
     if (lane_ == 0) {
       shared_.items[slot] = item;
-      ptx::mbarrier_arrive_expect(address(shared_.queries_full[slot]), plan_.rows * kDim * 2);
+      ptx::mbarrier_arrive_expect(address(shared_.queries_full[slot]),
+                                  plan_.rows * L::Queries::kCount * kPanelRowBytes);
     }
     __syncwarp();
-    if (lane_ < L::kPanels) {
-      ptx::copy_box(ptx::shared_address(shared_.queries[slot]) + lane_ * kRows * kPanel * 2, q_map_,
-                    address(shared_.queries_full[slot]), lane_ * kPanel,
+    if (lane_ < L::Queries::kCount) {
+      ptx::copy_box(ptx::shared_address(shared_.queries[slot]) + lane_ * L::Queries::kPanelBytes,
+                    q_map_, address(shared_.queries_full[slot]), lane_ * kPanel,
                     item.kv_head * (p_.heads / p_.kv_heads), 0, item.request, ptx::L2Hint::kNormal);
     }
     if constexpr (!kTests) queries_.next();
@@ -172,15 +153,15 @@ class Producer {
   // Before the copies that would go ahead of it to memory.
   __device__ __forceinline__ void ask_for_thresholds(const Item& item,
                                                      float (&values)[kOwnRows]) const {
-    if (p_.test == BLASST_TEST_NONE) return;
+    if (p_.test.kind == BLASST_TEST_NONE) return;
     const int group = p_.heads / p_.kv_heads;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
       const int row = lane_ + 32 * i;
       if (row >= plan_.rows) continue;
       const int head = item.kv_head * group + row % group;
-      values[i] = p_.thresholds[item.request * p_.threshold_stride_request +
-                                head * p_.threshold_stride_head];
+      values[i] =
+          p_.test.values[item.request * p_.test.stride_request + head * p_.test.stride_head];
     }
   }
 
@@ -199,18 +180,19 @@ class Producer {
   // What the tested value of a row must stay below for a skip, as scores are kept.
   __device__ __forceinline__ float below(const Item& item, int row, float value) const {
     if (row >= plan_.rows) return INFINITY;  // no row: allows every skip
-    return log_threshold(p_.test, value, item.keys) / plan_.unit_scale;
+    return log_threshold(p_.test.kind, value, item.keys) / plan_.unit_scale;
   }
 
   __device__ __forceinline__ void feed_keys(const Item& item, int tile, int flags) {
     const int boxes = boxes_of(p_, plan_, item.keys, tile);
     Tile here{.index = tile, .flags = flags};
     int page = 0;
-    if (p_.page_table) {
+    if (p_.keys.page_table) {
       const int mine = lane_ < boxes ? page_of(item, tile) : 0;
 #pragma unroll
-      for (int box = 0; box < kMostBoxes; ++box) here.pages[box] = __shfl_sync(kAll, mine, box);
-      page = __shfl_sync(kAll, mine, lane_ / L::kPanels);
+      for (int box = 0; box < kMostBoxes; ++box)
+        here.pages[box] = __shfl_sync(kAllLanes, mine, box);
+      page = __shfl_sync(kAllLanes, mine, lane_ / L::Keys::kCount);
     }
     const int stage = ring_.stage;
     ptx::mbarrier_wait(address(shared_.keys_empty[stage]), ring_.phase ^ 1);
@@ -219,15 +201,15 @@ class Producer {
       ptx::mbarrier_arrive(address(shared_.tiles_full[stage]));
     }
     __syncwarp();
-    copy_tile<L::kPanels>(p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]),
-                          shared_.keys_full[stage], item, tile, boxes, page,
-                          flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
+    copy_tile<typename L::Keys>(p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]),
+                                shared_.keys_full[stage], item, tile, boxes, page,
+                                flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
     ring_.next();
   }
 
   __device__ __forceinline__ int page_of(const Item& item, int tile) {
-    const int index = (tile * kTileKeys + lane_ * plan_.box_tokens) / p_.page_size;
-    return p_.page_table[item.request * p_.page_table_stride + index];
+    const int index = (tile * kTileKeys + lane_ * plan_.box_tokens) / p_.keys.page_size;
+    return p_.keys.page_table[item.request * p_.keys.page_table_stride + index];
   }
 
   const Params& p_;

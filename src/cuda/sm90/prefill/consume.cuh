@@ -1,90 +1,32 @@
 // A consumer warpgroup: scores, decisions, softmax and outputs of its 64 query rows.
 #pragma once
 
-#include <cfloat>
-#include <cmath>
 #include <cstddef>
 
-#include "blasst/blasst.h"
-#include "cuda/core/skipped_mass.cuh"
+#include "cuda/core/fragment.cuh"
+#include "cuda/core/online_softmax.cuh"
+#include "cuda/core/prefill/rows.cuh"
+#include "cuda/core/tile_test.h"
+#include "cuda/sm90/core/ring.cuh"
+#include "cuda/sm90/core/wgmma.cuh"
 #include "cuda/sm90/prefill/config.cuh"
-#include "cuda/sm90/prefill/request.cuh"
-#include "cuda/sm90/prefill/schedule.h"
+#include "cuda/sm90/prefill/reports.cuh"
+#include "cuda/sm90/prefill/visit.cuh"
 
 namespace blasst::cuda::prefill {
 
-// The gap histogram's bin.
-__device__ __forceinline__ int gap_bin(float gap) {
-  constexpr int kInner = BLASST_GAP_BINS - 2;
-  constexpr float kRange = BLASST_GAP_RANGE;
-  if (!(gap < 0)) return BLASST_GAP_BINS - 1;
-  if (gap < -kRange) return 0;
-  return min(kInner, 1 + static_cast<int>((gap + kRange) * (kInner / kRange)));
-}
-
-// Where a thread's scores are: rows lane / 4 and that + 8 of its warp's 16, pairs of keys from
-// 2 * (lane % 4) in every 8.
-struct ThreadPlace {
-  const int warpgroup = ptx::warp_uniform(threadIdx.x / 128) - 1;
-  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
-  __device__ __forceinline__ int row(int r) const {
-    return threadIdx.x % 128 / 32 * 16 + lane() / 4 + 8 * r;
-  }
-  __device__ __forceinline__ int column() const { return 2 * (lane() % 4); }
-};
-
-// The largest of a thread's scores in each of its two rows.
-template <int kCount>
-__device__ __forceinline__ void tile_maxima(const float (&s)[kCount], float (&maximum)[2]) {
-  // Eight chains side by side: one after the other they would wait for their own results.
-  float part[8];
-#pragma unroll
-  for (int e = 0; e < 8; ++e) part[e] = s[e];
-#pragma unroll
-  for (int j = 8; j < kCount; j += 8) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) part[e] = ptx::max_nan(part[e], s[j + e]);
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    maximum[r] = ptx::max_nan(ptx::max_nan(part[2 * r], part[2 * r + 1]),
-                              ptx::max_nan(part[2 * r + 4], part[2 * r + 5]));
-  }
-}
-
-// Of the four threads that share a row.
-__device__ __forceinline__ void quad_maxima(float (&x)[2]) {
-#pragma unroll
-  for (int lanes = 1; lanes <= 2; lanes *= 2) {
-    float other[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) other[r] = __shfl_xor_sync(0xffffffffu, x[r], lanes);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) x[r] = fmaxf(x[r], other[r]);
-  }
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-// tanh to float32's precision in absolute terms.
-__device__ __forceinline__ float tanh_exact(float x) {
-  return 1 - __fdividef(2, 1 + ptx::exp2_approx(2 * kLog2e * x));
-}
-
-// One consumer warpgroup. What the loop over tiles needs is in registers: queries, a tile's scores
-// and probabilities, outputs. The rest is read from `work` when needed. Nothing hides what stands
-// between two products, so that is kept short: addresses come from one base, a tile from the last.
+// What the loop over tiles needs is in registers: queries, a tile's scores and probabilities,
+// outputs. The rest is read from `work` when needed. Nothing hides what stands between two
+// products, so that is kept short: addresses come from one base, a tile from the last.
 template <typename C>
 class Consumer {
  public:
   __device__ Consumer(const Params& p, typename C::Shared& s)
-      : p_(p), s_(s), base_(ptx::opaque(ptx::shared_address(&s))) {}
+      : p_(p), s_(s), base_(ptx::opaque(ptx::shared_address(&s))), reports_(p, s, at_) {}
 
   __device__ void run() {
     Ring<2> works;
+    visit_.index = 0;
     for (;;) {
       ptx::mbarrier_wait(address(s_.barriers.work_full[works.stage]), works.phase);
       const Work& work = s_.work[works.stage];
@@ -100,56 +42,100 @@ class Consumer {
   using Shared = typename C::Shared;
   using Element = typename C::Element;
   static constexpr int kScores = C::kKeys / 2;  // a thread's share of a tile's scores
-  static constexpr int kOutputs = C::kDim / 2;
+  static constexpr int kOutputs = C::kValueDim / 2;
+  static constexpr int kQuerySteps = C::kQkDim / 16;
   // Three warpgroups, or wider outputs, leave no room for them.
-  static constexpr bool kQueriesInRegisters = C::kDim == 128;
+  static constexpr bool kQueriesInRegisters = C::kQkDim == 128;
 
-  __device__ __forceinline__ void arrive(uint32_t barrier) const {
-    ptx::mbarrier_arrive_if(barrier, at_.lane() == 0);
-  }
+  using Scores = float[kScores];
+  using Probabilities = uint32_t[kScores / 2];
+  using Outputs = float[kOutputs];
+  using Queries = uint32_t[kQueriesInRegisters ? kQuerySteps : 1][4];
 
-  // This warpgroup's rows of the block; may be negative.
-  __device__ __forceinline__ int rows(const Work& work) const {
-    return min(kRowsPerWarpgroup, work.rows - at_.warpgroup * kRowsPerWarpgroup);
-  }
-  // Its first row's position.
-  __device__ __forceinline__ int position(const Work& work) const {
-    return work.first_row + work.offset + at_.warpgroup * kRowsPerWarpgroup;
-  }
+  // The decision on a tile, and what it was taken from.
+  struct Decision {
+    bool keep;
+    float maximum[2];  // of the tile, in the thread's rows; of a kept one in the quad's
+  };
 
-  // Tiles that a row of this warpgroup sees.
-  __device__ __forceinline__ KeyRange visible_tiles(const Work& work) const {
-    const int first = position(work), count = rows(work);
-    const KeyRange seen = keys_of(first, first + count - 1, work.least, work.most, work.keys);
-    const bool any = count > 0 && work.least <= work.most && seen.begin < seen.end;
-    if (!any) return {0, 0};
-    return {seen.begin / C::kKeys, (seen.end + C::kKeys - 1) / C::kKeys};
-  }
+  // --- the loop ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void begin(const Work& work, KeyRange tiles) {
-    const KeyRange whole = whole_tiles(work);
-    plain_begin_ = ptx::warp_uniform(whole.begin);
-    plain_count_ = ptx::warp_uniform(p_.softcap > 0 ? 0 : whole.end - whole.begin);
-    direction_ = p_.order == 0 ? 1 : -1;
-    tile_ = tile_at(p_.order, tiles.begin, tiles.end, 0);
-    next_tile_ = tile_at(p_.order, tiles.begin, tiles.end, 1);
-    if constexpr (C::kReports) {
-      if (p_.tile_bits && threadIdx.x % 128 == 0 && rows(work) > 0)
-        for (int word = 0; word < p_.tile_words; ++word) bits_of(work)[word] = 0;
-      if (p_.tile_maxima && rows(work) > 0)
-        for (int64_t tile = threadIdx.x % 128; tile < p_.tile_maxima_stride; tile += 128)
-          maxima_of(work)[tile] = -INFINITY;
+  __device__ __forceinline__ void attend(const Work& work) {
+    const Range tiles = {ptx::warp_uniform(work.tile_begin), ptx::warp_uniform(work.tile_end)};
+    set_plain_tiles(work);
+    visit_.begin(p_.order, tiles);
+    reports_.begin(work);
+    if constexpr (C::kTests) threshold_ = work.threshold[at_.warpgroup];
+    OnlineSoftmax softmax = OnlineSoftmax::empty(p_.score_to_log2);
+    Outputs o = {};
+    if (const int count = tiles.end - tiles.begin; count > 0) {
+      ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
+      query_phase_ ^= 1;
+      Queries queries;
+      if constexpr (kQueriesInRegisters) load_queries(queries);
+      attend_tiles(work, count, queries, softmax, o);
+      ++visit_.index;
     }
-    if constexpr (C::kTests) {
-      kept_ = 0;
-      threshold_ = work.threshold[at_.warpgroup];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r)
-      maximum_[r] = -INFINITY, sum_[r] = 0, mass_[r] = SkippedMass::none();
-#pragma unroll
-    for (int j = 0; j < kOutputs; ++j) o_[j] = 0;
+    write(work, softmax, o);
   }
+
+  // The tiles of an item. The scores of the next tile and the outputs of a kept one are computed
+  // together; then come the next tile's decision and exponentials, under the products of the other
+  // warpgroups.
+  __device__ __forceinline__ void attend_tiles(const Work& work, int count, const Queries& queries,
+                                               OnlineSoftmax& softmax, Outputs& o) {
+    Scores s;
+    Probabilities p;
+    wait_keys();
+    start_scores(s, queries);
+    Decision tile = take_scores<0>(s, work, softmax, count > 1);
+#pragma unroll 1
+    for (;;) {
+      // 1. Skipped tiles. The next scores start before the fate of the last is announced.
+      if (!tile.keep) {
+#pragma unroll 1
+        do {
+          if (--count == 0) {
+            announce(work, tile, softmax);
+            return release_queries();
+          }
+          start_scores(s, queries);
+          announce(work, tile, softmax);
+          visit_.next();
+          tile = take_scores<0>(s, work, softmax, count > 1);
+        } while (!tile.keep);
+      }
+      announce(work, tile, softmax);
+      quad_maxima(tile.maximum);
+#pragma unroll 1
+      do {
+        // 2. A kept tile's probabilities, under the products of the other warpgroups.
+        softmax.move(tile.maximum, o);
+        softmax.template exponentials<Element>(s, p);
+        if (--count == 0) {
+          release_queries();
+          start_outputs(o, p, work);
+          return finish_outputs(o, visit_.index);
+        }
+        // 3. The next scores and this tile's outputs, one behind the other.
+        if constexpr (!C::kTests) wait_keys();
+        start_scores(s, queries);
+        start_outputs(o, p, work);
+        visit_.next();
+        // 4. The decision on the next tile, under the outputs.
+        tile = take_scores<1>(s, work, softmax, count > 1);
+        if (tile.keep) {
+          announce(work, tile, softmax);
+          quad_maxima(tile.maximum);
+          if constexpr (!C::kTests) order_before_wait(tile.maximum[0] + tile.maximum[1]);
+        }
+        // 5. The outputs, before the softmax may scale them.
+        finish_outputs(o, visit_.index - 1);
+      } while (tile.keep);
+    }
+  }
+
+  // --- scores -----------------------------------------------------------------------------------
 
   // The next key stage is filled.
   __device__ __forceinline__ void wait_keys() const {
@@ -157,37 +143,210 @@ class Consumer {
   }
 
   // s = Q K^T of the next key stage.
-  __device__ __forceinline__ void start_scores(float (&s)[kScores]) {
+  __device__ __forceinline__ void start_scores(Scores& s, const Queries& queries) {
     const uint64_t q = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, query)),
-                                    at_.warpgroup * L::kQueryBytes);
+                                    at_.warpgroup * L::Queries::kBytes);
     const uint64_t k = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, key)),
-                                    keys_.stage * L::kTileBytes);
+                                    keys_.stage * L::Keys::kBytes);
     using Product = ptx::Wgmma<Element, C::kKeys>;
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < C::kDim / 16; ++step) {
+    for (int step = 0; step < kQuerySteps; ++step) {
       const int panel = step / 4, within = step % 4 * 32;
-      const uint64_t a = ptx::advance(q, panel * L::kQueryPanelBytes + within);
-      const uint64_t b = ptx::advance(k, panel * L::kKeyPanelBytes + within);
+      const uint64_t a = ptx::advance(q, panel * L::Queries::kPanelBytes + within);
+      const uint64_t b = ptx::advance(k, panel * L::Keys::kPanelBytes + within);
       if constexpr (kQueriesInRegisters)
-        step == 0 ? Product::first_registers(s, q_[step], b)
-                  : Product::more_registers(s, q_[step], b);
+        step == 0 ? Product::first_registers(s, queries[step], b)
+                  : Product::add_registers(s, queries[step], b);
       else
-        step == 0 ? Product::first(s, a, b) : Product::more(s, a, b);
+        step == 0 ? Product::first(s, a, b) : Product::add(s, a, b);
     }
     ptx::wgmma_commit();
     keys_.next();
   }
 
+  // Scores that are on their way, older than the kPending newest products, arrive and are decided
+  // on. With a test and `more` to come, the keys after them are waited for while there is nothing
+  // else to do.
+  template <int kPending>
+  __device__ __forceinline__ Decision take_scores(Scores& s, const Work& work,
+                                                  const OnlineSoftmax& softmax, bool more) {
+    if (C::kTests && more) wait_keys();
+    ptx::wgmma_wait<kPending>();
+    ptx::fence_registers(s);
+    // Their keys may be overwritten.
+    arrive(base_ + offsetof(Shared, barriers.key_empty) + 8 * scored_.stage);
+    scored_.next();
+    visit_.masked =
+        static_cast<unsigned>(visit_.tile - plain_begin_) >= static_cast<unsigned>(plain_count_);
+    if (visit_.masked) [[unlikely]]
+      cap_and_mask(s, work);
+    return decide(s, softmax);
+  }
+
+  // Tiles whose scores are final as they come.
+  __device__ __forceinline__ void set_plain_tiles(const Work& work) {
+    const Range whole = whole_tiles<C::kKeys>(work, query_tile_of(work, at_.warpgroup));
+    plain_begin_ = ptx::warp_uniform(whole.begin);
+    plain_count_ = ptx::warp_uniform(p_.softcap > 0 ? 0 : whole.end - whole.begin);
+  }
+
+  __device__ __forceinline__ void cap_and_mask(Scores& s, const Work& work) const {
+    if (p_.softcap > 0) {
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) s[j] = tanh_exact(s[j] * p_.softcap_scale);
+    }
+    const QueryTile q = query_tile_of(work, at_.warpgroup);
+    const Range whole = whole_tiles<C::kKeys>(work, q);
+    if (visit_.tile >= whole.begin && visit_.tile < whole.end) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = q.position + at_.row(r);
+      Range seen = keys_seen(at, at, work.distances, work.keys);
+      if (at_.row(r) >= q.rows) seen.end = 0;
+      mask_row(s, r, seen, visit_.tile * C::kKeys + at_.column());
+    }
+  }
+
+  // --- decision ---------------------------------------------------------------------------------
+
+  __device__ __forceinline__ Decision decide(const Scores& s, const OnlineSoftmax& softmax) {
+    Decision tile;
+    row_maxima(s, tile.maximum);
+    if constexpr (!C::kTests) {
+      tile.keep = true;
+    } else {
+      bool skip = true;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        skip = skip && tile.maximum[r] < skip_below(p_.test.kind, threshold_, softmax.maximum[r]);
+      reports_.offer(visit_, tile.maximum, softmax);
+      tile.keep = __any_sync(kAllLanes, !ptx::named_barrier_all(1 + at_.warpgroup, 128, skip));
+    }
+    return tile;
+  }
+
+  // Tells the producers what was decided.
+  __device__ __forceinline__ void announce(const Work& work, Decision& tile,
+                                           const OnlineSoftmax& softmax) {
+    if constexpr (C::kTests) {
+      const uint32_t decision = base_ + offsetof(Shared, decision) +
+                                visit_.index % L::kValueStages * sizeof(*s_.decision);
+      ptx::raise_shared_if(decision + 4 * at_.warpgroup, 2 * visit_.index + tile.keep,
+                           threadIdx.x % 128 == 0);
+      reports_.decided(work, visit_, tile.keep, tile.maximum, softmax);
+      if (!tile.keep) release_values(visit_.index);
+    }
+  }
+
+  // --- outputs ----------------------------------------------------------------------------------
+
+  // o += P V of the tile at hand.
+  __device__ __forceinline__ void start_outputs(Outputs& o, const Probabilities& p,
+                                                const Work& work) {
+    wait_values(work);
+    const uint64_t v =
+        ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, value), L::Values::kPanelBytes),
+                     visit_.index % L::kValueStages * L::Values::kBytes);
+    ptx::fence_registers(o);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kKeys / 16; ++step) {
+      ptx::Wgmma<Element, C::kValueDim>::add_registers_by_columns(
+          o, p + 4 * step, ptx::advance(v, 16 * step * kPanelRowBytes));
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void wait_values(const Work& work) {
+    ptx::mbarrier_wait(
+        base_ + offsetof(Shared, barriers.value_full) + 8 * (visit_.index % L::kValueBarriers),
+        visit_.index / L::kValueBarriers & 1);
+    if (visit_.masked) [[unlikely]]
+      clear_values(
+          base_ + offsetof(Shared, value) + visit_.index % L::kValueStages * L::Values::kBytes,
+          work.keys - visit_.tile * C::kKeys);
+  }
+
+  // What lies behind the last key may be anything, NaN too, and 0 * NaN is not 0.
+  __device__ __forceinline__ void clear_values(uint32_t stage, int valid) {
+    if (valid >= C::kKeys) return;
+    const int vectors = (C::kKeys - valid) * (kPanelRowBytes / 16);
+#pragma unroll 1
+    for (int panel = 0; panel < L::Values::kCount; ++panel) {
+      const uint32_t first = stage + panel * L::Values::kPanelBytes + valid * kPanelRowBytes;
+#pragma unroll 1
+      for (int i = threadIdx.x % 128; i < vectors; i += 128)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(first + 16 * i), "r"(0));
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(1 + at_.warpgroup, 128);
+  }
+
+  // The outputs are there, those of `visit` the newest.
+  __device__ __forceinline__ void finish_outputs(Outputs& o, int visit) {
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(o);
+    release_values(visit);
+  }
+
+  // Normalises and writes the rows.
+  __device__ __forceinline__ void write(const Work& work, const OnlineSoftmax& softmax,
+                                        const Outputs& o) {
+    const int rows = query_tile_of(work, at_.warpgroup).rows;
+    const int output_row = work.output_row + at_.warpgroup * kQueryTileRows;
+    float weight[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = quad_sum(softmax.sum[r]);
+      const bool empty = softmax.maximum[r] == -INFINITY && sum == 0;
+      const RowEnd end = finish_row(softmax.log2_maximum(r), sum, empty,
+                                    p_.sinks ? p_.sinks + work.head : nullptr);
+      weight[r] = end.weight;
+      if (at_.lane() % 4 == 0 && at_.row(r) < rows) {
+        const int64_t cell = int64_t{work.head} * p_.rows + output_row + at_.row(r);
+        if (p_.report.lse) p_.report.lse[cell] = end.lse;
+        reports_.row(work, r, cell, end);
+      }
+    }
+    reports_.finish(work);
+    auto* out = static_cast<Element*>(p_.out.data) + work.head * p_.out.stride_head +
+                row_in_tensor(p_, work.request, output_row) * p_.out.stride_token;
+    if (!p_.cu_seqlens_q) out += work.request * p_.out.stride_request;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = at_.row(r);
+      Element* to = out + row * p_.out.stride_token + 8 * (at_.lane() % 4);
+      // The four threads of a row trade pairs, so that each has eight elements side by side.
+#pragma unroll
+      for (int j = 0; j < C::kValueDim / 32; ++j) {
+        uint32_t x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* pair = &o[16 * j + 4 * e + 2 * r];
+          x[e] = pack2<Element>(pair[0] * weight[r], pair[1] * weight[r]);
+        }
+        transpose_in_quad(x);
+        if (row < rows) *reinterpret_cast<uint4*>(to + 32 * j) = make_uint4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  }
+
+  // --- shared memory ----------------------------------------------------------------------------
+
+  __device__ __forceinline__ void arrive(uint32_t barrier) const {
+    ptx::mbarrier_arrive_if(barrier, at_.lane() == 0);
+  }
+
   // This warpgroup's queries, from shared memory, as the first operand of wgmma: for each 16
   // elements of d, 16 x 16 in four 8 x 8 matrices a warp.
-  __device__ __forceinline__ void load_queries() {
+  __device__ __forceinline__ void load_queries(Queries& queries) {
     const int lane = at_.lane(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;
     const uint32_t base = ptx::shared_address(s_.query[at_.warpgroup]) + row * kPanelRowBytes;
 #pragma unroll
-    for (int step = 0; step < C::kDim / 16; ++step) {
+    for (int step = 0; step < kQuerySteps; ++step) {
       const int vector = (step % 4 * 2 + lane / 16) ^ (row % 8);  // the copy engine's swizzle
-      ptx::load_matrices(q_[step], base + step / 4 * L::kQueryPanelBytes + 16 * vector);
+      ptx::load_matrices(queries[step], base + step / 4 * L::Queries::kPanelBytes + 16 * vector);
     }
     __syncwarp();
     arrive(address(s_.barriers.query_empty));
@@ -198,452 +357,27 @@ class Consumer {
     if constexpr (!kQueriesInRegisters) arrive(address(s_.barriers.query_empty));
   }
 
-  // The scores are there: their keys may be overwritten.
-  __device__ __forceinline__ void finish_scores(float (&s)[kScores]) {
-    ptx::pin(s);
-    arrive(base_ + offsetof(Shared, barriers.key_empty) + 8 * scored_.stage);
-    scored_.next();
-  }
-
   // This warp no longer needs the values of a visit.
   __device__ __forceinline__ void release_values(int visit) {
     arrive(base_ + offsetof(Shared, barriers.value_done) + 8 * (visit % L::kValueBarriers));
   }
 
-  // Keys that every row of this warpgroup sees, in whole tiles. Rows beyond the request see none.
-  __device__ __forceinline__ KeyRange whole_tiles(const Work& work) const {
-    const int first = position(work), count = rows(work), last = first + max(count, 1) - 1;
-    const int begin = max(0, last - work.most), end = min(work.keys, first - work.least + 1);
-    const KeyRange tiles = {(begin + C::kKeys - 1) / C::kKeys, end / C::kKeys};
-    return count == kRowsPerWarpgroup && tiles.begin < tiles.end ? tiles : KeyRange{0, 0};
-  }
-
-  // Caps the scores, and masks what a row does not see.
-  __device__ __forceinline__ void treat(float (&s)[kScores], const Work& work) {
-    if (p_.softcap > 0) {
-#pragma unroll
-      for (int j = 0; j < kScores; ++j) s[j] = tanh_exact(s[j] * p_.softcap_scale);
-    }
-    const KeyRange whole = whole_tiles(work);
-    if (tile_ < whole.begin || tile_ >= whole.end) mask(s, work);
-  }
-
-  // Scores of keys that a row does not see become -inf.
-  __device__ __forceinline__ void mask(float (&s)[kScores], const Work& work) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = at_.row(r);
-      const int at = position(work) + row;
-      const KeyRange seen = keys_of(at, at, work.least, work.most, work.keys);
-      const int first = tile_ * C::kKeys + at_.column();
-      const int begin = seen.begin - first, end = (row < rows(work) ? seen.end : 0) - first;
-#pragma unroll
-      for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s[4 * j + 2 * r + e];
-          x = 8 * j + e >= begin && 8 * j + e < end ? x : -INFINITY;
-        }
-      }
-    }
-  }
-
-  // Completes the scores of visit_ and takes their maxima. Returns whether the tile is kept.
-  __device__ __forceinline__ bool decide(float (&s)[kScores], const Work& work) {
-    special_ = static_cast<unsigned>(tile_ - plain_begin_) >= static_cast<unsigned>(plain_count_);
-    if (special_) [[unlikely]]
-      treat(s, work);
-    tile_maxima(s, tile_maximum_);
-    if constexpr (!C::kTests) {
-      return true;
-    } else {
-      bool skip = true;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) skip = skip && tile_maximum_[r] < skip_below(maximum_[r]);
-      if constexpr (C::kReports) offer_gap(), offer_maximum();
-      return __any_sync(0xffffffffu, !ptx::named_barrier_all(1 + at_.warpgroup, 128, skip));
-    }
-  }
-
-  // Tells the producers what was decided on visit_, and counts it.
-  __device__ __forceinline__ void announce(const Work& work, bool keep) {
-    if constexpr (C::kTests) {
-      const uint32_t decision =
-          base_ + offsetof(Shared, decision) + visit_ % L::kValueStages * sizeof(*s_.decision);
-      ptx::raise_shared_if(decision + 4 * at_.warpgroup, 2 * visit_ + keep, threadIdx.x % 128 == 0);
-      if constexpr (C::kReports) report_tile(work, keep);
-      kept_ += keep;
-      if (!keep) release_values(visit_);
-    }
-  }
-
-  // The largest gap of each warp's rows, in natural logarithms, for report_tile after the vote.
-  __device__ __forceinline__ void offer_gap() {
-    float gap = -INFINITY;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float t = tile_maximum_[r];
-      if (t == -INFINITY) continue;
-      // A row's first scores, and NaN, have no finite gap.
-      const float g =
-          maximum_[r] == -INFINITY ? INFINITY : (t - maximum_[r]) * (p_.score_to_log2 * kLn2);
-      gap = g <= gap ? gap : (g < INFINITY ? g : INFINITY);
-    }
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2)
-      gap = fmaxf(gap, __shfl_xor_sync(0xffffffffu, gap, lanes));
-    if (at_.lane() == 0) s_.gap[visit_ % 2][at_.warpgroup][threadIdx.x % 128 / 32] = gap;
-  }
-
-  // The largest score of each warp's rows, NaN if there is one; for report_tile too.
-  __device__ __forceinline__ void offer_maximum() {
-    float maximum = ptx::max_nan(tile_maximum_[0], tile_maximum_[1]);
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2)
-      maximum = ptx::max_nan(maximum, __shfl_xor_sync(0xffffffffu, maximum, lanes));
-    if (at_.lane() == 0)
-      s_.maximum[visit_ % 2][at_.warpgroup][threadIdx.x % 128 / 32] =
-          maximum * (p_.score_to_log2 * kLn2);
-  }
-
-  // Where this warpgroup's rows stand among the query tiles of all heads and requests.
-  __device__ __forceinline__ int64_t tile_row(const Work& work) const {
-    return int64_t{work.head} * work.query_tiles + work.query_tile + at_.warpgroup;
-  }
-
-  // The tile bits of this warpgroup's rows.
-  __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
-    return p_.tile_bits + tile_row(work) * p_.tile_words;
-  }
-
-  // The tile maxima of this warpgroup's rows.
-  __device__ __forceinline__ float* maxima_of(const Work& work) const {
-    return p_.tile_maxima + tile_row(work) * p_.tile_maxima_stride;
-  }
-
-  __device__ __forceinline__ void report_tile(const Work& work, bool keep) {
-    const int tile = tile_;
-    const KeyRange visible = visible_tiles(work);
-    if (tile < visible.begin || tile >= visible.end) return;
-    if (threadIdx.x % 128 == 0) {
-      if (p_.tile_bits && keep) atomicOr(bits_of(work) + tile / 32, 1u << tile % 32);
-      if (p_.gap_histogram) {
-        const float(&warps)[4] = s_.gap[visit_ % 2][at_.warpgroup];
-        const float gap = fmaxf(fmaxf(warps[0], warps[1]), fmaxf(warps[2], warps[3]));
-        atomicAdd(p_.gap_histogram + work.head * BLASST_GAP_BINS + gap_bin(gap), 1ull);
-      }
-      if (p_.tile_maxima) {
-        const float(&warps)[4] = s_.maximum[visit_ % 2][at_.warpgroup];
-        maxima_of(work)[tile] =
-            ptx::max_nan(ptx::max_nan(warps[0], warps[1]), ptx::max_nan(warps[2], warps[3]));
-      }
-    }
-    if (keep) return;
-    quad_maxima(tile_maximum_);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float maximum = tile_maximum_[r];
-      const int at = position(work) + at_.row(r);
-      const KeyRange seen = keys_of(at, at, work.least, work.most, work.keys);
-      const int keys = min(seen.end, (tile + 1) * C::kKeys) - max(seen.begin, tile * C::kKeys);
-      if (maximum == -INFINITY || keys <= 0) continue;
-      mass_[r].add(maximum * p_.score_to_log2, keys);
-    }
-  }
-
-  // What a tile's maximum must stay under for a skip. A row without a score so far allows a skip
-  // only where it has none in the tile either: -inf < -FLT_MAX.
-  __device__ __forceinline__ float skip_below(float maximum) const {
-    const float below =
-        p_.test == BLASST_TEST_ABSOLUTE && maximum != -INFINITY ? threshold_ : maximum + threshold_;
-    return fmaxf(below, -FLT_MAX);
-  }
-
-  // The running maximum as a base-2 logarithm; 0 if there is none.
-  __device__ __forceinline__ float log2_maximum(int r) const {
-    return maximum_[r] == -INFINITY ? 0.f : __fmul_rn(maximum_[r], p_.score_to_log2);
-  }
-
-  // Moves the running maxima to those of a kept tile, and scales what was summed under the old
-  // ones.
-  __device__ __forceinline__ void move_maxima() {
-    float alpha[2];
-    bool moved = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float old = maximum_[r];
-      maximum_[r] = fmaxf(old, tile_maximum_[r]);
-      moved |= maximum_[r] != old;
-      alpha[r] = ptx::exp2_approx(__fmul_rn(old, p_.score_to_log2) - log2_maximum(r));
-    }
-    if (!__any_sync(0xffffffffu, moved)) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum_[r] *= alpha[r];
-#pragma unroll
-      for (int j = 0; j < kOutputs / 4; ++j)
-        o_[4 * j + 2 * r] *= alpha[r], o_[4 * j + 2 * r + 1] *= alpha[r];
-    }
-  }
-
-  // Probabilities, in the element type, from the scores of a tile. Two halves, each with sums of
-  // its own: the assembler orders that better than one.
-  __device__ __forceinline__ void exponentials(const float (&s)[kScores],
-                                               uint32_t (&p)[kScores / 2]) {
-    constexpr int kHalf = kScores / 2;
-    const float minus_maximum[2] = {-log2_maximum(0), -log2_maximum(1)};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sums[2][2] = {};
-#pragma unroll
-      for (int j = 0; j < kHalf / 4; ++j) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float x[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            x[e] = ptx::exp2_approx(
-                fmaf(s[half * kHalf + 4 * j + 2 * r + e], p_.score_to_log2, minus_maximum[r]));
-            sums[r][e] += x[e];
-          }
-          p[half * kHalf / 2 + 2 * j + r] = ptx::pack2<Element>(x[0], x[1]);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) sum_[r] += sums[r][0] + sums[r][1];
-    }
-  }
-
-  // The values of visit_ are there.
-  __device__ __forceinline__ void wait_values(const Work& work) {
-    ptx::mbarrier_wait(
-        base_ + offsetof(Shared, barriers.value_full) + 8 * (visit_ % L::kValueBarriers),
-        visit_ / L::kValueBarriers & 1);
-    if (special_) [[unlikely]]
-      clear_values(base_ + offsetof(Shared, value) + visit_ % L::kValueStages * L::kTileBytes,
-                   work.keys - tile_ * C::kKeys);
-  }
-
-  // o += P V of visit_.
-  __device__ __forceinline__ void start_outputs(const uint32_t (&p)[kScores / 2],
-                                                const Work& work) {
-    wait_values(work);
-    const uint64_t v =
-        ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, value), L::kKeyPanelBytes),
-                     visit_ % L::kValueStages * L::kTileBytes);
-    ptx::pin(o_);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < C::kKeys / 16; ++step) {
-      ptx::Wgmma<Element, C::kDim>::registers(o_, p + 4 * step,
-                                              ptx::advance(v, 16 * step * kPanelRowBytes));
-    }
-    ptx::wgmma_commit();
-  }
-
-  // The outputs are there, those of `visit` the newest.
-  __device__ __forceinline__ void finish_outputs(int visit) {
-    ptx::wgmma_wait<0>();
-    ptx::pin(o_);
-    release_values(visit);
-  }
-
-  // What lies behind the last key may be anything, NaN too, and 0 * NaN is not 0.
-  __device__ __forceinline__ void clear_values(uint32_t stage, int valid) {
-    if (valid >= C::kKeys) return;
-    const int vectors = (C::kKeys - valid) * (kPanelRowBytes / 16);
-#pragma unroll 1
-    for (int panel = 0; panel < L::kPanels; ++panel) {
-      const uint32_t first = stage + panel * L::kKeyPanelBytes + valid * kPanelRowBytes;
-#pragma unroll 1
-      for (int i = threadIdx.x % 128; i < vectors; i += 128)
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(first + 16 * i), "r"(0));
-    }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_sync(1 + at_.warpgroup, 128);
-  }
-
-  __device__ __forceinline__ void next_visit() {
-    ++visit_;
-    tile_ = next_tile_;
-    next_tile_ += direction_;
-  }
-
-  // Scores that are on their way, older than the kPending newest products, arrive and are decided
-  // on. With a test and `more` to come, the keys after them are waited for while there is nothing
-  // else to do.
-  template <int kPending>
-  __device__ __forceinline__ bool take_scores(float (&s)[kScores], const Work& work, bool more) {
-    if (C::kTests && more) wait_keys();
-    ptx::wgmma_wait<kPending>();
-    finish_scores(s);
-    return decide(s, work);
-  }
-
-  // The tiles of an item. The scores of the next tile and the outputs of a kept one are computed
-  // together; then come the next tile's decision and exponentials, under the products of the other
-  // warpgroups. After a skipped tile the next scores start before its fate is announced.
-  __device__ __forceinline__ void attend_tiles(const Work& work, int count) {
-    float s[kScores];
-    uint32_t p[kScores / 2];
-    wait_keys();
-    start_scores(s);
-    bool keep = take_scores<0>(s, work, count > 1);
-#pragma unroll 1
-    for (;;) {
-      if (!keep) {
-#pragma unroll 1
-        do {
-          if (--count == 0) {
-            announce(work, false);
-            return release_queries();
-          }
-          start_scores(s);
-          announce(work, false);
-          next_visit();
-        } while (!take_scores<0>(s, work, count > 1));
-      }
-      announce(work, true);
-      quad_maxima(tile_maximum_);
-#pragma unroll 1
-      do {
-        move_maxima();
-        exponentials(s, p);
-        if (--count == 0) {
-          release_queries();
-          start_outputs(p, work);
-          return finish_outputs(visit_);
-        }
-        if constexpr (!C::kTests) wait_keys();
-        start_scores(s);
-        start_outputs(p, work);
-        next_visit();
-        keep = take_scores<1>(s, work, count > 1);
-        if (keep) {
-          announce(work, true);
-          quad_maxima(tile_maximum_);
-          if constexpr (!C::kTests) hold(tile_maximum_[0] + tile_maximum_[1]);
-        }
-        finish_outputs(visit_ - 1);
-      } while (keep);
-    }
-  }
-
-  __device__ __forceinline__ void attend(const Work& work) {
-    const KeyRange tiles = {ptx::warp_uniform(work.tile_begin), ptx::warp_uniform(work.tile_end)};
-    begin(work, tiles);
-    const int count = tiles.end - tiles.begin;
-    if (count > 0) {
-      ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
-      query_phase_ ^= 1;
-      if constexpr (kQueriesInRegisters) load_queries();
-      attend_tiles(work, count);
-      ++visit_;
-    }
-    finish(work);
-  }
-
   // Never stores. It keeps the assembler from moving a wait that follows to before `x` is there.
   // (With a tile test, the vote does.)
-  __device__ __forceinline__ void hold(float x) const {
+  __device__ __forceinline__ void order_before_wait(float x) const {
     ptx::store_shared_if(base_, __float_as_int(x), p_.order < 0);
-  }
-
-  // Normalises and writes the rows.
-  __device__ __forceinline__ void finish(const Work& work) {
-    const int count = rows(work);
-    const int output_row = work.output_row + at_.warpgroup * kRowsPerWarpgroup;
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = quad_sum(sum_[r]), base = log2_maximum(r), weight = 1;
-      const bool empty = maximum_[r] == -INFINITY && sum == 0;
-      const float sink = p_.sinks ? p_.sinks[work.head] : -INFINITY;
-      if (p_.sinks && !empty) {  // it may lie far above every score
-        const float kept = base;
-        base = fmaxf(kept, sink * kLog2e);
-        weight = ptx::exp2_approx(kept - base);
-        sum = sum * weight + ptx::exp2_approx(sink * kLog2e - base);
-      }
-      inverse[r] = empty ? 0.f : weight / sum;
-      if (p_.lse && at_.lane() % 4 == 0 && at_.row(r) < count) {
-        p_.lse[int64_t{work.head} * p_.rows + output_row + at_.row(r)] =
-            empty ? sink : base * kLn2 + logf(sum);
-      }
-      if constexpr (C::kReports) {
-        if (p_.dropped_mass_bound && at_.lane() % 4 == 0 && at_.row(r) < count) {
-          p_.dropped_mass_bound[int64_t{work.head} * p_.rows + output_row + at_.row(r)] =
-              mass_[r].share(base, sum);
-        }
-      }
-    }
-    if constexpr (C::kTests) {
-      if (threadIdx.x % 128 == 0 && count > 0) {
-        const KeyRange visible = visible_tiles(work);
-        const int64_t cell = int64_t{work.request} * p_.heads + work.head;
-        const int visitable = visible.end - visible.begin;
-        if (p_.visitable) atomicAdd(p_.visitable + cell, 1ull * visitable);
-        if (p_.skipped) atomicAdd(p_.skipped + cell, 1ull * (visitable - kept_));
-      }
-    }
-    auto* out = static_cast<Element*>(p_.out) + work.head * p_.out_stride_head +
-                row_in_tensor(p_, work.request, output_row) * p_.out_stride_token;
-    if (!p_.cu_seqlens_q) out += work.request * p_.out_stride_request;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = at_.row(r);
-      Element* to = out + row * p_.out_stride_token + 8 * (at_.lane() % 4);
-      // The four threads of a row trade pairs, so that each has eight elements side by side.
-#pragma unroll
-      for (int j = 0; j < C::kDim / 32; ++j) {
-        uint32_t x[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float* pair = &o_[16 * j + 4 * e + 2 * r];
-          x[e] = ptx::pack2<Element>(pair[0] * inverse[r], pair[1] * inverse[r]);
-        }
-        transpose_in_quad(x);
-        if (row < count)
-          *reinterpret_cast<uint4*>(to + 32 * j) = make_uint4(x[0], x[1], x[2], x[3]);
-      }
-    }
-  }
-
-  // x[e] of lane l goes to x[l] of lane e, among four lanes.
-  __device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
-    const bool odd = at_.lane() & 1, high = at_.lane() & 2;
-#pragma unroll
-    for (int e = 0; e < 4; e += 2) {
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? x[e] : x[e + 1], 1);
-      (odd ? x[e] : x[e + 1]) = got;
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, high ? x[e] : x[e + 2], 2);
-      (high ? x[e] : x[e + 2]) = got;
-    }
   }
 
   const Params& p_;
   Shared& s_;
   const uint32_t base_;  // address of s_
   const ThreadPlace at_;
+  Reports<C> reports_;
+  Visit visit_;
   int plain_begin_, plain_count_;  // tiles whose scores are final as they come
-  int tile_, next_tile_, direction_;
-  bool special_;     // tile_ is not one of those
-  int visit_ = 0;    // of tile_, among all that this warpgroup has seen
-  int kept_;         // tiles of this item
-  float threshold_;  // as a difference of raw scores
-  uint32_t q_[C::kDim / 16][4];
-  // Online softmax of this thread's two rows. Maxima are of raw scores; times score_to_log2 they
-  // are base-2 logarithms.
-  float maximum_[2];       // running
-  float sum_[2];           // of this thread's keys
-  float tile_maximum_[2];  // of the rows in tile_
-  SkippedMass mass_[2];    // reports only
-  float o_[kOutputs];
-  Ring<L::kKeyStages> keys_;    // the next to score
-  Ring<L::kKeyStages> scored_;  // the next to give back
+  float threshold_;                // as a difference of raw scores
+  Ring<L::kKeyStages> keys_;       // the next to score
+  Ring<L::kKeyStages> scored_;     // the next to give back
   uint32_t query_phase_ = 0;
 };
 

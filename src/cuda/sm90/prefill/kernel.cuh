@@ -1,7 +1,7 @@
 // Prefill attention for compute capability 9.0. docs/kernels/sm90-prefill.md draws the schedule.
 //
-// A block owns 128 query rows of one head at a time: warpgroup 0 feeds shared memory, warpgroups 1
-// and 2 own 64 rows each and decide on their own. While a warpgroup turns the scores of one tile
+// A block owns 128 or 192 query rows of one head at a time: warpgroup 0 feeds shared memory, each
+// of the others owns 64 rows and decides on its own. While a warpgroup turns the scores of one tile
 // into probabilities, the tensor cores compute its scores of the next.
 #pragma once
 

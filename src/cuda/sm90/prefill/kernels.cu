@@ -1,4 +1,4 @@
-// Instantiates the kernels of one head dimension, BLASST_PREFILL_DIM.
+// Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM.
 #include "cuda/sm90/prefill/kernel.cuh"
 #include "cuda/sm90/prefill/kernels.h"
 
@@ -7,7 +7,7 @@ namespace {
 
 template <typename T, Variant kVariant>
 Kernel kernel() {
-  using C = Config<T, BLASST_PREFILL_DIM, kVariant>;
+  using C = Config<T, BLASST_QK_DIM, BLASST_VALUE_DIM, kVariant>;
   return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared),
           C::Layout::kThreads};
 }
@@ -27,9 +27,8 @@ Kernel kernel(Variant variant) {
 
 }  // namespace
 
-#define BLASST_JOIN_(a, b) a##b
-#define BLASST_JOIN(a, b) BLASST_JOIN_(a, b)
-Kernel BLASST_JOIN(find_kernel_, BLASST_PREFILL_DIM)(Element element, Variant variant) {
+template <>
+Kernel find_kernel_of<BLASST_QK_DIM, BLASST_VALUE_DIM>(Element element, Variant variant) {
   return element == Element::kHalf ? kernel<__half>(variant) : kernel<__nv_bfloat16>(variant);
 }
 

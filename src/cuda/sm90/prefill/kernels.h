@@ -11,12 +11,17 @@ struct Kernel {
   int threads;  // of a block
 };
 
-// dim: 64, 128 or 256.
-Kernel find_kernel(Element element, int dim, Variant variant);
+// Of queries and keys with qk_dim elements and values with value_dim; supported by plan.h.
+Kernel find_kernel(Element element, int qk_dim, int value_dim, Variant variant);
 
-// One for each head dimension, compiled apart.
-Kernel find_kernel_64(Element element, Variant variant);
-Kernel find_kernel_128(Element element, Variant variant);
-Kernel find_kernel_256(Element element, Variant variant);
+// One for each pair of dimensions, compiled apart.
+template <int kQkDim, int kValueDim>
+Kernel find_kernel_of(Element element, Variant variant);
+template <>
+Kernel find_kernel_of<64, 64>(Element element, Variant variant);
+template <>
+Kernel find_kernel_of<128, 128>(Element element, Variant variant);
+template <>
+Kernel find_kernel_of<256, 256>(Element element, Variant variant);
 
 }  // namespace blasst::cuda::prefill

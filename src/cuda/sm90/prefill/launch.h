@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/sm90/prefill/params.h"
-#include "cuda/sm90/tensor.h"
+#include "cuda/core/prefill/params.h"
+#include "cuda/core/tensor.h"
 
 namespace blasst::cuda::prefill {
 
@@ -13,7 +13,7 @@ struct Launch {
   Params params;  // launch() fills in the work
   Tensor q, k, v;
   Element element;
-  int dim;  // 64, 128 or 256, of queries, keys and values
+  int qk_dim, value_dim;  // of queries and keys, of values and outputs
   Variant variant;
   int* workspace;  // workspace_bytes() on the device
   void* stream;    // a cudaStream_t

@@ -3,21 +3,21 @@
 
 #include <cstdint>
 
-#include "cuda/sm90/prefill/params.h"
+#include "cuda/core/prefill/params.h"
+#include "cuda/sm90/core/panels.cuh"
+#include "cuda/sm90/prefill/shape.h"
 
 namespace blasst::cuda::prefill {
 
-inline constexpr int kPanel = 64;  // elements of a 128-byte row: the copy engine's swizzle
-inline constexpr int kPanelRowBytes = 128;
-
-// What a block works on: written by the producer, read by everyone.
+// What a block of threads works on: a block of query rows of one head. Written by the producer,
+// read by everyone.
 struct Work {
   int request, head;
   int first_row;  // of the block, within the request
   int rows;       // left in the request from there on; 0: no more work
   int offset;     // position of query 0
   int keys;
-  int least, most;  // distances that are seen
+  Distances distances;
   int tile_begin, tile_end;
   int output_row;                    // of first_row, among the rows of all requests
   float threshold[kMostWarpgroups];  // of the tile test, as scores are kept
@@ -25,29 +25,39 @@ struct Work {
   int query_tile, query_tiles;
 };
 
-// A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64].
-template <int kDim>
+// The 64 query rows of a warpgroup.
+struct QueryTile {
+  int position;  // of its first row
+  int rows;      // that exist; may be negative
+};
+
+__device__ __forceinline__ QueryTile query_tile_of(const Work& work, int warpgroup) {
+  return {work.first_row + work.offset + warpgroup * kQueryTileRows,
+          min(kQueryTileRows, work.rows - warpgroup * kQueryTileRows)};
+}
+
+// A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64]. Queries and keys have kQkDim
+// elements, values and outputs kValueDim.
+template <int kQkDim, int kValueDim>
 struct Layout {
-  static constexpr int kWarpgroups = warpgroups(kDim);
-  static constexpr int kRowsPerBlock = rows_per_block(kDim);
+  static constexpr int kWarpgroups = warpgroups(kQkDim);
+  static constexpr int kRowsPerBlock = rows_per_block(kQkDim);
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
-  static constexpr int kKeys = tile_keys(kDim);
-  static constexpr int kPanels = kDim / kPanel;
-  static constexpr int kKeyStages = kDim == 256 ? 3 : 4;
+  static constexpr int kKeys = tile_keys(kQkDim);
+  static constexpr int kKeyStages = kQkDim == 256 ? 3 : 4;
   static constexpr int kValueStages = 2;
   // Twice as many as tiles that a warpgroup can be ahead of the values' producers (kKeyStages): it
   // does not look at the barriers of tiles that it skips, and a parity tells one phase only.
   static constexpr int kValueBarriers = 8;
 
-  static constexpr int kQueryBytes = kRowsPerWarpgroup * kDim * 2;  // of one warpgroup
-  static constexpr int kTileBytes = kKeys * kDim * 2;
-  static constexpr int kQueryPanelBytes = kRowsPerWarpgroup * kPanelRowBytes;
-  static constexpr int kKeyPanelBytes = kKeys * kPanelRowBytes;
+  using Queries = Panels<kQueryTileRows, kQkDim>;  // of one warpgroup
+  using Keys = Panels<kKeys, kQkDim>;
+  using Values = Panels<kKeys, kValueDim>;
 
   // Of 65,536: 128 threads of the producer, 128 of each consumer.
-  static constexpr int kProducerRegisters = kDim == 256 ? 24 : kWarpgroups == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kDim == 256 ? 240 : kWarpgroups == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = kValueDim == 256 ? 24 : kWarpgroups == 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kValueDim == 256 ? 240 : kWarpgroups == 3 ? 160 : 232;
   static_assert(128 * (kProducerRegisters + kWarpgroups * kConsumerRegisters) <= 65536);
 
   struct Barriers {
@@ -57,9 +67,9 @@ struct Layout {
     uint64_t work_full[2], work_empty[2];
   };
   struct Shared {
-    alignas(1024) uint8_t query[kWarpgroups][kQueryBytes];
-    alignas(1024) uint8_t key[kKeyStages][kTileBytes];
-    alignas(1024) uint8_t value[kValueStages][kTileBytes];
+    alignas(1024) uint8_t query[kWarpgroups][Queries::kBytes];
+    alignas(1024) uint8_t key[kKeyStages][Keys::kBytes];
+    alignas(1024) uint8_t value[kValueStages][Values::kBytes];
     Barriers barriers;
     Work work[2];
     // The newest visit that each warpgroup has decided on: 2 * visit + kept.

@@ -5,9 +5,10 @@
 #include <numbers>
 
 #include "attention/checks.h"
-#include "cuda/checks.h"
-#include "cuda/sm90/plan.h"
-#include "cuda/sm90/prefill/schedule.h"
+#include "cuda/core/checks.h"
+#include "cuda/core/plan.h"
+#include "cuda/core/prefill/order.h"
+#include "cuda/sm90/prefill/shape.h"
 
 namespace blasst::cuda::prefill {
 namespace {
@@ -29,21 +30,22 @@ void plan_rows(Params& p, const blasst_problem& problem) {
 }
 
 void plan_places(Params& p, const TileTest& test) {
-  p.threshold_places = static_cast<int>(std::min<int64_t>(test.places, kUnlimited));
-  p.threshold_stride_place = test.stride_place;
+  p.test.places = static_cast<int>(std::min<int64_t>(test.places, kUnlimited));
+  p.test.stride_place = test.stride_place;
 }
 
 void plan_maxima(Params& p, const Report& report, const attention::Geometry& geometry) {
   attention::check_tile_maxima(report, geometry);
-  p.tile_maxima = report.tile_maxima;
-  p.tile_maxima_stride = report.tile_maxima_stride;
+  p.report.tile_maxima = report.tile_maxima;
+  p.report.tile_maxima_stride = report.tile_maxima_stride;
 }
 
 Variant variant_of(const Params& p) {
-  if (p.tile_bits || p.gap_histogram || p.dropped_mass_bound || p.tile_maxima)
+  const ReportArrays& r = p.report;
+  if (r.tile_bits || r.gap_histogram || r.dropped_mass_bound || r.tile_maxima)
     return Variant::kReport;
-  const bool counts = p.visitable || p.skipped;
-  return p.test != BLASST_TEST_NONE || counts ? Variant::kSparse : Variant::kDense;
+  const bool counts = r.visitable || r.skipped;
+  return p.test.kind != BLASST_TEST_NONE || counts ? Variant::kSparse : Variant::kDense;
 }
 
 // Of the scalars alone.
@@ -56,7 +58,7 @@ attention::Geometry geometry_of(const AttentionParams& params) {
               p.heads * most_blocks(attention::all_rows(p), p.batch, attention::most_rows(p),
                                     rows_per_block(dim)),
               0, kUnlimited - 1);
-  const TileShape shape{.query_rows = kRowsPerWarpgroup, .keys = tile_keys(dim)};
+  const TileShape shape{.query_rows = kQueryTileRows, .keys = tile_keys(dim)};
   attention::check_tiles("cuda", params.decision, shape);
   return attention::geometry(p, Phase::kPrefill, shape);
 }
@@ -81,7 +83,7 @@ Launch plan_launch(const AttentionParams& params) {
   plan_places(l.params, params.decision.test);
   plan_report(l.params, params.report, geometry);
   plan_maxima(l.params, params.report, geometry);
-  l.params.query_tiles = static_cast<int>(geometry.query_tiles);
+  l.params.report.query_tiles = static_cast<int>(geometry.query_tiles);
   l.variant = variant_of(l.params);
   check_workspace(params.execution, workspace_bytes(params.problem.batch), 16);
   l.workspace = static_cast<int*>(params.execution.workspace);

@@ -1,23 +1,37 @@
 // The producer warpgroup: work, queries, keys and values into shared memory.
 #pragma once
 
+#include "cuda/core/keys.cuh"
+#include "cuda/core/prefill/order.h"
+#include "cuda/core/prefill/rows.cuh"
+#include "cuda/core/tensor.h"
 #include "cuda/core/tile_test.h"
+#include "cuda/core/tiles.h"
+#include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/prefill/config.cuh"
-#include "cuda/sm90/prefill/request.cuh"
-#include "cuda/sm90/prefill/schedule.h"
 
 namespace blasst::cuda::prefill {
 
 // What the test compares with, for the query tile of a warpgroup: of a tile's largest score, or
 // (relative tests) of its distance to the running maximum.
 __device__ __forceinline__ float threshold_of(const Params& p, const Work& w, int warpgroup) {
-  if (p.test == BLASST_TEST_NONE) return -INFINITY;
-  const int position = w.first_row + warpgroup * kRowsPerWarpgroup + w.offset;
-  const int place = min(max(position, 0) / kRowsPerWarpgroup, p.threshold_places - 1);
-  const float value =
-      p.thresholds[w.request * p.threshold_stride_request + w.head * p.threshold_stride_head +
-                   place * p.threshold_stride_place];
-  return log_threshold(p.test, value, w.keys) * kLog2e / p.score_to_log2;
+  if (p.test.kind == BLASST_TEST_NONE) return -INFINITY;
+  const int position = query_tile_of(w, warpgroup).position;
+  const int place = min(max(position, 0) / kQueryTileRows, p.test.places - 1);
+  const float value = p.test.values[w.request * p.test.stride_request +
+                                    w.head * p.test.stride_head + place * p.test.stride_place];
+  return log_threshold(p.test.kind, value, w.keys) * kLog2e / p.score_to_log2;
+}
+
+// The distances that a head looks across.
+__device__ __forceinline__ Distances distances_of(const Params& p, int head) {
+  Distances d = p.distances;
+  if (p.bands) {
+    const int64_t limit = kUnlimited;
+    d.least = max(d.least, static_cast<int>(max(-limit, min(limit, p.bands[2 * head]))));
+    d.most = min(d.most, static_cast<int>(max(-limit, min(limit, p.bands[2 * head + 1]))));
+  }
+  return d;
 }
 
 // Reads where an item's rows and keys are.
@@ -27,72 +41,83 @@ __device__ Work describe(const Params& p, const Item& item) {
   w.request = item.request;
   w.head = item.head;
   w.first_row = item.block * C::Layout::kRowsPerBlock;
-  const Span keys = keys_of_request(p, item.request);
+  const Span keys = keys_of_request(p.keys, item.request);
   const Span rows = rows_of_request(p, item.request, keys.count);
   w.rows = max(0, rows.count - w.first_row);
   w.output_row = rows.first + w.first_row;
   w.keys = keys.count;
   w.offset = keys.count - rows.count;
-  w.least = p.least_distance, w.most = p.most_distance;
-  if (p.bands) {
-    const int64_t limit = kUnlimited;
-    w.least = max(w.least, static_cast<int>(max(-limit, min(limit, p.bands[2 * item.head]))));
-    w.most = min(w.most, static_cast<int>(max(-limit, min(limit, p.bands[2 * item.head + 1]))));
-  }
+  w.distances = distances_of(p, item.head);
   if constexpr (C::kTests) {
     for (int wg = 0; wg < C::Layout::kWarpgroups; ++wg) w.threshold[wg] = threshold_of(p, w, wg);
   }
-  if constexpr (C::kReports) {
-    const int tiles = (p.query_length + kRowsPerWarpgroup - 1) / kRowsPerWarpgroup;
-    w.query_tile = w.first_row / kRowsPerWarpgroup +
+  if constexpr (C::kVariant == Variant::kReport) {
+    const int tiles = ceil_div(p.query_length, kQueryTileRows);
+    w.query_tile = w.first_row / kQueryTileRows +
                    (p.cu_seqlens_q ? p.first_query_tile[item.request] : item.request * tiles);
-    w.query_tiles = p.query_tiles;
+    w.query_tiles = p.report.query_tiles;
   }
   const int first = w.first_row + w.offset;
   const int last = first + min(w.rows, C::Layout::kRowsPerBlock) - 1;
-  const KeyRange seen = keys_of(first, last, w.least, w.most, w.keys);
-  const bool any = seen.begin < seen.end && w.least <= w.most;
+  const Range seen = keys_seen(first, last, w.distances, w.keys);
+  const bool any = seen.begin < seen.end && w.distances.least <= w.distances.most;
   w.tile_begin = any ? seen.begin / C::kKeys : 0;
-  w.tile_end = any ? (seen.end + C::kKeys - 1) / C::kKeys : 0;
+  w.tile_end = any ? ceil_div(seen.end, C::kKeys) : 0;
   return w;
 }
 
-// Where a request's keys lie in the tensor that the copy engine sees.
+// Where the keys and values that a block's work reads lie in the tensor that the copy engine sees.
 struct KeySource {
-  int first_token, outer;
-  const int* pages;  // null: not paged
-  int page_count;    // of the request
+  int kv_head;
+  int first_token, outer;  // where not paged
+  const int* pages;        // null: not paged
+  int page_count;          // of the request
 
   __device__ KeySource(const Params& p, const Work& w)
-      : first_token(keys_of_request(p, w.request).first),
-        outer(p.cu_seqlens_k ? 0 : w.request),
-        pages(p.page_table ? p.page_table + w.request * p.page_table_stride : nullptr),
-        page_count(p.page_table ? (w.keys + p.page_size - 1) / p.page_size : 0) {}
+      : kv_head(w.head / (p.heads / p.kv_heads)),
+        first_token(keys_of_request(p.keys, w.request).first),
+        outer(p.keys.cu_seqlens ? 0 : w.request),
+        pages(p.keys.page_table ? p.keys.page_table + w.request * p.keys.page_table_stride
+                                : nullptr),
+        page_count(p.keys.page_table ? ceil_div(w.keys, p.keys.page_size) : 0) {}
 };
 
-// Starts the copy of one key or value tile. Rows past the last page or the tensor become zero.
-template <typename C>
-__device__ void copy_tile(const Params& p, const KeySource& source, const CUtensorMap* map,
-                          uint32_t destination, uint32_t barrier, int kv_head, int tile) {
-  constexpr int kKeys = C::kKeys;
-  ptx::mbarrier_arrive_expect(barrier, C::Layout::kTileBytes);
-  if (!source.pages) {
+// Starts the copy of one key or value tile, of `Tile`'s panels. Rows past the last page or the
+// tensor become zero.
+template <typename Tile, int kKeys>
+__device__ void copy_tile(const KeyLayout& keys, const KeySource& source, const CUtensorMap* map,
+                          uint32_t destination, uint32_t barrier, int tile) {
+  const auto copy_rows = [&](int row, int token, int outer) {
 #pragma unroll
-    for (int panel = 0; panel < C::Layout::kPanels; ++panel) {
-      ptx::copy_box(destination + panel * C::Layout::kKeyPanelBytes, map, barrier, panel * kPanel,
-                    source.first_token + tile * kKeys, kv_head, source.outer, ptx::L2Hint::kLast);
+    for (int panel = 0; panel < Tile::kCount; ++panel) {
+      ptx::copy_box(destination + panel * Tile::kPanelBytes + row * kPanelRowBytes, map, barrier,
+                    panel * kPanel, token, source.kv_head, outer, ptx::L2Hint::kLast);
     }
-    return;
-  }
-  const int box = min(p.page_size, kKeys);
+  };
+  ptx::mbarrier_arrive_expect(barrier, Tile::kBytes);
+  // On its own, as short as can be: a kept tile's values wait for it.
+  if (!source.pages) return copy_rows(0, source.first_token + tile * kKeys, source.outer);
+  const int box = min(keys.page_size, kKeys);
   for (int row = 0; row < kKeys; row += box) {
-    const int token = tile * kKeys + row;
-    const int page = token / p.page_size;
-    const int id = page < source.page_count ? source.pages[page] : p.pages;
-#pragma unroll
-    for (int panel = 0; panel < C::Layout::kPanels; ++panel) {
-      ptx::copy_box(destination + panel * C::Layout::kKeyPanelBytes + row * kPanelRowBytes, map,
-                    barrier, panel * kPanel, token % p.page_size, kv_head, id, ptx::L2Hint::kLast);
+    const int token = tile * kKeys + row, page = token / keys.page_size;
+    const int id = page < source.page_count ? source.pages[page] : keys.pages;
+    copy_rows(row, token % keys.page_size, id);
+  }
+}
+
+// Starts the copies of the block's queries.
+template <typename C>
+__device__ void copy_queries(const Params& p, typename C::Shared& s, const CUtensorMap* map,
+                             const Work& w) {
+  using L = typename C::Layout;
+  const uint32_t full = address(s.barriers.query_full);
+  ptx::mbarrier_arrive_expect(full, L::kWarpgroups * L::Queries::kBytes);
+  const int row = row_in_tensor(p, w.request, w.output_row);
+  const int outer = p.cu_seqlens_q ? 0 : w.request;
+  for (int wg = 0; wg < L::kWarpgroups; ++wg) {
+    for (int panel = 0; panel < L::Queries::kCount; ++panel) {
+      ptx::copy_box(ptx::shared_address(s.query[wg]) + panel * L::Queries::kPanelBytes, map, full,
+                    panel * kPanel, row + wg * kQueryTileRows, w.head, outer, ptx::L2Hint::kFirst);
     }
   }
 }
@@ -109,6 +134,7 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
   const int items = p.heads * (p.first_block ? p.first_block[p.batch] : p.batch * p.row_blocks);
   bool more = true;
   for (int index = blockIdx.x; more;) {
+    // 1. The next item; the one after it is asked for, its number comes while this one is copied.
     more = index < items;
     Work w{};
     if (more) {
@@ -117,34 +143,27 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
                              : item_at(index, p.batch, p.heads, p.row_blocks, p.section_heads));
       index = gridDim.x + atomicAdd(p.next_item, 1);
     }
+    // 2. Everyone learns of it, or of the end: no rows.
     ptx::mbarrier_wait(address(b.work_empty[works.stage]), works.phase ^ 1);
     s.work[works.stage] = w;
     ptx::mbarrier_arrive(address(b.work_full[works.stage]));
     works.next();
-    if (w.tile_begin >= w.tile_end) continue;
 
+    const Range tiles = {w.tile_begin, w.tile_end};
+    if (tiles.begin >= tiles.end) continue;
     const KeySource source(p, w);
-    const int kv_head = w.head / (p.heads / p.kv_heads);
-    for (int i = 0; i < w.tile_end - w.tile_begin; ++i) {
-      const int tile = tile_at(p.order, w.tile_begin, w.tile_end, i);
+    for (int i = 0; i < tiles.end - tiles.begin; ++i) {
+      // 3. Keys, as far ahead as there are stages.
       ptx::mbarrier_wait(address(b.key_empty[keys.stage]), keys.phase ^ 1);
-      copy_tile<C>(p, source, key_map, ptx::shared_address(s.key[keys.stage]),
-                   address(b.key_full[keys.stage]), kv_head, tile);
+      copy_tile<typename L::Keys, C::kKeys>(
+          p.keys, source, key_map, ptx::shared_address(s.key[keys.stage]),
+          address(b.key_full[keys.stage]), tile_at(p.order, tiles, i));
       keys.next();
+      // 4. The first scores need queries, too; the previous item's are free about now.
       if (i > 0) continue;
-      // The first scores need keys and queries; the previous item's queries are free about now.
       ptx::mbarrier_wait(address(b.query_empty), query_phase ^ 1);
       query_phase ^= 1;
-      ptx::mbarrier_arrive_expect(address(b.query_full), L::kWarpgroups * L::kQueryBytes);
-      const int row = row_in_tensor(p, w.request, w.output_row);
-      const int outer = p.cu_seqlens_q ? 0 : w.request;
-      for (int wg = 0; wg < L::kWarpgroups; ++wg) {
-        for (int panel = 0; panel < L::kPanels; ++panel) {
-          ptx::copy_box(ptx::shared_address(s.query[wg]) + panel * L::kQueryPanelBytes, query_map,
-                        address(b.query_full), panel * kPanel, row + wg * kRowsPerWarpgroup, w.head,
-                        outer, ptx::L2Hint::kFirst);
-        }
-      }
+      copy_queries<C>(p, s, query_map, w);
     }
   }
 }
@@ -178,26 +197,30 @@ __device__ void produce_values(const Params& p, typename C::Shared& s, const CUt
   // Where tiles are kept one after the other, the next is loaded before it is asked for.
   int kept_in_a_row = 0;
   for (;;) {
+    // 1. The work, and which of its visits are this stage's.
     ptx::mbarrier_wait(address(b.work_full[works.stage]), works.phase);
     const Work w = s.work[works.stage];
     ptx::mbarrier_arrive(address(b.work_empty[works.stage]));
     works.next();
     if (w.rows == 0) return;
     const KeySource source(p, w);
-    const int kv_head = w.head / (p.heads / p.kv_heads);
-    const int end = before + w.tile_end - w.tile_begin;
+    const Range tiles = {w.tile_begin, w.tile_end};
+    const int end = before + tiles.end - tiles.begin;
     int visit = before + (stage - before % L::kValueStages + L::kValueStages) % L::kValueStages;
     for (; visit < end; visit += L::kValueStages) {
       const uint32_t full = address(b.value_full[visit % L::kValueBarriers]);
       const auto load = [&] {
-        copy_tile<C>(p, source, value_map, ptx::shared_address(s.value[stage]), full, kv_head,
-                     tile_at(p.order, w.tile_begin, w.tile_end, visit - before));
+        copy_tile<typename L::Values, C::kKeys>(p.keys, source, value_map,
+                                                ptx::shared_address(s.value[stage]), full,
+                                                tile_at(p.order, tiles, visit - before));
       };
+      // 2. The stage's last values have been used, or their tile was skipped.
       const int previous = visit - L::kValueStages;
       if (previous >= 0) {
         ptx::mbarrier_wait(address(b.value_done[previous % L::kValueBarriers]),
                            previous / L::kValueBarriers & 1);
       }
+      // 3. Values, once a warpgroup has kept the tile.
       if constexpr (!C::kTests) {
         load();
       } else {
@@ -208,7 +231,7 @@ __device__ void produce_values(const Params& p, typename C::Shared& s, const CUt
         if (!early) keep ? load() : ptx::mbarrier_arrive(full);
         // Someone must see every phase end; nobody else does where nobody keeps the tile.
         if (!keep) ptx::mbarrier_wait(full, visit / L::kValueBarriers & 1);
-        // No warpgroup gets more than kKeyStages tiles ahead of this one.
+        // 4. No warpgroup gets more than kKeyStages tiles ahead of this one.
         ptx::mbarrier_arrive(address(b.key_empty[visit % L::kKeyStages]));
       }
     }

@@ -2,7 +2,7 @@
 // operations, so it does not matter which of them adds two splits.
 #pragma once
 
-#include "cuda/sm90/ptx.cuh"
+#include "cuda/core/math.cuh"
 
 namespace blasst::cuda::decode {
 
@@ -15,8 +15,8 @@ struct FoldWeights {
                                          float log2_scale) {
     maximum = fmaxf(first_maximum, second_maximum);
     const float base = maximum == -INFINITY ? 0.0f : maximum;
-    first = ptx::exp2_approx(__fmul_rn(__fsub_rn(first_maximum, base), log2_scale));
-    second = ptx::exp2_approx(__fmul_rn(__fsub_rn(second_maximum, base), log2_scale));
+    first = exp2_approx(__fmul_rn(__fsub_rn(first_maximum, base), log2_scale));
+    second = exp2_approx(__fmul_rn(__fsub_rn(second_maximum, base), log2_scale));
   }
 
   __device__ __forceinline__ float operator()(float a, float b) const {

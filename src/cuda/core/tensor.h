@@ -11,16 +11,16 @@ inline constexpr int kUnlimited = 1 << 29;  // beyond every length, and twice it
 
 enum class Element { kBFloat16, kHalf };
 
-// A tensor [outer, tokens, heads, dim] on the device, read through the copy engine: data 16-byte
-// aligned, strides in elements that make every row 16-byte aligned, too.
+// A tensor [outer, tokens, heads, dim] on the device: data 16-byte aligned, strides in elements
+// that make every row 16-byte aligned, too.
 struct Tensor {
   const void* data;
-  int64_t outer, tokens, heads;
+  int64_t outer, tokens, heads, dim;
   int64_t stride_outer, stride_token, stride_head;
 };
 
-inline Tensor tensor(const View& view, int64_t outer, int64_t tokens, int64_t heads) {
-  return {view.data,         outer,           tokens, heads, view.stride_request,
+inline Tensor tensor(const View& view, int64_t outer, int64_t tokens, int64_t heads, int64_t dim) {
+  return {view.data,         outer,           tokens, heads, dim, view.stride_request,
           view.stride_token, view.stride_head};
 }
 

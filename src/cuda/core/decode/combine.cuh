@@ -4,16 +4,16 @@
 
 #include <cmath>
 
+#include "cuda/core/decode/fold.cuh"
+#include "cuda/core/decode/params.h"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/keys.cuh"
+#include "cuda/core/math.cuh"
 #include "cuda/core/skipped_mass.cuh"
-#include "cuda/sm90/decode/fold.cuh"
-#include "cuda/sm90/decode/layout.cuh"
-#include "cuda/sm90/decode/params.h"
-#include "cuda/sm90/decode/produce.cuh"
-#include "cuda/sm90/decode/schedule.h"
-#include "cuda/sm90/ptx.cuh"
 
 namespace blasst::cuda::decode {
 
+inline constexpr int kMostCombineThreads = 256;
 inline constexpr int kMostGroups = (kSlots + kGroupSplits - 1) / kGroupSplits;
 
 // Sums over keys of one row, relative to a maximum; a lane's share of the elements.
@@ -33,16 +33,23 @@ struct RowResult {
   }
 };
 
-template <typename T, int kDim>
+// Where this kernel is set up while the attention kernel runs.
+__device__ __forceinline__ void wait_for_items() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <typename T, int kValueDim>
 class Combine {
-  static constexpr int kElements = kDim / 32;  // of a lane: pairs, 64 elements apart
+  static constexpr int kElements = kValueDim / 32;  // of a lane: pairs, 64 elements apart
   using Result = RowResult<kElements>;
 
  public:
   struct Shared {
     float m[kMostGroups], l[kMostGroups];
     SkippedMass mass[kMostGroups];
-    float o[kMostGroups][kDim];
+    float o[kMostGroups][kValueDim];
   };
 
   __device__ __forceinline__ Combine(const Params& p, const Plan& plan, Shared& shared)
@@ -53,7 +60,7 @@ class Combine {
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
         group_(p.heads / p.kv_heads),
-        log2_scale_(plan.unit_scale * 1.4426950408889634f) {}
+        log2_scale_(plan.unit_scale * kLog2e) {}
 
   __device__ __forceinline__ void run() {
     const int rows = p_.batch * p_.kv_heads * plan_.rows;
@@ -61,7 +68,7 @@ class Combine {
     const int index = grouped ? blockIdx.x * warps_ + warp_ : blockIdx.x;
     if (index >= rows) return;
     find(index);
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_items();
     grouped ? add_groups() : add_splits();
   }
 
@@ -75,7 +82,7 @@ class Combine {
     position_ = row_ / group_;
     first_slot_ = index_of({request_, pair % p_.kv_heads, 0}, plan_.item_slots, p_.kv_heads);
     const Range tiles =
-        visit(keys_of(p_, request_), p_.query_length, p_.least_distance, p_.most_distance);
+        visit(keys_of_request(p_.keys, request_).count, p_.query_length, p_.distances);
     tiles_ = tiles.end - tiles.begin;
     splits_ = ceil_div(tiles_, split_tiles(tiles_, plan_.least_split_tiles, plan_.most_splits));
   }
@@ -136,7 +143,7 @@ class Combine {
   __device__ __forceinline__ Result load(int item) const {
     const int64_t slot = first_slot_ + item * p_.kv_heads;
     const float* statistics = plan_.statistics + slot * kStatistics * plan_.rows + row_;
-    const float* partial = plan_.partial + (slot * plan_.rows + row_) * kDim;
+    const float* partial = plan_.partial + (slot * plan_.rows + row_) * kValueDim;
     Result result;
     result.m = statistics[0];
     result.l = statistics[plan_.rows];
@@ -152,17 +159,17 @@ class Combine {
   __device__ __forceinline__ void count_tiles(int items) const {
     if (position_ != 0) return;
     const int64_t cell = int64_t{request_} * p_.heads + head_;
-    if (p_.visitable && lane_ == 0) p_.visitable[cell] = tiles_;
-    if (!p_.skipped) return;
+    if (p_.report.visitable && lane_ == 0) p_.report.visitable[cell] = tiles_;
+    if (!p_.report.skipped) return;
     int skipped = 0;
     for (int i = lane_; i < items; i += 32) skipped += plan_.dropped[first_slot_ + i * p_.kv_heads];
-    skipped = __reduce_add_sync(0xffffffffu, skipped);
-    if (lane_ == 0) p_.skipped[cell] = skipped;
+    skipped = __reduce_add_sync(kAllLanes, skipped);
+    if (lane_ == 0) p_.report.skipped[cell] = skipped;
   }
 
   __device__ __forceinline__ void write(Result& total) const {
-    T* out = static_cast<T*>(p_.out) + request_ * p_.out_stride_request +
-             position_ * p_.out_stride_token + head_ * p_.out_stride_head;
+    T* out = static_cast<T*>(p_.out.data) + request_ * p_.out.stride_request +
+             position_ * p_.out.stride_token + head_ * p_.out.stride_head;
     const int64_t cell = (int64_t{head_} * p_.batch + request_) * p_.query_length + position_;
     const bool none = total.m == -INFINITY && total.l == 0;  // no valid key
     if (!none && p_.sinks) {
@@ -174,16 +181,16 @@ class Combine {
     const float inverse = none ? 0.0f : 1 / total.l;
 #pragma unroll
     for (int i = 0; i < kElements; i += 2) {
-      const uint32_t pair = ptx::pack2<T>(total.o[i] * inverse, total.o[i + 1] * inverse);
+      const uint32_t pair = pack2<T>(total.o[i] * inverse, total.o[i + 1] * inverse);
       *reinterpret_cast<uint32_t*>(out + element(i)) = pair;
     }
     if (lane_ != 0) return;
-    if (p_.lse) {
+    if (p_.report.lse) {
       const float of_none = p_.sinks ? p_.sinks[head_] : -INFINITY;
-      p_.lse[cell] = none ? of_none : total.m * plan_.unit_scale + logf(total.l);
+      p_.report.lse[cell] = none ? of_none : total.m * plan_.unit_scale + logf(total.l);
     }
-    if (p_.dropped_mass_bound)
-      p_.dropped_mass_bound[cell] = total.mass.share(total.m * log2_scale_, total.l);
+    if (p_.report.dropped_mass_bound)
+      p_.report.dropped_mass_bound[cell] = total.mass.share(total.m * log2_scale_, total.l);
   }
 
   const Params& p_;
@@ -197,11 +204,11 @@ class Combine {
   int first_slot_;  // of the request and KV head's items
 };
 
-template <typename T, int kDim>
+template <typename T, int kValueDim>
 __global__ void __launch_bounds__(kMostCombineThreads)
     combine(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
-  __shared__ typename Combine<T, kDim>::Shared shared;
-  Combine<T, kDim>(p, plan, shared).run();
+  __shared__ typename Combine<T, kValueDim>::Shared shared;
+  Combine<T, kValueDim>(p, plan, shared).run();
 }
 
 }  // namespace blasst::cuda::decode

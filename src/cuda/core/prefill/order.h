@@ -5,14 +5,13 @@
 #include <cstdint>
 
 #include "cuda/core/host_device.h"
-#include "cuda/sm90/prefill/params.h"
 
 namespace blasst::cuda::prefill {
 
 // One block of query rows of one head.
 struct Item {
   int request, head;
-  int block;  // rows [block, block + 1) * rows_per_block(dim)
+  int block;  // of query rows, within the request
 };
 
 // Items come in sections of request-heads whose keys and values fit in the L2 together; in a
@@ -58,30 +57,13 @@ BLASST_HOST_DEVICE Item item_of_list(int index, const int* first_block, int batc
 }
 
 // Request-heads a section: a whole number of KV heads, as many as fit in `l2_bytes`, at least one.
-inline int section_heads(int64_t keys, int dim, int batch, int heads, int kv_heads,
+// dims: of a key and a value together.
+inline int section_heads(int64_t keys, int dims, int batch, int heads, int kv_heads,
                          int64_t l2_bytes) {
   const int64_t group = heads / kv_heads;
-  const int64_t kv_bytes = std::max<int64_t>(1, keys * dim * 2 * 2);
+  const int64_t kv_bytes = std::max<int64_t>(1, keys * dims * 2);
   const int64_t fit = std::max<int64_t>(1, l2_bytes / kv_bytes);
   return static_cast<int>(std::min<int64_t>(fit * group, int64_t{batch} * heads));
-}
-
-// Keys that the rows at positions [first, last] see, as a half-open range; empty if begin >= end.
-struct KeyRange {
-  int begin, end;
-};
-
-BLASST_HOST_DEVICE KeyRange keys_of(int first, int last, int least, int most, int keys) {
-  const int begin = first - most > 0 ? first - most : 0;
-  const int end = last - least + 1 < keys ? last - least + 1 : keys;
-  return {begin, end};
-}
-
-// The visit's i-th tile of [begin, end). order: blasst_order.
-BLASST_HOST_DEVICE int tile_at(int order, int begin, int end, int i) {
-  if (order == 0) return begin + i;                           // forward
-  if (order == 2 && begin == 0) return i == 0 ? 0 : end - i;  // sink first
-  return end - 1 - i;                                         // reverse
 }
 
 }  // namespace blasst::cuda::prefill

@@ -11,8 +11,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/core/decode/params.h"
 #include "cuda/core/host_device.h"
-#include "cuda/sm90/decode/params.h"
+#include "cuda/core/tiles.h"
 
 namespace blasst::cuda::decode {
 
@@ -20,8 +21,6 @@ inline constexpr int kSlots = 264;      // what one request is spread over: two 
 inline constexpr int kGroupSplits = 8;  // splits whose results are added before all else
 inline constexpr int kLeastSplitTiles = 8;
 static_assert(kLeastSplitTiles >= BLASST_SEED_TILES, "no split starts among the seeds");
-
-BLASST_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // A split is at least this many tiles: its result, `rows` rows in float32, stays small against its
 // keys and values.
@@ -38,29 +37,15 @@ BLASST_HOST_DEVICE int split_tiles(int tiles, int least_tiles, int most_splits) 
   return even > least_tiles ? even : least_tiles;
 }
 
-// Half-open range of keys or tiles; empty if begin >= end.
-struct Range {
-  int begin, end;
-};
-
 // Keys that some of the request's last `positions` positions sees.
-BLASST_HOST_DEVICE Range visible_keys(int keys, int positions, int least, int most) {
-  const int begin = keys - positions - most > 0 ? keys - positions - most : 0;
-  const int end = least > 0 ? keys - least : keys;
-  return {begin, end};
+BLASST_HOST_DEVICE Range visible_keys(int keys, int positions, Distances distances) {
+  return keys_seen(keys - positions, keys - 1, distances, keys);
 }
 
-BLASST_HOST_DEVICE Range visit(int keys, int positions, int least, int most) {
-  const Range seen = visible_keys(keys, positions, least, most);
+BLASST_HOST_DEVICE Range visit(int keys, int positions, Distances distances) {
+  const Range seen = visible_keys(keys, positions, distances);
   if (seen.begin >= seen.end) return {0, 0};
   return {seen.begin / kTileKeys, ceil_div(seen.end, kTileKeys)};
-}
-
-// The visit's i-th tile. order: blasst_order.
-BLASST_HOST_DEVICE int tile_at(int order, Range tiles, int i) {
-  if (order == 0) return tiles.begin + i;                                 // forward
-  if (order == 2 && tiles.begin == 0) return i == 0 ? 0 : tiles.end - i;  // sink first
-  return tiles.end - 1 - i;                                               // reverse
 }
 
 // The most splits of a request of at most `keys` keys.

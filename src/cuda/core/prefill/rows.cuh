@@ -1,28 +1,14 @@
-// Where a request's rows and keys are.
+// Where a request's query rows are.
 #pragma once
 
-#include "cuda/sm90/prefill/params.h"
+#include "cuda/core/keys.cuh"
+#include "cuda/core/prefill/params.h"
 
 namespace blasst::cuda::prefill {
 
-struct Span {
-  int first, count;
-};
-
-// Keys in use. Ragged: among all keys; else among those that the request has room for.
-__device__ __forceinline__ Span keys_of_request(const Params& p, int request) {
-  if (p.cu_seqlens_k) {
-    const int first = p.cu_seqlens_k[request];
-    return {first, max(0, min(p.cu_seqlens_k[request + 1] - first, p.key_length))};
-  }
-  const int first = p.starts ? max(0, p.starts[request]) : 0;
-  const int end = p.lengths ? min(p.lengths[request], p.key_length) : p.key_length;
-  return {first, max(0, end - first)};
-}
-
 // Whether some rows are padding, which rows_of_request leaves out.
 __host__ __device__ __forceinline__ bool may_be_padded(const Params& p) {
-  return p.starts || p.query_lengths;
+  return p.keys.starts || p.query_lengths;
 }
 
 // Rows in use, among those of all requests. In a padded batch a causal row before every key is
@@ -35,7 +21,7 @@ __device__ __forceinline__ Span rows_of_request(const Params& p, int request, in
   const int first = request * p.query_length;
   int used = p.query_length;
   if (p.query_lengths) used = max(0, min(p.query_lengths[request], used));
-  const int count = may_be_padded(p) && p.least_distance >= 0 ? min(used, keys) : used;
+  const int count = may_be_padded(p) && p.distances.least >= 0 ? min(used, keys) : used;
   return {first + used - count, count};
 }
 

@@ -10,8 +10,8 @@
 #include "attention/checks.h"
 #include "attention/tiles.h"
 #include "blasst/blasst.hpp"
-#include "cuda/checks.h"
-#include "cuda/sm90/tensor.h"
+#include "cuda/core/checks.h"
+#include "cuda/core/tensor.h"
 
 namespace blasst::cuda {
 
@@ -40,32 +40,30 @@ template <typename Launch>
 void plan_shapes(Launch& l, const AttentionParams& params) {
   const blasst_problem& p = params.problem;
   l.element = p.q.dtype == BLASST_FLOAT16 ? Element::kHalf : Element::kBFloat16;
-  l.dim = static_cast<int>(p.head_dim);
+  l.qk_dim = static_cast<int>(p.head_dim);
+  l.value_dim = static_cast<int>(p.value_dim);
   l.params.batch = static_cast<int>(p.batch);
   l.params.heads = static_cast<int>(p.heads);
   l.params.kv_heads = static_cast<int>(p.kv_heads);
   l.params.query_length = static_cast<int>(attention::most_rows(p));
-  l.params.key_length = static_cast<int>(attention::most_keys(p));
+  l.params.keys.length = static_cast<int>(attention::most_keys(p));
   l.stream = params.execution.stream;
 }
 
 template <typename Launch>
 void plan_queries(Launch& l, const blasst_problem& p) {
   const auto [outer, tokens] = attention::query_tensor(p);
-  for (const auto& [name, view] : {std::pair{"q", &p.q}, std::pair{"out", &p.out}}) {
-    attention::check_view(name, *view, outer, tokens, p.heads, p.head_dim);
-    check_aligned(name, *view);
-  }
+  attention::check_view("q", p.q, outer, tokens, p.heads, p.head_dim);
+  attention::check_view("out", p.out, outer, tokens, p.heads, p.value_dim);
+  check_aligned("q", p.q);
+  check_aligned("out", p.out);
   if (outer > 0 && tokens > 0)
     attention::check_no_overlap("out", p.out, outer, tokens, p.heads, p.value_dim);
   attention::check_not_shared("out", p.out, "q", p.q);
   attention::check_not_shared("out", p.out, "k", p.kv.k);
   attention::check_not_shared("out", p.out, "v", p.kv.v);
-  l.q = tensor(p.q, outer, tokens, p.heads);
-  l.params.out = p.out.data;
-  l.params.out_stride_request = p.out.stride_request;
-  l.params.out_stride_token = p.out.stride_token;
-  l.params.out_stride_head = p.out.stride_head;
+  l.q = tensor(p.q, outer, tokens, p.heads, p.head_dim);
+  l.params.out = {p.out.data, p.out.stride_request, p.out.stride_token, p.out.stride_head};
 }
 
 template <typename Launch>
@@ -74,15 +72,15 @@ void plan_keys(Launch& l, const blasst_problem& problem) {
   const KeysValues& kv = problem.kv;
   check_key_views(problem);
   const auto [outer, tokens] = attention::key_tensor(problem);
-  l.k = tensor(kv.k, outer, tokens, problem.kv_heads);
-  l.v = tensor(kv.v, outer, tokens, problem.kv_heads);
-  p.starts = kv.starts;
-  p.lengths = kv.lengths;
-  p.cu_seqlens_k = kv.cu_seqlens;
-  p.page_table = kv.page_table;
-  p.page_table_stride = kv.page_table_stride;
-  p.page_size = static_cast<int>(kv.page_size);
-  p.pages = static_cast<int>(kv.pages);
+  l.k = tensor(kv.k, outer, tokens, problem.kv_heads, problem.head_dim);
+  l.v = tensor(kv.v, outer, tokens, problem.kv_heads, problem.value_dim);
+  p.keys.starts = kv.starts;
+  p.keys.lengths = kv.lengths;
+  p.keys.cu_seqlens = kv.cu_seqlens;
+  p.keys.page_table = kv.page_table;
+  p.keys.page_table_stride = kv.page_table_stride;
+  p.keys.page_size = static_cast<int>(kv.page_size);
+  p.keys.pages = static_cast<int>(kv.pages);
 }
 
 inline float scale_of(const blasst_problem& p) {
@@ -95,25 +93,25 @@ void plan_mask_and_test(KernelParams& p, const AttentionParams& params) {
   p.sinks = params.problem.sinks;
   const attention::Distances d = attention::allowed_distances(params.problem.mask, nullptr);
   constexpr int64_t limit = kUnlimited;
-  p.least_distance = static_cast<int>(std::clamp(d.least, -limit, limit));
-  p.most_distance = static_cast<int>(std::clamp(d.most, -limit, limit));
+  p.distances.least = static_cast<int>(std::clamp(d.least, -limit, limit));
+  p.distances.most = static_cast<int>(std::clamp(d.most, -limit, limit));
   const TileTest& test = params.decision.test;
   p.order = params.decision.order;
-  p.test = test.kind;
-  p.thresholds = test.values;
-  p.threshold_stride_request = test.stride_request;
-  p.threshold_stride_head = test.stride_head;
+  p.test.kind = test.kind;
+  p.test.values = test.values;
+  p.test.stride_request = test.stride_request;
+  p.test.stride_head = test.stride_head;
 }
 
 template <typename KernelParams>
 void plan_report(KernelParams& p, const Report& report, const attention::Geometry& geometry) {
-  p.lse = report.lse;
-  p.dropped_mass_bound = report.dropped_mass_bound;
-  p.visitable = reinterpret_cast<unsigned long long*>(report.tiles_visitable);
-  p.skipped = reinterpret_cast<unsigned long long*>(report.tiles_skipped);
-  p.tile_bits = report.tile_bits;
-  p.tile_words = static_cast<int>(geometry.tile_words);
-  p.gap_histogram = reinterpret_cast<unsigned long long*>(report.gap_histogram);
+  p.report.lse = report.lse;
+  p.report.dropped_mass_bound = report.dropped_mass_bound;
+  p.report.visitable = reinterpret_cast<unsigned long long*>(report.tiles_visitable);
+  p.report.skipped = reinterpret_cast<unsigned long long*>(report.tiles_skipped);
+  p.report.tile_bits = report.tile_bits;
+  p.report.tile_words = static_cast<int>(geometry.tile_words);
+  p.report.gap_histogram = reinterpret_cast<unsigned long long*>(report.gap_histogram);
 }
 
 // The caller's workspace, which the plan says the size of.

@@ -1,0 +1,55 @@
+// What the decode kernels are told. No CUDA types here.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/params.h"
+
+namespace blasst::cuda::decode {
+
+struct Params {
+  int batch, heads, kv_heads;
+  int query_length;  // positions a request, 1 to 16: its last ones
+  OutputRows out;    // [batch, query_length, heads, dim]
+  KeyLayout keys;
+
+  // A score is scale * q.k, or softcap * tanh(scale * q.k / softcap).
+  float scale;
+  float softcap;       // 0: none
+  const float* sinks;  // [heads] logits that join the denominator; null: none
+
+  Distances distances;
+  int order;  // blasst_order
+  Thresholds test;
+  ReportArrays report;
+};
+
+// What launch() adds: the split rule and where partial results lie (splits.h).
+struct Plan {
+  int rows;               // query rows of a KV head: heads / kv_heads * query_length
+  int least_split_tiles;  // of the split rule
+  int most_splits;
+  int item_splits;    // splits of a work item: 1 or kGroupSplits
+  int item_slots;     // items that a request and KV head may have
+  int items;          // of all requests and KV heads, with those that short requests lack
+  int chunk;          // items that a block takes at a time
+  int* next_item;     // zero when the kernel starts; null: no block has more than one chunk
+  int box_tokens;     // tokens a copy: kTileKeys or a smaller page
+  float unit_scale;   // a score in natural units / a score as the kernel keeps it
+  float* partial;     // [items, rows, dim]
+  float* statistics;  // [items, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
+  int* dropped;       // [items]: skipped tiles
+};
+
+// What is compiled into a kernel.
+enum class Variant {
+  kDense,   // no tile test
+  kSparse,  // tile test
+  kReport,  // the same with tile bits, gaps and dropped mass
+};
+
+inline constexpr int kTileKeys = 64;
+inline constexpr int kStatistics = 4;
+inline constexpr int kMaxRows = 64;  // query rows of a KV head
+
+}  // namespace blasst::cuda::decode

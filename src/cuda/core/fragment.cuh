@@ -1,0 +1,76 @@
+// Matrix products leave a warp's 16 rows x 8 columns so: a thread has rows lane / 4 and that + 8,
+// and two columns from 2 * (lane % 4) in every 8. x[4 * j + 2 * r + e] is row r, column 8 * j + e.
+#pragma once
+
+#include "cuda/core/math.cuh"
+#include "cuda/core/tiles.h"
+
+namespace blasst::cuda {
+
+// The largest of a thread's scores in each of its two rows, NaN if there is one.
+template <int kCount>
+__device__ __forceinline__ void row_maxima(const float (&s)[kCount], float (&maximum)[2]) {
+  // Eight chains side by side: one after the other they would wait for their own results.
+  float part[8];
+#pragma unroll
+  for (int e = 0; e < 8; ++e) part[e] = s[e];
+#pragma unroll
+  for (int j = 8; j < kCount; j += 8) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) part[e] = max_nan(part[e], s[j + e]);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    maximum[r] =
+        max_nan(max_nan(part[2 * r], part[2 * r + 1]), max_nan(part[2 * r + 4], part[2 * r + 5]));
+  }
+}
+
+// Of the four threads that share a row, NaN left aside.
+__device__ __forceinline__ void quad_maxima(float (&x)[2]) {
+#pragma unroll
+  for (int lanes = 1; lanes <= 2; lanes *= 2) {
+    float other[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) other[r] = __shfl_xor_sync(kAllLanes, x[r], lanes);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) x[r] = fmaxf(x[r], other[r]);
+  }
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// x[e] of lane l goes to x[l] of lane e, among four lanes.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+  for (int e = 0; e < 4; e += 2) {
+    const uint32_t got = __shfl_xor_sync(kAllLanes, odd ? x[e] : x[e + 1], 1);
+    (odd ? x[e] : x[e + 1]) = got;
+  }
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const uint32_t got = __shfl_xor_sync(kAllLanes, high ? x[e] : x[e + 2], 2);
+    (high ? x[e] : x[e + 2]) = got;
+  }
+}
+
+// The scores of a row's keys outside [seen.begin, seen.end) become -inf. first_key: of the thread's
+// first column; r: 0 or 1.
+template <int kCount>
+__device__ __forceinline__ void mask_row(float (&s)[kCount], int r, Range seen, int first_key) {
+  const int begin = seen.begin - first_key, end = seen.end - first_key;
+#pragma unroll
+  for (int j = 0; j < kCount / 4; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& x = s[4 * j + 2 * r + e];
+      x = 8 * j + e >= begin && 8 * j + e < end ? x : -INFINITY;
+    }
+  }
+}
+
+}  // namespace blasst::cuda

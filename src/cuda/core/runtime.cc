@@ -1,0 +1,46 @@
+#include "cuda/core/runtime.h"
+
+#include <string>
+#include <vector>
+
+#include "blasst/blasst.hpp"
+
+namespace blasst::cuda {
+
+void check(cudaError_t status, const char* what) {
+  if (forgotten(status) != cudaSuccess)
+    throw Error(BLASST_INTERNAL, std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+cudaError_t forgotten(cudaError_t status) {
+  if (status != cudaSuccess) cudaGetLastError();
+  return status;
+}
+
+void clear(void* data, std::size_t bytes, cudaStream_t stream) {
+  if (data && bytes > 0) check(cudaMemsetAsync(data, 0, bytes, stream), "cudaMemsetAsync");
+}
+
+int multiprocessors() {
+  int device, count;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  return count;
+}
+
+void enqueue(const void* kernel, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+             std::initializer_list<const void*> arguments) {
+  std::vector<void*> addresses;
+  for (const void* argument : arguments) addresses.push_back(const_cast<void*>(argument));
+  check(
+      cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), addresses.data(), shared_bytes, stream),
+      "cudaLaunchKernel");
+}
+
+void allow_shared_memory(const void* kernel, int bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "cudaFuncSetAttribute");
+}
+
+}  // namespace blasst::cuda

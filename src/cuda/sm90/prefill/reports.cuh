@@ -1,0 +1,170 @@
+// What a kernel reports of its tiles, beside outputs and LSE. One of three policies, so that the
+// loop over tiles need not know what is wanted. Their calls, in order:
+//   begin     before an item's first tile
+//   offer     a tile has scores, before the warpgroup votes on it
+//   decided   after the vote
+//   row       one of the thread's rows is finished
+//   finish    an item is
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/core/online_softmax.cuh"
+#include "cuda/core/skipped_mass.cuh"
+#include "cuda/core/tiles.h"
+#include "cuda/sm90/prefill/visit.cuh"
+
+namespace blasst::cuda::prefill {
+
+// Nothing.
+template <typename C>
+struct NoReports {
+  __device__ __forceinline__ NoReports(const Params&, typename C::Shared&, ThreadPlace) {}
+  __device__ __forceinline__ void begin(const Work&) {}
+  __device__ __forceinline__ void offer(const Visit&, const float (&)[2], const OnlineSoftmax&) {}
+  __device__ __forceinline__ void decided(const Work&, const Visit&, bool, float (&)[2],
+                                          const OnlineSoftmax&) {}
+  __device__ __forceinline__ void row(const Work&, int, int64_t, const RowEnd&) {}
+  __device__ __forceinline__ void finish(const Work&) {}
+};
+
+// How many tiles could be visited, and how many of them were skipped.
+template <typename C>
+class CountReports {
+ public:
+  __device__ __forceinline__ CountReports(const Params& p, typename C::Shared&, ThreadPlace at)
+      : p_(p), at_(at) {}
+  __device__ __forceinline__ void begin(const Work&) { kept_ = 0; }
+  __device__ __forceinline__ void offer(const Visit&, const float (&)[2], const OnlineSoftmax&) {}
+  __device__ __forceinline__ void decided(const Work&, const Visit&, bool keep, float (&)[2],
+                                          const OnlineSoftmax&) {
+    kept_ += keep;
+  }
+  __device__ __forceinline__ void row(const Work&, int, int64_t, const RowEnd&) {}
+  __device__ __forceinline__ void finish(const Work& work) {
+    const QueryTile q = query_tile_of(work, at_.warpgroup);
+    if (threadIdx.x % 128 != 0 || q.rows <= 0) return;
+    const Range visible = visible_tiles<C::kKeys>(work, q);
+    const int64_t cell = int64_t{work.request} * p_.heads + work.head;
+    const int visitable = visible.end - visible.begin;
+    if (p_.report.visitable) atomicAdd(p_.report.visitable + cell, 1ull * visitable);
+    if (p_.report.skipped) atomicAdd(p_.report.skipped + cell, 1ull * (visitable - kept_));
+  }
+
+ protected:
+  const Params& p_;
+  const ThreadPlace at_;
+  int kept_;  // tiles of this item
+};
+
+// That, and tile bits, maxima, gaps and the dropped-mass bound.
+template <typename C>
+class TileReports : public CountReports<C> {
+  using Counts = CountReports<C>;
+  using Counts::at_, Counts::p_;
+
+ public:
+  __device__ __forceinline__ TileReports(const Params& p, typename C::Shared& s, ThreadPlace at)
+      : Counts(p, s, at), s_(s) {}
+
+  __device__ __forceinline__ void begin(const Work& work) {
+    Counts::begin(work);
+    const QueryTile q = query_tile_of(work, at_.warpgroup);
+    if (p_.report.tile_bits && threadIdx.x % 128 == 0 && q.rows > 0)
+      for (int word = 0; word < p_.report.tile_words; ++word) bits_of(work)[word] = 0;
+    if (p_.report.tile_maxima && q.rows > 0)
+      for (int64_t tile = threadIdx.x % 128; tile < p_.report.tile_maxima_stride; tile += 128)
+        maxima_of(work)[tile] = -INFINITY;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) mass_[r] = SkippedMass::none();
+  }
+
+  // Each warp leaves its rows' largest gap, in natural logarithms, and their largest score.
+  __device__ __forceinline__ void offer(const Visit& visit, const float (&tile_maximum)[2],
+                                        const OnlineSoftmax& softmax) {
+    const float to_natural = softmax.score_to_log2 * kLn2;
+    float gap = -INFINITY;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float t = tile_maximum[r];
+      if (t == -INFINITY) continue;
+      // A row's first scores, and NaN, have no finite gap.
+      const float g =
+          softmax.maximum[r] == -INFINITY ? INFINITY : (t - softmax.maximum[r]) * to_natural;
+      gap = g <= gap ? gap : (g < INFINITY ? g : INFINITY);
+    }
+    float maximum = max_nan(tile_maximum[0], tile_maximum[1]);
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      gap = fmaxf(gap, __shfl_xor_sync(kAllLanes, gap, lanes));
+      maximum = max_nan(maximum, __shfl_xor_sync(kAllLanes, maximum, lanes));
+    }
+    if (at_.lane() != 0) return;
+    const int warp = threadIdx.x % 128 / 32;
+    s_.gap[visit.index % 2][at_.warpgroup][warp] = gap;
+    s_.maximum[visit.index % 2][at_.warpgroup][warp] = maximum * to_natural;
+  }
+
+  __device__ __forceinline__ void decided(const Work& work, const Visit& visit, bool keep,
+                                          float (&tile_maximum)[2], const OnlineSoftmax& softmax) {
+    report_tile(work, visit, keep, tile_maximum, softmax);
+    Counts::decided(work, visit, keep, tile_maximum, softmax);
+  }
+
+  __device__ __forceinline__ void row(const Work& work, int r, int64_t cell, const RowEnd& end) {
+    if (p_.report.dropped_mass_bound)
+      p_.report.dropped_mass_bound[cell] = mass_[r].share(end.maximum, end.sum);
+  }
+
+ private:
+  // Where this warpgroup's rows stand among the query tiles of all heads and requests.
+  __device__ __forceinline__ int64_t tile_row(const Work& work) const {
+    return int64_t{work.head} * work.query_tiles + work.query_tile + at_.warpgroup;
+  }
+  __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
+    return p_.report.tile_bits + tile_row(work) * p_.report.tile_words;
+  }
+  __device__ __forceinline__ float* maxima_of(const Work& work) const {
+    return p_.report.tile_maxima + tile_row(work) * p_.report.tile_maxima_stride;
+  }
+
+  __device__ __forceinline__ void report_tile(const Work& work, const Visit& visit, bool keep,
+                                              float (&tile_maximum)[2],
+                                              const OnlineSoftmax& softmax) {
+    const int tile = visit.tile;
+    const QueryTile q = query_tile_of(work, at_.warpgroup);
+    const Range visible = visible_tiles<C::kKeys>(work, q);
+    if (tile < visible.begin || tile >= visible.end) return;
+    if (threadIdx.x % 128 == 0) {
+      if (p_.report.tile_bits && keep) atomicOr(bits_of(work) + tile / 32, 1u << tile % 32);
+      if (p_.report.gap_histogram) {
+        const float(&warps)[4] = s_.gap[visit.index % 2][at_.warpgroup];
+        const float gap = fmaxf(fmaxf(warps[0], warps[1]), fmaxf(warps[2], warps[3]));
+        atomicAdd(p_.report.gap_histogram + work.head * BLASST_GAP_BINS + gap_bin(gap), 1ull);
+      }
+      if (p_.report.tile_maxima) {
+        const float(&warps)[4] = s_.maximum[visit.index % 2][at_.warpgroup];
+        maxima_of(work)[tile] = max_nan(max_nan(warps[0], warps[1]), max_nan(warps[2], warps[3]));
+      }
+    }
+    if (keep) return;
+    quad_maxima(tile_maximum);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int at = q.position + at_.row(r);
+      const Range seen = keys_seen(at, at, work.distances, work.keys);
+      const int keys = min(seen.end, (tile + 1) * C::kKeys) - max(seen.begin, tile * C::kKeys);
+      if (tile_maximum[r] == -INFINITY || keys <= 0) continue;
+      mass_[r].add(tile_maximum[r] * softmax.score_to_log2, keys);
+    }
+  }
+
+  typename C::Shared& s_;
+  SkippedMass mass_[2];
+};
+
+template <typename C>
+using Reports = std::conditional_t<C::kVariant == Variant::kReport, TileReports<C>,
+                                   std::conditional_t<C::kTests, CountReports<C>, NoReports<C>>>;
+
+}  // namespace blasst::cuda::prefill
