@@ -117,7 +117,7 @@ std::string describe(const Case& c) {
   return fmt::format(
       "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{} inputs {} layout "
       "{}{}{}{}{}{}{}{}{}{}{}{}{} "
-      "order {} test {} threshold {}{}{}{} threads {} numbers {}",
+      "order {} test {} threshold {}{}{}{}{} threads {} numbers {}",
       c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), fmt::join(lengths, ", "), c.heads,
       c.kv_heads, c.head_dim, c.value_dim, static_cast<int>(c.inputs), static_cast<int>(c.layout),
       option(c.layout == Layout::kPaged, fmt::format("page {}", c.page_size)),
@@ -132,7 +132,7 @@ std::string describe(const Case& c) {
       option(c.bands, "bands"), option(c.blocks, "blocks"), static_cast<int>(c.order),
       static_cast<int>(c.test), c.threshold, option(c.per_request, "per request"),
       option(c.per_head, "per head"), option(c.places > 1, fmt::format("places {}", c.places)),
-      c.threads, c.seed);
+      option(c.scores == BLASST_SCORES_INT8, "scores int8"), c.threads, c.seed);
 }
 
 }  // namespace blasst::check

@@ -59,6 +59,7 @@ struct Case {
   bool per_head = false;
   int threads = 2;
   int64_t places = 1;  // query tiles that have thresholds of their own
+  Scores scores = BLASST_SCORES_EXACT;
 };
 
 std::string describe(const Case& c);

@@ -7,9 +7,12 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <optional>
 #include <span>
 
+#include "attention/problem.h"
 #include "testing/element.h"
+#include "testing/reference/int8_scores.h"
 
 namespace blasst::check {
 namespace {
@@ -36,6 +39,11 @@ class Comparer {
         plan_(plan),
         shape_(plan.shape),
         roundoff_(sum_roundoff) {
+    if (p_.decision.scores == BLASST_SCORES_INT8) {
+      checked_.emplace(attention::make_problem(
+          p_, decode_ ? attention::Phase::kDecode : attention::Phase::kPrefill));
+      int8_.emplace(*checked_, shape_);
+    }
     int64_t first = 0;
     for (const auto& r : access_.requests()) {
       first_query_tile_.push_back(first);
@@ -121,8 +129,7 @@ class Comparer {
     for (const Tile* t : tiles) {
       for (int64_t j = t->key_tile * shape_.keys; j < (t->key_tile + 1) * shape_.keys; ++j) {
         if (!access_.sees(request, position, head, j)) continue;
-        const float s = plain_score(access_.query(request, position, head),
-                                    access_.key(request, j, head / group()));
+        const float s = plain_score(request, position, head, j);
         if (!kernel_kept(*t)) continue;
         scores.emplace_back(j, s);
         m = std::max(m, s);
@@ -147,26 +154,38 @@ class Comparer {
     if (std::isfinite(lse)) lse_error = std::max(lse_error, lse);
   }
 
-  float plain_score(const std::byte* q, const std::byte* k) {
-    const int64_t bytes = element_bytes(p_.problem.q.dtype);
+  float plain_score(int64_t request, int64_t position, int64_t head, int64_t key) {
+    const DType dtype = p_.problem.q.dtype;
     const float scale = p_.problem.scale > 0
                             ? p_.problem.scale
                             : 1 / std::sqrt(static_cast<float>(p_.problem.head_dim));
+    const std::byte* q = access_.query(request, position, head);
+    const std::byte* k = access_.key(request, key, head / group());
     float dot = 0;
     double exact = 0, size = 0;
     for (int64_t d = 0; d < p_.problem.head_dim; ++d) {
-      const double product = load_element(p_.problem.q.dtype, q + d * bytes) *
-                             load_element(p_.problem.q.dtype, k + d * bytes);
+      const double other = int8_ ? int8_->mean(request, head / group())[d]
+                                 : load_element(dtype, k + d * element_bytes(dtype));
+      const double product = load_element(dtype, q + d * element_bytes(dtype)) * other;
       dot += static_cast<float>(product);
       exact += product;
       size += std::abs(product);
     }
-    if (std::isfinite(size)) {
-      score_error_ = std::max(score_error_, scale * std::abs(dot - exact));
-      magnitude_ = std::max(magnitude_, scale * size);
+    float plain = scale * dot;
+    exact *= scale, size *= scale;
+    if (int8_) {
+      const auto score = int8_->at(request, position, head, key);
+      const double rest = static_cast<double>(score.product) * score.unit;
+      plain += static_cast<float>(score.product) * static_cast<float>(score.unit);
+      exact += rest;
+      size += 2 * std::abs(rest);  // whose unit is rounded several times
     }
-    return p_.problem.softcap > 0 ? p_.problem.softcap * std::tanh(scale * dot / p_.problem.softcap)
-                                  : scale * dot;
+    if (std::isfinite(size)) {
+      score_error_ = std::max(score_error_, std::abs(plain - exact));
+      magnitude_ = std::max(magnitude_, size);
+    }
+    return p_.problem.softcap > 0 ? p_.problem.softcap * std::tanh(plain / p_.problem.softcap)
+                                  : plain;
   }
 
   std::span<const double> reference_row(int64_t head, int64_t row) const {
@@ -330,6 +349,8 @@ class Comparer {
   Plan plan_;
   TileShape shape_;
   double roundoff_;
+  std::optional<attention::Problem> checked_;  // with scores in int8
+  std::optional<reference::Int8Scores> int8_;
   std::vector<int64_t> first_query_tile_;  // of each request
   reference::Result reference_;
   double score_error_ = 0;  // of plain float32 scores

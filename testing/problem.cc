@@ -134,6 +134,7 @@ Problem::Problem(const Case& c) : description(c) {
   set_mask();
   set_thresholds();
   set_report();
+  params.decision.scores = c.scores;  // on which no plan above depends
 }
 
 View Problem::allocate(std::vector<std::byte>& buffer, int64_t outer, int64_t tokens, int64_t heads,

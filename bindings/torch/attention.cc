@@ -31,14 +31,22 @@ blasst::TestKind test_of(std::string_view name) {
                            std::pair{std::string_view("absolute"), BLASST_TEST_ABSOLUTE}});
 }
 
+blasst::Scores scores_of(std::string_view name) {
+  return choose("scores", name,
+                std::array{std::pair{std::string_view("exact"), BLASST_SCORES_EXACT},
+                           std::pair{std::string_view("int8"), BLASST_SCORES_INT8}});
+}
+
 // What the call decides by.
 struct Decision {
   std::string order, test;
   OptionalTensor thresholds;
+  std::string scores;
 };
 
 blasst::Decision describe_decision(Decision& d, const blasst::Problem& p, const Tensor& q) {
-  blasst::Decision decision{.order = order_of(d.order), .test = {.kind = test_of(d.test)}};
+  blasst::Decision decision{
+      .order = order_of(d.order), .test = {.kind = test_of(d.test)}, .scores = scores_of(d.scores)};
   if (!d.thresholds) return decision;
   blasst::TileTest& test = decision.test;
   const Tensor& t = *d.thresholds;
@@ -141,10 +149,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     Tensor q, Tensor k, Tensor v, BLASST_ARGUMENTS, std::string order, std::string test,
     OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
     bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k) {
+    std::optional<int64_t> max_seqlen_k, std::string scores) {
   OptionalTensor out;
   const Reported reported =
-      run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
+      run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds, scores},
                  {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, out);
   return std::tuple_cat(std::tuple{*out}, reported);
 }
@@ -155,9 +163,9 @@ Reported attention_into(Tensor out, Tensor q, Tensor k, Tensor v, BLASST_ARGUMEN
                         std::string order, std::string test, OptionalTensor thresholds,
                         bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
                         bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
-                        std::optional<int64_t> max_seqlen_k) {
+                        std::optional<int64_t> max_seqlen_k, std::string scores) {
   OptionalTensor into = out;
-  return run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds},
+  return run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds, scores},
                     {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, into);
 }
 
@@ -188,7 +196,7 @@ Tensor check_pages(Tensor page_table, Tensor lengths, int64_t page_size, int64_t
 std::vector<int64_t> plan_of(std::string phase, std::string device, std::string dtype,
                              int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                              int64_t value_dim, int64_t query_length, int64_t keys,
-                             std::optional<int64_t> rows) {
+                             std::optional<int64_t> rows, std::string scores) {
   using Name = std::string_view;
   const auto type = choose("dtype", dtype,
                            std::array{std::pair{Name("float32"), BLASST_FLOAT32},
@@ -200,7 +208,8 @@ std::vector<int64_t> plan_of(std::string phase, std::string device, std::string 
                                              .head_dim = head_dim,
                                              .value_dim = value_dim,
                                              .query_length = query_length,
-                                             .kv = {.key_length = keys}}};
+                                             .kv = {.key_length = keys}},
+                                 .decision = {.scores = scores_of(scores)}};
   blasst::Problem& p = params.problem;
   p.q.dtype = p.out.dtype = p.kv.k.dtype = p.kv.v.dtype = type;
   if (rows) p.query_layout = BLASST_LAYOUT_RAGGED, p.rows = *rows;
@@ -233,7 +242,8 @@ constexpr std::string_view kArguments =
     " Tensor? sinks, bool causal, int window_left, int window_right, Tensor? bands,"
     " Tensor? blocks, str order, str test, Tensor? thresholds, bool want_lse,"
     " bool want_dropped_mass_bound, bool want_tiles, bool want_gaps, bool want_maxima,"
-    " bool want_bits, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None) -> (";
+    " bool want_bits, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None,"
+    " str scores='exact') -> (";
 constexpr std::string_view kReports =
     "Tensor lse, Tensor dropped_mass_bound, Tensor tiles, Tensor gaps, Tensor maxima, Tensor bits)";
 
@@ -255,7 +265,8 @@ STABLE_TORCH_LIBRARY(blasst, m) {
   m.def("decode_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");
   m.def(
       "plan(str phase, str device, str dtype, int batch, int heads, int kv_heads, int head_dim,"
-      " int value_dim, int query_length, int keys, int? rows=None) -> int[]");
+      " int value_dim, int query_length, int keys, int? rows=None,"
+      " str scores='exact') -> int[]");
 }
 
 #define BLASST_IMPLEMENT(m)                                                           \

@@ -96,6 +96,21 @@ typedef BLASST_ENUM(blasst_test){
     BLASST_TEST_ABSOLUTE = 3,     /* row maximum < value in every row */
 } blasst_test;
 
+/* The arithmetic of scale * q.k; probabilities and values stay as they are.
+ *
+ * Int8: of each request and KV head the mean of the finite elements of its keys is taken off them
+ * (which changes a row's scores alike), keys and queries are rotated by one orthonormal Hadamard
+ * matrix of the largest power of two that divides head_dim, and rounded to integers from -127 to
+ * 127 in units of their own: one a query row, one a key tile. A score is a sum of integer products
+ * times two units, plus q.mean. Thresholds, LSE, sinks and reports mean what they mean with exact
+ * scores. The bytes follow from float32 in a fixed order, so every backend has the same for the
+ * same tiles. A NaN or an infinity in a query makes its row NaN; one in a key makes every row NaN
+ * that sees a key of its tile. */
+typedef BLASST_ENUM(blasst_scores){
+    BLASST_SCORES_EXACT = 0, /* in the precision of q and k */
+    BLASST_SCORES_INT8 = 1,
+} blasst_scores;
+
 /* A [request, token, head, element] view; the last dimension is contiguous. */
 typedef struct blasst_view {
   void* data BLASST_DEFAULT(nullptr); /* element [0, 0, 0, 0]; inputs are only read */
@@ -190,7 +205,7 @@ typedef struct blasst_tile_test {
   int64_t places BLASST_DEFAULT(1); /* query tiles beyond the last place have the last one's */
 } blasst_tile_test;
 
-/* Which tiles are dropped. */
+/* Which tiles are dropped, and by what scores. */
 typedef struct blasst_decision {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_decision));
   blasst_order order BLASST_DEFAULT(BLASST_SINK_FIRST);
@@ -199,6 +214,7 @@ typedef struct blasst_decision {
    * decides on other tiles does not take the call. */
   int64_t tile_query_rows BLASST_DEFAULT(0); /* prefill */
   int64_t tile_keys BLASST_DEFAULT(0);
+  blasst_scores scores BLASST_DEFAULT(BLASST_SCORES_EXACT);
 } blasst_decision;
 
 /* Bins of a gap histogram. A tile's gap is the largest, over its rows, of row maximum - running

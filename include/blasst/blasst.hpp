@@ -24,6 +24,7 @@ using DType = blasst_dtype;
 using Layout = blasst_layout;
 using Order = blasst_order;
 using TestKind = blasst_test;
+using Scores = blasst_scores;
 using View = blasst_view;
 using KeysValues = blasst_keys_values;
 using Mask = blasst_mask;

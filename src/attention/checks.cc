@@ -90,6 +90,9 @@ void check_decision(const Decision& d, const blasst_problem& p) {
   check_range("test.stride_place", test.stride_place, 0, most_stride(test.places));
   check_range("tile_query_rows", d.tile_query_rows, 0, kMaxCount);
   check_range("tile_keys", d.tile_keys, 0, kMaxCount);
+  if (d.scores < BLASST_SCORES_EXACT || d.scores > BLASST_SCORES_INT8)
+    fail("scores is {}; it must be a blasst_scores: exact (0) or int8 (1)",
+         static_cast<int>(d.scores));
 }
 
 }  // namespace
@@ -191,6 +194,12 @@ void check_tiles(std::string_view backend, const Decision& decision, TileShape s
                             "query rows and {} keys",
                             backend, decision.tile_query_rows, decision.tile_keys, shape.query_rows,
                             shape.keys));
+}
+
+void check_exact_scores(std::string_view backend, std::string_view what, const Decision& decision) {
+  if (decision.scores == BLASST_SCORES_INT8)
+    throw Error(BLASST_UNSUPPORTED,
+                fmt::format("{}: scores is int8 (1); {} has exact scores (0) only", backend, what));
 }
 
 void check_one_type(std::string_view backend, const blasst_problem& p) {

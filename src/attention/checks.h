@@ -49,6 +49,10 @@ void check_arrays(const AttentionParams& params);
 // otherwise.
 void check_tiles(std::string_view backend, const Decision& decision, TileShape shape);
 
+// The caller wants exact scores, which are all that the backend has of `what`. Unsupported
+// otherwise.
+void check_exact_scores(std::string_view backend, std::string_view what, const Decision& decision);
+
 // Queries, keys, values and output are of one type. Unsupported otherwise.
 void check_one_type(std::string_view backend, const blasst_problem& problem);
 

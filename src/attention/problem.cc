@@ -201,6 +201,7 @@ Problem make_scalar_problem(const AttentionParams& params, Phase phase) {
       .mask = given.mask,
       .order = params.decision.order,
       .test = params.decision.test,
+      .scores = params.decision.scores,
       .report = params.report};
 }
 

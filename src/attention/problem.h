@@ -59,6 +59,7 @@ struct Problem {
   Mask mask;
   Order order;
   TileTest test;
+  Scores scores;
   Report report;
 
   bool ragged_queries() const { return given.query_layout == BLASST_LAYOUT_RAGGED; }

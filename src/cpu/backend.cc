@@ -276,6 +276,7 @@ class Cpu : public api::Backend {
     check_supported(params.execution);
     const int threads = threads_of(params.execution.threads);
     const bool decode = phase == Phase::kDecode;
+    attention::check_exact_scores("cpu", decode ? "decode" : "prefill", params.decision);
     const TileShape shape = decode ? decode_shape(p) : prefill_shape();
     attention::check_tiles("cpu", params.decision, shape);
     return plan_of(

@@ -10,6 +10,7 @@
 #include "attention/element.h"
 #include "attention/float_environment.h"
 #include "attention/problem.h"
+#include "testing/reference/int8_scores.h"
 
 namespace blasst::reference {
 namespace {
@@ -60,9 +61,10 @@ struct Row {
 // One query tile: scores, visit, decisions.
 class Attend {
  public:
-  Attend(const Problem& p, TileShape shape, const QueryTile& tile, Result& result,
-         const std::vector<bool>* forced)
-      : p_(p), shape_(shape), tile_(tile), result_(result), forced_(forced) {
+  // `int8`: null if scores are exact.
+  Attend(const Problem& p, TileShape shape, const QueryTile& tile, const Int8Scores* int8,
+         Result& result, const std::vector<bool>* forced)
+      : p_(p), shape_(shape), tile_(tile), int8_(int8), result_(result), forced_(forced) {
     for (int64_t r = 0; r < tile.rows(); ++r) ranges_.push_back(p.row_keys(tile, r));
     rows_ = fresh_rows();
   }
@@ -93,6 +95,13 @@ class Attend {
   }
 
   double score(int64_t row, int64_t key) const {
+    const double scaled =
+        int8_ ? int8_->at(tile_.request, tile_.position_of(row), tile_.head_of(row), key).value()
+              : exact_score(row, key);
+    return p_.softcap > 0 ? p_.softcap * std::tanh(scaled / p_.softcap) : scaled;
+  }
+
+  double exact_score(int64_t row, int64_t key) const {
     const std::byte* q = p_.query(tile_.request, tile_.position_of(row), tile_.head_of(row));
     const std::byte* k = p_.key(tile_.request, key, tile_.head / p_.group());
     const int64_t bytes = attention::element_bytes(p_.dtype);
@@ -100,8 +109,7 @@ class Attend {
     for (int64_t d = 0; d < p_.head_dim; ++d)
       dot += attention::load_element(p_.dtype, q + d * bytes) *
              attention::load_element(p_.dtype, k + d * bytes);
-    const double scaled = dot * static_cast<double>(p_.scale);
-    return p_.softcap > 0 ? p_.softcap * std::tanh(scaled / p_.softcap) : scaled;
+    return dot * static_cast<double>(p_.scale);
   }
 
   // Scores of a row's visible keys in a tile.
@@ -228,6 +236,7 @@ class Attend {
   const Problem& p_;
   TileShape shape_;
   QueryTile tile_;
+  const Int8Scores* int8_;
   Result& result_;
   const std::vector<bool>* forced_;
   std::vector<Range> ranges_;
@@ -250,8 +259,10 @@ Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced
     for (int64_t h = 0; h < p.heads; ++h)
       result.lse[h * p.rows + row] = p.padding_lse(request, row, h);
   });
+  std::optional<Int8Scores> int8;
+  if (p.scores == BLASST_SCORES_INT8) int8.emplace(p, shape);
   for (const QueryTile& tile : p.query_tiles(shape.query_rows))
-    Attend(p, shape, tile, result, forced).run();
+    Attend(p, shape, tile, int8 ? &*int8 : nullptr, result, forced).run();
   return result;
 }
 
