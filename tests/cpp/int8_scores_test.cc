@@ -150,7 +150,7 @@ TEST(Int8Scores, AttentionIsNearExactAttention) {
   for (size_t i = 0; i < exact.lse.size(); ++i)
     if (std::isfinite(exact.lse[i])) off = std::max(off, std::abs(int8.lse[i] - exact.lse[i]));
   EXPECT_GT(off, 1e-5);  // it is another arithmetic
-  EXPECT_LT(off, 0.1);  // of rows with one key
+  EXPECT_LT(off, 0.1);   // of rows with one key
   ASSERT_EQ(int8.tiles.size(), exact.tiles.size());
   for (size_t i = 0; i < exact.tiles.size(); ++i)
     EXPECT_NEAR(int8.tiles[i].maximum, exact.tiles[i].maximum, 0.1);

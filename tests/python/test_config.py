@@ -376,3 +376,40 @@ def test_a_missing_key_is_an_error_that_names_it(missing):
 def test_no_object_is_an_error():
     with pytest.raises(TypeError, match="is a list; it must be an object"):
         config.parse([])
+
+
+def test_scores_travel_by_phase_and_are_written_where_they_are_not_exact():
+    exact = measured_config()
+    int8 = exact.with_scores(prefill="int8")
+    assert "scores" not in exact.to_dict()["blasst"]["prefill"], "what older readers know"
+    assert int8.to_dict()["blasst"]["prefill"]["scores"] == "int8"
+    assert parse(int8.to_dict()).measured["prefill"].scores == "int8"
+    assert parse(int8.with_scores(prefill="exact").to_dict()) == parse(exact.to_dict())
+    for target in (0.5, 0.0):  # dense passes too
+        entry = int8.with_targets(prefill=target).to_dict()
+        rule = thresholds_for(entry, "LlamaAttention", 0, "prefill", [2048])
+        assert (rule.scores, rule.threshold is None) == ("int8", target == 0)
+    ignoring = replace(int8, ignore=("model.layers.1.self_attn",)).to_dict()
+    assert thresholds_for(ignoring, "LlamaAttention", 1, "prefill", [2048]).scores == "exact"
+    assert thresholds_for(exact.to_dict(), "LlamaAttention", 0, "prefill", [9]).scores == "exact"
+
+
+def test_the_ecosystems_law_can_have_int8_scores():
+    law = parse(ECOSYSTEM)
+    entry = law.with_scores(prefill="int8").to_dict()
+    before = thresholds_for(ECOSYSTEM, "LlamaAttention", 0, "prefill", [8192])
+    assert thresholds_for(entry, "LlamaAttention", 0, "prefill", [8192]) == before._replace(
+        scores="int8"
+    )
+    assert thresholds_for(entry, "LlamaAttention", 0, "decode", [8192]).scores == "exact"
+    with pytest.raises(ValueError, match="has no decode"):
+        measured_config().with_scores(decode="int8")
+
+
+def test_unknown_scores_are_named():
+    entry = measured_config().to_dict()
+    entry["blasst"]["prefill"]["scores"] = "int4"
+    with pytest.raises(
+        ValueError, match=r"prefill\.scores is 'int4'; it must be 'exact' or 'int8'"
+    ):
+        parse(entry)

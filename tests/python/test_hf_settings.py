@@ -9,6 +9,7 @@ import torch
 
 import blasst
 from blasst import Bands, Threshold
+from blasst.config import parse
 from blasst.hf.layers import attention_modules
 from blasst.hf.thresholds import options_of
 from tiny_models import VOCABULARY, make_model
@@ -143,3 +144,25 @@ def test_uncalibrated_use_is_said_once(caplog):
     blasst.configure(other, prefill=Threshold())
     other(ids)
     assert not caplog.records
+
+
+def scores(model, phase, layer=0):
+    module = attention_modules(model)[layer]
+    return options_of(module, phase, 4096, lambda: [4096], lambda: (128, 128)).get("scores")
+
+
+def test_scores_are_set_by_thresholds_and_by_the_configuration(model):
+    assert scores(model, "prefill") == "exact"
+    read = parse(CONFIG).with_scores(prefill="int8")
+    model.config.sparse_attention_config = read.to_dict()
+    assert (scores(model, "prefill"), scores(model, "decode")) == ("int8", "exact")
+    with blasst.set_target(model, prefill=0):
+        assert scores(model, "prefill") == "int8"
+    with blasst.configure(model, prefill=Threshold(0.1), layers=[1]):
+        assert (scores(model, "prefill"), scores(model, "prefill", 1)) == ("int8", "exact")
+    blasst.configure(model, prefill=Threshold(0.1, scores="int8"))
+    model.config.sparse_attention_config = CONFIG
+    assert scores(model, "prefill") == "int8"
+    for wrong, error in (("int4", ValueError), (8, TypeError)):
+        with pytest.raises(error, match=r"scores is .*; it must be one of exact, int8"):
+            Threshold(scores=wrong)

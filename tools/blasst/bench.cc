@@ -40,7 +40,8 @@ Problem make_problem(const BenchOptions& options, int64_t length, double sparsit
                 .order = options.order,
                 .test = BLASST_TEST_RELATIVE,
                 .threshold = kThreshold,
-                .threads = options.threads};
+                .threads = options.threads,
+                .scores = options.scores};
   c.requests.assign(options.batch, {decode ? 1 : length, length});
   // The tile shape decides which density gives the sparsity; it does not depend on the lengths.
   check::Case small = c;
@@ -77,6 +78,7 @@ nlohmann::ordered_json common_fields(const Problem& problem, const BenchOptions&
           {"backend", name_of(kBackends, options.backend)},
           {"dtype", name_of(kDTypes, options.dtype)},
           {"order", name_of(kOrders, options.order)},
+          {"scores", name_of(kScores, options.scores)},
           {"batch", p.batch},
           {"length", length},
           {"heads", p.heads},
@@ -90,7 +92,7 @@ nlohmann::ordered_json common_fields(const Problem& problem, const BenchOptions&
 namespace {
 
 // Relative error of a few query tiles against the reference, which would take hours for all. A
-// query tile of prefill is a problem of its own: its rows, over the keys up to its last row.
+// query tile of prefill is a problem of its own: its rows, over all keys.
 double relative_error(const Problem& problem, TileShape shape) {
   const bool decode = problem.description.decode;
   const Access access(problem.params);
@@ -112,7 +114,10 @@ double relative_error(const Problem& problem, TileShape shape) {
     p.kv_heads = 1;
     p.query_length = rows;
     p.kv.lengths = nullptr;
-    p.kv.key_length = decode ? length : first_row + rows;
+    p.kv.key_length = length;
+    // Its rows stand at the end of the keys now, and see what they saw before.
+    const int64_t band[] = {length - rows - first_row, length};
+    if (!decode) p.mask = {.bands = band};
     // From an element on, the rest of the buffer; the reference only reads.
     const auto from = [&](View& view, std::byte* address) {
       view.elements -=
@@ -260,6 +265,8 @@ void add_options(CLI::App& app, BenchOptions& options) {
   add_choice(app, "--dtype", options.dtype, kDTypes,
              "of q, k, v and out; on a GPU bfloat16 unless it is given");
   add_choice(app, "--order", options.order, kOrders, "of the key tiles");
+  if (options.phase == Phase::kPrefill)
+    add_choice(app, "--scores", options.scores, kScores, "the arithmetic of q.k");
   count("--batch", options.batch, "requests");
   count("--length", options.lengths, "tokens; several give a row each");
   count("--heads", options.heads, "query heads");

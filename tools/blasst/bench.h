@@ -21,6 +21,7 @@ struct BenchOptions {
   Backend backend = BLASST_BACKEND_CPU;
   DType dtype = BLASST_FLOAT32;
   Order order = BLASST_SINK_FIRST;
+  Scores scores = BLASST_SCORES_EXACT;
   int64_t batch = 1;
   std::vector<int64_t> lengths = {8192};
   int64_t heads = 8;

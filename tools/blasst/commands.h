@@ -26,6 +26,8 @@ inline const std::map<std::string, DType> kDTypes = {
     {"float32", BLASST_FLOAT32}, {"float16", BLASST_FLOAT16}, {"bfloat16", BLASST_BFLOAT16}};
 inline const std::map<std::string, Order> kOrders = {
     {"forward", BLASST_FORWARD}, {"reverse", BLASST_REVERSE}, {"sink_first", BLASST_SINK_FIRST}};
+inline const std::map<std::string, Scores> kScores = {{"exact", BLASST_SCORES_EXACT},
+                                                      {"int8", BLASST_SCORES_INT8}};
 
 // An error unless this build has the backend and this machine can run it.
 inline void check_usable(Backend backend) {

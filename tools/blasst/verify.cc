@@ -18,7 +18,15 @@ struct Options {
   uint64_t seed = 0;
   int64_t cases = 100;
   std::string isa;
+  Scores scores = BLASST_SCORES_EXACT;
 };
+
+check::Case case_of(const Options& options, uint64_t seed) {
+  check::Case c = check::random_case(seed);
+  c.scores = options.scores;
+  if (c.scores == BLASST_SCORES_INT8) c.decode = false;  // which has exact ones only
+  return case_for(c, options.backend);
+}
 
 check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
   make_target(problem, backend, true)->run();
@@ -33,10 +41,11 @@ bool verify(const Options& options, const std::string& name) {
   const bool show_progress = isatty(STDERR_FILENO);
   for (int64_t i = 0; i < options.cases; ++i) {
     const uint64_t seed = options.seed + static_cast<uint64_t>(i);
-    check::Problem problem(case_for(check::random_case(seed), options.backend));
+    check::Problem problem(case_of(options, seed));
     check::Comparison comparison = run_and_compare(problem, options.backend);
     const check::Case& c = problem.description;
-    const bool has_backward = options.backend == BLASST_BACKEND_CPU && !c.decode;
+    const bool has_backward =
+        options.backend == BLASST_BACKEND_CPU && !c.decode && options.scores == BLASST_SCORES_EXACT;
     if (comparison.mismatch.empty() && has_backward) {
       check::BackwardProblem backward(problem);
       backward.run();
@@ -46,9 +55,10 @@ bool verify(const Options& options, const std::string& name) {
     if (!comparison.mismatch.empty()) {
       fmt::print(stderr,
                  "\nmismatch at seed {} on {}: {}\n  {}\nagain: blasst verify --seed {} --cases 1 "
-                 "{} {}\n",
+                 "{} {} --scores {}\n",
                  seed, name, comparison.mismatch, check::describe(problem.description), seed,
-                 options.backend == BLASST_BACKEND_CPU ? "--isa" : "--backend", name);
+                 options.backend == BLASST_BACKEND_CPU ? "--isa" : "--backend", name,
+                 name_of(kScores, options.scores));
       return false;
     }
     decisions += comparison.decisions;
@@ -79,6 +89,8 @@ Run add_verify(CLI::App& app) {
              "of the first problem; the next ones follow");
   app.add_option("--isa", options->isa,
                  "one instruction set; default: all that `blasst info` lists");
+  add_choice(app, "--scores", options->scores, kScores,
+             "the arithmetic of q.k; int8: prefill only");
   return [options] {
     if (options->backend != BLASST_BACKEND_CPU && !options->isa.empty())
       throw Error(BLASST_INVALID_ARGUMENT,

@@ -81,7 +81,9 @@ class Collector:
         phase = "decode" if query.shape[2] == 1 else "prefill"
         if module.layer_idx not in self._setup.layers or phase not in self._setup.targets:
             return hf.attention_forward(module, query, key, value, attention_mask, **kwargs)
-        asked = _asked(module, phase, [t.transpose(1, 2) for t in (query, key, value)], kwargs)
+        scores = self._setup.scores_of(phase)
+        inputs = [t.transpose(1, 2) for t in (query, key, value)]
+        asked = _asked(module, phase, inputs, kwargs, scores)
         self._into.tile_shapes[phase] = tuple(tile_shape(*asked.inputs, phase=phase)[:2])
         return self._measure(asked), None
 
@@ -136,7 +138,9 @@ class Collector:
         into.visitable[layer] += sparse.stats.visitable.sum(0).cpu().numpy()
 
 
-def _asked(module: nn.Module, phase: str, inputs: list[Tensor], kwargs: dict[str, Any]) -> _Asked:
+def _asked(
+    module: nn.Module, phase: str, inputs: list[Tensor], kwargs: dict[str, Any], scores: str
+) -> _Asked:
     call = Call(module.layer_idx, phase, inputs[0], inputs[1], None)
     visit = hf.visit_of(module, call, causal=True)
     options = {
@@ -144,6 +148,7 @@ def _asked(module: nn.Module, phase: str, inputs: list[Tensor], kwargs: dict[str
         "scale": kwargs.get("scaling"),
         "softcap": kwargs.get("softcap"),
         "sinks": kwargs.get("s_aux"),
+        "scores": scores,
         "phase": phase,
         "bands": visit.bands,
         "blocks": visit.blocks,

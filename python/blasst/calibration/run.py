@@ -50,6 +50,7 @@ def calibrate(
     orders: Sequence[str] = CHOSEN_FROM,
     schemes: Sequence[str] = HEAD_SCHEMES,
     chunk: int | None = CHUNK,
+    scores: str = "exact",
     progress: Progress | None = None,
 ) -> Calibration:
     """Find thresholds for a model and write them into its `config.sparse_attention_config`.
@@ -71,6 +72,8 @@ def calibrate(
         orders: visit orders to choose from.
         schemes: ways to share thresholds among heads to choose from.
         chunk: tokens of a prompt that are read at once, a multiple of 128; None: all.
+        scores: how prefill computes scores, "exact" or "int8": measured so, and written into the
+            configuration. Thresholds mean the same with both.
         progress: told what is being done: see `blasst.progress`.
 
     Raises:
@@ -90,6 +93,7 @@ def calibrate(
         list(schemes),
         progress or silent,
         chunk,
+        scores,
     )
     return _Calibrating(setup).run(prompts, swept_prompts, held_out)
 
@@ -208,7 +212,10 @@ class _Calibrating:
             laws={phase: law for phase, law in laws.items() if law},
             target_sparsity=dict(targets),
             ignore=tuple(ignore),
-            measured={p: Measured(shapes[p], tuple(some)) for p, some in tables.items()},
+            measured={
+                p: Measured(shapes[p], tuple(some), setup.scores_of(p))
+                for p, some in tables.items()
+            },
         )
 
     def _ecosystem(self) -> SparseAttention | None:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from blasst import hf
-from blasst.config import HEAD_SCHEMES, ORDERS, PHASES
+from blasst.config import HEAD_SCHEMES, ORDERS, PHASES, SCORES
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
 from blasst.hf.reading import check_chunk, read
+from blasst.ops.arguments import check_choice
 from blasst.progress import Progress, silent
 from blasst.prompts import PromptMaker
 
@@ -35,9 +36,12 @@ class Setup:
     progress: Progress = silent
     chunk: int | None = None
     """Tokens of a prompt that are read at once; None: all."""
+    scores: str = "exact"
+    """How prefill computes scores."""
 
     def __post_init__(self) -> None:
         check_attention(self.model)
+        check_choice("scores", self.scores, SCORES)
         if self.chunk is not None:
             check_chunk(self.chunk)
         for length in self.lengths:
@@ -72,6 +76,10 @@ class Setup:
     def needs_error(self) -> bool:
         """Whether a scheme asks what dropping changes in a layer's output."""
         return "least_error" in self.schemes
+
+    def scores_of(self, phase: str) -> str:
+        """How this phase computes scores."""
+        return self.scores if phase == "prefill" else "exact"
 
     @property
     def longest(self) -> int:

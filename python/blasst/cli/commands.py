@@ -9,6 +9,7 @@ from blasst.cli.loading import with_loading
 from blasst.cli.options import (
     Chunk,
     Distill,
+    EvaluatedScores,
     EvaluatedTargets,
     Every,
     FinalTarget,
@@ -27,8 +28,8 @@ from blasst.cli.options import (
     Texts,
     TrainingText,
 )
-from blasst.cli.parsing import COUNT, POSITIVE, RATE, several
-from blasst.config import HEAD_SCHEMES
+from blasst.cli.parsing import COUNT, POSITIVE, RATE, Choice, several
+from blasst.config import HEAD_SCHEMES, SCORES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,6 +50,10 @@ def calibrate(
     prompts: Prompts = 4,
     schemes: Schemes = None,
     chunk: Chunk = 8192,
+    scores: Annotated[
+        str,
+        Option(parser=Choice(SCORES), metavar="KIND", help=f"of prefill: {', '.join(SCORES)}"),
+    ] = "exact",
     text: PromptText = None,
     out: Annotated[
         Path | None,
@@ -79,6 +84,7 @@ def calibrate(
             prompts=prompts,
             schemes=several(schemes) or HEAD_SCHEMES,
             chunk=chunk,
+            scores=scores,
             text=prose,
             progress=progress,
         )
@@ -115,6 +121,7 @@ def evaluate(
         ),
     ] = None,
     target_sparsity: EvaluatedTargets = None,
+    scores: EvaluatedScores = None,
     tasks: Tasks = None,
     limit: Annotated[int, Option(parser=POSITIVE, metavar="N", help="documents a task")] = 10,
     text: Texts = None,
@@ -149,6 +156,7 @@ def evaluate(
         length_prompts=length_prompts,
         tasks=several(tasks) or [],
         limit=limit,
+        scores=several(scores) or ["exact"],
         with_calibrated=BLASST in names,
     )
     _evaluate(model, loading, options, methods, out)

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from blasst.cli.parsing import FRACTION, POSITIVE, Choice
-from blasst.config import HEAD_SCHEMES
+from blasst.config import HEAD_SCHEMES, SCORES
 
 Model = Annotated[str, Argument(metavar="MODEL", help="smollm2, gemma3, a folder or a hub name")]
 PromptText = Annotated[
@@ -53,6 +53,14 @@ EvaluatedTargets = Annotated[
         parser=FRACTION,
         metavar="S ...",
         help="shares of the tiles to skip; 0: dense (default: 0 0.5 0.75)",
+    ),
+]
+EvaluatedScores = Annotated[
+    list[str] | None,
+    Option(
+        parser=Choice(SCORES),
+        metavar="KIND ...",
+        help=f"of prefill under the calibrated thresholds: {', '.join(SCORES)} (default: exact)",
     ),
 ]
 Tasks = Annotated[

@@ -13,6 +13,7 @@ from blasst.config.schema import (
     VERSION,
     HeadScheme,
     Order,
+    Scores,
 )
 from blasst.config.sparse_attention import (
     ECOSYSTEM_TILE_SHAPE,
@@ -26,6 +27,7 @@ from blasst.config.sparse_attention import (
 )
 
 ORDERS: tuple[str, ...] = get_args(Order)
+SCORES: tuple[str, ...] = get_args(Scores)
 HEAD_SCHEMES: tuple[str, ...] = get_args(HeadScheme)
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "NEAR",
     "ORDERS",
     "PHASES",
+    "SCORES",
     "VERSION",
     "Law",
     "Measured",

@@ -139,6 +139,8 @@ class Measured:
     """Query rows and keys of the tiles that it was measured on."""
     tables: tuple[ThresholdTable, ...]
     """By ascending target; each covers the targets from its first to its last. None: the law."""
+    scores: str = "exact"
+    """How the phase computes scores, at every target."""
 
     def table(self, target: float) -> ThresholdTable:
         """The one that covers this target, else the nearest."""

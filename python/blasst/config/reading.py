@@ -50,7 +50,7 @@ def parse(entry: Any) -> SparseAttention:
 
 def _measured(entry: MeasuredEntry) -> Measured:
     rows, keys = entry.tile_shape
-    return Measured((rows, keys), tuple(_main_table(one) for one in entry.policies))
+    return Measured((rows, keys), tuple(_main_table(one) for one in entry.policies), entry.scores)
 
 
 def _main_table(entry: MainTableEntry) -> ThresholdTable:

@@ -13,7 +13,8 @@ which other readers ignore:
         "target_sparsity": {"prefill": 0.5, "decode": 0.5}}},
      "producer": {"name": .., "version": ..},
      "blasst": {"version": 1,
-        "prefill": {"tile_shape": [64, 64], "policies": [{
+        "prefill": {"tile_shape": [64, 64], "scores": "int8",    # optional, else "exact"
+          "policies": [{
             "order": "sink_first",
             "heads": "equal_mass",                         # how thresholds were shared out
             "law": {"formula": "a * exp(b * target_sparsity) / length ** power",
@@ -55,6 +56,7 @@ VERSION = 1
 ECOSYSTEM_TARGET = 0.5
 """What readers of the ecosystem take where a file says no target."""
 Order = Literal["sink_first", "reverse", "forward"]
+Scores = Literal["exact", "int8"]
 HeadScheme = Literal[
     "one_threshold", "equal_sparsity", "equal_mass", "water_filling", "least_error"
 ]
@@ -196,6 +198,7 @@ class MeasuredEntry(_Entry):
     """What a calibration of ours found for one phase."""
 
     tile_shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+    scores: Scores = "exact"
     policies: list[MainTableEntry]
 
 

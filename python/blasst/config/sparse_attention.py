@@ -31,9 +31,7 @@ class Rule(NamedTuple):
     threshold: Tensor | None
     """[requests, heads] or [requests, 1] float32, 0 to 1; None: dense."""
     order: str
-
-
-DENSE_RULE = Rule(None, "sink_first")
+    scores: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,21 @@ class SparseAttention:
         for phase, target in target_sparsity.items():
             check_target(phase, target)
         return replace(self, target_sparsity={**self.target_sparsity, **target_sparsity})
+
+    def with_scores(self, **scores: str) -> "SparseAttention":
+        """The same thresholds with scores computed so, "exact" or "int8", by phase.
+
+        Raises:
+            ValueError: a phase that is not calibrated.
+        """
+        changed = {}
+        for phase, how in scores.items():
+            if phase not in self.target_sparsity:
+                raise ValueError(f"the model's sparse_attention_config has no {phase}")
+            known = self.measured.get(phase, Measured(ECOSYSTEM_TILE_SHAPE, ()))
+            if how != known.scores:
+                changed[phase] = replace(known, scores=how)
+        return replace(self, measured={**self.measured, **changed})
 
     def at_targets(self, targets: Mapping[str, float]) -> "SparseAttention":
         """`with_targets`, kept: the same targets give the same object, with what it has worked out.
@@ -96,6 +109,13 @@ class SparseAttention:
         """Whether `ignore` lists the attention layer of this class, at this place in the model."""
         return is_listed(self.ignore, attention_class, name)
 
+    def scores(self, attention_class: str, phase: str, name: str) -> str:
+        """How the layer of this class, at this place in the model, computes scores."""
+        measured = self.measured.get(phase)
+        if measured is None or self.is_dense(attention_class, name):
+            return "exact"
+        return measured.scores
+
     def rule(
         self,
         attention_class: str,
@@ -106,9 +126,11 @@ class SparseAttention:
         name: str | None = None,
         device: torch.device | str = "cpu",
     ) -> Rule:
-        """The thresholds and the order of one layer: see `thresholds_for`."""
+        """The thresholds, order and scores of one layer: see `thresholds_for`."""
+        name = _default_name(layer) if name is None else name
+        scores = self.scores(attention_class, phase, name)
         if not self._is_sparse(attention_class, layer, phase, name):
-            return DENSE_RULE
+            return Rule(None, "sink_first", scores)
         # Every layer of a pass asks for the same lengths, so the whole model's table is kept. It is
         # read once: another thread may put its own in the place.
         target = self.target_sparsity[phase]
@@ -122,7 +144,7 @@ class SparseAttention:
             heads = heads_of(schedule.ln_threshold)
             self._tables[phase] = found = (key, schedule.order, table, heads)
         _, order, table, heads = found
-        return Rule(of_layer(table, layer, heads), order)
+        return Rule(of_layer(table, layer, heads), order, scores)
 
     def schedule(
         self, attention_class: str, layer: int, phase: str, name: str | None = None
@@ -139,7 +161,7 @@ class SparseAttention:
         )
 
     def _is_sparse(self, attention_class: str, layer: int, phase: str, name: str | None) -> bool:
-        name = f"model.layers.{layer}.self_attn" if name is None else name
+        name = _default_name(layer) if name is None else name
         has_threshold = phase in self.measured or phase in self.laws
         if not self.target_sparsity.get(phase) or not has_threshold:
             return False
@@ -206,6 +228,10 @@ class SparseAttention:
         groups = ecosystem_entry(self.targets, self.ignore, self.laws, self.target_sparsity)
         entry = {"config_groups": groups, "producer": {"name": name, "version": version}}
         return entry | {"blasst": own_entry(self.measured)} if self.measured else entry
+
+
+def _default_name(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
 
 
 @lru_cache(4096)

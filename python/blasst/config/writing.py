@@ -30,6 +30,8 @@ def own_entry(measured: Mapping[str, Measured]) -> dict[str, Any]:
     return {"version": VERSION} | {
         phase: {
             "tile_shape": list(found.tile_shape),
+            # Readers before int8 know no such key.
+            **({} if found.scores == "exact" else {"scores": found.scores}),
             "policies": [_table(table) for table in found.tables],
         }
         for phase, found in measured.items()

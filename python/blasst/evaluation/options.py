@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from blasst.config import SCORES
 from blasst.hf.reading import CHUNK, check_chunk
+from blasst.ops.arguments import check_choice
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,19 @@ class Options:
     """Documents of each task."""
     with_calibrated: bool = True
     """Measure the calibrated thresholds alone, beside other methods."""
+    scores: Sequence[str] = ("exact",)
+    """How prefill computes scores under the calibrated thresholds: "exact", "int8" or both. With
+    "int8" a dense pass with int8 scores is measured too. Dense itself is exact."""
     compare_paper: bool = False
     """Measure texts under the paper's scheme too."""
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_chunk(self.chunk)
+        if not self.scores:
+            raise ValueError(f"scores is empty; choose from {', '.join(SCORES)}")
+        for scores in self.scores:
+            check_choice("scores", scores, SCORES)
         for target in self.targets:
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")

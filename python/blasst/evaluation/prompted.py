@@ -46,7 +46,7 @@ def measure_lengths(session: Session) -> None:
         for length in options.other_lengths
         for index in range(options.length_prompts)
         for setting in session.settings
-        if not setting.is_dense
+        if setting.target
     ]
     for done, (length, index, setting) in enumerate(work):
         if session.results.get("length", length, index, *setting.key) is not None:

@@ -1,7 +1,7 @@
 """A model under evaluation: its settings, one after the other, and what was found so far."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from blasst.config import SparseAttention, parse
 from blasst.evaluation.clock import now
 from blasst.evaluation.options import Options
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
-from blasst.hf import Recording, record
+from blasst.hf import Recording, Threshold, configure, record
 from blasst.hf.models import Loaded, check_length, sparse_layers
 from blasst.hf.reading import read
 from blasst.measure.results import Results, fingerprint
@@ -22,6 +22,8 @@ from blasst.prompts import Prompt, PromptMaker, kind_at, reference_text
 
 ANSWER_TOKENS = 32
 NEEDLE_SEED = 10**5
+_INT8 = Threshold(scores="int8")
+_SCHEMES = {"exact": Scheme.CALIBRATED, "int8": Scheme.INT8}
 
 
 class Session:
@@ -67,9 +69,12 @@ class Session:
     @cached_property
     def settings(self) -> list[Setting]:
         """What is compared, dense first."""
-        schemes = [Scheme.CALIBRATED] * self.options.with_calibrated + list(self._methods)
-        targets = [target for target in self.options.targets if target]
-        return [DENSELY, *(Setting(scheme, t) for scheme in schemes for t in targets)]
+        options = self.options
+        schemes = [_SCHEMES[scores] for scores in options.scores if options.with_calibrated]
+        alone = [Setting(Scheme.INT8, 0.0)] if Scheme.INT8 in schemes else []
+        targets = [target for target in options.targets if target]
+        schemes += list(self._methods)
+        return [DENSELY, *alone, *(Setting(scheme, t) for scheme in schemes for t in targets)]
 
     @property
     def text_settings(self) -> list[Setting]:
@@ -92,13 +97,18 @@ class Session:
             ):
                 yield recording
             return
-        if not setting.is_dense:
+        int8 = setting.scheme == Scheme.INT8
+        if not setting.is_dense and self.config is not None:
             phases = dict.fromkeys(self.config.target_sparsity, setting.target)
             config = self.config.with_targets(**phases)
             if setting.scheme == Scheme.PAPER:
                 config = config.under_the_law()
+            if int8 or "prefill" in phases:
+                config = config.with_scores(prefill="int8" if int8 else "exact")
             self.model.config.sparse_attention_config = config.to_dict()
-        with record() as recording:
+        uncalibrated = int8 and self.config is None
+        configured = configure(self.model, prefill=_INT8) if uncalibrated else nullcontext()
+        with configured, record() as recording:
             yield recording
 
     def restore(self) -> None:

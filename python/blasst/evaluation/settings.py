@@ -9,6 +9,8 @@ class Scheme(StrEnum):
 
     DENSE = "dense"
     CALIBRATED = "calibrated"
+    INT8 = "int8 scores"
+    """The calibrated thresholds with scores in int8; at target 0 these alone."""
     PAPER = "forward, one threshold"
     """The paper's scheme, and the only one that the ecosystem's keys can express."""
 
@@ -23,11 +25,11 @@ class Setting:
     @property
     def name(self) -> str:
         """For tables."""
-        return self.scheme if self.is_dense else f"{self.scheme}, {self.target:.0%}"
+        return f"{self.scheme}, {self.target:.0%}" if self.target else self.scheme
 
     @property
     def is_dense(self) -> bool:
-        """Whether nothing is skipped."""
+        """Whether it is what the others are compared with."""
         return self.scheme == Scheme.DENSE
 
     @property

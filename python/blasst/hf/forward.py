@@ -11,7 +11,7 @@ from blasst.hf.layers import NAME, tower_and_layer
 from blasst.hf.masks import KeyRanges, require, with_facts
 from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
-from blasst.hf.thresholds import options_of, options_when_compiled
+from blasst.hf.thresholds import NAMES, options_of, options_when_compiled
 from blasst.hf.visits import visit_of
 from blasst.ops.attention import Result, attention, tile_shape
 from blasst.policies import Call
@@ -92,7 +92,7 @@ def attention_forward(
 def _test(
     module: nn.Module, phase: str, inputs: Inputs, lengths: "_Lengths", share: Share | None
 ) -> dict[str, Any]:
-    """Thresholds and order, those of this process's heads."""
+    """Thresholds, those of this process's heads, order and scores."""
 
     def tiles() -> tuple[int, int]:
         return tuple(tile_shape(*inputs, phase=phase)[:2])
@@ -103,7 +103,7 @@ def _test(
         test = options_of(module, phase, lengths.room, lengths.numbers, tiles, inputs[0].device)
     if share is None:
         return test
-    return {n: v if n == "order" else share.of_thresholds(v) for n, v in test.items()}
+    return {n: v if n in NAMES else share.of_thresholds(v) for n, v in test.items()}
 
 
 def _visit(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blasst.config import ORDERS, Schedule, SparseAttention, is_listed, parsed
+from blasst.config import ORDERS, SCORES, Schedule, SparseAttention, is_listed, parsed
 from blasst.hf.layers import Place, holder_of, place_of
+from blasst.ops.arguments import check_choice
 
 CONFIG_KEY = "sparse_attention_config"
 POLICY_KEY = "blasst_policy"
@@ -20,20 +21,22 @@ _log = logging.getLogger("blasst")
 
 @dataclass(frozen=True)
 class Threshold:
-    """When a layer drops a key tile, and in which order it visits them: see `blasst.attention`.
+    """When a layer drops a key tile, in which order, by what scores: see `blasst.attention`.
 
     At most one of the three thresholds; each a number, one per head, or a tensor. None: dense. Of
     a tensor-parallel model: one per head of the whole model.
 
     Raises:
-        TypeError: a threshold that is no number, or an order that is no text.
-        ValueError: a number out of range, several thresholds, or an order that there is not.
+        TypeError: a threshold that is no number, or an order or scores that are no text.
+        ValueError: a number out of range, several thresholds, or an order or scores that there are
+            not.
     """
 
     threshold: float | tuple[float, ...] | Tensor | None = None
     threshold_scale_factor: float | tuple[float, ...] | Tensor | None = None
     absolute_threshold: float | tuple[float, ...] | Tensor | None = None
     order: str = "sink_first"
+    scores: str = "exact"
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in _RANGES}
@@ -45,16 +48,16 @@ class Threshold:
             )
         for name, value in given.items():
             _check_threshold(name, value)
-        if not isinstance(self.order, str):
-            raise TypeError(f"order is {self.order!r}; it must be one of {', '.join(ORDERS)}")
-        if self.order not in ORDERS:
-            raise ValueError(f"order is {self.order!r}; it must be one of {', '.join(ORDERS)}")
+        check_choice("order", self.order, ORDERS)
+        check_choice("scores", self.scores, SCORES)
 
     def options(self) -> dict[str, Any]:
         """As `blasst.attention` takes them."""
-        return {name: getattr(self, name) for name in (*_RANGES, "order")}
+        return {name: getattr(self, name) for name in (*_RANGES, *NAMES)}
 
 
+NAMES = ("order", "scores")
+"""Of a call's options, those that are no numbers by head."""
 _RANGES = {
     "threshold": (0.0, 1.0, "a number from 0 to 1"),
     "threshold_scale_factor": (0.0, math.inf, "a number of 0 or more"),
@@ -92,7 +95,7 @@ def options_of(
     tiles: Callable[[], tuple[int, int]],
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Threshold and order of a call, as `blasst.attention` takes them.
+    """Threshold, order and scores of a call, as `blasst.attention` takes them.
 
     Args:
         module: the attention layer.
@@ -114,7 +117,7 @@ def options_of(
     rule = read.rule(kind, place.layer, phase, lengths(), keys, place.name, device)
     if rule.threshold is not None:
         read.tell_tiles(phase, tiles)
-    return {"threshold": rule.threshold, "order": rule.order}
+    return {"threshold": rule.threshold, "order": rule.order, "scores": rule.scores}
 
 
 def options_when_compiled(
@@ -124,13 +127,15 @@ def options_when_compiled(
     configured = getattr(module, "blasst_thresholds", {}).get(phase)
     if configured is not None:
         return configured.options()
+    scores = _scores_of(module, phase)
     if getattr(module, "blasst_targets", {}).get(phase) == 0:  # looks, so another compiles anew
-        return {}
+        return {"scores": scores}
     schedule = _schedule_of(module, phase)
     if schedule is None:
-        return {}
+        return {"scores": scores}
     schedule = schedule.of_call(keys)
-    return {"threshold": schedule.at(lengths())[:, 0], "order": schedule.order}
+    threshold = schedule.at(lengths())[:, 0]
+    return {"threshold": threshold, "order": schedule.order, "scores": scores}
 
 
 @torch.compiler.assume_constant_result
@@ -142,6 +147,16 @@ def _schedule_of(module: nn.Module, phase: str) -> Schedule | None:
     read, place = found
     schedule = read.schedule(type(module).__name__, place.layer, phase, place.name)
     return schedule and schedule.to(next(module.parameters()).device)
+
+
+@torch.compiler.assume_constant_result
+def _scores_of(module: nn.Module, phase: str) -> str:
+    """How a compiled pass computes scores."""
+    found = _calibration_of(module)
+    if found is None:
+        return "exact"
+    read, place = found
+    return read.scores(type(module).__name__, phase, place.name or "")
 
 
 def _calibration_of(module: nn.Module) -> tuple[SparseAttention, Place] | None:

@@ -91,6 +91,7 @@ def attention(
     bands: Sequence[Sequence[int]] | Tensor | None = None,
     blocks: Tensor | None = None,
     order: str = "sink_first",
+    scores: str = "exact",
     phase: str | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -144,6 +145,9 @@ def attention(
             starts or query_lengths.
         order: in which order key tiles are visited: "sink_first" (tile 0, then from the diagonal
             back), "reverse" or "forward".
+        scores: "exact", or "int8": q.k from bytes, queries in units of each row, keys in units of
+            each key tile, after the keys' mean is taken off and both are rotated. Thresholds and
+            results mean the same, to the rounding. Prefill only, without a backward pass.
         phase: "prefill", or "decode" (1 to 16 queries a request, dense; the query heads of a KV
             head decide together). Default: decode if query_length is 1.
         starts: [batch] first key in use of each request: padding on the left. For k of 4 dimensions
@@ -180,8 +184,8 @@ def attention(
         ValueError: shapes, numbers or names out of range, arguments that contradict each other,
             tensors on different devices; the message says what was passed and what is accepted.
         NotSupportedError: what this build or device does not do; thresholds that require a
-            gradient; in the backward pass of a decode, of pages that requests share, on cuda, or of
-            a backward pass.
+            gradient; in the backward pass of a decode, of int8 scores, of pages that requests
+            share, on cuda, or of a backward pass.
     """
     places = {
         "starts": starts,
@@ -198,6 +202,7 @@ def attention(
     if page_table is None:
         check_layout(q, k, tokens=1, causal=causal)
     check_choice("order", order, ("forward", "reverse", "sink_first"))
+    check_choice("scores", scores, ("exact", "int8"))
     check_flags(causal=causal, check_pages=check_pages)
     check_positive("scale", scale, "1 / sqrt(head_dim)")
     check_positive("softcap", softcap, "none")
@@ -228,7 +233,8 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with_gradient = _with_gradient(out, (q, k, v, sinks))
     # A backward pass needs the forward's lse and its decisions.
-    differentiable = with_gradient and phase == "prefill" and q.device.type == "cpu"
+    has_backward = phase == "prefill" and q.device.type == "cpu" and scores == "exact"
+    differentiable = with_gradient and has_backward
     wanted = {
         "lse": return_lse or differentiable,
         "dropped_mass_bound": return_error_bound,
@@ -245,7 +251,7 @@ def attention(
         **mask_of(window, bands, blocks, q.device),
         **decision_of(threshold, threshold_scale_factor, absolute_threshold, q.device),
         **{f"want_{name}": want for name, want in wanted.items()},
-        **{"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k},
+        **{"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scores": scores},
     )
     out, *reports = results if out is None else (out, *results)
     if not any(asked.values()):

@@ -17,6 +17,7 @@ def _save_for_backward(
     reported = dict(zip(REPORTS, reports, strict=True))
     saved = {name: arguments[name] for name in names("prefill_backward") if name in arguments}
     saved |= {"out": out, "lse": reported.pop("lse"), "bits": reported["bits"]}
+    ctx.scores = arguments["scores"] or "exact"
     ctx.others = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
     ctx.names = [name for name in saved if name not in ctx.others]
     ctx.save_for_backward(*(saved[name] for name in ctx.names))
@@ -32,6 +33,11 @@ def _backward(
     if device.type != "cpu":
         raise NotSupportedError(
             f"blasst.attention has no backward pass on {device}; it has one on: cpu"
+        )
+    if ctx.scores != "exact":
+        raise NotSupportedError(
+            f"blasst.attention with scores={ctx.scores!r} has no backward pass: run it under "
+            "torch.no_grad(), or pass scores='exact'"
         )
     if saved["lse"] is None or saved["bits"] is None:
         raise NotSupportedError(

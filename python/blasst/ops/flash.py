@@ -44,6 +44,7 @@ def flash_attn_func(
     *,
     skip_softmax_threshold: Threshold = None,
     skip_softmax_threshold_scale_factor: Threshold = None,
+    scores: str = "exact",
     **others: object,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention with FlashAttention's arguments; `blasst.attention` says more about each.
@@ -62,6 +63,7 @@ def flash_attn_func(
         return_attn_probs: also return the LSE.
         skip_softmax_threshold: blasst.attention's `threshold`; None: dense, 0: the same bits.
         skip_softmax_threshold_scale_factor: blasst.attention's `threshold_scale_factor`.
+        scores: blasst.attention's `scores`.
         others: what FlashAttention-3 takes beside these, at its defaults.
 
     Returns:
@@ -84,6 +86,7 @@ def flash_attn_func(
         softcap=_softcap(softcap),
         threshold=skip_softmax_threshold,
         threshold_scale_factor=skip_softmax_threshold_scale_factor,
+        scores=scores,
         phase=_phase(q, k, v),
         return_lse=return_attn_probs,
     )
@@ -111,6 +114,7 @@ def flash_attn_varlen_func(
     seqused_k: Tensor | None = None,
     skip_softmax_threshold: Threshold = None,
     skip_softmax_threshold_scale_factor: Threshold = None,
+    scores: str = "exact",
     **others: object,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention over requests of different lengths; see `flash_attn_func` for what is not here.
@@ -136,6 +140,7 @@ def flash_attn_varlen_func(
         seqused_k: [batch] keys of each request, with block_table.
         skip_softmax_threshold: blasst.attention's `threshold`; None: dense, 0: the same bits.
         skip_softmax_threshold_scale_factor: blasst.attention's `threshold_scale_factor`.
+        scores: blasst.attention's `scores`.
         others: what FlashAttention-3 takes beside these, at its defaults.
 
     Returns:
@@ -173,6 +178,7 @@ def flash_attn_varlen_func(
         softcap=_softcap(softcap),
         threshold=skip_softmax_threshold,
         threshold_scale_factor=skip_softmax_threshold_scale_factor,
+        scores=scores,
         phase="prefill",
         cu_seqlens_q=cu_seqlens_q,
         **keys,
@@ -206,6 +212,7 @@ def flash_attn_with_kvcache(
     *,
     skip_softmax_threshold: Threshold = None,
     skip_softmax_threshold_scale_factor: Threshold = None,
+    scores: str = "exact",
     **others: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache, which takes up new keys and values first if they are given.
@@ -239,6 +246,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the LSE.
         skip_softmax_threshold: blasst.attention's `threshold`; None: dense, 0: the same bits.
         skip_softmax_threshold_scale_factor: blasst.attention's `threshold_scale_factor`.
+        scores: blasst.attention's `scores`.
         others: what FlashAttention-3 takes beside these, at its defaults.
 
     Returns:
@@ -287,6 +295,7 @@ def flash_attn_with_kvcache(
         softcap=_softcap(softcap),
         threshold=skip_softmax_threshold,
         threshold_scale_factor=skip_softmax_threshold_scale_factor,
+        scores=scores,
         starts=cache_leftpad,
         lengths=lengths,
         page_table=block_table,

@@ -81,10 +81,12 @@ def plan(
     query_length: int = 1,
     keys: int = 1,
     rows: int | None = None,
+    scores: str = "exact",
 ) -> Plan:
     """The plan of a call of these numbers, on this kind of device.
 
-    keys: that a request has room for. rows: of all requests, of ragged queries.
+    keys: that a request has room for. rows: of all requests, of ragged queries. scores: "exact" or
+    "int8".
     """
     numbers = call(
         "plan",
@@ -99,6 +101,7 @@ def plan(
         query_length=query_length,
         keys=keys,
         rows=rows,
+        scores=scores,
     )
     return Plan(*numbers)
 

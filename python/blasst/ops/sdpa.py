@@ -23,6 +23,7 @@ def scaled_dot_product_attention(
     *,
     skip_softmax_threshold: float | Sequence[float] | Tensor | None = None,
     skip_softmax_threshold_scale_factor: float | Sequence[float] | Tensor | None = None,
+    scores: str = "exact",
 ) -> Tensor:
     """Attention with the arguments of torch.nn.functional's function of this name.
 
@@ -42,6 +43,7 @@ def scaled_dot_product_attention(
         enable_gqa: heads may be a multiple of kv_heads.
         skip_softmax_threshold: blasst.attention's `threshold`; None: dense, 0: the same bits.
         skip_softmax_threshold_scale_factor: blasst.attention's `threshold_scale_factor`.
+        scores: blasst.attention's `scores`.
 
     Returns:
         The output, [batch, heads, queries, value_dim] or [batch, queries, value_dim].
@@ -86,6 +88,7 @@ def scaled_dot_product_attention(
         scale=scale,
         threshold=skip_softmax_threshold,
         threshold_scale_factor=skip_softmax_threshold_scale_factor,
+        scores=scores,
         phase="prefill" if with_gradient else None,
         **({} if attn_mask is None else _key_range(attn_mask, query, keys)),
     ).transpose(1, 2)

@@ -41,7 +41,7 @@ def _agreement_table(results: Results) -> Table:
             (
                 row.setting.name,
                 with_error(row.sparsity, ".1%"),
-                with_error(row.perplexity_change, "+.2%") if row.setting.target else "dense",
+                with_error(row.perplexity_change, "+.2%") if not row.setting.is_dense else "dense",
                 with_error(row.top1, ".2%"),
                 with_error(row.kl, ".4f"),
                 f"{row.prefill_seconds:.2f} s",

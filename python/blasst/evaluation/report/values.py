@@ -42,7 +42,7 @@ def by_head(results: Results) -> tuple[str, list[list[float]]] | None:
     found = [
         (target, name, value["by_head"])
         for (name, scheme, target), value in results.all("text")
-        if scheme == Scheme.CALIBRATED
+        if scheme in (Scheme.CALIBRATED, Scheme.INT8) and target
     ]
     if not found:
         return None
