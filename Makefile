@@ -66,7 +66,7 @@ fuzz: $(VENV)/.complete check-packages ## fuzz validation and kernels for FUZZ_S
 LINTED_KERNELS := avx2_float32 avx512_bf16_bfloat16
 
 linted = $(LINTED_KERNELS:%=build/release/src/cpu/kernels_%.cc) \
-	$(filter-out tests/% bench/% src/cpu/simd/kernels.cc,$(filter %.cc,$(sources)))
+	$(filter-out tests/% bench/% src/cpu/kernels.cc,$(filter %.cc,$(sources)))
 
 .PHONY: lint
 lint: build check-packages ## clang-tidy and ruff

@@ -14,7 +14,7 @@
 #include "attention/element.h"
 #include "attention/float_environment.h"
 #include "attention/problem.h"
-#include "cpu/backward_plan.h"
+#include "cpu/backward/plan.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/processors.h"

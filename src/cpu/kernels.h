@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "attention/problem.h"
-#include "cpu/backward_plan.h"
+#include "cpu/backward/plan.h"
 #include "cpu/plan.h"
 #include "cpu/totals.h"
 

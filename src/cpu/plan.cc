@@ -106,13 +106,14 @@ bool takes_seeds(const Problem& p) {
 }
 
 size_t prefill_scratch_floats(const Problem& p) {
+  const int64_t query_tile = kQueryRows * (p.head_dim + p.value_dim + kRowArrays);
   return 2 * kKeys * kQueryRows + kMaxDim + kQueryRows * p.value_dim +
-         (2 * kKeys + kUnitTiles * kQueryRows) * (p.head_dim + p.value_dim);
+         2 * kKeys * (p.head_dim + p.value_dim) + kUnitTiles * query_tile;
 }
 
 size_t decode_scratch_floats(const Problem& p) {
   const int64_t rows = decode_shape(p).query_rows;
-  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + 9 * padded(rows) + 64;
+  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + kRowArrays * padded(rows);
 }
 
 size_t decode_partial_floats(const Problem& p) {

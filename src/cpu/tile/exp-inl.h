@@ -1,12 +1,12 @@
 // Vector exponential and hyperbolic tangent, good to about 1e-7 relative.
-#if defined(BLASST_CPU_SIMD_EXP_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef BLASST_CPU_SIMD_EXP_INL_H_
-#undef BLASST_CPU_SIMD_EXP_INL_H_
+#if defined(BLASST_CPU_TILE_EXP_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_TILE_EXP_INL_H_
+#undef BLASST_CPU_TILE_EXP_INL_H_
 #else
-#define BLASST_CPU_SIMD_EXP_INL_H_
+#define BLASST_CPU_TILE_EXP_INL_H_
 #endif
 
-#include "cpu/simd/arithmetic-inl.h"
+#include "cpu/arithmetic/vector-inl.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

@@ -1,13 +1,13 @@
 // The inner product of prefill and backward: a block of broadcast words times a panel of vectors.
-#if defined(BLASST_CPU_SIMD_PRODUCT_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef BLASST_CPU_SIMD_PRODUCT_INL_H_
-#undef BLASST_CPU_SIMD_PRODUCT_INL_H_
+#if defined(BLASST_CPU_TILE_PRODUCT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_TILE_PRODUCT_INL_H_
+#undef BLASST_CPU_TILE_PRODUCT_INL_H_
 #else
-#define BLASST_CPU_SIMD_PRODUCT_INL_H_
+#define BLASST_CPU_TILE_PRODUCT_INL_H_
 #endif
 
+#include "cpu/arithmetic/vector-inl.h"
 #include "cpu/plan.h"
-#include "cpu/simd/arithmetic-inl.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -20,6 +20,11 @@ static_assert(kQueryRows % kPanel == 0 && kKeys % kPanel == 0 && kQueryRows % kB
               kKeys % kBroadcasts == 0);
 
 using Accumulators = V[kBroadcasts][kPanelVectors];
+
+HWY_INLINE void Clear(Accumulators& sums) {
+  for (auto& row : sums)
+    for (V& x : row) x = hn::Zero(f);
+}
 
 // sums[b][v] += word[b] of the broadcast side times row vector v, over `depth` steps.
 template <typename A>

@@ -6,7 +6,7 @@
 // nothing here for it.
 #define HWY_DISABLED_TARGETS ~(BLASST_ISA_TARGET | HWY_SCALAR | HWY_EMU128)
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "cpu/simd/kernels.cc"
+#define HWY_TARGET_INCLUDE "cpu/kernels.cc"
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 
@@ -18,10 +18,11 @@
 #define BLASST_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
 #endif
 
-#include "cpu/simd/backward-inl.h"
-#include "cpu/simd/chunks-inl.h"
-#include "cpu/simd/decode-inl.h"
-#include "cpu/simd/prefill-inl.h"
+#include "cpu/backward/rows-inl.h"
+#include "cpu/backward/walk-inl.h"
+#include "cpu/chunks/rows-inl.h"
+#include "cpu/decode/walk-inl.h"
+#include "cpu/prefill/walk-inl.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -30,14 +31,10 @@ Kernels BLASST_ISA_KERNELS() {
   using A = Arithmetic<BLASST_ISA_DTYPE>;
   // Backward keeps probabilities and their gradients in float32.
   using Stored = Float32<BLASST_ISA_DTYPE>;
-  return {&Prefill<A>,
-          &DecodeSeeds<A>,
-          &Decode<A>,
-          &Combine,
-          &BackwardRows<Stored>,
-          &Backward<Stored>,
-          &BackwardFinish<Stored>,
-          AllChunkKernels<BLASST_ISA_DTYPE>()};
+  return {&Prefill<A, A>,          &DecodeSeeds<A, A>,
+          &Decode<A, A>,           &Combine,
+          &BackwardRows<Stored>,   &Backward<Stored>,
+          &BackwardFinish<Stored>, AllChunkKernels<BLASST_ISA_DTYPE>()};
 }
 
 }  // namespace blasst::cpu::BLASST_ISA

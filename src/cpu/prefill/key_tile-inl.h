@@ -1,10 +1,10 @@
 // A key tile of prefill, copied into the order in which Multiply broadcasts it. While one tile is
 // multiplied, the rows of the next are copied a few at a time: memory is read behind arithmetic.
-#if defined(BLASST_CPU_SIMD_KEY_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef BLASST_CPU_SIMD_KEY_TILE_INL_H_
-#undef BLASST_CPU_SIMD_KEY_TILE_INL_H_
+#if defined(BLASST_CPU_PREFILL_KEY_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_PREFILL_KEY_TILE_INL_H_
+#undef BLASST_CPU_PREFILL_KEY_TILE_INL_H_
 #else
-#define BLASST_CPU_SIMD_KEY_TILE_INL_H_
+#define BLASST_CPU_PREFILL_KEY_TILE_INL_H_
 #endif
 
 #include <algorithm>
@@ -12,22 +12,24 @@
 #include <cstring>
 #include <utility>
 
+#include "attention/element.h"
 #include "attention/problem.h"
+#include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/plan.h"
-#include "cpu/simd/arithmetic-inl.h"
-#include "cpu/simd/finish-inl.h"
-#include "cpu/simd/product-inl.h"
+#include "cpu/tile/product-inl.h"
+#include "cpu/tile/score-inl.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
 
-template <typename A>
+// Keys are staged as S multiplies them, values as A does.
+template <typename S, typename A>
 class KeyTile {
  public:
   // Takes kKeys * (head_dim + value_dim) floats of the scratch.
   KeyTile(const Problem& p, float*& scratch)
       : p_(p),
-        depth_(p.head_dim / A::kPack),
+        depth_(p.head_dim / S::kPack),
         k_(std::exchange(scratch, scratch + kKeys * p.head_dim)),
         v_(std::exchange(scratch, scratch + kKeys * p.value_dim)) {}
 
@@ -82,10 +84,10 @@ class KeyTile {
   HWY_INLINE void CopyKey() {
     const int64_t key = keys_copied_++;
     Fetch(key + kAhead);
-    A::Stage(k_rows_[key], p_.head_dim, k_ + key * depth_);
+    S::Stage(k_rows_[key], p_.head_dim, k_ + key * depth_);
     if ((key + 1) % kBroadcasts == 0 || key + 1 == keys_.size())
       k_most_ =
-          Largest<A>(k_most_, k_ + key / kBroadcasts * kBroadcasts * depth_, kBroadcasts * depth_);
+          Largest<S>(k_most_, k_ + key / kBroadcasts * kBroadcasts * depth_, kBroadcasts * depth_);
   }
 
   HWY_INLINE void CopyValues() {

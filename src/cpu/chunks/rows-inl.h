@@ -1,17 +1,17 @@
 // Row operations of the chunk predictor: widening, dot products, small matrix products.
-#if defined(BLASST_CPU_SIMD_CHUNKS_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef BLASST_CPU_SIMD_CHUNKS_INL_H_
-#undef BLASST_CPU_SIMD_CHUNKS_INL_H_
+#if defined(BLASST_CPU_CHUNKS_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_CHUNKS_ROWS_INL_H_
+#undef BLASST_CPU_CHUNKS_ROWS_INL_H_
 #else
-#define BLASST_CPU_SIMD_CHUNKS_INL_H_
+#define BLASST_CPU_CHUNKS_ROWS_INL_H_
 #endif
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/arithmetic/convert-inl.h"
 #include "cpu/kernels.h"
-#include "cpu/simd/arithmetic-inl.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

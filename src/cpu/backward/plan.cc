@@ -1,4 +1,4 @@
-#include "cpu/backward_plan.h"
+#include "cpu/backward/plan.h"
 
 #include <algorithm>
 #include <array>

@@ -1,0 +1,82 @@
+// Stored elements to floats and back.
+#if defined(BLASST_CPU_ARITHMETIC_CONVERT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_ARITHMETIC_CONVERT_INL_H_
+#undef BLASST_CPU_ARITHMETIC_CONVERT_INL_H_
+#else
+#define BLASST_CPU_ARITHMETIC_CONVERT_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "attention/element.h"
+#include "blasst/blasst.hpp"
+#include "cpu/arithmetic/vector-inl.h"
+
+BLASST_BEFORE_NAMESPACE();
+namespace blasst::cpu::BLASST_ISA {
+
+// SSE4 has no instruction for halves, and Highway's emulation loses NaN and rounding.
+inline constexpr bool kConvertsHalf = HWY_TARGET != HWY_SSE4;
+
+// Reads `count` floats (a multiple of 8) from `count` stored elements.
+HWY_INLINE void LoadFloats(DType dtype, const std::byte* from, int64_t count,
+                           float* HWY_RESTRICT to) {
+  const hn::CappedTag<float, 8> f8;
+  if (dtype == BLASST_FLOAT32) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else if (dtype == BLASST_FLOAT16 && !kConvertsHalf) {
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = static_cast<float>(attention::load_element(dtype, from + 2 * i));
+  } else if (dtype == BLASST_FLOAT16) {
+    const hn::Rebind<hwy::float16_t, decltype(f8)> h8;
+    for (int64_t i = 0; i < count; i += hn::Lanes(f8))
+      hn::StoreU(
+          hn::PromoteTo(f8, hn::LoadU(h8, reinterpret_cast<const hwy::float16_t*>(from) + i)), f8,
+          to + i);
+  } else {
+    const hn::Rebind<hwy::bfloat16_t, decltype(f8)> b8;
+    for (int64_t i = 0; i < count; i += hn::Lanes(f8))
+      hn::StoreU(
+          hn::PromoteTo(f8, hn::LoadU(b8, reinterpret_cast<const hwy::bfloat16_t*>(from) + i)), f8,
+          to + i);
+  }
+}
+
+// Rounds `count` floats (a multiple of 8) to stored elements, to nearest even.
+HWY_INLINE void StoreFloats(DType dtype, const float* HWY_RESTRICT from, int64_t count,
+                            std::byte* to) {
+  const hn::CappedTag<float, 8> f8;
+  if (dtype == BLASST_FLOAT32) {
+    std::memcpy(to, from, count * sizeof(float));
+  } else if (dtype == BLASST_FLOAT16 && !kConvertsHalf) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t bits = attention::half_bits(from[i]);
+      std::memcpy(to + 2 * i, &bits, sizeof bits);
+    }
+  } else if (dtype == BLASST_FLOAT16) {
+    const hn::Rebind<hwy::float16_t, decltype(f8)> h8;
+    for (int64_t i = 0; i < count; i += hn::Lanes(f8))
+      hn::StoreU(hn::DemoteTo(h8, hn::LoadU(f8, from + i)), h8,
+                 reinterpret_cast<hwy::float16_t*>(to) + i);
+  } else {
+    const hn::RebindToSigned<decltype(f8)> i8;
+    const hn::Rebind<uint16_t, decltype(f8)> u8;
+    for (int64_t i = 0; i < count; i += hn::Lanes(f8)) {
+      const auto value = hn::LoadU(f8, from + i);
+      const auto bits = hn::BitCast(i8, value);
+      const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(i8, 1));
+      const auto sum = hn::Add(bits, hn::Add(odd, hn::Set(i8, 0x7fff)));
+      const auto high = hn::And(hn::ShiftRight<16>(sum), hn::Set(i8, 0xffff));
+      const auto nan = hn::RebindMask(i8, hn::IsNaN(value));
+      const auto rounded = hn::IfThenElse(nan, hn::Set(i8, 0x7fc0), high);
+      hn::StoreU(hn::DemoteTo(u8, rounded), u8, reinterpret_cast<uint16_t*>(to) + i);
+    }
+  }
+}
+
+}  // namespace blasst::cpu::BLASST_ISA
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,94 @@
+// A query tile of prefill: its queries, lanes being rows, and which keys they see.
+#if defined(BLASST_CPU_PREFILL_QUERY_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_PREFILL_QUERY_TILE_INL_H_
+#undef BLASST_CPU_PREFILL_QUERY_TILE_INL_H_
+#else
+#define BLASST_CPU_PREFILL_QUERY_TILE_INL_H_
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <utility>
+
+#include "attention/problem.h"
+#include "cpu/arithmetic/arithmetic-inl.h"
+#include "cpu/plan.h"
+#include "cpu/tile/product-inl.h"
+#include "cpu/tile/rows-inl.h"
+
+BLASST_BEFORE_NAMESPACE();
+namespace blasst::cpu::BLASST_ISA {
+
+struct PrefillTile {
+  const QueryTile* query;
+  Range key_tiles;  // that it may visit
+  Range inner;      // keys that every row sees
+  std::array<Range, kQueryRows> keys;
+  int panels;       // that hold rows
+  float magnitude;  // of its queries
+  float* q;         // [panels][head_dim / kPack][kPanel] words
+  float* o;         // [value_dim][kQueryRows]
+  TileRows rows;
+
+  // Takes kQueryRows * (head_dim + value_dim + kRowArrays) floats of the scratch.
+  PrefillTile(const Problem& p, float*& scratch)
+      : q(std::exchange(scratch, scratch + kQueryRows * p.head_dim)),
+        o(std::exchange(scratch, scratch + kQueryRows * p.value_dim)),
+        rows(p, kQueryRows, std::exchange(scratch, scratch + kQueryRows * kRowArrays)) {}
+
+  bool Visits(const Problem& p, int64_t j) const {
+    return j >= key_tiles.begin && j < key_tiles.end && p.block_visible(*query, j);
+  }
+
+  // Transposes the queries and resets the state. `row`: room for one.
+  template <typename S>
+  void Begin(const Problem& p, const QueryTile& tile, float* row) {
+    query = &tile;
+    inner = {0, p.max_keys};
+    for (int64_t r = 0; r < kQueryRows; ++r) {
+      keys[r] = r < tile.rows() ? p.row_keys(tile, r) : Range{};
+      if (r < tile.rows()) inner = intersect(inner, keys[r]);
+    }
+    key_tiles = attention::tile_range({keys.data(), static_cast<size_t>(tile.rows())}, kKeys);
+    panels = static_cast<int>(attention::ceil_div(tile.rows(), kPanel));
+    rows.Begin(p, tile, prefill_shape());
+    const int64_t depth = p.head_dim / S::kPack;
+    std::fill_n(q, kQueryRows * depth, 0.0f);
+    std::fill_n(o, kQueryRows * p.value_dim, 0.0f);
+    if (key_tiles.empty()) return;
+    for (int64_t r = 0; r < tile.rows(); ++r) {
+      S::Stage(p.query(tile.request, tile.position_of(r), tile.head), p.head_dim, row);
+      float* to = q + r / kPanel * kPanel * depth + r % kPanel;
+      for (int64_t d = 0; d < depth; ++d) to[d * kPanel] = row[d];
+    }
+    magnitude = LargestMagnitude<S>(q, kQueryRows * depth);
+  }
+};
+
+// Which keys of one key tile the rows of a query tile see, a lane a row.
+class SeenKeys {
+ public:
+  SeenKeys(const PrefillTile& tile, Range keys) {
+    for (int r = 0; r < kQueryRows; ++r) {
+      const Range seen = intersect(tile.keys[r], keys);
+      begin_[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.begin - keys.begin);
+      end_[r] = static_cast<int32_t>(seen.empty() ? 0 : seen.end - keys.begin);
+    }
+  }
+
+  // Of key `key` of the tile, for the rows of vector v.
+  HWY_INLINE hn::Mask<I> Mask(int64_t key, int v) const {
+    const auto index = hn::Set(i32, static_cast<int32_t>(key));
+    return hn::AndNot(hn::Lt(index, hn::Load(i32, begin_ + v * kLanes)),
+                      hn::Lt(index, hn::Load(i32, end_ + v * kLanes)));
+  }
+
+ private:
+  alignas(64) int32_t begin_[kQueryRows], end_[kQueryRows];
+};
+
+}  // namespace blasst::cpu::BLASST_ISA
+HWY_AFTER_NAMESPACE();
+
+#endif

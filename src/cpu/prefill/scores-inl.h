@@ -1,0 +1,91 @@
+// The scores of a query tile and a key tile in prefill, [key][row].
+#if defined(BLASST_CPU_PREFILL_SCORES_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_PREFILL_SCORES_INL_H_
+#undef BLASST_CPU_PREFILL_SCORES_INL_H_
+#else
+#define BLASST_CPU_PREFILL_SCORES_INL_H_
+#endif
+
+#include <cstdint>
+#include <limits>
+
+#include "attention/problem.h"
+#include "cpu/arithmetic/arithmetic-inl.h"
+#include "cpu/plan.h"
+#include "cpu/prefill/key_tile-inl.h"
+#include "cpu/prefill/query_tile-inl.h"
+#include "cpu/tile/product-inl.h"
+#include "cpu/tile/score-inl.h"
+
+BLASST_BEFORE_NAMESPACE();
+namespace blasst::cpu::BLASST_ISA {
+
+// All products, and the largest of each row, as they come: neither capped nor masked. `between` is
+// called between blocks of them.
+template <typename S, typename A, typename Between>
+HWY_NOINLINE void Products(const PrefillTile& tile, const KeyTile<S, A>& keys, int64_t depth,
+                           const Between& between, float* scores) {
+  for (int panel = 0; panel < tile.panels; ++panel) {
+    V most[kPanelVectors];
+    for (V& x : most) x = hn::Set(f, -kInf);
+    for (int64_t key = 0; key < keys.padded(); key += kBroadcasts) {
+      between();
+      Accumulators sums;
+      Clear(sums);
+      Multiply<S>(keys.k() + key * depth, depth, 1, tile.q + panel * kPanel * depth, kPanel, depth,
+                  sums);
+      for (int b = 0; b < kBroadcasts; ++b) {
+        for (int v = 0; v < kPanelVectors; ++v) {
+          hn::Store(sums[b][v], f, scores + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
+          most[v] = hn::Max(most[v], sums[b][v]);
+        }
+      }
+    }
+    for (int v = 0; v < kPanelVectors; ++v)
+      hn::Store(most[v], f, tile.rows.t + panel * kPanel + v * kLanes);
+  }
+}
+
+inline HWY_NOINLINE void CapScores(const Problem& p, const PrefillTile& tile, int64_t keys,
+                                   float* scores) {
+  for (int64_t key = 0; key < keys; ++key) {
+    for (int64_t r = 0; r < tile.panels * kPanel; r += kLanes) {
+      float* at = scores + key * kQueryRows + r;
+      hn::Store(CapScore(p, hn::Load(f, at)), f, at);
+    }
+  }
+}
+
+// The largest score of each row, where no score is masked or NaN.
+inline void CapMaxima(const Problem& p, const PrefillTile& tile) {
+  for (int64_t r = 0; r < tile.rows.count; r += kLanes)
+    hn::Store(CapScore(p, hn::Load(f, tile.rows.t + r)), f, tile.rows.t + r);
+}
+
+// Sets what a row does not see to -inf and takes the row maxima anew, NaN left aside. Whether a row
+// that counts has a NaN. NaN is made canonical, which Exp2 passes on.
+inline HWY_NOINLINE bool MaskScores(const PrefillTile& tile, Range keys, int64_t padded,
+                                    float* scores) {
+  const SeenKeys keys_seen(tile, keys);
+  bool nan = false;
+  for (int v = 0; v < tile.panels * kPanelVectors; ++v) {
+    V most = hn::Set(f, -kInf);
+    for (int64_t key = 0; key < padded; ++key) {
+      float* at = scores + key * kQueryRows + v * kLanes;
+      const M seen = hn::RebindMask(f, keys_seen.Mask(key, v));
+      V s = hn::IfThenElse(seen, hn::Load(f, at), hn::Set(f, -kInf));
+      const M is_nan = hn::IsNaN(s);
+      nan |= !hn::AllFalse(f, is_nan);
+      s = hn::IfThenElse(is_nan, hn::Set(f, std::numeric_limits<float>::quiet_NaN()), s);
+      most = hn::IfThenElse(hn::Gt(s, most), s, most);
+      hn::Store(s, f, at);
+    }
+    hn::Store(most, f, tile.rows.t + v * kLanes);
+  }
+  return nan;
+}
+
+}  // namespace blasst::cpu::BLASST_ISA
+HWY_AFTER_NAMESPACE();
+
+#endif

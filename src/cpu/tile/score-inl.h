@@ -1,0 +1,41 @@
+// In what softmax keeps scores.
+#if defined(BLASST_CPU_TILE_SCORE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef BLASST_CPU_TILE_SCORE_INL_H_
+#undef BLASST_CPU_TILE_SCORE_INL_H_
+#else
+#define BLASST_CPU_TILE_SCORE_INL_H_
+#endif
+
+#include <limits>
+
+#include "attention/problem.h"
+#include "cpu/plan.h"
+#include "cpu/tile/exp-inl.h"
+
+BLASST_BEFORE_NAMESPACE();
+namespace blasst::cpu::BLASST_ISA {
+
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+inline constexpr double kLog2e = 1.4426950408889634;
+inline constexpr double kLn2 = 0.6931471805599453;
+
+// Softmax state keeps scores in a unit of its own: raw dot products without soft cap, so that
+// skipped tiles are never scaled.
+struct ScoreUnit {
+  explicit ScoreUnit(const Problem& p)
+      : scale(p.softcap > 0 ? 1.0f : p.scale), log2(static_cast<float>(scale * kLog2e)) {}
+
+  float scale;  // of a score in this unit, to natural log
+  float log2;   // to log2
+};
+
+// A raw product, scaled and soft-capped, in that unit.
+HWY_INLINE V CapScore(const Problem& p, V product) {
+  if (p.softcap == 0) return product;
+  return SoftCap(hn::Mul(product, hn::Set(f, p.scale)), hn::Set(f, p.softcap));
+}
+
+}  // namespace blasst::cpu::BLASST_ISA
+HWY_AFTER_NAMESPACE();
+
+#endif
