@@ -96,12 +96,13 @@ float sink_gradient(const BackwardPlan& plan, int64_t head) {
   double sum = 0;
   for (int64_t at = head * p.rows; at < (head + 1) * p.rows; ++at) {
     const double lse = double{plan.problem.lse[at]} + plan.lse_rest[at];
-    // A row with neither a valid key nor a sink has nothing for the sink to scale.
+    // A row with neither a valid key nor a sink (one of -inf is none) has nothing for it to scale.
     if (lse > -std::numeric_limits<double>::infinity())
       sum -= std::exp(p.sinks[head] - lse) * plan.delta[at];
   }
   p.for_padding([&](int64_t request, int64_t row) {
-    if (p.has_sink_alone(request, row) && plan.problem.dlse)
+    if (plan.problem.dlse && p.has_sink_alone(request, row) &&
+        p.sinks[head] > -std::numeric_limits<float>::infinity())
       sum += plan.problem.dlse[head * p.rows + row];
   });
   return static_cast<float>(sum);

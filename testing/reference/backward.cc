@@ -54,7 +54,8 @@ class Differentiate {
   Gradients run() {
     p_.for_padding([&](int64_t request, int64_t at) {
       for (int64_t h = 0; h < p_.heads && b_.dlse; ++h)
-        if (p_.has_sink_alone(request, at)) result_.dsinks[h] += b_.dlse[h * p_.rows + at];
+        if (p_.has_sink_alone(request, at) && p_.sinks[h] > -kInf)
+          result_.dsinks[h] += b_.dlse[h * p_.rows + at];
     });
     for (const QueryTile& tile : p_.query_tiles(shape_.query_rows))
       for (int64_t r = 0; r < tile.rows(); ++r) row(tile, r);
