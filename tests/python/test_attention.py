@@ -367,28 +367,30 @@ def test_decode_of_ragged_queries_is_each_request_alone():
         assert torch.equal(got[rows], alone[0])
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_a_padded_row_without_a_key_keeps_its_sink(phase):
+def test_a_padded_row_without_a_key_keeps_its_sink(phase, causal):
     q, k, v = inputs(batch=3, queries=8, keys=30)
     sinks = torch.tensor([0.5, -1.0, 2.0, -math.inf], requires_grad=phase == "prefill")
     got = attention(
         q, k, v,
-        causal=True,
+        causal=causal,
         sinks=sinks,
         starts=torch.tensor([30, 27, 0]),
         query_lengths=torch.tensor([8, 8, 5]),
         phase=phase,
         return_lse=True,
     )  # fmt: skip
-    for request, keyless in ((0, slice(8)), (1, slice(5))):
+    rows = 5 if causal else 0  # of request 1, that lie before every key
+    for request, keyless in ((0, slice(8)), (1, slice(rows))):
         assert not got.out[request, keyless].any()
         assert (got.lse[request, :, keyless] == sinks[:, None]).all()
     assert not got.out[2, 5:].any()
     assert (got.lse[2, :, 5:] == -math.inf).all()
-    assert (got.lse[1, :3, 5:] > sinks[:3, None]).all()
+    assert (got.lse[1, :3, rows:] > sinks[:3, None]).all()
     if phase == "prefill":
         [gradient] = torch.autograd.grad(got.lse[0, :, 2] @ torch.arange(4.0), sinks)
-        assert gradient.tolist() == [0, 1, 2, 3]
+        assert gradient.tolist() == [0, 1, 2, 0]  # a sink of -inf is none
 
 
 def test_padding_in_decode():
@@ -756,6 +758,47 @@ def test_the_output_is_attention_over_the_tiles_of_the_mask(phase, keys):
     assert torch.equal(compiled(q, k, v), got.tile_mask)
 
 
+@pytest.mark.parametrize("queries", [1, 150])
+def test_a_tile_mask_of_a_padded_batch(queries):
+    q, k, v = inputs(batch=3, queries=queries, keys=200)
+    starts, lengths = torch.tensor([0, 30, 190]), torch.tensor([200, 140, 200])
+    options = {"causal": True, "threshold": 0.2, "return_tile_mask": True}
+    mask = attention(q, k, v, starts=starts, lengths=lengths, **options).tile_mask
+    for b in range(3):
+        used = slice(starts[b], lengths[b])
+        n = int(lengths[b] - starts[b])
+        alone = q[b : b + 1, -min(n, queries) :], k[b : b + 1, used], v[b : b + 1, used]
+        phase = "prefill" if queries > 1 else "decode"
+        one = attention(*alone, phase=phase, **options).tile_mask[0]
+        part = mask[b][..., : one.shape[-1]]
+        if queries > 1:
+            part, rest = part[:, : one.shape[1]], part[:, one.shape[1] :]
+            assert not rest.any()
+        assert torch.equal(part, one)
+        assert not mask[b][..., one.shape[-1] :].any()
+    lengths = torch.tensor([64, 64, 10])
+    whole = attention(q, k, v, lengths=lengths, **options).tile_mask
+    paged_k, table = pages_of(k, None)
+    paged_v, _ = pages_of(v, None)
+    paged = attention(q, paged_k, paged_v, lengths=lengths, page_table=table, **options)
+    assert torch.equal(paged.tile_mask, whole)
+    assert whole.shape[-1] == 4
+    assert not whole[..., 1:].any()
+
+
+@pytest.mark.parametrize(("phase", "rows"), [("prefill", [150, 70, 1]), ("decode", [3, 1, 2])])
+def test_a_tile_mask_of_queries_of_different_lengths(phase, rows):
+    q, k, v = inputs(batch=3, queries=max(rows), keys=400)
+    options = {"causal": True, "threshold": 0.3, "return_tile_mask": True, "phase": phase}
+    mask = attention(q, k, v, query_lengths=i32(*rows), **options).tile_mask
+    for b, n in enumerate(rows):
+        one = attention(q[b : b + 1, :n], k[b : b + 1], v[b : b + 1], **options).tile_mask[0]
+        assert not one.all()
+        if phase == "prefill":
+            assert not mask[b, :, one.shape[1] :].any()
+        assert torch.equal(mask[b, :, : one.shape[1]], one)
+
+
 def test_thresholds_by_place():
     q, k, v = inputs(queries=200, keys=330)
     # Query tiles start at positions 130, 194, 258, 322: places 2, 3, 4, 5.
@@ -889,6 +932,7 @@ BAD = {
             {"blocks": torch.ones(4, 2, 1, dtype=torch.bool), "starts": i32(0, 1)},
             "blocks is given together with starts or query_lengths",
         ),
+        (RAGGED | {"return_tile_mask": True}, "return_tile_mask is set; it needs q of 4 dime"),
         (
             RAGGED | {"return_tile_maxima": True},
             "maxima is true; it needs q as [batch, query_length",
@@ -991,7 +1035,6 @@ BAD = {
         ),
     ],
     blasst.NotSupportedError: [
-        ({"lengths": i32(3, 3), "return_tile_mask": True}, "return_tile_mask is set together with"),
         ({"q": Q.to("meta")}, "q is on meta; blasst runs on: cpu, cuda"),
     ],
 }

@@ -61,7 +61,7 @@ class Result(NamedTuple):
     score of each visited tile; -inf where none is visited."""
     tile_mask: Tensor | None
     """[batch, heads, query tiles, key tiles], decode [batch, kv_heads, key tiles]: bool, the tiles
-    that were visited and kept."""
+    that were visited and kept. A padded request's query tiles begin at its first row in use."""
 
 
 class TileShape(NamedTuple):
@@ -170,7 +170,7 @@ def attention(
         return_error_bound: fill Result.dropped_mass_bound.
         return_gaps: fill Result.gaps.
         return_tile_maxima: fill Result.tile_maxima; for q of 4 dimensions.
-        return_tile_mask: fill Result.tile_mask; for dense q, k and v, all of it in use.
+        return_tile_mask: fill Result.tile_mask; for q of 4 dimensions.
         check_pages: on cuda, look for page ids and lengths out of range first, which waits for the
             device. Without it such a page reads as zeros and such a length is cut. On the cpu they
             are always an error.
@@ -217,11 +217,8 @@ def attention(
         "return_tile_mask": return_tile_mask,
     }
     check_flags(**asked)
-    if return_tile_mask and any(t is not None for t in places.values()):
-        raise NotSupportedError(
-            "return_tile_mask is set together with starts, lengths, query_lengths, cu_seqlens_q, "
-            "cu_seqlens_k or page_table: pass the requests one by one"
-        )
+    if return_tile_mask and cu_seqlens_q is not None:
+        raise ValueError("return_tile_mask is set; it needs q of 4 dimensions, no cu_seqlens_q")
     idle = None
     if q.device.type == "cuda":
         places, idle = places_on_cuda(places, q, k, phase)
