@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import blasst
 from blasst import Threshold
 from blasst.methods import bsfa
+from blasst.versions import cache_name
 from recency_model import make_recency_model, make_tokenizer
 from tiny_models import MODELS, VOCABULARY, make_model
 
@@ -73,6 +74,81 @@ def test_decode_with_a_static_cache(compiled: bool) -> None:
 
     own, ours = errors("llama", run)
     assert ours < 2 * own
+
+
+def calibrated() -> PreTrainedModel:
+    """With a threshold that falls with the length, in prefill and decode."""
+    group = {
+        "algorithm": "skip_softmax",
+        "targets": ["LlamaAttention"],
+        "threshold_scale_factor": {
+            "formula": "a * exp(b * target_sparsity)",
+            "prefill": {"a": 2.0, "b": 6.0},
+            "decode": {"a": 2.0, "b": 6.0},
+        },
+    }
+    entry = {"config_groups": {"group_0": group}}
+    model = make_model("llama", head_dim=64, sparse_attention_config=entry)
+    return model.to("cuda", torch.bfloat16)
+
+
+@torch.inference_mode()
+def test_decode_of_a_calibrated_model_is_captured_in_a_graph() -> None:
+    model, ids = calibrated(), tokens(2, 400)
+    name = cache_name(type(model))
+
+    def cache_after(length: int) -> StaticCache:
+        cache = StaticCache(config=model.config, max_cache_len=512)
+        model(ids[:, :length], **{name: cache})
+        return cache
+
+    eager = cache_after(300)
+    expected = [
+        model(ids[:, i : i + 1], position_ids=torch.full((2, 1), i, device="cuda"), **{name: eager})
+        for i in range(300, 400)
+    ]
+    cache, token = cache_after(299), ids[:, 299:300].clone()
+    position = torch.full((2, 1), 299, device="cuda")
+
+    def step() -> torch.Tensor:
+        return model(token, position_ids=position, **{name: cache}).logits
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # takes the cache to 300 tokens
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+    for i, wanted in zip(range(300, 400), expected, strict=True):
+        token.copy_(ids[:, i : i + 1])
+        position.fill_(i)
+        graph.replay()
+        assert torch.equal(logits, wanted.logits), i
+
+
+@torch.inference_mode()
+def test_decode_of_a_calibrated_model_never_waits_for_the_device() -> None:
+    model, ids = calibrated(), tokens(2, 400)
+    cache = DynamicCache(config=model.config)
+    name = cache_name(type(model))
+    model(ids[:, :300], **{name: cache})
+    model(ids[:, 300:301], **{name: cache})
+    whole = [module for module in model.modules() if hasattr(module, "layer_idx")]
+
+    def waits(_: torch.nn.Module, *__: object) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+
+    def may_wait(_: torch.nn.Module, *__: object) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    for module in whole:  # within the layers; a pass's mask may be read once
+        module.register_forward_pre_hook(waits)
+        module.register_forward_hook(may_wait)
+    try:
+        model(ids[:, 301:302], **{name: cache})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

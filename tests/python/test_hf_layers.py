@@ -37,8 +37,7 @@ import blasst
 from blasst import Bands, NotSupportedError, Threshold
 from blasst.hf import attention_forward, key_ranges
 from blasst.hf.layers import attention_modules, place_of
-from blasst.hf.thresholds import options_of
-from tiny_models import VOCABULARY, make_model
+from tiny_models import VOCABULARY, asked, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -391,11 +390,8 @@ def sparse_layers(model, **group) -> list[bool]:
     entry = copy.deepcopy(CONFIG)
     entry["config_groups"]["group_0"] |= group
     model.config.sparse_attention_config = entry
-    options = [
-        options_of(module, "prefill", 4096, lambda: [4096], lambda: (128, 128))
-        for module in attention_modules(model)
-    ]
-    return [o.get("threshold") is not None for o in options]
+    modules = attention_modules(model)
+    return [asked(m, "prefill").get("threshold") is not None for m in modules]
 
 
 @pytest.mark.parametrize(

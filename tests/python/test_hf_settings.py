@@ -11,8 +11,7 @@ import blasst
 from blasst import Bands, Threshold
 from blasst.config import parse
 from blasst.hf.layers import attention_modules
-from blasst.hf.thresholds import options_of
-from tiny_models import VOCABULARY, make_model
+from tiny_models import VOCABULARY, asked, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +40,7 @@ def model():
 def threshold(model, phase, layer=0):
     """Of a request of 4096 keys, as a share of 1/4096 above the law's a."""
     module = attention_modules(model)[layer]
-    found = options_of(module, phase, 4096, lambda: [4096], lambda: (128, 128)).get("threshold")
+    found = asked(module, phase).get("threshold")
     return None if found is None else torch.as_tensor(found).item()
 
 
@@ -148,7 +147,7 @@ def test_uncalibrated_use_is_said_once(caplog):
 
 def scores(model, phase, layer=0):
     module = attention_modules(model)[layer]
-    return options_of(module, phase, 4096, lambda: [4096], lambda: (128, 128)).get("scores")
+    return asked(module, phase).get("scores")
 
 
 def test_scores_are_set_by_thresholds_and_by_the_configuration(model):

@@ -132,7 +132,7 @@ def test_a_compiled_pass_takes_one_sequence_and_refuses_several():
     one = sequences()[0]
     assert torch.equal(compiled(one, use_cache=False).logits, model(one).logits)
     for mask in (None, torch.ones_like(ids)):
-        with pytest.raises(RuntimeError, match="not support in a compiled pass"):
+        with pytest.raises(RuntimeError, match="not support in a pass that is compiled"):
             compiled(ids, position_ids=positions, attention_mask=mask, use_cache=False)
 
 

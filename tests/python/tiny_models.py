@@ -12,6 +12,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from blasst.hf.thresholds import Pass, options_of
+
 VOCABULARY = 97
 QUIET = 50
 """Tokens from this one on are those that `with_quiet_tokens` makes negligible as keys."""
@@ -56,6 +58,12 @@ def make_model(name: str, implementation: str = "blasst", **options) -> PreTrain
         if key.endswith("sinks"):
             torch.nn.init.normal_(parameter)
     return model.eval()
+
+
+def asked(module: torch.nn.Module, phase: str, keys: int = 4096) -> dict:
+    """Threshold and order of a layer for one request of so many keys."""
+    query, lengths = torch.zeros(1, 4, 1, 16), torch.tensor([keys])
+    return options_of(module, Pass(phase, query, keys, lambda: lengths, lengths.tolist, {}))
 
 
 def with_quiet_tokens(model: PreTrainedModel) -> PreTrainedModel:

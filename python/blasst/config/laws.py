@@ -17,8 +17,10 @@ class Schedule(NamedTuple):
     """Thresholds at every length, for one target."""
 
     order: str
-    lengths: Tensor
-    """[lengths] float64, ascending; beyond them thresholds fall with `power` of the length."""
+    lengths: tuple[float, ...]
+    """Ascending; beyond them thresholds fall with `power` of the length."""
+    ln_lengths: Tensor
+    """[lengths] float64."""
     ln_threshold: Tensor
     """[lengths, layers, heads] or [lengths, 1, 1] float32; NaN: a head that a layer lacks."""
     power: float
@@ -30,19 +32,27 @@ class Schedule(NamedTuple):
         """The one for a call with room for so many keys a request: a call has one order."""
         return self.shorter if keys < self.below else self
 
+    def of_layer(self, layer: int) -> "Schedule":
+        """That of one layer, [lengths, 1, heads]."""
+        table = self.ln_threshold
+        return self._replace(
+            ln_threshold=_of_layer(table, layer, heads_of(table))[:, None],
+            shorter=self.shorter and self.shorter.of_layer(layer),
+        )
+
     def to(self, device: torch.device) -> "Schedule":
         """The same on this device, where `at` then works."""
         return self._replace(
-            lengths=self.lengths.to(device),
+            ln_lengths=self.ln_lengths.to(device),
             ln_threshold=self.ln_threshold.to(device),
             shorter=self.shorter and self.shorter.to(device),
         )
 
     def at(self, lengths: Tensor) -> Tensor:
         """[requests] keys -> [requests, layers, heads] float32: thresholds, 0 to 1."""
-        ln_length, points = lengths.double().log(), self.lengths.log()
-        nearest = ln_length.clamp(points[0], points[-1])
-        if len(points) == 1:
+        ln_length, points = lengths.double().log(), self.ln_lengths
+        nearest = ln_length.clamp(math.log(self.lengths[0]), math.log(self.lengths[-1]))
+        if len(self.lengths) == 1:
             ln = self.ln_threshold
         else:
             right = torch.searchsorted(points, nearest).clamp(min=1)
@@ -71,7 +81,7 @@ class Law:
     def schedule(self, target: float) -> Schedule:
         """The thresholds for this target sparsity, tiles visited forward."""
         ln = on_host([[[self._at_one(target)]]], torch.float32)
-        return Schedule("forward", on_host([1.0], torch.float64), ln, self.power)
+        return Schedule("forward", (1.0,), on_host([0.0], torch.float64), ln, self.power)
 
     def _at_one(self, target: float) -> float:
         """Of the ln threshold, for a length of 1: may be above threshold 1."""
@@ -100,11 +110,11 @@ class ThresholdTable:
     def schedule(self, target: float) -> Schedule:
         """The thresholds for this target sparsity."""
         by_length = _interpolate(self.ln_threshold.movedim(1, 0), self.targets, target)
-        lengths = on_host(self.lengths, torch.float64)
+        ln_lengths = on_host(self.lengths, torch.float64).log()
         # Thresholds fall more slowly where lengths are long: the fitted power alone skips too
         # little there, the ecosystem's 1 too much.
         power = (1 + self.law.power) / 2
-        found = Schedule(self.order, lengths, by_length, power)
+        found = Schedule(self.order, self.lengths, ln_lengths, by_length, power)
         if self.shorter is None:
             return found
         # Between two targets: what the higher one needs.
@@ -155,13 +165,17 @@ def heads_of(ln_threshold: Tensor) -> list[int] | None:
     return (~missing).sum(-1).tolist() if missing.any() else None
 
 
-def of_layer(table: Tensor, layer: int, heads: list[int] | None) -> Tensor:
+def _of_layer(table: Tensor, layer: int, heads: list[int] | None) -> Tensor:
     """[n, heads of the layer] of a table [n, layers, heads], or of one for all, [n, 1, 1]."""
-    layers = table.shape[1]
+    row = row_of(layer, table.shape[1])
+    return table[:, row] if heads is None else table[:, row, : heads[row]]
+
+
+def row_of(layer: int, layers: int) -> int:
+    """Where a layer's thresholds stand among those of so many layers, or of one for all."""
     if layers > 1 and layer >= layers:
         raise ValueError(
             f"sparse_attention_config holds thresholds for {layers} layers; the model asks for "
             f"layer {layer}"
         )
-    row = layer if layers > 1 else 0
-    return table[:, row] if heads is None else table[:, row, : heads[row]]
+    return layer if layers > 1 else 0

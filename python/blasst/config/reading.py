@@ -107,29 +107,33 @@ def thresholds_for(
         ValueError: the entry cannot be honoured; the message says why.
     """
     keys = max(lengths) if keys is None else keys
-    return parsed(entry, layer).rule(attention_class, layer, phase, lengths, keys, name)
+    return parsed(entry, layer).result.rule(attention_class, layer, phase, lengths, keys, name)
 
 
 class _Watch:
     """Notices edits of an entry that one layer can see, in a few microseconds.
 
-    Attention asks at every layer of every pass, so only that layer's thresholds are compared.
+    Attention asks at every layer of every pass, so of lists only that layer's thresholds are
+    compared.
     """
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self._sizes: list[tuple[Any, int]] = []
         self._inner: list[tuple[Any, Any, Any]] = []
         self._values: list[tuple[Any, Any, Any]] = []
-        self._tables: list[tuple[dict, list[list]]] = []
+        self.tables: list[tuple[dict, list[list]]] = []
+        """Those that can be edited; of tuples, which `to_dict` gives, none can."""
         self._collect(entry)
 
     def _collect(self, node: dict | list) -> None:
         self._sizes.append((node, len(node)))
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            if key == "ln_threshold":
+            if key == "ln_threshold" and isinstance(value, list):
                 layers = range(len(value[0][0]))
                 rows = [deepcopy(_rows(value, layer)) for layer in layers]
-                self._tables.append((node, rows))
+                self.tables.append((node, rows))
+            elif isinstance(value, tuple):
+                self._inner.append((node, key, value))
             elif isinstance(value, dict) or (isinstance(value, list) and _nests(value)):
                 self._inner.append((node, key, value))
                 self._collect(value)
@@ -143,7 +147,7 @@ class _Watch:
                 all(len(node) == size for node, size in self._sizes)
                 and all(node[key] is value for node, key, value in self._inner)
                 and all(node[key] == value for node, key, value in self._values)
-                and all(self._has_rows(node, rows, layer) for node, rows in self._tables)
+                and all(self._has_rows(node, rows, layer) for node, rows in self.tables)
             )
         except (IndexError, KeyError, TypeError):  # something went, or became something else
             return False
@@ -163,29 +167,33 @@ def _nests(values: list) -> bool:
     return any(isinstance(value, dict | list) for value in values)
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """An entry, and what was made of it."""
 
     entry: dict[str, Any]
     watch: _Watch
     result: SparseAttention
 
+    @property
+    def is_same_for_all(self) -> bool:
+        """Whether an edit is seen whichever layer asks."""
+        return not self.watch.tables
+
 
 _READ_AT_MOST = 8
 _reading = threading.Lock()
-_read: tuple[_Read, ...] = ()
+_read: tuple[Read, ...] = ()
 """Replaced, never changed, so that any thread may look through it."""
 
 
-def parsed(entry: Any, layer: int) -> SparseAttention:
+def parsed(entry: Any, layer: int) -> Read:
     """`parse`, once for each entry and again after an edit that this layer can see."""
     global _read  # noqa: PLW0603
     for known in _read:
         if known.entry is entry and known.watch.is_unchanged(layer):
-            return known.result
-    result = parse(entry)
-    found = _Read(entry, _Watch(entry), result)
+            return known
+    found = Read(entry, _Watch(entry), parse(entry))
     with _reading:
         others = [known for known in _read if known.entry is not entry]
         _read = (*others[1 - _READ_AT_MOST :], found)
-    return result
+    return found

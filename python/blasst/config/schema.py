@@ -40,6 +40,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PositiveInt,
@@ -66,6 +67,10 @@ def _ascend(values: list) -> list:
     if any(left >= right for left, right in pairwise(values)):
         raise ValueError(f"is {values}; it must ascend")
     return values
+
+
+def _of_lists(value: Any) -> Any:
+    return [_of_lists(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -155,7 +160,7 @@ class TableEntry(_Entry):
     law: LengthLawEntry
     lengths: Lengths
     target_sparsity: Targets
-    ln_threshold: list[list[list[list[float]]]]
+    ln_threshold: Annotated[list[list[list[list[float]]]], BeforeValidator(_of_lists)]
     """[lengths][targets][layers][heads]"""
 
     @model_validator(mode="after")

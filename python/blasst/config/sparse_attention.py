@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from blasst.config.laws import Law, Measured, Schedule, heads_of, of_layer, on_host
+from blasst.config.laws import Law, Measured, Schedule, heads_of, on_host, row_of
 from blasst.config.writing import ecosystem_entry, own_entry
 
 PHASES = ("prefill", "decode")
@@ -32,6 +32,21 @@ class Rule(NamedTuple):
     """[requests, heads] or [requests, 1] float32, 0 to 1; None: dense."""
     order: str
     scores: str
+
+
+class Rules(NamedTuple):
+    """What the attention calls of all layers in one pass need to know."""
+
+    rows: tuple[Tensor, ...]
+    """[requests, heads] float32, 0 to 1, of each layer; one of [requests, 1] for all."""
+    heads: list[int] | None
+    """Of each layer; None: as many as the rows have."""
+    order: str
+
+    def of_layer(self, layer: int) -> Tensor:
+        """[requests, heads] or [requests, 1]."""
+        row = self.rows[row_of(layer, len(self.rows))]
+        return row if self.heads is None else row[:, : self.heads[layer]]
 
 
 @dataclass(frozen=True)
@@ -78,14 +93,14 @@ class SparseAttention:
                 changed[phase] = replace(known, scores=how)
         return replace(self, measured={**self.measured, **changed})
 
-    def at_targets(self, targets: Mapping[str, float]) -> "SparseAttention":
+    def at_targets(self, targets: Mapping[str, float] | None) -> "SparseAttention":
         """`with_targets`, kept: the same targets give the same object, with what it has worked out.
 
         Phases that are not calibrated have no target.
         """
-        key = ("targets", *sorted(targets.items()))
         if not targets:
             return self
+        key = ("targets", *sorted(targets.items()))
         if key not in self._tables:
             known = {p: t for p, t in targets.items() if p in self.target_sparsity}
             self._tables[key] = self.with_targets(**known)
@@ -124,43 +139,54 @@ class SparseAttention:
         lengths: Sequence[int],
         keys: int,
         name: str | None = None,
-        device: torch.device | str = "cpu",
     ) -> Rule:
         """The thresholds, order and scores of one layer: see `thresholds_for`."""
         name = _default_name(layer) if name is None else name
         scores = self.scores(attention_class, phase, name)
-        if not self._is_sparse(attention_class, layer, phase, name):
+        if not self.is_sparse(attention_class, layer, phase, name):
             return Rule(None, "sink_first", scores)
-        # Every layer of a pass asks for the same lengths, so the whole model's table is kept. It is
-        # read once: another thread may put its own in the place.
-        target = self.target_sparsity[phase]
-        key = (target, device, keys, *lengths)
-        found = self._tables.get(phase)
-        if found is None or found[0] != key:
-            schedule = self._schedule(phase).of_call(keys)
-            for length in lengths:
-                self._tell_outside(phase, target, length)
-            table = schedule.at(on_host(lengths, torch.float64)).to(device)
-            heads = heads_of(schedule.ln_threshold)
-            self._tables[phase] = found = (key, schedule.order, table, heads)
-        _, order, table, heads = found
-        return Rule(of_layer(table, layer, heads), order, scores)
+        self.tell_outside(phase, lambda: lengths)
+        rules = self.rules(phase, on_host(lengths, torch.float64), keys)
+        return Rule(rules.of_layer(layer), rules.order, scores)
+
+    def rules(self, phase: str, lengths: Tensor, keys: int) -> Rules:
+        """The thresholds of all layers in one pass, on the device of `lengths`.
+
+        Nothing is read from that device.
+
+        Args:
+            phase: one that has a target and thresholds.
+            lengths: [requests] keys in use.
+            keys: how many the call has room for a request.
+        """
+        whole, heads = self._schedule_on(lengths.device, phase)
+        schedule = whole.of_call(keys)
+        return Rules(schedule.at(lengths).unbind(1), heads, schedule.order)
+
+    def _schedule_on(self, device: torch.device, phase: str) -> tuple[Schedule, list[int] | None]:
+        """The whole model's on this device, and the heads of each layer."""
+        key = "schedule", device, phase
+        if key not in self._tables:
+            found = self._schedule(phase)
+            self._tables[key] = found.to(device), heads_of(found.ln_threshold)
+        return self._tables[key]
 
     def schedule(
         self, attention_class: str, layer: int, phase: str, name: str | None = None
     ) -> Schedule | None:
         """One layer's thresholds at every length, [lengths, 1, heads]; None: dense."""
-        if not self._is_sparse(attention_class, layer, phase, name):
+        if not self.is_sparse(attention_class, layer, phase, name):
             return None
-        return self._schedule_of(self._schedule(phase), layer)
+        return self._schedule(phase).of_layer(layer)
 
-    def _schedule_of(self, whole: Schedule, layer: int) -> Schedule:
-        return whole._replace(
-            ln_threshold=of_layer(whole.ln_threshold, layer, heads_of(whole.ln_threshold))[:, None],
-            shorter=whole.shorter and self._schedule_of(whole.shorter, layer),
-        )
+    def is_sparse(
+        self, attention_class: str, layer: int, phase: str, name: str | None = None
+    ) -> bool:
+        """Whether a layer has thresholds in this phase.
 
-    def _is_sparse(self, attention_class: str, layer: int, phase: str, name: str | None) -> bool:
+        Raises:
+            ValueError: `targets` lists neither its class nor its name.
+        """
         name = _default_name(layer) if name is None else name
         has_threshold = phase in self.measured or phase in self.laws
         if not self.target_sparsity.get(phase) or not has_threshold:
@@ -190,6 +216,8 @@ class SparseAttention:
             return
         self._tables["tiles", phase] = True
         measured, runs = self.tile_shape(phase), tuple(running())
+        if phase == "decode":  # rows: a KV head's, of every model its own
+            runs = measured[0], runs[1]
         if measured != runs:
             more = "more" if math.prod(runs) < math.prod(measured) else "less"
             _log.warning(
@@ -198,10 +226,11 @@ class SparseAttention:
                 *(phase, *measured, *runs, more),
             )
 
-    def _tell_outside(self, phase: str, target: float, length: int) -> None:
+    def tell_outside(self, phase: str, lengths: Callable[[], Sequence[int]]) -> None:
         """Say, once a phase, how far a request or the target is outside what was measured."""
         if not self._has_table(phase):
             return
+        target, length = self.target_sparsity[phase], max(lengths(), default=0)
         table = self.measured[phase].table(target)
         low, high = self.measured[phase].tables[0], self.measured[phase].tables[-1]
         messages = []

@@ -56,6 +56,7 @@ def _table(table: ThresholdTable) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
+    """Tuples, so that whoever reads them at each call need not look for edits."""
     if isinstance(value, list):
-        return [_rounded(v) for v in value if not isinstance(v, float) or not math.isnan(v)]
+        return tuple(_rounded(v) for v in value if not isinstance(v, float) or not math.isnan(v))
     return round(value, 3)

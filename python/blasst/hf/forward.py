@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from blasst.errors import NotSupportedError
 from blasst.hf import packed, recording
 from blasst.hf.layers import NAME, tower_and_layer
-from blasst.hf.masks import KeyRanges, require, with_facts
+from blasst.hf.masks import KeyRanges, noted, require, with_facts
 from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
-from blasst.hf.thresholds import NAMES, options_of, options_when_compiled
+from blasst.hf.thresholds import NAMES, Pass, options_of, options_when_compiled
 from blasst.hf.visits import visit_of
-from blasst.ops.attention import Result, attention, tile_shape
+from blasst.ops.attention import Result, attention
 from blasst.policies import Call
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -69,7 +69,7 @@ def attention_forward(
     share = share_of(module, heads)
     result = attention(
         **_layout(*inputs, ranges, sequences),
-        **_test(module, phase, inputs, lengths, share),
+        **_test(module, phase, inputs[0], mask, lengths, share),
         **_visit(module, phase, inputs, lengths, share, causal),
         phase=phase,
         causal=causal,
@@ -90,17 +90,19 @@ def attention_forward(
 
 
 def _test(
-    module: nn.Module, phase: str, inputs: Inputs, lengths: "_Lengths", share: Share | None
+    module: nn.Module,
+    phase: str,
+    query: Tensor,
+    mask: Tensor | None,
+    lengths: "_Lengths",
+    share: Share | None,
 ) -> dict[str, Any]:
     """Thresholds, those of this process's heads, order and scores."""
-
-    def tiles() -> tuple[int, int]:
-        return tuple(tile_shape(*inputs, phase=phase)[:2])
-
     if torch.compiler.is_compiling():
         test = options_when_compiled(module, phase, lengths.room, lengths.tensor)
     else:
-        test = options_of(module, phase, lengths.room, lengths.numbers, tiles, inputs[0].device)
+        one_pass = Pass(phase, query, lengths.room, lengths.tensor, lengths.known, noted(mask))
+        test = options_of(module, one_pass)
     if share is None:
         return test
     return {n: v if n in NAMES else share.of_thresholds(v) for n, v in test.items()}
@@ -191,6 +193,13 @@ class _Lengths:
             return self._mask.lengths
         return self.tensor().tolist()
 
+    def known(self) -> list[int]:
+        """`numbers`, as far as the host knows them without waiting for the device."""
+        if self._device.type == "cpu" or self._sequences is not None:
+            return self.numbers()
+        # A cache that grows has no more room than its longest request needs.
+        return [self._keys] if getattr(self._mask, "keys", None) == self._keys else []
+
     def longest(self) -> Tensor:
         """Of all requests, []."""
         return self.tensor().max()
@@ -220,9 +229,11 @@ def _pattern(
             )
         ranges = None if mask.everything else mask.ranges
         causal, found = mask.causal, mask.window
-    else:  # compiling, where the pattern must be known before the numbers are
+    else:  # compiled or captured: the pattern must be known before the numbers are
         ranges, causal, found = mask[:, 0, 0], says_causal, window
-        _require_pattern(name, ranges, causal, window, queries)
+        if (seen := noted(mask)).get("pattern") != (causal, window, queries):
+            seen["pattern"] = causal, window, queries
+            _require_pattern(name, ranges, causal, window, queries)
     if window and window != found:
         raise ValueError(
             f"{name} has a sliding window of {window}, but the model's mask has {found or 'none'}"

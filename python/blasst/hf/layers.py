@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -134,12 +135,16 @@ def _language_config(
     return of_modules[0] if of_modules else config
 
 
-def holder_of(module: nn.Module, key: str) -> PreTrainedConfig | None:
-    """The configuration that holds this key: the layer's, else that of the model around it."""
-    for config in (module.config, place_of(module).outer):
-        if getattr(config, key, None) is not None:
-            return config
-    return None
+def entry_of(module: nn.Module, key: str) -> Any | None:
+    """What stands under a key of the layer's configuration, or of the model's around it."""
+    found = _of_config(module.config).get(key)
+    outer = place_of(module).outer
+    return found if found is not None or outer is None else _of_config(outer).get(key)
+
+
+def _of_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """Its attributes; Transformers makes getattr slow, and every layer of every pass asks."""
+    return object.__getattribute__(config, "__dict__")
 
 
 @torch.compiler.assume_constant_result

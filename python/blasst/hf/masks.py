@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, masking_utils
 
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import NAME, check_model
+from blasst.hf.tracing import is_deferred
 
 
 class Pattern(NamedTuple):
@@ -40,12 +41,17 @@ class KeyRanges(Tensor):
     """Every request uses all keys and queries."""
     sequences: Tensor | None
     """See `Pattern`."""
-    lengths: list[int]
-    """Keys in use of each request."""
     keys: int | None
     """How many the mask was made for; None: not known."""
     packed: dict[int, tuple[Tensor, Any]]
     """By id of position_ids, which it keeps alive: what `packed.find` made of them."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Keys in use of each request; the first time, waits for the device."""
+        if "_lengths" not in self.__dict__:
+            self._lengths = (self.ranges[:, 1] - self.ranges[:, 0]).tolist()
+        return self._lengths
 
     @classmethod
     def of(
@@ -60,8 +66,9 @@ class KeyRanges(Tensor):
         made = ranges[:, None, None].as_subclass(cls)
         made.ranges, made.sequences, made.everything = ranges, pattern.sequences, everything
         made.causal, made.window = pattern.causal, window
-        made.lengths = (ranges[:, 1] - ranges[:, 0]).tolist()
         made.packed, made.keys = {}, keys
+        if everything and keys is not None:
+            made._lengths = [keys] * ranges.shape[0]
         return made
 
     @classmethod
@@ -70,7 +77,7 @@ class KeyRanges(Tensor):
     ) -> "KeyRanges":
         """All keys and all queries of every request."""
         row = torch.tensor([[0, keys, queries, 0, int(causal)]], dtype=torch.int32, device=device)
-        return cls.of(row.expand(batch, -1), Pattern(causal), 0, True)
+        return cls.of(row.expand(batch, -1), Pattern(causal), 0, True, keys)
 
     @classmethod
     def __torch_function__(
@@ -102,7 +109,7 @@ class KeyRanges(Tensor):
 
 
 def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
-    """The mask as `KeyRanges`, read once a pass; as it is while a pass is being compiled.
+    """The mask as `KeyRanges`, read once a pass; as it is while a pass is compiled or captured.
 
     Args:
         mask: what `key_ranges` returned, or a model's own [batch, 1, 1, keys]: true, or 0, at keys
@@ -110,7 +117,7 @@ def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         queries: of a request.
         keys: of a request.
     """
-    if mask is None or isinstance(mask, KeyRanges) or torch.compiler.is_compiling():
+    if mask is None or isinstance(mask, KeyRanges) or is_deferred(mask.device):
         return mask
     if not hasattr(mask, "blasst_facts"):
         if mask.dtype == torch.int32:
@@ -193,7 +200,8 @@ def key_ranges(
     Returns:
         [batch, 1, 1, 5] int32: first key, end of the keys, end of the queries; sliding window (0:
         none), causal. The last two are the same for all requests. A `KeyRanges`; an ordinary
-        tensor in a pass that is compiled, or that a compiled one may follow (`q_offset` a tensor).
+        tensor in a pass that is compiled, captured in a CUDA graph, or that a compiled one may
+        follow (`q_offset` a tensor).
 
     Raises:
         ValueError: padding between tokens, or a mask of another shape.
@@ -202,14 +210,15 @@ def key_ranges(
     pattern = _pattern(mask_function)
     window = pattern.window if pattern.window is not None and pattern.window < kv_length else 0
     tracing = torch.compiler.is_compiling()
-    if tracing and pattern.sequences is not None:  # there: also where there is one only
+    deferred = is_deferred(torch.device(device))
+    if deferred and pattern.sequences is not None:  # there: also where there is one only
         require((pattern.sequences[:, -1] == 0).all(), PACKED_COMPILED)
         pattern = pattern._replace(sequences=None)
-    for_compiled = tracing or isinstance(q_offset, Tensor)
-    if not tracing:
+    for_compiled = deferred or isinstance(q_offset, Tensor)
+    if not deferred:
         q_offset = int(q_offset)
-        if config is not None:
-            check_model(type(config))
+    if not tracing and config is not None:
+        check_model(type(config))
     first_query = q_offset - kv_offset if pattern.causal else 0
     end = first_query + q_length if pattern.causal else kv_length
     _check_padding(attention_mask, kv_offset + end)
@@ -253,7 +262,7 @@ _BIAS = (
 )
 PACKED_COMPILED = (
     "position_ids start anew within a pass: packed sequences, which blasst does not support in a "
-    "compiled pass; run it without torch.compile"
+    "pass that is compiled or captured in a CUDA graph; run it without torch.compile"
 )
 
 
@@ -271,9 +280,16 @@ def _check_padding(attention_mask: Tensor | None, end: int | Tensor) -> None:
         )
 
 
+def noted(mask: Tensor | None) -> dict[Any, Any]:
+    """What the layers of one pass share: kept by its mask; empty where there is none to keep it."""
+    if mask is None or torch.compiler.is_compiling():
+        return {}
+    return mask.__dict__.setdefault("blasst_noted", {})
+
+
 def require(condition: Tensor, message: str) -> None:
-    """A ValueError unless `condition` [] holds; while tracing, a check in the graph."""
-    if torch.compiler.is_compiling():
+    """A ValueError unless `condition` [] holds; while traced or captured, a check in the graph."""
+    if is_deferred(condition.device):
         torch._assert_async(condition, message)
     elif not condition:
         raise ValueError(message)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.hf.masks import PACKED_COMPILED, KeyRanges, require
+from blasst.hf.masks import PACKED_COMPILED, KeyRanges, noted, require
 
 BEHIND_OTHERS = (
     "position_ids say that a sequence starts behind other tokens in the cache; packed sequences "
@@ -84,7 +84,10 @@ def find(
     if mask is None:
         mask = KeyRanges.plain(query.shape[0], rows, key.shape[2], causal, query.device)
     if not isinstance(mask, KeyRanges):
-        _refuse_compiled(mask[:, 0, 0], position_ids)
+        seen = noted(mask)
+        if id(position_ids) not in seen:
+            seen[id(position_ids)] = position_ids
+            _refuse_compiled(mask[:, 0, 0], position_ids)
         return None
     token = id(position_ids)
     if token not in mask.packed:

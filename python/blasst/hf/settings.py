@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from blasst.config import check_target
-from blasst.hf.layers import holder_of, modules_of_layers
+from blasst.hf.layers import entry_of, modules_of_layers
 from blasst.hf.thresholds import CONFIG_KEY, Threshold, calibration_read
 
 SETTINGS = ("blasst_thresholds", "blasst_targets", "blasst_policy")
@@ -111,7 +111,7 @@ def set_target(
     targets = _given("set_target", {"prefill": prefill, "decode": decode})
     for phase, target in targets.items():
         check_target(phase, target)
-    modules = [m for m in modules_of_layers(model, layers) if holder_of(m, CONFIG_KEY) is not None]
+    modules = [m for m in modules_of_layers(model, layers) if entry_of(m, CONFIG_KEY) is not None]
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no sparse_attention_config: calibrate it "

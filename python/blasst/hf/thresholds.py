@@ -5,14 +5,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from blasst.config import ORDERS, SCORES, Schedule, SparseAttention, is_listed, parsed
-from blasst.hf.layers import Place, holder_of, place_of
+from blasst.hf.layers import Place, entry_of, place_of
 from blasst.ops.arguments import check_choice
+from blasst.ops.library import tile_of
 
 CONFIG_KEY = "sparse_attention_config"
 POLICY_KEY = "blasst_policy"
@@ -87,46 +88,59 @@ def _check_threshold(name: str, value: Any) -> None:
 DENSE = Threshold()
 
 
-def options_of(
-    module: nn.Module,
-    phase: str,
-    keys: int,
-    lengths: Callable[[], list[int]],
-    tiles: Callable[[], tuple[int, int]],
-    device: torch.device | str = "cpu",
-) -> dict[str, Any]:
+class Pass(NamedTuple):
+    """A layer's attention call, and what it shares with the other layers of its pass."""
+
+    phase: str
+    """"prefill" or "decode"."""
+    query: Tensor
+    """For its device, type and head_dim."""
+    room: int
+    """Keys that a request may have."""
+    lengths: Callable[[], Tensor]
+    """[requests] keys in use, on the device."""
+    known: Callable[[], list[int]]
+    """Those of them that the host knows."""
+    noted: dict[Any, Any]
+    """Kept from layer to layer."""
+
+
+def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     """Threshold, order and scores of a call, as `blasst.attention` takes them.
 
-    Args:
-        module: the attention layer.
-        phase: "prefill" or "decode".
-        keys: how many the call has room for a request.
-        lengths: keys in use of each request; asked only where thresholds depend on them.
-        tiles: query rows and keys of the tiles that decide.
-        device: where thresholds of a calibration shall be.
+    The thresholds of a calibration are worked out for all layers when the first one asks, on the
+    device and without waiting for it.
     """
-    configured = getattr(module, "blasst_thresholds", {}).get(phase)
-    if configured is not None:
-        return configured.options()
-    found = _calibration_of(module)
+    configured = vars(module).get("blasst_thresholds")
+    if configured and call.phase in configured:
+        return configured[call.phase].options()
+    found = _calibration_of(module, call.noted)
     if found is None:
         _tell_uncalibrated(module)
         return {}
     read, place = found
     kind = type(module).__name__
-    rule = read.rule(kind, place.layer, phase, lengths(), keys, place.name, device)
-    if rule.threshold is not None:
-        read.tell_tiles(phase, tiles)
-    return {"threshold": rule.threshold, "order": rule.order, "scores": rule.scores}
+    scores = read.scores(kind, call.phase, place.name or "")
+    if not read.is_sparse(kind, place.layer, call.phase, place.name):
+        return {"scores": scores}
+    device, size = call.query.device, call.query.shape[-1]
+    key = id(read), call.phase, call.room, device, size
+    of, rules = call.noted.get(key, (None, None))
+    if of is not read:
+        read.tell_tiles(call.phase, lambda: tile_of(call.phase, device, call.query.dtype, size))
+        read.tell_outside(call.phase, call.known)
+        rules = read.rules(call.phase, call.lengths(), call.room)
+        call.noted[key] = read, rules
+    return {"threshold": rules.of_layer(place.layer), "order": rules.order, "scores": scores}
 
 
 def options_when_compiled(
     module: nn.Module, phase: str, keys: int, lengths: Callable[[], Tensor]
 ) -> dict[str, Any]:
     """The same of a pass that is being compiled, for which lengths is a tensor."""
-    configured = getattr(module, "blasst_thresholds", {}).get(phase)
-    if configured is not None:
-        return configured.options()
+    configured = vars(module).get("blasst_thresholds")
+    if configured and phase in configured:
+        return configured[phase].options()
     scores = _scores_of(module, phase)
     if getattr(module, "blasst_targets", {}).get(phase) == 0:  # looks, so another compiles anew
         return {"scores": scores}
@@ -141,7 +155,7 @@ def options_when_compiled(
 @torch.compiler.assume_constant_result
 def _schedule_of(module: nn.Module, phase: str) -> Schedule | None:
     """What a compiled pass computes thresholds from; it keeps what held when it was compiled."""
-    found = _calibration_of(module)
+    found = _calibration_of(module, {})
     if found is None:
         return None
     read, place = found
@@ -152,33 +166,50 @@ def _schedule_of(module: nn.Module, phase: str) -> Schedule | None:
 @torch.compiler.assume_constant_result
 def _scores_of(module: nn.Module, phase: str) -> str:
     """How a compiled pass computes scores."""
-    found = _calibration_of(module)
+    found = _calibration_of(module, {})
     if found is None:
         return "exact"
     read, place = found
     return read.scores(type(module).__name__, phase, place.name or "")
 
 
-def _calibration_of(module: nn.Module) -> tuple[SparseAttention, Place] | None:
+def _calibration_of(
+    module: nn.Module, noted: dict[Any, Any]
+) -> tuple[SparseAttention, Place] | None:
     """What the configuration says, for the targets of `set_target`, and where the layer is.
 
     None: nothing.
 
     Nothing for a layer that `targets` leaves out in favour of others, either.
     """
-    read, place, kind = calibration_read(module), place_of(module), type(module).__name__
+    place, kind = place_of(module), type(module).__name__
+    read = calibration_read(module, noted)
     if read is None:
         return None
     is_left_out = place.name is not None and not read.is_target(kind, place.name)
     if is_left_out and _any_target(read.targets, place.siblings):
         return None
-    return read.at_targets(getattr(module, "blasst_targets", {})), place
+    return read.at_targets(vars(module).get("blasst_targets")), place
 
 
-def calibration_read(module: nn.Module) -> SparseAttention | None:
-    """The calibration in the configuration of a layer, or of the model around it."""
-    holder = holder_of(module, CONFIG_KEY)
-    return holder and parsed(holder.sparse_attention_config, place_of(module).layer)
+def calibration_read(
+    module: nn.Module, noted: dict[Any, Any] | None = None
+) -> SparseAttention | None:
+    """The calibration in the configuration of a layer, or of the model around it.
+
+    Args:
+        module: the layer.
+        noted: of the pass, in which an entry is looked at once, if any layer sees its edits.
+    """
+    entry = entry_of(module, CONFIG_KEY)
+    if entry is None:
+        return None
+    found = None if noted is None else noted.get(id(entry))
+    if found is None:
+        found = parsed(entry, place_of(module).layer)
+        if noted is not None and found.is_same_for_all:
+            noted[id(entry)] = found
+    return found.result
 
 
 _told: set[str] = set()
@@ -189,7 +220,7 @@ def _tell_uncalibrated(module: nn.Module) -> None:
     place, config = place_of(module), module.config
     whole = place.outer or config
     name = whole.name_or_path or type(whole).__name__
-    if name in _told or getattr(module, "blasst_policy", None) or holder_of(module, POLICY_KEY):
+    if name in _told or getattr(module, "blasst_policy", None) or entry_of(module, POLICY_KEY):
         return
     _told.add(name)
     _log.warning(

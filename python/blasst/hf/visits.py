@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blasst.errors import NotSupportedError
-from blasst.hf.layers import holder_of, modules_of_layers
+from blasst.hf.layers import entry_of, modules_of_layers
 from blasst.hf.masks import require
 from blasst.hf.settings import Setting
 from blasst.hf.thresholds import POLICY_KEY
@@ -100,16 +100,12 @@ def visit_of(
 
 def _entry_of(module: nn.Module) -> Any:
     """What the configuration says, the layer's or that of the model around it."""
-    own = getattr(module.config, POLICY_KEY, None)
-    if own is None and torch.compiler.is_compiling():
-        return _entry_when_compiled(module)
-    return _outer_entry(module) if own is None else own
+    if torch.compiler.is_compiling():
+        own = getattr(module.config, POLICY_KEY, None)
+        return _entry_when_compiled(module) if own is None else own
+    return entry_of(module, POLICY_KEY)
 
 
 @torch.compiler.assume_constant_result
 def _entry_when_compiled(module: nn.Module) -> Any:
-    return _outer_entry(module)
-
-
-def _outer_entry(module: nn.Module) -> Any:
-    return getattr(holder_of(module, POLICY_KEY), POLICY_KEY, None)
+    return entry_of(module, POLICY_KEY)

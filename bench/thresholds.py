@@ -1,0 +1,78 @@
+"""Host time of looking a calibrated layer's thresholds up, without the attention itself.
+
+    python bench/thresholds.py --layers 32 --heads 32
+
+A model of random weights and so many layers is given a calibration of as many lengths and targets
+as `calibrate` writes; then every layer asks, as in a decode step of one request. Prints, by repeat:
+microseconds a layer, the pass's own share (the thresholds of all layers at once) included.
+"""
+
+import argparse
+import statistics
+from time import perf_counter
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from blasst.calibration.tables import TARGETS
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable
+from blasst.hf.layers import attention_modules
+from blasst.hf.thresholds import Pass, options_of
+
+LENGTHS = (1024, 2048, 4096, 8192)
+
+
+def make_modules(layers: int, heads: int) -> list[nn.Module]:
+    """The attention layers of a calibrated model."""
+    torch.manual_seed(0)
+    ln_threshold = -8 * torch.rand(len(LENGTHS), len(TARGETS), layers, heads)
+    table = ThresholdTable("reverse", "equal_mass", Law(3, 5), LENGTHS, TARGETS, ln_threshold)
+    config = SparseAttention(
+        ("LlamaAttention",),
+        {"decode": Law(3, 5)},
+        {"decode": 0.5},
+        measured={"decode": Measured((1, 64), (table,))},
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8,
+            hidden_size=8 * heads,
+            intermediate_size=8,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            attn_implementation="blasst",
+            sparse_attention_config=config.to_dict(),
+        )
+    )
+    return attention_modules(model)
+
+
+def microseconds(modules: list[nn.Module], device: torch.device) -> float:
+    """Of one pass, a layer."""
+    lengths = torch.tensor([4000], device=device)
+    query = torch.zeros(1, 1, 1, 64, device=device)
+    call = Pass("decode", query, 4000, lambda: lengths, lambda: [4000], {})
+    began = perf_counter()
+    for module in modules:
+        options_of(module, call)
+    return 1e6 * (perf_counter() - began) / len(modules)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--heads", type=int, default=32)
+    options.add_argument("--device", type=torch.device, default="cpu")
+    options.add_argument("--passes", type=int, default=200)
+    options.add_argument("--repeats", type=int, default=5)
+    given = options.parse_args()
+    modules = make_modules(given.layers, given.heads)
+    for _ in range(given.repeats):
+        found = [microseconds(modules, given.device) for _ in range(given.passes)]
+        print(f"{statistics.median(found):.1f} us a layer (median), worst {max(found):.1f}")
+
+
+if __name__ == "__main__":
+    main()
