@@ -11,6 +11,7 @@ namespace {
 
 // Lengths where kernels go wrong: one, a few, around a multiple of a tile; else anything.
 int64_t random_length(Choices& choose, int64_t most) {
+  most = std::max<int64_t>(most, 1);
   int64_t length = 0;
   switch (choose.between(0, 5)) {
     case 0:
@@ -25,7 +26,7 @@ int64_t random_length(Choices& choose, int64_t most) {
     default:
       length = choose.between(1, most);
   }
-  return std::clamp<int64_t>(length, 1, std::max<int64_t>(most, 1));
+  return std::clamp<int64_t>(length, 1, most);
 }
 
 int64_t random_dim(Choices& choose) {

@@ -295,7 +295,8 @@ void Problem::set_mask() {
   if (description.blocks) {
     const Plan tiles = plan(params, description.decode);
     mask.blocks_stride_query_tile = tiles.key_tiles + description.padding;
-    mask.blocks_stride_head = tiles.query_tiles * mask.blocks_stride_query_tile;
+    mask.blocks_stride_head =
+        tiles.query_tiles * mask.blocks_stride_query_tile + description.padding % 7;
     for (int64_t i = 0; i < tiles.tile_heads * mask.blocks_stride_head; ++i)
       blocks.push_back(hash(description.seed, 102, i) % 5 < 3);
     blocks.push_back(0);  // never an empty buffer, so never a null pointer

@@ -7,6 +7,7 @@
 #include <limits>
 #include <string>
 
+#include "testing/calls.h"
 #include "testing/compare.h"
 
 namespace {
@@ -142,7 +143,9 @@ void bend(Problem& problem, check::Choices& choose) {
       p.problem.kv.layout = static_cast<blasst_layout>(odd_number(choose));
       break;
     default:
-      if (!problem.thresholds.empty()) problem.thresholds[0] = number / 8;
+      if (!problem.thresholds.empty())
+        problem.thresholds[0] =
+            choose.one_in(4) ? std::numeric_limits<float>::quiet_NaN() : number / 8;
   }
 }
 
@@ -162,7 +165,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   check::Problem problem(c);
   if (!bent) {
     problem.run();
-    const std::string mismatch = check::compare(problem).mismatch;
+    std::string mismatch = check::compare(problem).mismatch;
+    if (mismatch.empty()) mismatch = check::check_calls(problem, bytes);
     if (!mismatch.empty()) fail(problem, mismatch);
     return 0;
   }

@@ -1,13 +1,15 @@
-// blasst verify: random problems against the double-precision reference, decision by decision.
+// blasst verify: random problems against the double-precision reference, decision by decision; on
+// the CPU also what else can be asked of their numbers (testing/calls.h).
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <limits>
 #include <memory>
 
 #include "commands.h"
 #include "target.h"
-#include "testing/backward.h"
+#include "testing/calls.h"
 #include "testing/compare.h"
 
 namespace blasst::command {
@@ -33,6 +35,21 @@ check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
   return check::compare(problem, plan_on(problem, backend), sum_roundoff_on(backend));
 }
 
+// On a GPU a threshold that is none skips nothing: the bits of the dense call.
+std::string check_nan_thresholds_on(const check::Case& c, Backend backend) {
+  if (c.test == BLASST_TEST_NONE) return "";
+  check::Problem problem(c);
+  std::ranges::fill(problem.thresholds, std::numeric_limits<float>::quiet_NaN());
+  make_target(problem, backend, true)->run();
+  check::Case dense_case = c;
+  dense_case.test = BLASST_TEST_NONE;
+  check::Problem dense(dense_case);
+  make_target(dense, backend, true)->run();
+  return problem.out_bits() == dense.out_bits() && problem.lse == dense.lse
+             ? ""
+             : "thresholds that are NaN gave other bits than none";
+}
+
 // Whether all cases agree on the backend, `name` of it or an instruction set. Case i has the seed
 // first + i.
 bool verify(const Options& options, const std::string& name) {
@@ -44,13 +61,12 @@ bool verify(const Options& options, const std::string& name) {
     check::Problem problem(case_of(options, seed));
     check::Comparison comparison = run_and_compare(problem, options.backend);
     const check::Case& c = problem.description;
-    const bool has_backward =
-        options.backend == BLASST_BACKEND_CPU && !c.decode && options.scores == BLASST_SCORES_EXACT;
-    if (comparison.mismatch.empty() && has_backward) {
-      check::BackwardProblem backward(problem);
-      backward.run();
-      comparison.mismatch = check::compare(backward).mismatch;
-      ++gradients;
+    if (comparison.mismatch.empty() && options.backend == BLASST_BACKEND_CPU) {
+      check::SeededChoices choices(seed);
+      comparison.mismatch = check::check_calls(problem, choices);
+      gradients += check::has_gradients(problem);
+    } else if (comparison.mismatch.empty()) {
+      comparison.mismatch = check_nan_thresholds_on(c, options.backend);
     }
     if (!comparison.mismatch.empty()) {
       fmt::print(stderr,
