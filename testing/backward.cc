@@ -9,6 +9,7 @@
 #include <span>
 #include <string_view>
 
+#include "testing/compare.h"
 #include "testing/element.h"
 
 namespace blasst::check {
@@ -16,7 +17,6 @@ namespace {
 
 constexpr std::byte kUnused{0xff};  // NaN in every type
 constexpr float kMark = 77;
-constexpr double kFloatRoundoff = 0x1p-24;
 
 // A tensor [outer, tokens, heads, dim] whose rows have 8 unused elements after them; heads lie
 // outside tokens where the forward's do not.
@@ -372,7 +372,8 @@ BackwardComparison compare(const BackwardProblem& problem) {
     if (!result.mismatch.empty()) return;
     // Weights carry the rounding of float32 scores and of the stored LSE, which is as large as
     // they.
-    const double scores = kFloatRoundoff * plain.largest_score;
+    const double scores =
+        kFloatRoundoff * score_roundings(problem.params.problem.softcap) * plain.largest_score;
     if (!(e.largest <= 2 * e.plain_largest + (8 * roundoff + scores) * e.size) ||
         !(e.rms <= 2 * e.plain_rms + (roundoff + scores) * e.size))
       result.mismatch = fmt::format(

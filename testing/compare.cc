@@ -114,11 +114,10 @@ class Comparer {
     double plain_lse_error = 0;
     for (const auto& [place, tiles] : visits)
       plain_row(place.first, place.second, tiles, plain_lse_error);
-    allowed_.score = 2 * score_error_ + roundoff_ * (8 + 4 * magnitude_);
-    allowed_.out =
-        2 * result_.plain_error + unit_roundoff(p_.problem.q.dtype) + roundoff_ * (8 + magnitude_);
-    // A kernel that works in powers of two rounds the scale, the maximum and the result.
-    allowed_.lse = 2 * plain_lse_error + roundoff_ * (8 + 3 * magnitude_);
+    const double rounding = roundoff_ * (8 + score_roundings(p_.problem.softcap) * magnitude_);
+    allowed_.score = 2 * score_error_ + rounding;
+    allowed_.out = 2 * result_.plain_error + unit_roundoff(p_.problem.q.dtype) + rounding;
+    allowed_.lse = 2 * plain_lse_error + rounding;
   }
 
   void plain_row(int64_t head, int64_t row, std::span<const Tile* const> tiles, double& lse_error) {

@@ -17,6 +17,11 @@ struct Comparison {
   double plain_error = 0;  // the same of a plain implementation in the same type
 };
 
+// Roundings of a float32 score, each relative to the sum of its products' sizes at most: of the
+// sum, the scale and, as it becomes a probability, the difference to the maximum or the LSE; with a
+// soft cap also those of a hyperbolic tangent out of an exponential.
+inline double score_roundings(float softcap) { return softcap > 0 ? 12 : 4; }
+
 // After problem.run().
 Comparison compare(const Problem& problem);
 
