@@ -13,23 +13,8 @@ endif()
 
 set(highway_source ${BLASST_HIGHWAY})
 if(BLASST_HIGHWAY STREQUAL "fetch")
-  set(highway_source ${PROJECT_BINARY_DIR}/highway-1.3.0)
-  if(NOT EXISTS ${highway_source}/LICENSE)
-    if(NOT Python_EXECUTABLE AND EXISTS ${PROJECT_SOURCE_DIR}/.venv/bin/python)
-      set(Python_EXECUTABLE ${PROJECT_SOURCE_DIR}/.venv/bin/python)
-    endif()
-    find_package(Python 3.11 REQUIRED COMPONENTS Interpreter)
-    message(STATUS "Fetching Highway 1.3.0 (20 MB)")
-    execute_process(
-      COMMAND ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/fetch_highway.py ${highway_source}
-      RESULT_VARIABLE failed ERROR_VARIABLE said)
-    if(failed)
-      file(REMOVE_RECURSE ${highway_source})
-      message(FATAL_ERROR "Highway could not be fetched with ${Python_EXECUTABLE} -m pip. "
-        "BLASST_HIGHWAY may be 'system' (needs libhwy's development files), or the path of Highway's "
-        "sources.\n${said}")
-    endif()
-  endif()
+  fetch_library(highway-1.3.0 highway_source
+    "BLASST_HIGHWAY may be 'system' (needs libhwy's development files), or the path of Highway's sources.")
 endif()
 get_filename_component(highway_source ${highway_source} ABSOLUTE BASE_DIR ${PROJECT_SOURCE_DIR})
 if(NOT EXISTS ${highway_source}/hwy/targets.cc)
