@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from typer.models import OptionInfo
 
-from blasst import calibration, files
-from blasst.cli import commands
+import blasst
+from blasst import __main__, calibration, files
+from blasst.cli import commands, native
 from blasst.cli.app import main
 from blasst.cli.parsing import Number, several, spread
 from blasst.config import Law, SparseAttention
@@ -358,3 +359,20 @@ def test_unknown_tasks_and_demos_are_errors(capsys):
     assert "no task ruler_spam; choose from" in capsys.readouterr().err
     assert main(["demo", "llama"]) == 1
     assert "no demo of 'llama'; there is one of smollm2, gemma3" in capsys.readouterr().err
+
+
+def test_help_and_version_say_what_there_is(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("calibrate", "evaluate", *native.COMMANDS):
+        assert re.search(rf"\b{name}\b", shown)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"blasst {blasst.__version__}\n"
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "blasst.cli.app")
+    monkeypatch.setattr(sys, "argv", ["blasst", "calibrate"])
+    with pytest.raises(SystemExit, match=r"need the package typer: pip install 'blasst\["):
+        __main__.main()

@@ -8,16 +8,33 @@ from typing import Any
 import typer
 from typer.main import get_command
 
-from blasst.cli import commands, interrupt
+import blasst
+from blasst.cli import commands, interrupt, native
 from blasst.cli.parsing import spread
 
 app = typer.Typer(
     help="Long-context attention made sparse by softmax thresholding.",
+    epilog=f"{', '.join(native.COMMANDS)}: commands of the native program; each takes --help.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"blasst {blasst.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+    ),
+) -> None:
+    pass
 
 
 def _add(function: Callable[..., None], *, resumes: bool = False) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
+from blasst.import_hook import when_imported
 
 _LIBRARY = Path(__file__).parents[1] / "_ops.so"
 if not _LIBRARY.exists():
@@ -113,10 +114,13 @@ QUERY_ROWS, KEYS = plan("prefill", torch.device("cpu"), torch.float32, head_dim=
 _cached_plan = cache(plan)
 
 
-@torch.compiler.assume_constant_result
 def tile_of(phase: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
     """Query rows and keys of the tile that a phase decides on; decode: of one row a KV head."""
     return _cached_plan(phase, device, dtype, head_dim=head_dim)[:2]
+
+
+# To say so earlier would import all of torch's compiler, which takes seconds.
+when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(tile_of))
 
 
 def prefill_tile(device: torch.device, head_dim: int) -> tuple[int, int]:
