@@ -2,9 +2,9 @@
 # storage type: two cores share the work, and a change to one kernel's header rebuilds in small pieces.
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
-  set(BLASST_ALL_CPU_TARGETS avx512_bf16 avx512 avx2 sse4)  # best first
+  set(BLASST_ALL_CPU_TARGETS avx512_bf16 avx512_vnni avx512 avx2_vnni avx2 sse4)  # best first
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
-  set(BLASST_ALL_CPU_TARGETS neon)
+  set(BLASST_ALL_CPU_TARGETS neon_dot neon)
 else()
   message(FATAL_ERROR "There are no CPU kernels for ${CMAKE_SYSTEM_PROCESSOR}, only for x86_64 and aarch64")
 endif()
@@ -12,22 +12,38 @@ set(BLASST_CPU_TARGETS all CACHE STRING
   "Instruction sets to build the CPU kernels for: all, native (the best that this machine runs), or a list of: ${BLASST_ALL_CPU_TARGETS}")
 
 # Each one's target in Highway, what the kernels are told about it, and its storage types; for the
-# others it has the kernels of its base.
+# others it has the kernels of its base. One that extends its base has the base's kernels but for what
+# the difference matters to.
 set(target_avx512_bf16 HWY_AVX3)
-set(definition_avx512_bf16 BLASST_ISA_BF16_DOT)
+set(definition_avx512_bf16 BLASST_ISA_BF16_DOT BLASST_ISA_INT8_DOT)
 set(types_avx512_bf16 bfloat16)
-set(base_avx512_bf16 avx512)
+set(base_avx512_bf16 avx512_vnni)
+set(target_avx512_vnni HWY_AVX3)
+set(definition_avx512_vnni BLASST_ISA_INT8_DOT "BLASST_ISA_EXTENDS avx512")
+set(types_avx512_vnni float32 float16 bfloat16)
+set(base_avx512_vnni avx512)
 set(target_avx512 HWY_AVX3)
+set(target_avx2_vnni HWY_AVX2)
+set(definition_avx2_vnni BLASST_ISA_INT8_DOT "BLASST_ISA_EXTENDS avx2")
+set(types_avx2_vnni float32 float16 bfloat16)
+set(base_avx2_vnni avx2)
 set(target_avx2 HWY_AVX2)
 set(target_sse4 HWY_SSE4)
+set(target_neon_dot HWY_NEON)
+set(definition_neon_dot BLASST_ISA_INT8_DOT "BLASST_ISA_EXTENDS neon")
+set(types_neon_dot float32 float16 bfloat16)
+set(base_neon_dot neon)
 set(target_neon HWY_NEON)
 
 # The best instruction set of this machine, by the kernel's names for what processors have.
 function(find_native_target result)
-  set(needs_avx512_bf16 avx512f avx512bw avx512dq avx512vl avx512_bf16)
+  set(needs_avx512_bf16 avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16)
+  set(needs_avx512_vnni avx512f avx512bw avx512dq avx512vl avx512_vnni)
   set(needs_avx512 avx512f avx512bw avx512dq avx512vl)
+  set(needs_avx2_vnni avx2 fma f16c bmi2 avx_vnni)
   set(needs_avx2 avx2 fma f16c bmi2)
   set(needs_sse4 sse4_1)
+  set(needs_neon_dot asimd asimddp)
   set(needs_neon asimd)
   file(STRINGS /proc/cpuinfo flags REGEX "^(flags|Features)" LIMIT_COUNT 1)
   string(REPLACE " " ";" flags "${flags}")
@@ -35,7 +51,12 @@ function(find_native_target result)
     set(missing ${needs_${name}})
     list(REMOVE_ITEM missing ${flags})
     if(NOT missing)
-      set(${result} ${name} ${base_${name}} PARENT_SCOPE)
+      set(found ${name})
+      while(base_${name})
+        set(name ${base_${name}})
+        list(APPEND found ${name})
+      endwhile()
+      set(${result} ${found} PARENT_SCOPE)
       return()
     endif()
   endforeach()

@@ -215,6 +215,7 @@ GradientError measure(const std::vector<double>& wanted, const std::vector<float
 }  // namespace
 
 Case differentiable(Case c) {
+  c.scores = BLASST_SCORES_EXACT;
   if (c.decode) {
     c.decode = false;
     for (Lengths& r : c.requests)

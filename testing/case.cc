@@ -108,6 +108,7 @@ Case random_case(Choices& choose, int64_t budget) {
   choose_lengths(c, choose, budget);
   choose_mask(c, choose);
   choose_test(c, choose);
+  if (!c.decode && choose.one_in(4)) c.scores = BLASST_SCORES_INT8;
   return c;
 }
 

@@ -35,6 +35,7 @@ Case for_gpu(Case c) {
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
+  c.scores = BLASST_SCORES_EXACT;
   if (!c.decode) return c;
   c.places = 1;
   c.bands = c.ragged_queries = c.padded = false;

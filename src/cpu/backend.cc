@@ -15,6 +15,7 @@
 #include "attention/float_environment.h"
 #include "attention/problem.h"
 #include "cpu/backward/plan.h"
+#include "cpu/int8/keys.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/processors.h"
@@ -154,7 +155,9 @@ std::size_t decode_thread_floats(const Problem& p) {
 }
 
 std::size_t prefill_workspace_bytes(const Problem& p, int threads) {
-  return kAlignment + threads * aligned(prefill_scratch_floats(p) * sizeof(float));
+  const std::size_t int8 = p.scores == BLASST_SCORES_INT8 ? int8_key_floats(p) : 0;
+  return kAlignment + threads * aligned(prefill_scratch_floats(p) * sizeof(float)) +
+         aligned(int8 * sizeof(float));
 }
 
 std::size_t decode_workspace_bytes(const Problem& p, int threads) {
@@ -175,6 +178,21 @@ std::vector<float*> take_scratch(Scratch& scratch, int threads, std::size_t floa
   return of_worker;
 }
 
+// The keys of a call whose scores are in int8.
+Int8Keys quantize_keys(const Problem& p, const Kernels& kernel, float* storage,
+                       const std::vector<float*>& of_worker) {
+  const Int8Keys keys(p, storage);
+  const auto threads = static_cast<int>(of_worker.size());
+  parallel_for(p.batch * p.kv_heads, threads,
+               [&](int64_t i, int) { kernel.int8.mean(p, keys, i / p.kv_heads, i % p.kv_heads); });
+  parallel_for(p.kv_heads * keys.tiles(), threads, [&](int64_t i, int worker) {
+    const int64_t tile = i / p.kv_heads, request = keys.request_of(tile);
+    kernel.int8.quantize(p, keys, request, i % p.kv_heads, tile - keys.first_tile(request),
+                         of_worker[worker]);
+  });
+  return keys;
+}
+
 void prefill(const Problem& p, const Plan& plan, int threads, const Execution& execution) {
   const Kernels& kernel = kernels(p.dtype);
   const Geometry g = p.geometry(plan.shape);
@@ -185,6 +203,13 @@ void prefill(const Problem& p, const Plan& plan, int threads, const Execution& e
   clear_report(p, g);
   clear_padding(p);
   Totals totals(p, g);
+  if (p.scores == BLASST_SCORES_INT8) {
+    const Int8Keys keys = quantize_keys(p, kernel, scratch.take(int8_key_floats(p)), of_worker);
+    parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
+      kernel.int8.prefill(p, keys, units[i], totals, of_worker[worker]);
+    });
+    return;
+  }
   parallel_for(std::ssize(units), threads, [&](int64_t i, int worker) {
     kernel.prefill(p, units[i], totals, of_worker[worker]);
   });
@@ -277,7 +302,7 @@ class Cpu : public api::Backend {
     check_supported(params.execution);
     const int threads = threads_of(params.execution.threads);
     const bool decode = phase == Phase::kDecode;
-    attention::check_exact_scores("cpu", decode ? "decode" : "prefill", params.decision);
+    if (decode) attention::check_exact_scores("cpu", "decode", params.decision);
     const TileShape shape = decode ? decode_shape(p) : prefill_shape();
     attention::check_tiles("cpu", params.decision, shape);
     return plan_of(

@@ -8,6 +8,10 @@
 #include <memory>
 #include <string_view>
 #include <utility>
+#if defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 #include "blasst/blasst.hpp"
 #include "hwy/targets.h"
@@ -23,7 +27,12 @@ struct Isa {
 bool runs_here(std::string_view name, int64_t target) {
   if (!(hwy::SupportedTargets() & target)) return false;
 #if defined(__x86_64__)
-  if (name == "avx512_bf16") return __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512_bf16")
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (name == "avx512_vnni") return __builtin_cpu_supports("avx512vnni");
+  if (name == "avx2_vnni") return __builtin_cpu_supports("avxvnni");
+#elif defined(__aarch64__)
+  if (name == "neon_dot") return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
   return true;
 }

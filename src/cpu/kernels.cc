@@ -12,30 +12,56 @@
 
 #if HWY_TARGET == BLASST_ISA_TARGET
 
-#ifdef BLASST_ISA_BF16_DOT
-#define BLASST_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512bf16")
+#if defined(BLASST_ISA_BF16_DOT)
+#define BLASST_ISA_MORE ",avx512bf16,avx512vnni"
+#elif defined(BLASST_ISA_INT8_DOT) && HWY_TARGET == HWY_AVX3
+#define BLASST_ISA_MORE ",avx512vnni"
+#elif defined(BLASST_ISA_INT8_DOT) && HWY_TARGET == HWY_AVX2
+#define BLASST_ISA_MORE ",avxvnni"
+#elif defined(BLASST_ISA_INT8_DOT)
+#define BLASST_ISA_MORE "+dotprod"
+#endif
+#ifdef BLASST_ISA_MORE
+#define BLASST_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR BLASST_ISA_MORE)
 #else
 #define BLASST_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
 #endif
 
+#include "cpu/prefill/walk-inl.h"
+#ifndef BLASST_ISA_EXTENDS
 #include "cpu/backward/rows-inl.h"
 #include "cpu/backward/walk-inl.h"
 #include "cpu/chunks/rows-inl.h"
 #include "cpu/decode/walk-inl.h"
-#include "cpu/prefill/walk-inl.h"
+#include "cpu/int8/quantize-inl.h"
+#endif
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
 
+#ifdef BLASST_ISA_EXTENDS
+Kernels BLASST_ISA_KERNELS() {
+  Kernels kernels = BLASST_ISA_EXTENDS::BLASST_ISA_KERNELS();
+  kernels.int8.prefill = &PrefillInt8<Int8<BLASST_ISA_DTYPE>, Arithmetic<BLASST_ISA_DTYPE>>;
+  return kernels;
+}
+#else
 Kernels BLASST_ISA_KERNELS() {
   using A = Arithmetic<BLASST_ISA_DTYPE>;
   // Backward keeps probabilities and their gradients in float32.
   using Stored = Float32<BLASST_ISA_DTYPE>;
-  return {&Prefill<A, A>,          &DecodeSeeds<A, A>,
-          &Decode<A, A>,           &Combine,
-          &BackwardRows<Stored>,   &Backward<Stored>,
-          &BackwardFinish<Stored>, AllChunkKernels<BLASST_ISA_DTYPE>()};
+  return {&Prefill<A, A>,
+          &DecodeSeeds<A, A>,
+          &Decode<A, A>,
+          &Combine,
+          &BackwardRows<Stored>,
+          &Backward<Stored>,
+          &BackwardFinish<Stored>,
+          AllChunkKernels<BLASST_ISA_DTYPE>(),
+          {&MeanKey<BLASST_ISA_DTYPE>, &QuantizeKeys<BLASST_ISA_DTYPE>,
+           &PrefillInt8<Int8<BLASST_ISA_DTYPE>, A>}};
 }
+#endif
 
 }  // namespace blasst::cpu::BLASST_ISA
 HWY_AFTER_NAMESPACE();

@@ -7,6 +7,7 @@
 
 #include "attention/problem.h"
 #include "cpu/backward/plan.h"
+#include "cpu/int8/keys.h"
 #include "cpu/plan.h"
 #include "cpu/totals.h"
 
@@ -24,6 +25,16 @@ struct ChunkKernels {
   // multiple of 32.
   void (*affine)(const float* x, int64_t rows, int64_t inputs, const float* weight,
                  const float* bias, int64_t outputs, float* y);
+};
+
+// Scores in int8, in this order: the mean key of a request and KV head; each of its key tiles;
+// prefill as below. `scratch`: prefill_scratch_floats, 64-byte aligned.
+struct Int8Kernels {
+  void (*mean)(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv_head);
+  void (*quantize)(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv_head,
+                   int64_t tile, float* scratch);
+  void (*prefill)(const Problem& p, const Int8Keys& keys, const PrefillUnit& unit, Totals& totals,
+                  float* scratch);
 };
 
 struct Kernels {
@@ -49,6 +60,7 @@ struct Kernels {
   void (*backward_finish)(const BackwardPlan& plan, const QueryTile& tile);
 
   ChunkKernels chunks;
+  Int8Kernels int8;
 };
 
 // One per storage type, in the order of blasst_dtype.

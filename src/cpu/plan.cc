@@ -106,7 +106,8 @@ bool takes_seeds(const Problem& p) {
 }
 
 size_t prefill_scratch_floats(const Problem& p) {
-  const int64_t query_tile = kQueryRows * (p.head_dim + p.value_dim + kRowArrays);
+  const int64_t int8_arrays = p.scores == BLASST_SCORES_INT8 ? 2 : 0;
+  const int64_t query_tile = kQueryRows * (p.head_dim + p.value_dim + kRowArrays + int8_arrays);
   return 2 * kKeys * kQueryRows + kMaxDim + kQueryRows * p.value_dim +
          2 * kKeys * (p.head_dim + p.value_dim) + kUnitTiles * query_tile;
 }

@@ -75,7 +75,11 @@ std::vector<Case> sparse_cases() {
   for (const DType dtype : {BLASST_FLOAT32, BLASST_FLOAT16, BLASST_BFLOAT16}) {
     Case c = sparse_case(dtype);
     cases.push_back(c);
+    c.scores = BLASST_SCORES_INT8;
+    cases.push_back(c);
     c.inputs = Inputs::kPlanted;
+    cases.push_back(c);
+    c.scores = BLASST_SCORES_EXACT;
     cases.push_back(c);
     c.decode = true;
     c.requests = {{2, 9000}, {2, 300}};
@@ -337,6 +341,32 @@ TEST_P(Contract, WorkspaceGrowsWithRowsAtMost) {
   EXPECT_LE(needed(c), small) << "keys must not count";
   c.requests = {{2048, 1024}};
   EXPECT_LE(needed(c), small * 8) << "rows, at most";
+}
+
+// Integers are exact. What softmax makes of them is, too, where multiplications and additions are
+// fused alike.
+TEST(Int8Scores, DecideAlikeOnEveryInstructionSet) {
+  for (Case c : sparse_cases()) {
+    if (c.scores != BLASST_SCORES_INT8) continue;
+    for (const TestKind test : {BLASST_TEST_RELATIVE, BLASST_TEST_ABSOLUTE}) {
+      c.test = test;
+      c.threshold = test == BLASST_TEST_ABSOLUTE ? 8.0f : 0.2f;
+      std::vector<Written> all;
+      for (const std::string& isa : cpu_isas()) {
+        set_cpu_isa(isa);
+        all.push_back(run(c));
+        const Written &here = all.back(), &first = all.front();
+        EXPECT_EQ(here.bits, first.bits) << isa << " " << describe(c);
+        EXPECT_EQ(here.skipped, first.skipped) << isa << " " << describe(c);
+        EXPECT_EQ(here.gaps, first.gaps) << isa << " " << describe(c);
+        EXPECT_EQ(here.maxima, first.maxima) << isa << " " << describe(c);
+        const bool fused = isa != "sse4" && isa != "avx512_bf16";
+        if (fused) EXPECT_EQ(here.out, first.out) << isa << " " << describe(c);
+      }
+      set_cpu_isa(cpu_isas().front());
+      EXPECT_NE(all[0].skipped, std::vector<int64_t>(all[0].skipped.size())) << describe(c);
+    }
+  }
 }
 
 TEST_P(Contract, CallsFromSeveralThreadsAtOnce) { expect_the_same_at_once(sparse_cases(), run); }

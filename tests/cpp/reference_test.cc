@@ -71,6 +71,7 @@ TEST(Reference, DenseIsTheTextbookForEveryTileShapeAndOrder) {
   for (uint64_t seed = 0; seed < 60; ++seed) {
     Case c = random_case(seed, 1'000'000);
     c.test = BLASST_TEST_NONE;
+    c.scores = BLASST_SCORES_EXACT;
     c.blocks = false;
     const Problem problem(c);
     const Textbook wanted = textbook(problem);

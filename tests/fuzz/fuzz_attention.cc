@@ -52,7 +52,7 @@ void bend(Problem& problem, check::Choices& choose) {
   View* const views[] = {&p.problem.q, &p.problem.out, &p.problem.kv.k, &p.problem.kv.v};
   View& view = *views[choose.between(0, 3)];
   const auto number = static_cast<float>(odd_number(choose));
-  switch (choose.between(0, 29)) {
+  switch (choose.between(0, 30)) {
     case 0:
       view.stride_request = odd_number(choose);
       break;
@@ -141,6 +141,9 @@ void bend(Problem& problem, check::Choices& choose) {
       break;
     case 28:
       p.problem.kv.layout = static_cast<blasst_layout>(odd_number(choose));
+      break;
+    case 29:
+      p.decision.scores = static_cast<Scores>(odd_number(choose));
       break;
     default:
       if (!problem.thresholds.empty())

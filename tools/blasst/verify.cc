@@ -5,7 +5,10 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "commands.h"
 #include "target.h"
@@ -20,14 +23,18 @@ struct Options {
   uint64_t seed = 0;
   int64_t cases = 100;
   std::string isa;
-  Scores scores = BLASST_SCORES_EXACT;
+  std::optional<Scores> scores;
 };
+
+const std::map<std::string, std::optional<Scores>> kVerifiedScores = {
+    {"exact", BLASST_SCORES_EXACT}, {"int8", BLASST_SCORES_INT8}, {"mixed", std::nullopt}};
 
 check::Case case_of(const Options& options, uint64_t seed) {
   check::Case c = check::random_case(seed);
-  c.scores = options.scores;
-  if (c.scores == BLASST_SCORES_INT8) c.decode = false;  // which has exact ones only
-  return case_for(c, options.backend);
+  if (options.scores == BLASST_SCORES_INT8) c.decode = false;  // which has exact ones only
+  c = case_for(c, options.backend);
+  c.scores = options.scores.value_or(c.scores);
+  return c;
 }
 
 check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
@@ -74,7 +81,7 @@ bool verify(const Options& options, const std::string& name) {
                  "{} {} --scores {}\n",
                  seed, name, comparison.mismatch, check::describe(problem.description), seed,
                  options.backend == BLASST_BACKEND_CPU ? "--isa" : "--backend", name,
-                 name_of(kScores, options.scores));
+                 name_of(kVerifiedScores, options.scores));
       return false;
     }
     decisions += comparison.decisions;
@@ -105,8 +112,8 @@ Run add_verify(CLI::App& app) {
              "of the first problem; the next ones follow");
   app.add_option("--isa", options->isa,
                  "one instruction set; default: all that `blasst info` lists");
-  add_choice(app, "--scores", options->scores, kScores,
-             "the arithmetic of q.k; int8: prefill only");
+  add_choice(app, "--scores", options->scores, kVerifiedScores,
+             "the arithmetic of q.k; int8 is of prefill alone");
   return [options] {
     if (options->backend != BLASST_BACKEND_CPU && !options->isa.empty())
       throw Error(BLASST_INVALID_ARGUMENT,

@@ -101,7 +101,8 @@ def thresholds_for(
             "model.layers.LAYER.self_attn".
 
     Returns:
-        `Rule.threshold` [requests, heads or 1] float32 on the CPU, None for dense; `Rule.order`.
+        `Rule.threshold` [requests, heads or 1] float32 on the CPU, None for dense; `Rule.order` and
+        `Rule.scores`.
 
     Raises:
         ValueError: the entry cannot be honoured; the message says why.

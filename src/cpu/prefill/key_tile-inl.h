@@ -15,6 +15,8 @@
 #include "attention/element.h"
 #include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
+#include "cpu/arithmetic/int8-inl.h"
+#include "cpu/int8/keys.h"
 #include "cpu/plan.h"
 #include "cpu/tile/product-inl.h"
 #include "cpu/tile/score-inl.h"
@@ -26,9 +28,11 @@ namespace blasst::cpu::BLASST_ISA {
 template <typename S, typename A>
 class KeyTile {
  public:
-  // Takes kKeys * (head_dim + value_dim) floats of the scratch.
-  KeyTile(const Problem& p, float*& scratch)
+  // `int8`: what S multiplies, if it is int8. Takes kKeys * (head_dim + value_dim) floats of the
+  // scratch.
+  KeyTile(const Problem& p, const Int8Keys* int8, float*& scratch)
       : p_(p),
+        int8_(int8),
         depth_(p.head_dim / S::kPack),
         k_(std::exchange(scratch, scratch + kKeys * p.head_dim)),
         v_(std::exchange(scratch, scratch + kKeys * p.value_dim)) {}
@@ -37,7 +41,7 @@ class KeyTile {
   void Begin(int64_t request, int64_t kv_head, int64_t j) {
     keys_ = {j * kKeys, std::min<int64_t>((j + 1) * kKeys, p_.requests[request].keys)};
     padded_ = hwy::RoundUpTo(keys_.size(), kBroadcasts);
-    p_.rows_of(p_.kv.k, request, keys_, kv_head, k_rows_.data());
+    FindKeys(request, kv_head, j);
     p_.rows_of(p_.kv.v, request, keys_, kv_head, v_rows_.data());
     std::fill(v_rows_.begin() + keys_.size(), v_rows_.begin() + padded_, zeros_.data());
     std::fill(k_ + keys_.size() * depth_, k_ + padded_ * depth_, 0.0f);
@@ -60,17 +64,28 @@ class KeyTile {
   int64_t steps() const { return padded_ / A::kPack; }  // words of one output element
   const float* k() const { return k_; }                 // [padded][depth] words
   const float* v() const { return v_; }  // [value_dim / kBroadcasts][steps][kBroadcasts]
-  float k_magnitude() const { return LargestLane(k_most_); }
+  float k_magnitude() const { return kIsInt8<S> ? 127 * *int8_tile_.unit : LargestLane(k_most_); }
+  const Int8Tile& int8() const { return int8_tile_; }
   bool v_finite() const { return LargestLane(v_most_) < kInf; }
 
  private:
   static constexpr int kAhead = 8;  // rows between asking for one and copying it
   alignas(float) static constexpr std::array<std::byte, kMaxDim * sizeof(float)> zeros_{};
 
+  void FindKeys(int64_t request, int64_t kv_head, int64_t j) {
+    if constexpr (kIsInt8<S>) {
+      int8_tile_ = int8_->tile(request, kv_head, j);
+      for (int64_t key = 0; key < keys_.size(); ++key)
+        k_rows_[key] = reinterpret_cast<const std::byte*>(int8_tile_.elements + key * p_.head_dim);
+    } else {
+      p_.rows_of(p_.kv.k, request, keys_, kv_head, k_rows_.data());
+    }
+  }
+
   // Asks for row i, counted over keys and then steps of values.
   HWY_INLINE void Fetch(int64_t i) const {
     const int64_t element = attention::element_bytes(p_.dtype);
-    if (i < keys_.size()) return FetchRow(k_rows_[i], p_.head_dim * element);
+    if (i < keys_.size()) return FetchRow(k_rows_[i], p_.head_dim * (kIsInt8<S> ? 1 : element));
     const int64_t step = i - keys_.size();
     if (step >= steps()) return;
     for (int64_t key = step * A::kPack; key < (step + 1) * A::kPack; ++key)
@@ -85,9 +100,11 @@ class KeyTile {
     const int64_t key = keys_copied_++;
     Fetch(key + kAhead);
     S::Stage(k_rows_[key], p_.head_dim, k_ + key * depth_);
-    if ((key + 1) % kBroadcasts == 0 || key + 1 == keys_.size())
-      k_most_ =
-          Largest<S>(k_most_, k_ + key / kBroadcasts * kBroadcasts * depth_, kBroadcasts * depth_);
+    if constexpr (!kIsInt8<S>) {
+      if ((key + 1) % kBroadcasts == 0 || key + 1 == keys_.size())
+        k_most_ = Largest<S>(k_most_, k_ + key / kBroadcasts * kBroadcasts * depth_,
+                             kBroadcasts * depth_);
+    }
   }
 
   HWY_INLINE void CopyValues() {
@@ -100,11 +117,13 @@ class KeyTile {
   }
 
   const Problem& p_;
+  const Int8Keys* const int8_;
   const int64_t depth_;  // words a key
   float *k_, *v_;
   Range keys_{};
   int64_t padded_ = 0;
   std::array<const std::byte*, kKeys> k_rows_, v_rows_;
+  Int8Tile int8_tile_{};
   int64_t keys_copied_ = 0, value_steps_copied_ = 0;
   hn::Vec<I> k_most_, v_most_;
   alignas(64) float words_[kMaxDim] = {};

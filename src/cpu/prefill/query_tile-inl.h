@@ -8,11 +8,16 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
 #include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
+#include "cpu/arithmetic/int8-inl.h"
+#include "cpu/int8/keys.h"
+#include "cpu/int8/quantize-inl.h"
 #include "cpu/plan.h"
 #include "cpu/tile/product-inl.h"
 #include "cpu/tile/rows-inl.h"
@@ -30,12 +35,18 @@ struct PrefillTile {
   float* q;         // [panels][head_dim / kPack][kPanel] words
   float* o;         // [value_dim][kQueryRows]
   TileRows rows;
+  // Of scores in int8: a row's unit, and its product with the mean key.
+  float *unit = nullptr, *shift = nullptr;
 
-  // Takes kQueryRows * (head_dim + value_dim + kRowArrays) floats of the scratch.
+  // Takes prefill_tile_floats of the scratch.
   PrefillTile(const Problem& p, float*& scratch)
       : q(std::exchange(scratch, scratch + kQueryRows * p.head_dim)),
         o(std::exchange(scratch, scratch + kQueryRows * p.value_dim)),
-        rows(p, kQueryRows, std::exchange(scratch, scratch + kQueryRows * kRowArrays)) {}
+        rows(p, kQueryRows, std::exchange(scratch, scratch + kQueryRows * kRowArrays)) {
+    if (p.scores == BLASST_SCORES_EXACT) return;
+    unit = std::exchange(scratch, scratch + kQueryRows);
+    shift = std::exchange(scratch, scratch + kQueryRows);
+  }
 
   bool Visits(const Problem& p, int64_t j) const {
     return j >= key_tiles.begin && j < key_tiles.end && p.block_visible(*query, j);
@@ -43,7 +54,7 @@ struct PrefillTile {
 
   // Transposes the queries and resets the state. `row`: room for one.
   template <typename S>
-  void Begin(const Problem& p, const QueryTile& tile, float* row) {
+  void Begin(const Problem& p, const Int8Keys* int8, const QueryTile& tile, float* row) {
     query = &tile;
     inner = {0, p.max_keys};
     for (int64_t r = 0; r < kQueryRows; ++r) {
@@ -57,12 +68,33 @@ struct PrefillTile {
     std::fill_n(q, kQueryRows * depth, 0.0f);
     std::fill_n(o, kQueryRows * p.value_dim, 0.0f);
     if (key_tiles.empty()) return;
+    if constexpr (kIsInt8<S>) {
+      std::fill_n(unit, kQueryRows, 0.0f);
+      std::fill_n(shift, kQueryRows, 0.0f);
+    }
     for (int64_t r = 0; r < tile.rows(); ++r) {
-      S::Stage(p.query(tile.request, tile.position_of(r), tile.head), p.head_dim, row);
+      const std::byte* from = p.query(tile.request, tile.position_of(r), tile.head);
+      if constexpr (kIsInt8<S>) {
+        const float* mean = int8->mean(tile.request, tile.head / p.group());
+        alignas(64) int8_t bytes[kMaxDim];
+        const auto [row_unit, row_shift] =
+            QuantizeQuery<S::kDType>(from, p.head_dim, mean, row, bytes);
+        unit[r] = row_unit, shift[r] = row_shift;
+        S::StageQuery(bytes, p.head_dim, row);
+      } else {
+        S::Stage(from, p.head_dim, row);
+      }
       float* to = q + r / kPanel * kPanel * depth + r % kPanel;
       for (int64_t d = 0; d < depth; ++d) to[d * kPanel] = row[d];
     }
-    magnitude = LargestMagnitude<S>(q, kQueryRows * depth);
+    if constexpr (kIsInt8<S>) {
+      magnitude = 127 * *std::max_element(unit, unit + kQueryRows);
+      // What products are added to is far from the largest number, or somebody looks for NaN.
+      for (int r = 0; r < kQueryRows; ++r)
+        if (!(std::abs(shift[r]) < 1e37f)) magnitude = kInf;
+    } else {
+      magnitude = LargestMagnitude<S>(q, kQueryRows * depth);
+    }
   }
 };
 

@@ -11,6 +11,7 @@
 
 #include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
+#include "cpu/arithmetic/int8-inl.h"
 #include "cpu/plan.h"
 #include "cpu/prefill/key_tile-inl.h"
 #include "cpu/prefill/query_tile-inl.h"
@@ -38,6 +39,41 @@ HWY_NOINLINE void Products(const PrefillTile& tile, const KeyTile<S, A>& keys, i
         for (int v = 0; v < kPanelVectors; ++v) {
           hn::Store(sums[b][v], f, scores + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
           most[v] = hn::Max(most[v], sums[b][v]);
+        }
+      }
+    }
+    for (int v = 0; v < kPanelVectors; ++v)
+      hn::Store(most[v], f, tile.rows.t + panel * kPanel + v * kLanes);
+  }
+}
+
+// The same with queries and keys in int8: a product of integers times the units of its row and its
+// key tile, and the row's product with the mean key. Rounded one after the other, so that every
+// instruction set has the same.
+template <typename S, typename A, typename Between>
+HWY_NOINLINE void Int8Products(const PrefillTile& tile, const KeyTile<S, A>& keys, int64_t depth,
+                               const Between& between, float* scores) {
+  const V key_unit = hn::Set(f, *keys.int8().unit);
+  for (int panel = 0; panel < tile.panels; ++panel) {
+    V most[kPanelVectors], unit[kPanelVectors], shift[kPanelVectors];
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t row = panel * kPanel + v * kLanes;
+      most[v] = hn::Set(f, -kInf);
+      unit[v] = hn::Mul(hn::Load(f, tile.unit + row), key_unit);
+      shift[v] = hn::Load(f, tile.shift + row);
+    }
+    for (int64_t key = 0; key < keys.padded(); key += kBroadcasts) {
+      between();
+      Accumulators sums;
+      for (int b = 0; b < kBroadcasts; ++b)
+        for (V& x : sums[b]) x = S::First(keys.int8().sums[key + b]);
+      Multiply<S>(keys.k() + key * depth, depth, 1, tile.q + panel * kPanel * depth, kPanel, depth,
+                  sums);
+      for (int b = 0; b < kBroadcasts; ++b) {
+        for (int v = 0; v < kPanelVectors; ++v) {
+          const V score = hn::Add(hn::Mul(S::AsFloat(sums[b][v]), unit[v]), shift[v]);
+          hn::Store(score, f, scores + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
+          most[v] = hn::Max(most[v], score);
         }
       }
     }

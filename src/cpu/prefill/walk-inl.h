@@ -63,8 +63,10 @@ HWY_NOINLINE void Softmax(const PrefillTile& tile, const float* scores, int64_t 
 template <typename S, typename A>
 class PrefillWalk {
  public:
-  PrefillWalk(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch)
-      : key_tiles_{{p, scratch}, {p, scratch}},
+  // `int8`: the keys, if S is int8.
+  PrefillWalk(const Problem& p, const Int8Keys* int8, const PrefillUnit& unit, Totals& totals,
+              float* scratch)
+      : key_tiles_{{p, int8, scratch}, {p, int8, scratch}},
         p_(p),
         unit_(unit),
         totals_(totals),
@@ -77,7 +79,7 @@ class PrefillWalk {
     out_ = take(kQueryRows * p.value_dim);
     tiles_.reserve(unit.tiles.size());
     for (const QueryTile& tile : unit.tiles)
-      tiles_.emplace_back(p, scratch).template Begin<S>(p, tile, row_words_);
+      tiles_.emplace_back(p, scratch).template Begin<S>(p, int8, tile, row_words_);
     int64_t blocks = 0;
     for (const PrefillTile& tile : tiles_) blocks += tile.panels * (kKeys / kBroadcasts);
     rows_a_block_ = attention::ceil_div(2 * kKeys, blocks);
@@ -124,12 +126,14 @@ class PrefillWalk {
     const Range keys = now_->keys();
     // 1. Scores and row maxima; the next key tile is copied between blocks of products.
     now_->FinishKeys();
-    Products<S, A>(
-        tile, *now_, depth_,
-        [&] {
-          if (has_next_) next_->Copy(rows_a_block_, values_ahead_ || values_used_);
-        },
-        scores_);
+    const auto copy_ahead = [&] {
+      if (has_next_) next_->Copy(rows_a_block_, values_ahead_ || values_used_);
+    };
+    if constexpr (kIsInt8<S>) {
+      Int8Products<S, A>(tile, *now_, depth_, copy_ahead, scores_);
+    } else {
+      Products<S, A>(tile, *now_, depth_, copy_ahead, scores_);
+    }
     // Finite queries and keys whose products cannot overflow give no NaN, so nothing looks for one.
     const bool may_be_nan =
         !(tile.magnitude * now_->k_magnitude() * static_cast<float>(p_.head_dim) < 1e37f);
@@ -187,7 +191,13 @@ class PrefillWalk {
 
 template <typename S, typename A>
 void Prefill(const Problem& p, const PrefillUnit& unit, Totals& totals, float* scratch) {
-  PrefillWalk<S, A>(p, unit, totals, scratch).Run();
+  PrefillWalk<S, A>(p, nullptr, unit, totals, scratch).Run();
+}
+
+template <typename S, typename A>
+void PrefillInt8(const Problem& p, const Int8Keys& keys, const PrefillUnit& unit, Totals& totals,
+                 float* scratch) {
+  PrefillWalk<S, A>(p, &keys, unit, totals, scratch).Run();
 }
 
 }  // namespace blasst::cpu::BLASST_ISA

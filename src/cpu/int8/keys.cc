@@ -1,0 +1,33 @@
+#include "cpu/int8/keys.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace blasst::cpu {
+
+using attention::ceil_div;
+
+Int8Keys::Int8Keys(const Problem& p, float* storage)
+    : kv_heads_(p.kv_heads), head_dim_(p.head_dim), first_tile_{0} {
+  for (const attention::Request& r : p.requests)
+    first_tile_.push_back(first_tile_.back() + ceil_div(r.keys, kKeys));
+  const int64_t count = kv_heads_ * tiles();
+  const auto take = [&](int64_t floats) { return std::exchange(storage, storage + floats); };
+  elements_ = reinterpret_cast<int8_t*>(take(count * kKeys * head_dim_ / 4));
+  sums_ = reinterpret_cast<int32_t*>(take(count * kKeys));
+  means_ = take(p.batch * kv_heads_ * head_dim_);
+  units_ = take(count);
+}
+
+int64_t Int8Keys::request_of(int64_t tile) const {
+  return std::ranges::upper_bound(first_tile_, tile) - first_tile_.begin() - 1;
+}
+
+size_t int8_key_floats(const Problem& p) {
+  const bool ragged = p.kv.layout == BLASST_LAYOUT_RAGGED;
+  const int64_t tiles = ragged ? std::min(p.kv.tokens, p.kv.tokens / kKeys + p.batch)
+                               : p.batch * ceil_div(attention::most_keys(p.given), kKeys);
+  return p.kv_heads * (tiles * (kKeys * p.head_dim / 4 + kKeys + 1) + p.batch * p.head_dim);
+}
+
+}  // namespace blasst::cpu
