@@ -51,6 +51,31 @@ def test_calibrate_writes_into_the_models_folder(tmp_path, monkeypatch, capsys):
     assert models.load(str(folder)).model.config.sparse_attention_config is not None
 
 
+def test_calibrate_passes_on_what_is_asked_and_writes_the_configuration_alone(
+    tmp_path, monkeypatch, capsys
+):
+    seen = {}
+
+    def calibrate(model, *arguments, **options) -> calibration.Calibration:
+        seen.update(options)
+        return fake_calibrate(model)
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    monkeypatch.setenv("BLASST_CACHE", str(tmp_path / "cache"))
+    folder = saved_model(tmp_path / "model")
+    command = ["calibrate", str(folder), "--tile-shape", "64x128", "--batch", "2", "--config-only"]
+    resumes = []
+    for more in ([], [], ["--prompts", "3"]):
+        assert main([*command, *more, "--out", str(tmp_path / "new")]) == 0
+        resumes.append(seen["resume"])
+    assert (seen["tile_shape"], seen["batch"]) == ((64, 128), 2)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["config.json"]
+    assert resumes[0] == resumes[1] != resumes[2], "other options begin anew"
+    assert resumes[0].is_relative_to(tmp_path / "cache")
+    assert main([*command[:3], "64"]) == 2
+    assert "'64' is not ROWSxKEYS, like 64x128" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_calibrate_writes_a_whole_model_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "calibrate", fake_calibrate)
     folder = saved_model(tmp_path / "model")

@@ -244,6 +244,7 @@ def test_beyond_the_table_thresholds_fall_with_a_power_between_the_laws_and_one(
         edge, beyond, _ = thresholds_for(
             entry, "LlamaAttention", 0, "prefill", [4096, 8192, 16384]
         ).threshold
+        parse(entry).tell("prefill", (64, 64), lambda: [4096, 8192, 16384])
     torch.testing.assert_close(beyond, edge / 2**1.5)  # the law's power is 2
     assert "16384 keys are 4.00x the longest calibrated length" in caplog.text
     assert len(caplog.records) == 1, "the longest, once"
@@ -253,21 +254,47 @@ def test_other_tiles_at_run_time_are_said_once_with_both_shapes(caplog):
     with caplog.at_level(logging.WARNING, "blasst"):
         for parsed in (measured_config(), parse(ECOSYSTEM)):
             for _ in range(2):
-                parsed.tell_tiles("prefill", lambda: (64, 64))
-                parsed.tell_tiles("decode", lambda: (1, 128))
-    [record] = caplog.records
-    assert "tiles of 128 x 128, the kernel's are 64 x 64; expect more" in record.getMessage()
+                parsed.tell("prefill", (64, 64), lambda: [])
+                parsed.tell("decode", (3, 64), lambda: [])
+    decode, prefill, again = [record.getMessage() for record in caplog.records]
+    assert "tiles of 128 x 128, the kernel's are 64 x 64; expect more" in prefill
+    assert "tiles of 128 keys, the kernel's are 64 keys; expect more" in decode
+    assert decode == again, "neither has decode of its own"
+
+
+def test_of_several_tile_shapes_a_run_takes_its_own_without_a_word(caplog):
+    [first] = measured_config().measured["prefill"].tables
+    law = Law(5.0, 6.0)
+    others = (
+        Measured((64, 128), (replace(first, ln_threshold=first.ln_threshold * 2),)),
+        Measured((128, 128), (), law=law),
+    )
+    measured = Measured((64, 64), (first,), others=others)
+    config = parse(as_read(replace(measured_config(), measured={"prefill": measured})))
+    lengths = torch.tensor([4096])
+
+    def ln(tile: tuple[int, int] | None) -> torch.Tensor:
+        return config.rules("prefill", lengths, 4096, tile).of_layer(1).log()
+
+    with caplog.at_level(logging.WARNING, "blasst"):
+        for tile in ((64, 64), (64, 128), (128, 128)):
+            config.tell("prefill", tile, lengths.tolist)
+    assert not caplog.records
+    torch.testing.assert_close(ln((64, 128)), 2 * ln((64, 64)))
+    assert torch.equal(ln(None), ln((64, 64)))
+    assert torch.equal(ln((64, 144)), ln((64, 128))), "the nearest in size"
+    assert ln((128, 128)).item() == pytest.approx(law.ln_threshold(0.5, 4096))
 
 
 def test_the_law_alone_keeps_the_tiles_that_it_was_fitted_on(caplog):
     law = parse(json.loads(json.dumps(measured_config().under_the_law().to_dict())))
-    assert law.tile_shape("prefill") == (64, 64)
+    assert law.on("prefill").tile_shape == (64, 64)
     rule = law.rule("LlamaAttention", 0, "prefill", [8192], 8192)
     expected = thresholds_for(ECOSYSTEM, "LlamaAttention", 0, "prefill", [8192])
     assert rule.order == "forward"
     torch.testing.assert_close(rule.threshold, expected.threshold)
     with caplog.at_level(logging.WARNING, "blasst"):
-        law.tell_tiles("prefill", lambda: (64, 64))
+        law.tell("prefill", (64, 64), lambda: [8192])
     assert not caplog.records
 
 
@@ -333,7 +360,7 @@ POLICY = ("blasst", "prefill", "policies", 0)
             "prefill is 1.5; it must be less than or equal to 1",
         ),
         ((*GROUP, "ignore"), "lm_head", "ignore is 'lm_head'; it must be a valid list"),
-        (("blasst", "version"), 9, "version is 9; it must be 1"),
+        (("blasst", "version"), 9, "version is 9; it must be 1 or 2"),
         ((*POLICY, "order"), "random", "order is 'random'; it must be 'sink_first', 'reverse'"),
         ((*POLICY, "lengths"), [4096, 1024], "it must ascend"),
         (

@@ -1,19 +1,23 @@
 """Dense passes in which every attention call is measured."""
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from blasst import hf
-from blasst.calibration.curves import ln_threshold_at, share_below
-from blasst.calibration.measurement import DECODE_SWEEP, SWEEP, Measurement, Measurements
+from blasst.calibration.curves import BIN_EDGES
+from blasst.calibration.emulation import gaps
+from blasst.calibration.measurement import DECODE_SWEEP, LAW, SWEEP, Measurement, Measurements
 from blasst.calibration.setup import Setup
-from blasst.ops.attention import Result, attention, tile_shape
+from blasst.config import ECOSYSTEM_TILE_SHAPE
+from blasst.ops.attention import Result
 from blasst.policies import Call
 
 OWN_ATTENTION = "blasst_calibration"
@@ -37,7 +41,9 @@ class Collector:
     def __init__(self, setup: Setup, measurements: Measurements) -> None:
         self._setup, self._into = setup, measurements
         self._length, self._sweeps = 0, False
-        self._residuals: dict[int, float] = {}
+        self._residuals: dict[int, Tensor] = {}
+        self._grams: dict[int, Tensor] = {}
+        self._sums: dict[tuple[int, Any], tuple[np.ndarray, Any, Tensor]] = {}
 
     @contextmanager
     def collecting(self, length: int, *, sweep: bool) -> Iterator[None]:
@@ -55,15 +61,23 @@ class Collector:
                 stack.callback(self._noting_residual(layer, module).remove)
             stack.enter_context(_running(self._setup.model, OWN_ATTENTION))
             yield
+        for array, index, values in self._sums.values():
+            array[index] += values.cpu().numpy()
+        self._sums.clear()
+
+    def _add(self, array: np.ndarray, index: Any, values: Tensor) -> None:
+        """Add to a part of a sum, when the block ends: until then on the device, unread."""
+        key = id(array), index
+        if key in self._sums:
+            values = self._sums[key][2] + values
+        self._sums[key] = array, index, values
 
     def _noting_residual(self, layer: int, module: nn.Module) -> Any:
         """A hook that notes the squared residual stream that the layer reads and adds to."""
 
         def note(_: nn.Module, args: tuple, kwargs: dict) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            self._residuals[layer] = (
-                torch.linalg.vector_norm(hidden, dtype=torch.float64).item() ** 2
-            )
+            self._residuals[layer] = torch.linalg.vector_norm(hidden, dtype=torch.float32).square()
 
         parent = _parent(self._setup.model, module)
         return parent.register_forward_pre_hook(note, with_kwargs=True)
@@ -84,7 +98,7 @@ class Collector:
         scores = self._setup.scores_of(phase)
         inputs = [t.transpose(1, 2) for t in (query, key, value)]
         asked = _asked(module, phase, inputs, kwargs, scores)
-        self._into.tile_shapes[phase] = tuple(tile_shape(*asked.inputs, phase=phase)[:2])
+        self._into.tile_shapes[phase] = _tile_of(self._setup.operator, phase, *inputs[:2])
         return self._measure(asked), None
 
     def _measure(self, asked: _Asked) -> Tensor:
@@ -93,20 +107,32 @@ class Collector:
         query, key, value = asked.inputs
         needed = asked.inputs if setup.needs_error else [query, key, _few_values(value)]
         out = None
-        # The ecosystem's law is for the forward order, at one threshold: no sweep.
+        # The paper's scheme is for the forward order, at one threshold: no sweep.
         for order in dict.fromkeys([*setup.orders, "forward"]):
             # Of decode, every other step: neighbours say much the same.
             sweeps = self._sweeps and order in setup.orders
             sweeps = sweeps and (phase == "prefill" or key.shape[1] % 2 == 1)
             inputs = asked.inputs if out is None else needed
             options = asked.options | {"order": order}
-            dense = attention(*inputs, **options, return_gaps=True, return_lse=sweeps)
+            dense = setup.operator.attention(
+                *inputs, **options, return_gaps=True, return_lse=sweeps
+            )
             out = dense.out if out is None else out
             into = self._into.place_for(phase, order, self._length, query.shape[2], key.shape[2])
-            into.gaps[asked.module.layer_idx] += dense.gaps.cpu().numpy()
+            self._add(into.gaps, asked.module.layer_idx, dense.gaps)
             if sweeps:
                 self._sweep(into, asked.module, needed, options, dense)
+        self._measure_law(asked)
         return out
+
+    def _measure_law(self, asked: _Asked) -> None:
+        """Gaps on the tiles that readers of the ecosystem's law run, visited forward."""
+        query, key, _ = asked.inputs
+        if asked.options["bands"] is not None or asked.options["blocks"] is not None:
+            return  # they run no policies
+        into = self._into.place_for(asked.phase, LAW, self._length, query.shape[2], key.shape[2])
+        counts = gaps(query, key, ECOSYSTEM_TILE_SHAPE, asked.options | {"order": "forward"})
+        self._add(into.gaps, asked.module.layer_idx, counts)
 
     def _sweep(
         self,
@@ -118,24 +144,31 @@ class Collector:
     ) -> None:
         """Repeat a call at several thresholds and add up what each costs."""
         layer, query = module.layer_idx, inputs[0]
-        into.rows += query.shape[1] if layer == self._setup.layers[0] else 0
-        projection = _output_gram(module, query.shape[2]) if self._setup.needs_error else None
+        if layer == self._setup.layers[0]:
+            into.rows += query.shape[0] * query.shape[1]
         for point in range(into.swept.shape[0]):
-            sparse = attention(
+            sparse = self._setup.operator.attention(
                 *inputs,
                 **options,
-                threshold=_thresholds(point, options["phase"], dense.gaps).to(query.device),
+                threshold=_thresholds(point, options["phase"], dense.gaps),
                 return_lse=True,
                 return_stats=True,
             )
-            into.swept[point, layer] += sparse.stats.skipped.sum(0).cpu().numpy()
+            self._add(into.swept, (point, layer), sparse.stats.skipped.sum(0))
             # The denominator over the kept tiles, of the whole: what is missing was dropped.
-            kept = (sparse.lse - dense.lse).double().exp().clamp(max=1)
-            into.mass[point, layer] += (1 - kept).sum((0, 2)).cpu().numpy()
-            if projection is not None:
-                squared = _squared_change(sparse.out - dense.out, projection)
-                into.error[point, layer] += squared / max(self._residuals[layer], 1e-30)
-        into.visitable[layer] += sparse.stats.visitable.sum(0).cpu().numpy()
+            dropped = -torch.expm1((sparse.lse - dense.lse).clamp(max=0))
+            self._add(into.mass, (point, layer), dropped.sum((0, 2), dtype=torch.float64))
+            if self._setup.needs_error:
+                squared = _squared_change(sparse.out - dense.out, self._gram(module, query))
+                residual = self._residuals[layer].clamp(min=1e-30)
+                self._add(into.error, (point, layer), (squared / residual).double())
+        self._add(into.visitable, layer, sparse.stats.visitable.sum(0))
+
+    def _gram(self, module: nn.Module, query: Tensor) -> Tensor:
+        if module.layer_idx not in self._grams:
+            gram = output_gram(module.o_proj, query.shape[2], query)
+            self._grams[module.layer_idx] = gram
+        return self._grams[module.layer_idx]
 
 
 def _asked(
@@ -156,31 +189,49 @@ def _asked(
     return _Asked(module, phase, inputs, options)
 
 
-def _thresholds(point: int, phase: str, gaps: Tensor) -> Tensor:
-    """[heads] thresholds of one point of the sweep, from the heads' own gaps."""
-    counts = gaps.cpu().numpy()
+def _tile_of(operator: hf.operator.Operator, phase: str, q: Tensor, k: Tensor) -> tuple[int, int]:
+    """Query rows, in decode those of a KV head, and keys of the tiles that are measured."""
+    rows, keys = operator.tile_of(phase, q.device, q.dtype, q.shape[-1])
+    return (q.shape[2] // k.shape[2] if phase == "decode" else rows), keys
+
+
+def _thresholds(point: int, phase: str, counts: Tensor) -> Tensor:
+    """[heads] thresholds of one point of the sweep, from the heads' own gaps, on their device."""
     if phase == "decode":
-        ln = [DECODE_SWEEP[point]] * len(counts)
-    else:
-        shares = SWEEP[point] * share_below(counts)[:, -1]
-        ln = [ln_threshold_at(head, share) for head, share in zip(counts, shares, strict=True)]
-    return torch.tensor(ln).exp().clamp(max=1)
+        limit = math.exp(DECODE_SWEEP[point])
+        return torch.full(counts.shape[:1], limit, device=counts.device)
+    edges = torch.tensor(BIN_EDGES[1:-1], dtype=torch.float32, device=counts.device)
+    shares = counts.cumsum(-1)[:, :-1] / counts.sum(-1, keepdim=True).clamp(min=1)
+    wanted = SWEEP[point] * shares[:, -1:]
+    right = torch.searchsorted(shares, wanted).clamp(1, len(edges) - 1)
+    low, high = shares.gather(1, right - 1), shares.gather(1, right)
+    within = ((wanted - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    return edges[right - 1].lerp(edges[right], within)[:, 0].exp()
 
 
-def _squared_change(change: Tensor, projection: Tensor) -> Any:
+def _squared_change(change: Tensor, projection: Tensor) -> Tensor:
     """[heads]: the square of what a change of the heads' values changes in the layer's output."""
     by_head = change.flatten(0, 1).transpose(0, 1).float()
     gram = by_head.transpose(1, 2) @ by_head
-    return (gram * projection).sum((1, 2)).double().cpu().numpy()
+    return (gram * projection).sum((1, 2))
 
 
-def _output_gram(module: nn.Module, heads: int) -> Tensor:
+def output_gram(projection: nn.Module, heads: int, like: Tensor) -> Tensor:
     """[heads, value_dim, value_dim]: W^T W of each head's part of the output projection W.
 
-    The squared change of the layer's output is then a trace, and no product with W.
+    The squared change of the layer's output is then a trace, and no product with W. W is what the
+    module does to unit vectors: its weights may be quantised, or adapted.
+
+    Args:
+        projection: from the heads' values to the layer's output.
+        heads: of the layer.
+        like: of the type and on the device of the heads' values.
     """
-    by_head = module.o_proj.weight.float().unflatten(1, (heads, -1)).transpose(0, 1)
-    return by_head.transpose(1, 2) @ by_head
+    size = projection.in_features
+    unit = torch.eye(size, dtype=like.dtype, device=like.device)
+    columns = projection(unit).float() - projection(torch.zeros_like(unit[:1])).float()
+    by_head = columns.unflatten(0, (heads, size // heads))  # [heads, value_dim, hidden]
+    return by_head @ by_head.transpose(1, 2)
 
 
 def _few_values(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,11 @@ SWEEP = (0.3, 0.55, 0.75, 0.9, 1.0)
 """Shares of each head's highest sparsity at which its costs are measured in prefill."""
 DECODE_SWEEP = (-7.0, -5.0, -3.5, -2.0, -1.0, 0.0)
 """ln thresholds of the same in decode, where one step has too few tiles for shares."""
+LAW = "law"
+"""In place of an order: the ecosystem's, forward, on its own tiles."""
+
+_SUMS = ("gaps", "swept", "visitable", "mass", "error")
+"""Arrays of a measurement."""
 
 
 @dataclass
@@ -90,6 +96,10 @@ class Measurements:
             (phase, order, length), Measurement.empty(self._all_layers, heads, points, group)
         )
 
+    def has(self, phase: str, order: str, length: int) -> bool:
+        """Whether anything was."""
+        return (phase, order, length) in self._found
+
     def pooled(self, phase: str, order: str, length: int) -> np.ndarray:
         """[514] visited tiles by gap, of all calibrated heads."""
         return self._found[phase, order, length].gaps[self._layers].sum((0, 1))
@@ -105,6 +115,29 @@ class Measurements:
     def first(self, order: str, length: int) -> np.ndarray:
         """[layers, heads, 514] gaps of prefill of the first prompt alone."""
         return self._first[order, length]
+
+    def kept(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Everything, as arrays by name and what JSON can hold: `restore` takes it."""
+        arrays = {f"first/{order}/{n}": gaps for (order, n), gaps in self._first.items()}
+        sums = []
+        for i, (place, found) in enumerate(self._found.items()):
+            arrays |= {f"{i}/{name}": getattr(found, name) for name in _SUMS}
+            sums.append([*place, found.group, found.rows])
+        drift = [[*place, list(points.items())] for place, points in self._drift.items()]
+        return arrays, {"sums": sums, "drift": drift, "tile_shapes": self.tile_shapes}
+
+    def restore(self, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+        """What `kept` gave."""
+        for i, (phase, order, length, group, rows) in enumerate(about["sums"]):
+            sums = {name: arrays[f"{i}/{name}"] for name in _SUMS}
+            self._found[phase, order, length] = Measurement(**sums, group=group, rows=rows)
+        for name, gaps in arrays.items():
+            if name.startswith("first/"):
+                _, order, length = name.split("/")
+                self._first[order, int(length)] = gaps
+        for order, length, points in about["drift"]:
+            self._drift[order, length] = dict(map(tuple, points))
+        self.tile_shapes = {p: tuple(shape) for p, shape in about["tile_shapes"].items()}
 
     def note_drift(self, order: str, length: int, target: float, drift: float) -> None:
         """A sparse prefill at this target reached so much more than the dense gaps promise."""

@@ -9,7 +9,8 @@ From these curves come candidates: a visit order and a way to share a target spa
 heads. The one that changes the model's predictions least, measured, is written down.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,15 +20,26 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.calibration.collector import Collector
 from blasst.calibration.curves import UnreachableError, promised_sparsity, sparsity_at
-from blasst.calibration.measurement import Measurements
+from blasst.calibration.kept import Kept
+from blasst.calibration.measurement import LAW, Measurements
+from blasst.calibration.memory import check_memory
 from blasst.calibration.result import Calibration, HeldOut
 from blasst.calibration.search import choose, running
-from blasst.calibration.setup import Setup, check_attention, lengths_of, targets_by_phase
+from blasst.calibration.setup import (
+    Setup,
+    TileShape,
+    check_attention,
+    lengths_of,
+    operator_for,
+    targets_by_phase,
+)
 from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
 from blasst.config import HEAD_SCHEMES, Measured, SparseAttention, ThresholdTable
 from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import CHUNK, read
+from blasst.hf.saving import calibration_in
+from blasst.measure.results import fingerprint
 from blasst.progress import Progress, silent
 from blasst.prompts import PROMPT_KINDS, PromptMaker, kind_at, reference_text
 
@@ -51,6 +63,9 @@ def calibrate(
     schemes: Sequence[str] = HEAD_SCHEMES,
     chunk: int | None = CHUNK,
     scores: str = "exact",
+    tile_shape: TileShape | Mapping[str, TileShape] | None = None,
+    batch: int = 1,
+    resume: Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Find thresholds for a model and write them into its `config.sparse_attention_config`.
@@ -74,13 +89,21 @@ def calibrate(
         chunk: tokens of a prompt that are read at once, a multiple of 128; None: all.
         scores: how prefill computes scores, "exact" or "int8": measured so, and written into the
             configuration. Thresholds mean the same with both.
+        tile_shape: query rows and keys of the tiles that the thresholds are for, or those by phase
+            (decode: rows of no effect); default: those of this device's kernels, which measure much
+            faster. What the configuration holds for other tiles stays beside it, and a run takes
+            what is for its own.
+        batch: prompts that are read at once.
+        resume: file in which finished passes are kept until the end: a calibration that was stopped
+            goes on from there.
         progress: told what is being done: see `blasst.progress`.
 
     Raises:
         UnreachableError: a target that no threshold up to 1 reaches at the longest length; the
             message gives the highest reachable.
-        ValueError: a length beyond the model's context, a text too short, or a model that runs
-            another attention.
+        ValueError: a length beyond the model's context, a text too short, a model that runs
+            another attention or is split over devices, too little memory, or a file to resume from
+            that is another calibration's.
     """
     check_attention(model)
     prose = reference_text() if text is None else text
@@ -94,21 +117,30 @@ def calibrate(
         progress or silent,
         chunk,
         scores,
+        operator_for(tile_shape, model),
+        batch,
     )
-    return _Calibrating(setup).run(prompts, swept_prompts, held_out)
+    check_memory(setup)
+    asked = [lengths, target_sparsity, prose, prompts, swept_prompts, orders, schemes]
+    asked += [chunk, scores, tile_shape, batch]
+    made_by = fingerprint(model, *asked) if resume else ""
+    return _Calibrating(setup, resume, made_by).run(prompts, swept_prompts, held_out)
 
 
 class _Calibrating:
     """One calibration, step by step."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, resume: Path | None, made_by: str) -> None:
         self._setup = setup
         self._measured = Measurements(len(setup.modules), setup.layers)
+        self._kept = Kept(resume, made_by, self._measured)
+        self._before = calibration_in(setup.model)
         self._collector = Collector(setup, self._measured)
         self._tables = Tables(self._measured, setup.layers, setup.lengths)
 
     def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int] | None) -> Calibration:
         setup = self._setup
+        self._first = min(setup.batch, prompts)
         if held_out is None:
             held_out = default_held_out(setup.lengths, context_length(setup.model))
         # Made first: a text that is too short is found before hours of work.
@@ -118,34 +150,44 @@ class _Calibrating:
         for phase, targets in setup.targets.items():
             for target in targets:
                 self._check_reachable(phase, target)
-        candidates = choose(setup, self._measured, validation, self._configured)
+        candidates = choose(setup, self._measured, validation, self._configured, self._kept)
         winners = Winners(setup, self._measured, self._tables, candidates)
         self._measure_drift(winners)
+        found = self._config({phase: winners.tables(phase) for phase in setup.targets})
         result = Calibration(
-            self._config({phase: winners.tables(phase) for phase in setup.targets}),
+            found.beside(self._before),
             winners.marked(),
             saturated=winners.saturated(),
             ecosystem=self._ecosystem(),
         )
         result.held_out = self._held_out(result, fresh)
         setup.model.config.sparse_attention_config = result.config.to_dict()
+        self._kept.remove()
         return result
 
     def _read_densely(self, prompts: int, swept_prompts: int) -> None:
         setup = self._setup
-        work = [(n, i) for n in setup.lengths for i in range(prompts)]
+        work = [(n, i) for n in setup.lengths for i in range(0, prompts, setup.batch)]
         total, done = sum(n for n, _ in work), 0
-        for length, index in work:
-            what = f"{index + 1} of {prompts} at {length} tokens"
+        for length, first in work:
+            what = f"{first + 1} of {prompts} at {length} tokens"
             setup.progress("Dense passes", done / total, what)
-            tokens = setup.maker.make(kind_at(index), length, seed=index).tokens
-            with self._collector.collecting(length, sweep=index < swept_prompts):
+            done += length
+            if self._kept.has("dense", length, first):
+                continue
+            tokens = self._prompts(length, range(first, min(first + setup.batch, prompts)))
+            with self._collector.collecting(length, sweep=first < swept_prompts):
                 setup.read(tokens)
-            if index == 0:
+            if first == 0:
                 for order in setup.orders if "prefill" in setup.targets else ():
                     self._measured.keep_first(order, length)
-            done += length
+            self._kept.add("dense", length, first)
         setup.progress("Dense passes", 1.0, "")
+
+    def _prompts(self, length: int, indices: Iterable[int]) -> Tensor:
+        """[prompts, length] tokens."""
+        make = self._setup.maker.make
+        return torch.cat([make(kind_at(i), length, seed=i).tokens for i in indices])
 
     def _check_reachable(self, phase: str, target: float) -> None:
         """An error unless some order reaches the target at the longest length."""
@@ -176,16 +218,20 @@ class _Calibrating:
         for i, (length, tried) in enumerate(steps):
             what = f"{tried.order}, {tried.target:.0%} at {length} tokens"
             setup.progress("Sparse passes", i / len(steps), what)
+            step = "drift", length, tried.order, tried.heads, tried.target
+            if self._kept.has(*step):
+                continue
             table = self._tables.table("prefill", tried.order, tried.heads, [tried.target])
             gaps = self._measured.first(tried.order, length)
             ln = np.broadcast_to(table.at(tried.target, length).log().numpy(), gaps.shape[:2])
             promised = promised_sparsity(gaps[setup.layers], ln[setup.layers])
             config = self._config({"prefill": [table]}, {"prefill": tried.target})
-            with running(setup.model, config) as recording:
-                tokens = setup.maker.make(PROMPT_KINDS[0], length, seed=0).tokens
+            with running(setup.model, config, setup.operator) as recording:
+                tokens = self._prompts(length, range(self._first))
                 read(setup.model, tokens, chunk=setup.chunk)
             reached = recording.sparsity("prefill", setup.layers)
             self._measured.note_drift(tried.order, length, tried.target, reached - promised)
+            self._kept.add(*step)
         setup.progress("Sparse passes", 1.0, "")
 
     def _configured(self, phase: str, target: float, order: str, scheme: str) -> SparseAttention:
@@ -213,14 +259,19 @@ class _Calibrating:
             target_sparsity=dict(targets),
             ignore=tuple(ignore),
             measured={
-                p: Measured(shapes[p], tuple(some), setup.scores_of(p))
+                p: Measured(
+                    shapes[p],
+                    tuple(some),
+                    setup.scores_of(p),
+                    self._tables.ecosystem_law(p, "forward"),
+                )
                 for p, some in tables.items()
             },
         )
 
     def _ecosystem(self) -> SparseAttention | None:
-        """The ecosystem's law alone, of the phases that have one."""
-        phases = [p for p in self._setup.targets if self._tables.ecosystem_law(p)]
+        """The paper's scheme alone, on the tiles that were measured, of the phases that have it."""
+        phases = [p for p in self._setup.targets if self._tables.ecosystem_law(p, "forward")]
         targets = {phase: self._setup.targets[phase][0] for phase in phases}
         return self._config({phase: [] for phase in phases}, targets) if phases else None
 
@@ -246,9 +297,10 @@ class _Calibrating:
                     reached.setdefault(key, []).append(sparsity)
                 done += 1
             for (phase, target), values in sorted(reached.items(), reverse=True):
-                law = result.config.laws.get(phase)
-                pooled = self._measured.pooled(phase, "forward", length)
-                at = sparsity_at(pooled, law.ln_threshold(target, length)) if law else None
+                law, at = result.config.laws.get(phase), None
+                if law is not None:
+                    pooled = self._measured.pooled(phase, LAW, length)
+                    at = sparsity_at(pooled, law.ln_threshold(target, length))
                 found.append(HeldOut(phase, length, target, float(np.mean(values)), at))
         setup.progress("Held-out lengths", 1.0, "")
         return found
@@ -261,7 +313,8 @@ class _Calibrating:
         for target in sorted({t for some in setup.targets.values() for t in some}):
             phases = [p for p, some in setup.targets.items() if target in some]
             targets = {p: target if p in phases else 0.0 for p in setup.targets}
-            with running(setup.model, config.with_targets(**targets)) as recording:
+            sparse = config.with_targets(**targets)
+            with running(setup.model, sparse, setup.operator) as recording:
                 setup.read(tokens)
             found += [((p, target), recording.sparsity(p, setup.layers)) for p in phases]
         return found

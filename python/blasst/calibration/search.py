@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 
@@ -11,12 +10,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from blasst.calibration.kept import Kept
 from blasst.calibration.measurement import Measurements
 from blasst.calibration.result import Candidate
 from blasst.calibration.setup import DECODE_STEPS, Setup
 from blasst.config import SparseAttention
 from blasst.hf import Recording, record
-from blasst.hf.reading import read
+from blasst.hf.operator import KERNELS, Operator, calling
+from blasst.hf.reading import put_back, read
 from blasst.measure.agreement import Agreement, DenseRun
 
 SCORED = 1024
@@ -30,6 +31,7 @@ def choose(
     measurements: Measurements,
     validation: Tensor,
     configured: Callable[[str, float, str, str], SparseAttention],
+    kept: Kept,
 ) -> list[Candidate]:
     """Try every candidate on the whole model and mark the best of each phase and target.
 
@@ -38,6 +40,7 @@ def choose(
         measurements: of its dense passes.
         validation: [1, length] tokens of the prompt on which candidates are compared.
         configured: the configuration of a phase, target, order and scheme.
+        kept: those that were tried before.
     """
     tries = [
         (phase, target, order, scheme)
@@ -47,14 +50,19 @@ def choose(
         for scheme in setup.schemes
         if target <= measurements.highest(phase, order, setup.longest)
     ]
-    judge = Judge(setup, validation)
-    tried = []
+    judge, tried = None, []
     for i, (phase, target, order, scheme) in enumerate(tries):
         what = f"{order}, {scheme} at {target:.0%} of {phase}"
         setup.progress("Candidates", i / len(tries), what)
-        sparsity, found = judge.try_out(phase, configured(phase, target, order, scheme))
-        ratio = found.perplexity / found.dense_perplexity
-        tried.append(Candidate(phase, target, order, scheme, sparsity, found.kl, found.top1, ratio))
+        candidate = kept.candidate(phase, target, order, scheme)
+        if candidate is None:
+            judge = judge or Judge(setup, validation)
+            sparsity, found = judge.try_out(phase, configured(phase, target, order, scheme))
+            ratio = found.perplexity / found.dense_perplexity
+            candidate = kept.add_candidate(
+                Candidate(phase, target, order, scheme, sparsity, found.kl, found.top1, ratio)
+            )
+        tried.append(candidate)
     setup.progress("Candidates", 1.0, "")
     best: dict[tuple[str, float], Candidate] = {}
     for candidate in tried:
@@ -70,11 +78,19 @@ def cost(candidate: Candidate) -> float:
 
 
 @contextmanager
-def running(model: PreTrainedModel, config: SparseAttention) -> Iterator[Recording]:
-    """The model runs with this configuration inside, recorded, and afterwards with none."""
+def running(
+    model: PreTrainedModel, config: SparseAttention, operator: Operator = KERNELS
+) -> Iterator[Recording]:
+    """The model runs with this configuration inside, recorded, and afterwards with none.
+
+    Args:
+        model: what runs.
+        config: its thresholds.
+        operator: what its attention layers call.
+    """
     model.config.sparse_attention_config = config.to_dict()
     try:
-        with record() as recording:
+        with calling(operator), record() as recording:
             yield recording
     finally:
         del model.config.sparse_attention_config
@@ -92,6 +108,7 @@ class Judge:
         """
         model = setup.model
         self._model, self._layers, self._chunk = model, setup.layers, setup.chunk
+        self._operator = setup.operator
         self._tokens = tokens.to(model.device)
         model.config.__dict__.pop("sparse_attention_config", None)
         self._cache = DynamicCache(config=model.config)
@@ -104,11 +121,11 @@ class Judge:
         """Sparsity and agreement with dense of one configuration."""
         if phase == "prefill":
             dense = self._dense
-            with running(self._model, config) as recording:
+            with running(self._model, config, self._operator) as recording:
                 hidden = read(self._model, self._tokens, chunk=self._chunk)[0]
         else:
             dense, sequence = self._dense_decode
-            with running(self._model, config) as recording:
+            with running(self._model, config, self._operator) as recording:
                 hidden = self._steps(sequence)
         return recording.sparsity(phase, self._layers), dense.compare(hidden)
 
@@ -116,17 +133,17 @@ class Judge:
     def _dense_decode(self) -> tuple[DenseRun, Tensor]:
         """A dense, greedy decode, and the tokens [steps] that it read."""
         head = self._model.get_output_embeddings()
-        cache = deepcopy(self._cache)
         tokens, hidden = [head(self._last).argmax(-1)], []
-        for _ in range(DECODE_STEPS):
-            hidden.append(self._step(tokens[-1], cache))
-            tokens.append(head(hidden[-1]).argmax(-1))
+        with put_back(self._cache):
+            for _ in range(DECODE_STEPS):
+                hidden.append(self._step(tokens[-1]))
+                tokens.append(head(hidden[-1]).argmax(-1))
         sequence = torch.cat(tokens[:-1])
         return DenseRun(self._model, torch.cat(hidden), sequence), sequence
 
     def _steps(self, tokens: Tensor) -> Tensor:
-        cache = deepcopy(self._cache)
-        return torch.cat([self._step(token[None], cache) for token in tokens])
+        with put_back(self._cache):
+            return torch.cat([self._step(token[None]) for token in tokens])
 
-    def _step(self, token: Tensor, cache: DynamicCache) -> Tensor:
-        return read(self._model, token[None], cache)[0]
+    def _step(self, token: Tensor) -> Tensor:
+        return read(self._model, token[None], self._cache)[0]

@@ -8,13 +8,18 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from blasst import hf
+from blasst.calibration.emulation import Emulation
 from blasst.config import HEAD_SCHEMES, ORDERS, PHASES, SCORES
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
+from blasst.hf.operator import KERNELS, Operator
 from blasst.hf.reading import check_chunk, read
 from blasst.ops.arguments import check_choice
+from blasst.ops.library import tile_of
 from blasst.progress import Progress, silent
 from blasst.prompts import PromptMaker
 
+TileShape = tuple[int, int]
+"""Query rows and keys."""
 DEFAULT_LENGTHS = (1024, 2048, 4096)
 DECODE_STEPS = 16
 
@@ -38,10 +43,16 @@ class Setup:
     """Tokens of a prompt that are read at once; None: all."""
     scores: str = "exact"
     """How prefill computes scores."""
+    operator: Operator = KERNELS
+    """What attention layers call: this device's kernels, or others' tiles emulated."""
+    batch: int = 1
+    """Prompts that are read at once."""
 
     def __post_init__(self) -> None:
         check_attention(self.model)
         check_choice("scores", self.scores, SCORES)
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; it must be at least 1")
         if self.chunk is not None:
             check_chunk(self.chunk)
         for length in self.lengths:
@@ -87,7 +98,7 @@ class Setup:
         return self.lengths[-1]
 
     def read(self, tokens: Tensor) -> None:
-        """Prefill of [1, length] tokens, and some steps of decode if that is calibrated."""
+        """Prefill of [batch, length] tokens, and some steps of decode if that is calibrated."""
         cache = DynamicCache(config=self.model.config)
         hidden = read(self.model, tokens, cache, self.chunk)
         if "decode" not in self.targets:
@@ -102,6 +113,12 @@ def check_attention(model: PreTrainedModel) -> None:
     used = model.config._attn_implementation
     if used != hf.NAME:
         raise ValueError(f"the model's attn_implementation is {used!r}; load it with {hf.NAME!r}")
+    devices = {str(weight.device) for weight in model.parameters()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model is split over {', '.join(sorted(devices))}; calibrate it on one device "
+            "(--device, no --device-map): thresholds then hold wherever it runs"
+        )
     if hf.is_sharded(model):
         raise ValueError(
             "the model is split over processes; calibrate it in one process: the thresholds "
@@ -147,3 +164,40 @@ def targets_by_phase(
     if not any(positive.values()):
         raise ValueError("every target sparsity is 0: dense needs no calibration")
     return {phase: targets for phase, targets in positive.items() if targets}
+
+
+def operator_for(
+    given: TileShape | Mapping[str, TileShape] | None, model: PreTrainedModel
+) -> Operator:
+    """What measures on tiles of these shapes: the kernels, where they have them.
+
+    Args:
+        given: query rows and keys, or those by phase; None: what the kernels have.
+        model: what is calibrated.
+
+    Raises:
+        ValueError: shapes that no kernel could have.
+    """
+    if given is None:
+        return KERNELS
+    by_phase = dict(given) if isinstance(given, Mapping) else dict.fromkeys(PHASES, given)
+    for phase, shape in by_phase.items():
+        if phase not in PHASES:
+            raise ValueError(f"tile_shape is for {phase!r}; it must be for {' or '.join(PHASES)}")
+        is_shape = isinstance(shape, Sequence) and len(shape) == 2
+        if not is_shape or not all(isinstance(n, int) and n > 0 for n in shape):
+            raise ValueError(
+                f"tile_shape is {shape!r}; it must be (query rows, keys), like (64, 128)"
+            )
+    weight, layers = next(model.parameters()), attention_layers(model)
+    sizes = {layer.head_dim for layer in layers.values() if hasattr(layer, "head_dim")}
+    own = {p: {tile_of(p, weight.device, weight.dtype, d) for d in sizes} for p in PHASES}
+    wanted = {phase: by_phase.get(phase, min(own[phase])) for phase in PHASES}
+    return KERNELS if all(_are_all(own[p], p, wanted[p]) for p in PHASES) else Emulation(wanted)
+
+
+def _are_all(own: set[TileShape], phase: str, wanted: TileShape) -> bool:
+    """Whether all the kernel's tiles are these; of decode, as far as keys go."""
+    if phase == "decode":
+        return {keys for _, keys in own} == {wanted[1]}
+    return own == {tuple(wanted)}

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 
 from blasst.calibration.curves import UnfittableError, fit_law, ln_threshold_at, share_out
-from blasst.calibration.measurement import Measurements
+from blasst.calibration.measurement import LAW, Measurements
 from blasst.config import HIGHEST_LN_THRESHOLD, LOWEST_LN_THRESHOLD, Law, ThresholdTable
 
 TARGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
 """The grid that a table is made for, as far as its order reaches."""
+FEW = (0.3, 0.6, 0.9)
+"""Of what an order reaches, where that is less than two targets."""
 
 
 class Tables:
@@ -93,10 +95,15 @@ class Tables:
     def law(self, phase: str, order: str, *, fit_power: bool) -> Law:
         """A law for one threshold; without its power fitted, 1 as in the ecosystem's.
 
+        order: or `LAW`, of the ecosystem's own tiles.
+
         Raises:
             UnfittableError: the order skips too little.
         """
-        targets = np.array(TARGETS)
+        reach = self._measured.highest(phase, order, self._lengths[-1])
+        grid = [t for t in TARGETS if t < reach]
+        # An order that reaches little still has a law, of what it does reach.
+        targets = np.array(TARGETS if len(grid) > 1 else [s * reach for s in FEW])
         ln = np.zeros((len(self._lengths), len(targets)))
         for row, length in enumerate(self._lengths):
             pooled = self._measured.pooled(phase, order, length)
@@ -106,9 +113,16 @@ class Tables:
                 ln[row, column] = ln_threshold_at(pooled, target) if target < highest else 0.0
         return fit_law(targets, np.array(self._lengths), ln, fit_power=fit_power)
 
-    def ecosystem_law(self, phase: str) -> Law | None:
-        """None where forward order skips too little to fit one."""
+    def ecosystem_law(self, phase: str, order: str = LAW) -> Law | None:
+        """For one threshold, power 1; None where the order skips too little to fit one.
+
+        Args:
+            phase: a calibrated one.
+            order: "forward" fits it on the tiles that were measured instead of 128 x 128.
+        """
+        if not self._measured.has(phase, order, self._lengths[-1]):
+            return None
         try:
-            return self.law(phase, "forward", fit_power=False)
+            return self.law(phase, order, fit_power=False)
         except UnfittableError:
             return None

@@ -62,7 +62,7 @@ def _add(function: Callable[..., None], *, resumes: bool = False) -> None:
     app.command()(run)
 
 
-_add(commands.calibrate)
+_add(commands.calibrate, resumes=True)
 _add(commands.evaluate, resumes=True)
 _add(commands.finetune, resumes=True)
 _add(commands.demo, resumes=True)

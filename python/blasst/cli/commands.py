@@ -7,7 +7,9 @@ from typer import Argument, Option
 
 from blasst.cli.loading import with_loading
 from blasst.cli.options import (
+    Batch,
     Chunk,
+    ConfigOnly,
     Distill,
     EvaluatedScores,
     EvaluatedTargets,
@@ -26,6 +28,7 @@ from blasst.cli.options import (
     Targets,
     Tasks,
     Texts,
+    Tile,
     TrainingText,
 )
 from blasst.cli.parsing import COUNT, POSITIVE, RATE, Choice, several
@@ -54,7 +57,10 @@ def calibrate(
         str,
         Option(parser=Choice(SCORES), metavar="KIND", help=f"of prefill: {', '.join(SCORES)}"),
     ] = "exact",
+    tile_shape: Tile = None,
+    batch: Batch = 1,
     text: PromptText = None,
+    config_only: ConfigOnly = False,
     out: Annotated[
         Path | None,
         Option(
@@ -74,19 +80,22 @@ def calibrate(
     with shown_progress() as progress:
         loaded = models.load(model, loading=loading, progress=progress)
         out = out or Path(model if Path(model).is_dir() else f"{loaded.title}-blasst")
-        models.check_room(loaded.model, out)
+        models.check_room(loaded.model, out, config_only=config_only)
+        asked = {
+            "lengths": several(lengths),
+            "target_sparsity": several(target_sparsity) or [0.5],
+            "held_out": several(held_out),
+            "prompts": prompts,
+            "schemes": several(schemes) or HEAD_SCHEMES,
+            "chunk": chunk,
+            "scores": scores,
+            "tile_shape": tile_shape,
+            "batch": batch,
+            "text": prose,
+        }
+        resume = models.kept_file("calibrations", out.resolve(), loading, asked)
         found = calibration.calibrate(
-            loaded.model,
-            loaded.tokenizer,
-            lengths=several(lengths),
-            target_sparsity=several(target_sparsity) or [0.5],
-            held_out=several(held_out),
-            prompts=prompts,
-            schemes=several(schemes) or HEAD_SCHEMES,
-            chunk=chunk,
-            scores=scores,
-            text=prose,
-            progress=progress,
+            loaded.model, loaded.tokenizer, **asked, resume=resume, progress=progress
         )
     for table in report.calibration_tables(found):
         show(table)
@@ -95,7 +104,7 @@ def calibrate(
             f"note: at {length} tokens threshold 1 skips {highest:.1%} in {phase}, "
             f"below the target of {target:.0%}"
         )
-    models.save_config(loaded.model, loaded.tokenizer, out)
+    models.save_config(loaded.model, loaded.tokenizer, out, config_only=config_only)
     console.print(f"Calibrated model: {out.resolve()}")
 
 

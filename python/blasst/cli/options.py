@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from blasst.cli.parsing import FRACTION, POSITIVE, Choice
+from blasst.cli.parsing import FRACTION, POSITIVE, Choice, shape
 from blasst.config import HEAD_SCHEMES, SCORES
 
 Model = Annotated[str, Argument(metavar="MODEL", help="smollm2, gemma3, a folder or a hub name")]
@@ -105,6 +105,19 @@ Schemes = Annotated[
 Chunk = Annotated[
     int,
     Option(parser=POSITIVE, metavar="TOKENS", help="of a prompt that are read at once"),
+]
+Batch = Annotated[int, Option(parser=POSITIVE, metavar="N", help="prompts read at once")]
+Tile = Annotated[
+    str | None,
+    Option(
+        "--tile-shape",
+        parser=shape,
+        metavar="ROWSxKEYS",
+        help="tiles that the thresholds are for (default: those of this device)",
+    ),
+]
+ConfigOnly = Annotated[
+    bool, Option("--config-only", help="write the configuration without the weights")
 ]
 Device = Annotated[
     str | None, Option(metavar="DEVICE", help="where the model runs: cpu (default), cuda, cuda:N")

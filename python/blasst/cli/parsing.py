@@ -52,6 +52,14 @@ class Choice:
         return text
 
 
+def shape(text: str) -> tuple[int, int]:
+    """Query rows and keys, as in 64x128."""
+    rows, x, keys = text.lower().partition("x")
+    if not x or not (rows.isdecimal() and keys.isdecimal() and int(rows) and int(keys)):
+        raise BadParameter(f"{text!r} is not ROWSxKEYS, like 64x128")
+    return int(rows), int(keys)
+
+
 def several(given: Sequence[T] | None) -> list[T] | None:
     """The values of an option that takes several; None if it was not given."""
     return None if given is None else [value for value in given if value != NONE]

@@ -3,6 +3,7 @@
 from typing import get_args
 
 from blasst.config.laws import LOWEST_LN_THRESHOLD, Law, Measured, Schedule, ThresholdTable
+from blasst.config.messages import NEAR
 from blasst.config.reading import parse, parsed, thresholds_for
 from blasst.config.schema import (
     ALGORITHM,
@@ -18,7 +19,6 @@ from blasst.config.schema import (
 from blasst.config.sparse_attention import (
     ECOSYSTEM_TILE_SHAPE,
     GENERIC_TARGETS,
-    NEAR,
     PHASES,
     Rule,
     SparseAttention,

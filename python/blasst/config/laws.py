@@ -3,7 +3,7 @@
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +150,46 @@ class Measured:
     tables: tuple[ThresholdTable, ...]
     """By ascending target; each covers the targets from its first to its last. None: the law."""
     scores: str = "exact"
-    """How the phase computes scores, at every target."""
+    """How the phase computes scores, at every target, on any tiles."""
+    law: Law | None = None
+    """The ecosystem's law (forward, one threshold) as fitted on these tiles; None: it was not."""
+    others: tuple["Measured", ...] = ()
+    """The same phase on other tiles."""
+
+    def under_the_law(self, general: Law | None) -> "Measured | None":
+        """Without tables: on each tile shape its own law, else `general`; None: there is none."""
+        laws = [
+            replace(m, tables=(), others=())
+            for m in (self, *self.others)
+            if m.law is not None or general is not None
+        ]
+        return replace(laws[0], others=tuple(laws[1:])) if laws else None
+
+    def beside(self, older: "Measured") -> "Measured":
+        """With what was measured before on other tiles, of the same layers and heads."""
+        tables = [table for m in (self, older) for table in m.tables]
+        shapes = {tuple(table.ln_threshold.shape[2:]) for table in tables}
+        if self.scores != older.scores or len(shapes - {(1, 1)}) > 1:
+            return self
+        known = {m.tile_shape: replace(m, others=()) for m in (older, *older.others)}
+        known.pop(self.tile_shape, None)
+        return replace(self, others=tuple(known.values()))
+
+    def on(self, tile: tuple[int, int] | None, *, keys_only: bool) -> "Measured":
+        """What was measured on tiles of this shape, else on those nearest in size; None: this.
+
+        Args:
+            tile: query rows and keys.
+            keys_only: the rows do not tell shapes apart: in decode they are a KV head's.
+        """
+        if tile is None or not self.others:
+            return self
+
+        def distance(one: Measured) -> tuple[float, float]:
+            rows, keys = (math.log(a / b) for a, b in zip(one.tile_shape, tile, strict=True))
+            return abs(keys) if keys_only else abs(rows + keys), abs(keys)
+
+        return min((self, *self.others), key=distance)
 
     def table(self, target: float) -> ThresholdTable:
         """The one that covers this target, else the nearest."""

@@ -18,17 +18,27 @@ from blasst.config.schema import (
     validated,
 )
 from blasst.config.sparse_attention import PHASES, Rule, SparseAttention
+from blasst.config.tables import Find, in_no_folder, read_tables
 
 
-def parse(entry: Any) -> SparseAttention:
+def parse(entry: Any, find: Find = in_no_folder) -> SparseAttention:
     """Read a `sparse_attention_config`.
+
+    Args:
+        entry: what stands in the model's configuration.
+        find: where a file is that lies beside its config.json.
 
     Raises:
         TypeError: it is no object at all.
         ValueError: an unknown key or formula, a value out of range, or an algorithm that blasst
-            does not do; the message names it and says what is accepted.
+            does not do; the message names it and says what is accepted. Or its file of tables is
+            missing, or another's.
     """
     read = validated(entry)
+    if read.blasst is not None and read.blasst.tables is not None:
+        place = read.blasst.tables
+        own = {"version": read.blasst.version} | read_tables(place.file, place.sha256, find)
+        read = validated({**entry, "blasst": own})
     group = read.group
     laws = {phase: getattr(group.threshold_scale_factor, phase) for phase in PHASES}
     laws = {phase: Law(law.a, law.b) for phase, law in laws.items() if law is not None}
@@ -50,7 +60,13 @@ def parse(entry: Any) -> SparseAttention:
 
 def _measured(entry: MeasuredEntry) -> Measured:
     rows, keys = entry.tile_shape
-    return Measured((rows, keys), tuple(_main_table(one) for one in entry.policies), entry.scores)
+    return Measured(
+        (rows, keys),
+        tuple(_main_table(one) for one in entry.policies),
+        entry.scores,
+        entry.law and Law(entry.law.a, entry.law.b),
+        tuple(_measured(other) for other in entry.others),
+    )
 
 
 def _main_table(entry: MainTableEntry) -> ThresholdTable:
@@ -187,13 +203,13 @@ _read: tuple[Read, ...] = ()
 """Replaced, never changed, so that any thread may look through it."""
 
 
-def parsed(entry: Any, layer: int) -> Read:
+def parsed(entry: Any, layer: int, find: Find = in_no_folder) -> Read:
     """`parse`, once for each entry and again after an edit that this layer can see."""
     global _read  # noqa: PLW0603
     for known in _read:
         if known.entry is entry and known.watch.is_unchanged(layer):
             return known
-    found = Read(entry, _Watch(entry), parse(entry))
+    found = Read(entry, _Watch(entry), parse(entry, find))
     with _reading:
         others = [known for known in _read if known.entry is not entry]
         _read = (*others[1 - _READ_AT_MOST :], found)

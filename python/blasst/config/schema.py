@@ -12,8 +12,9 @@ which other readers ignore:
                                    "prefill": {"a": .., "b": ..}, "decode": {"a": .., "b": ..}},
         "target_sparsity": {"prefill": 0.5, "decode": 0.5}}},
      "producer": {"name": .., "version": ..},
-     "blasst": {"version": 1,
+     "blasst": {"version": 2,
         "prefill": {"tile_shape": [64, 64], "scores": "int8",    # optional, else "exact"
+          "law": {"a": .., "b": ..},                       # the ecosystem's, on these tiles
           "policies": [{
             "order": "sink_first",
             "heads": "equal_mass",                         # how thresholds were shared out
@@ -22,16 +23,21 @@ which other readers ignore:
             "lengths": [1024, 2048], "target_sparsity": [0.3, 0.5],
             "ln_threshold": [lengths][targets][layers][heads],  # or [1][1]: one for all; layers
                                                            # may differ in their number of heads
-            "shorter": {"below": [2048, 4096], "policy": {..}}}]},    # optional
+            "shorter": {"below": [2048, 4096], "policy": {..}}}],    # optional
+          "others": [{"tile_shape": [64, 128], "policies": [..]}]},  # the phase on other tiles
         "decode": ..}}
 
+A model that is saved has the phases in a file beside its config.json, and in it only
+
+     "blasst": {"version": 2, "tables": {"file": "blasst_thresholds.safetensors", "sha256": ..}}
+
 Without our key a phase follows the ecosystem's law: threshold = a * exp(b * target) / length, one
-for all heads, tiles visited forward, fitted on tiles of 128 x 128 (or of `tile_shape`, where
-`policies` is empty). With policies: the measured table, interpolated in target and in ln length,
-and beyond its lengths continued with a power half-way between the law's and 1. Where the keys are
-few, an order may not reach a target that another one does: `shorter` holds that one, and by target
-the number of keys below which it stands in. `targets` and `ignore` name classes or modules: see
-`SparseAttention`.
+for all heads, tiles visited forward, fitted on tiles of 128 x 128 (or of `tile_shape`, by `law` if
+it has one, where `policies` is empty). With policies: the measured table, interpolated in target
+and in ln length, and beyond its lengths continued with a power half-way between the law's and 1.
+Where the keys are few, an order may not reach a target that another one does: `shorter` holds that
+one, and by target the number of keys below which it stands in. `targets` and `ignore` name classes
+or modules: see `SparseAttention`.
 """
 
 from itertools import pairwise
@@ -53,7 +59,8 @@ ENTRY = "sparse_attention_config"
 FORMULA = "a * exp(b * target_sparsity)"
 LENGTH_FORMULA = f"{FORMULA} / length ** power"
 ALGORITHM = "skip_softmax"
-VERSION = 1
+VERSION = 2
+"""Version 1 had one tile shape a phase, and its tables in config.json."""
 ECOSYSTEM_TARGET = 0.5
 """What readers of the ecosystem take where a file says no target."""
 Order = Literal["sink_first", "reverse", "forward"]
@@ -205,14 +212,30 @@ class MeasuredEntry(_Entry):
     tile_shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
     scores: Scores = "exact"
     policies: list[MainTableEntry]
+    law: LawEntry | None = None
+    others: list["MeasuredEntry"] = []
+
+
+class FileEntry(_Entry):
+    """Where the phases are that are not in config.json."""
+
+    file: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class OwnEntry(_Entry):
     """What the ecosystem's keys cannot express."""
 
-    version: Literal[1]
+    version: Literal[1, 2]
+    tables: FileEntry | None = None
     prefill: MeasuredEntry | None = None
     decode: MeasuredEntry | None = None
+
+    @model_validator(mode="after")
+    def _is_in_one_place(self) -> "OwnEntry":
+        if self.tables and (self.prefill or self.decode):
+            raise ValueError("has phases, and tables that hold them: one of the two is accepted")
+        return self
 
 
 class ConfigEntry(_Entry):
@@ -234,7 +257,8 @@ class ConfigEntry(_Entry):
         for phase in ("prefill", "decode"):
             measured = self.blasst and getattr(self.blasst, phase)
             law = getattr(self.group.threshold_scale_factor, phase)
-            if measured and not measured.policies and law is None:
+            every = [measured, *measured.others] if measured else []
+            if law is None and any(not (one.policies or one.law) for one in every):
                 raise ValueError(
                     f"blasst.{phase}.policies is empty and threshold_scale_factor has no {phase}: "
                     "there is nothing to go by"

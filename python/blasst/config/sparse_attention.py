@@ -2,7 +2,6 @@
 
 import fnmatch
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +12,13 @@ import torch
 from torch import Tensor
 
 from blasst.config.laws import Law, Measured, Schedule, heads_of, on_host, row_of
+from blasst.config.messages import longer, other_target, other_tiles
 from blasst.config.writing import ecosystem_entry, own_entry
 
 PHASES = ("prefill", "decode")
 ECOSYSTEM_TILE_SHAPE = (128, 128)
 GENERIC_TARGETS = ("Attention",)
 """What Model-Optimizer writes where it does not know the class: any."""
-NEAR = 1.1
-"""Requests up to so many times the longest calibrated length pass without a word."""
-
 _log = logging.getLogger("blasst")
 
 
@@ -93,6 +90,17 @@ class SparseAttention:
                 changed[phase] = replace(known, scores=how)
         return replace(self, measured={**self.measured, **changed})
 
+    def beside(self, older: "SparseAttention | None") -> "SparseAttention":
+        """With what an older calibration measured on other tiles, for runs on those.
+
+        Its thresholds must be for as many layers and heads; those for other scores are left out.
+        """
+        if older is None:
+            return self
+        old = older.measured
+        measured = {p: m.beside(old[p]) if p in old else m for p, m in self.measured.items()}
+        return replace(self, measured=measured)
+
     def at_targets(self, targets: Mapping[str, float] | None) -> "SparseAttention":
         """`with_targets`, kept: the same targets give the same object, with what it has worked out.
 
@@ -108,13 +116,18 @@ class SparseAttention:
 
     def under_the_law(self) -> "SparseAttention":
         """The ecosystem's law, fitted on the same tiles, instead of the measured tables."""
-        laws = {phase: replace(m, tables=()) for phase, m in self.measured.items()}
-        return replace(self, measured={p: m for p, m in laws.items() if p in self.laws})
+        known = {p: m.under_the_law(self.laws.get(p)) for p, m in self.measured.items()}
+        return replace(self, measured={p: m for p, m in known.items() if m is not None})
 
-    def tile_shape(self, phase: str) -> tuple[int, int]:
-        """Query rows and keys of the tiles that the thresholds of this phase belong to."""
-        measured = self.measured.get(phase)
-        return measured.tile_shape if measured else ECOSYSTEM_TILE_SHAPE
+    def on(self, phase: str, tile: tuple[int, int] | None = None) -> Measured:
+        """What the thresholds of this phase come from where a kernel has such tiles.
+
+        Args:
+            phase: a calibrated one.
+            tile: query rows and keys; None: those of the last calibration.
+        """
+        found = self.measured.get(phase, Measured(ECOSYSTEM_TILE_SHAPE, ()))
+        return found.on(tile, keys_only=phase == "decode")
 
     def is_target(self, attention_class: str, name: str) -> bool:
         """Whether `targets` lists the attention layer of this class, at this place in the model."""
@@ -145,11 +158,12 @@ class SparseAttention:
         scores = self.scores(attention_class, phase, name)
         if not self.is_sparse(attention_class, layer, phase, name):
             return Rule(None, "sink_first", scores)
-        self.tell_outside(phase, lambda: lengths)
         rules = self.rules(phase, on_host(lengths, torch.float64), keys)
         return Rule(rules.of_layer(layer), rules.order, scores)
 
-    def rules(self, phase: str, lengths: Tensor, keys: int) -> Rules:
+    def rules(
+        self, phase: str, lengths: Tensor, keys: int, tile: tuple[int, int] | None = None
+    ) -> Rules:
         """The thresholds of all layers in one pass, on the device of `lengths`.
 
         Nothing is read from that device.
@@ -158,26 +172,28 @@ class SparseAttention:
             phase: one that has a target and thresholds.
             lengths: [requests] keys in use.
             keys: how many the call has room for a request.
+            tile: query rows and keys on which the kernel decides.
         """
-        whole, heads = self._schedule_on(lengths.device, phase)
+        key = "schedule", lengths.device, phase, tile
+        if key not in self._tables:
+            found = self._schedule(phase, tile)
+            self._tables[key] = found.to(lengths.device), heads_of(found.ln_threshold)
+        whole, heads = self._tables[key]
         schedule = whole.of_call(keys)
         return Rules(schedule.at(lengths).unbind(1), heads, schedule.order)
 
-    def _schedule_on(self, device: torch.device, phase: str) -> tuple[Schedule, list[int] | None]:
-        """The whole model's on this device, and the heads of each layer."""
-        key = "schedule", device, phase
-        if key not in self._tables:
-            found = self._schedule(phase)
-            self._tables[key] = found.to(device), heads_of(found.ln_threshold)
-        return self._tables[key]
-
     def schedule(
-        self, attention_class: str, layer: int, phase: str, name: str | None = None
+        self,
+        attention_class: str,
+        layer: int,
+        phase: str,
+        name: str | None = None,
+        tile: tuple[int, int] | None = None,
     ) -> Schedule | None:
         """One layer's thresholds at every length, [lengths, 1, heads]; None: dense."""
         if not self.is_sparse(attention_class, layer, phase, name):
             return None
-        return self._schedule(phase).of_layer(layer)
+        return self._schedule(phase, tile).of_layer(layer)
 
     def is_sparse(
         self, attention_class: str, layer: int, phase: str, name: str | None = None
@@ -200,55 +216,30 @@ class SparseAttention:
             )
         return True
 
-    def _schedule(self, phase: str) -> Schedule:
+    def _schedule(self, phase: str, tile: tuple[int, int] | None) -> Schedule:
         """The whole model's."""
-        target = self.target_sparsity[phase]
-        if not self._has_table(phase):
-            return self.laws[phase].schedule(target)
-        return self.measured[phase].table(target).schedule(target)
+        target, found = self.target_sparsity[phase], self.on(phase, tile)
+        if found.tables:
+            return found.table(target).schedule(target)
+        return (found.law or self.laws[phase]).schedule(target)
 
-    def _has_table(self, phase: str) -> bool:
-        return phase in self.measured and bool(self.measured[phase].tables)
+    def tell(self, phase: str, tile: tuple[int, int], lengths: Callable[[], Sequence[int]]) -> None:
+        """Say, each once a phase, how a call differs from what was measured.
 
-    def tell_tiles(self, phase: str, running: Callable[[], tuple[int, int]]) -> None:
-        """Say, once a phase, that the kernel that runs has other tiles than the thresholds."""
-        if ("tiles", phase) in self._tables:
-            return
-        self._tables["tiles", phase] = True
-        measured, runs = self.tile_shape(phase), tuple(running())
-        if phase == "decode":  # rows: a KV head's, of every model its own
-            runs = measured[0], runs[1]
-        if measured != runs:
-            more = "more" if math.prod(runs) < math.prod(measured) else "less"
-            _log.warning(
-                "%s: thresholds are for tiles of %d x %d, the kernel's are %d x %d; expect %s "
-                "sparsity than the target",
-                *(phase, *measured, *runs, more),
-            )
-
-    def tell_outside(self, phase: str, lengths: Callable[[], Sequence[int]]) -> None:
-        """Say, once a phase, how far a request or the target is outside what was measured."""
-        if not self._has_table(phase):
-            return
-        target, length = self.target_sparsity[phase], max(lengths(), default=0)
-        table = self.measured[phase].table(target)
-        low, high = self.measured[phase].tables[0], self.measured[phase].tables[-1]
-        messages = []
-        if length > NEAR * table.lengths[-1]:
-            times = length / table.lengths[-1]
-            messages.append(
-                f"{length} keys are {times:.2f}x the longest calibrated length, "
-                f"{table.lengths[-1]}; thresholds are extrapolated"
-            )
-        if not low.targets[0] <= target <= high.targets[-1]:
-            messages.append(
-                f"target sparsity {target} is outside the calibrated {low.targets[0]} to "
-                f"{high.targets[-1]}; the nearest is used"
-            )
-        for message in messages:
-            told = (phase, message.split()[-1])
-            if told not in self._tables:
-                self._tables[told] = True
+        Args:
+            phase: of the call.
+            tile: query rows and keys on which the kernel decides.
+            lengths: of requests, as far as they are known.
+        """
+        found = self.on(phase, tile)
+        messages = {"tiles": other_tiles(phase, found.tile_shape, tile)}
+        if found.tables:
+            target, longest = self.target_sparsity[phase], max(lengths(), default=0)
+            messages["length"] = longer(found.table(target).lengths[-1], longest)
+            messages["target"] = other_target(found.tables, target)
+        for what, message in messages.items():
+            if message and (what, phase) not in self._tables:
+                self._tables[what, phase] = True
                 _log.warning("%s: %s", phase, message)
 
     def to_dict(self) -> dict[str, Any]:

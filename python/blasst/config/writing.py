@@ -27,15 +27,21 @@ def ecosystem_entry(
 
 def own_entry(measured: Mapping[str, Measured]) -> dict[str, Any]:
     """What is under our key."""
-    return {"version": VERSION} | {
-        phase: {
-            "tile_shape": list(found.tile_shape),
-            # Readers before int8 know no such key.
-            **({} if found.scores == "exact" else {"scores": found.scores}),
-            "policies": [_table(table) for table in found.tables],
-        }
-        for phase, found in measured.items()
+    return {"version": VERSION} | {phase: _measured(found) for phase, found in measured.items()}
+
+
+def _measured(found: Measured) -> dict[str, Any]:
+    entry = {
+        "tile_shape": list(found.tile_shape),
+        "policies": [_table(table) for table in found.tables],
     }
+    if found.scores != "exact":
+        entry["scores"] = found.scores
+    if found.law is not None:
+        entry["law"] = {"a": found.law.a, "b": found.law.b}
+    if found.others:
+        entry["others"] = [_measured(other) for other in found.others]
+    return entry
 
 
 def _table(table: ThresholdTable) -> dict[str, Any]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from blasst.config import SparseAttention, parse
+from blasst.config import SparseAttention
 from blasst.evaluation.clock import now
 from blasst.evaluation.options import Options
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
 from blasst.hf import Recording, Threshold, configure, record
 from blasst.hf.models import Loaded, check_length, sparse_layers
 from blasst.hf.reading import read
+from blasst.hf.saving import calibration_in
 from blasst.measure.results import Results, fingerprint
 from blasst.methods.registry import Method, made_by, saved_tiles
 from blasst.progress import Progress
@@ -46,8 +47,7 @@ class Session:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self._methods = methods
         check_length(self.model, options.length, "a prompt")
-        entry = getattr(self.model.config, "sparse_attention_config", None)
-        self.config: SparseAttention | None = parse(entry) if entry is not None else None
+        self.config: SparseAttention | None = calibration_in(self.model)
         self._check_calibrated()
         made: list[Any] = [options.length, options.every]
         if options.chunk is not None and options.chunk < options.length:

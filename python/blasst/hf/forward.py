@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from blasst.errors import NotSupportedError
-from blasst.hf import packed, recording
+from blasst.hf import operator, packed, recording
 from blasst.hf.layers import NAME, tower_and_layer
 from blasst.hf.masks import KeyRanges, noted, require, with_facts
 from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import NAMES, Pass, options_of, options_when_compiled
 from blasst.hf.visits import visit_of
-from blasst.ops.attention import Result, attention
+from blasst.ops.attention import Result
 from blasst.policies import Call
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -67,7 +67,7 @@ def attention_forward(
     inputs = tuple(t.transpose(1, 2) for t in (query, key, value))
     lengths = _Lengths(mask, ranges, sequences, batch, keys, query.device)
     share = share_of(module, heads)
-    result = attention(
+    result = operator.current().attention(
         **_layout(*inputs, ranges, sequences),
         **_test(module, phase, inputs[0], mask, lengths, share),
         **_visit(module, phase, inputs, lengths, share, causal),
@@ -99,9 +99,18 @@ def _test(
 ) -> dict[str, Any]:
     """Thresholds, those of this process's heads, order and scores."""
     if torch.compiler.is_compiling():
-        test = options_when_compiled(module, phase, lengths.room, lengths.tensor)
+        test = options_when_compiled(module, phase, query, lengths.room, lengths.tensor)
     else:
-        one_pass = Pass(phase, query, lengths.room, lengths.tensor, lengths.known, noted(mask))
+        one_pass = Pass(
+            phase,
+            query,
+            query.shape[2] if share is None else share.total,
+            lengths.room,
+            lengths.tensor,
+            lengths.known,
+            noted(mask),
+            operator.current().tile_of,
+        )
         test = options_of(module, one_pass)
     if share is None:
         return test

@@ -28,9 +28,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from blasst.config import SparseAttention
-from blasst.files import ROOM, check_folder, replace_file
+from blasst.files import ROOM, check_folder
 from blasst.heads import heads_by_layer
 from blasst.hf.layers import place_of
+from blasst.hf.saving import write_pieces
 from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"
@@ -304,14 +305,20 @@ def _append_checked(part: Distribution, suffix: str, whole: BinaryIO) -> None:
         )
 
 
-def check_room(model: PreTrainedModel, target: Path) -> None:
+def kept_file(kind: str, *made_by: object) -> Path:
+    """Where what a command has finished is kept until its end, in the cache."""
+    name = hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]
+    return cache_folder() / kind / f"{name}.safetensors"
+
+
+def check_room(model: PreTrainedModel, target: Path, *, config_only: bool = False) -> None:
     """An error if `save_config` could not write into this folder; it may not exist yet.
 
     Raises:
         ValueError: see `check_folder`; or a folder that holds something, but no model.
     """
     if not target.is_dir() or not any(target.iterdir()):
-        check_folder(target, ROOM + weights_size(model))
+        check_folder(target, ROOM if config_only else ROOM + weights_size(model))
     elif (target / "config.json").is_file():
         check_folder(target)
     else:
@@ -323,16 +330,24 @@ def weights_size(model: PreTrainedModel) -> int:
     return sum(weight.nbytes for weight in model.parameters())
 
 
-def save_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
+def save_config(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    *,
+    config_only: bool = False,
+) -> None:
     """Write the model and its `sparse_attention_config` to a folder, whole or not at all.
 
     Args:
         model: what `save_pretrained` writes.
         tokenizer: of the model; written beside it.
-        target: the folder. If it holds something, only its config.json is replaced.
+        target: the folder. If it holds something, only its config.json is replaced, and the tables
+            beside it.
+        config_only: write neither weights nor tokenizer.
     """
-    if target.exists() and any(target.iterdir()):
-        replace_file(target / "config.json", model.config.to_json_string())
+    if config_only or (target.exists() and any(target.iterdir())):
+        write_pieces(model.config, target)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as working:

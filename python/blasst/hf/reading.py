@@ -1,8 +1,14 @@
 """Reading tokens with a model, for its last hidden states: its output layer is left out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from blasst.versions import cache_name
 
@@ -20,6 +26,39 @@ def check_chunk(chunk: int) -> None:
     """
     if chunk < TILE or chunk % TILE:
         raise ValueError(f"chunk is {chunk}; it must be a multiple of {TILE} tokens")
+
+
+@contextmanager
+def put_back(cache: Cache) -> Iterator[None]:
+    """What is read inside is forgotten again, and the cache is what it was; no copy is made of it.
+
+    Layers of other kinds than keys and values, which hold little, are copied.
+    """
+    before = [
+        (layer, _state(layer), layer.get_seq_length() if _grows(layer) else None)
+        for layer in cache.layers
+    ]
+    try:
+        yield
+    finally:
+        for layer, state, length in before:
+            if length is None:
+                vars(layer).update(state)
+            elif length < layer.get_seq_length():
+                layer.keys = layer.keys[..., :length, :]
+                layer.values = layer.values[..., :length, :]
+
+
+def _grows(layer: CacheLayerMixin) -> bool:
+    """Whether a layer of a cache holds all keys and values, old ones first."""
+    return type(layer) is DynamicLayer
+
+
+def _state(layer: CacheLayerMixin) -> dict[str, Any]:
+    """What a layer is put back to; a window's tensors are replaced at each step, never written."""
+    if _grows(layer):
+        return {}
+    return dict(vars(layer)) if isinstance(layer, DynamicLayer) else deepcopy(vars(layer))
 
 
 def read(

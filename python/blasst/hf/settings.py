@@ -7,7 +7,8 @@ from torch import nn
 
 from blasst.config import check_target
 from blasst.hf.layers import entry_of, modules_of_layers
-from blasst.hf.thresholds import CONFIG_KEY, Threshold, calibration_read
+from blasst.hf.saving import CONFIG_KEY
+from blasst.hf.thresholds import Threshold, calibration_read
 
 SETTINGS = ("blasst_thresholds", "blasst_targets", "blasst_policy")
 """What modules carry of `configure`, `set_target` and `set_policy`."""

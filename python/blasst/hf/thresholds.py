@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from blasst.config import ORDERS, SCORES, Schedule, SparseAttention, is_listed, parsed
 from blasst.hf.layers import Place, entry_of, place_of
+from blasst.hf.saving import CONFIG_KEY, beside
 from blasst.ops.arguments import check_choice
 from blasst.ops.library import tile_of
 
-CONFIG_KEY = "sparse_attention_config"
 POLICY_KEY = "blasst_policy"
 _log = logging.getLogger("blasst")
 
@@ -95,6 +95,8 @@ class Pass(NamedTuple):
     """"prefill" or "decode"."""
     query: Tensor
     """For its device, type and head_dim."""
+    heads: int
+    """Of the layer, those of other processes too."""
     room: int
     """Keys that a request may have."""
     lengths: Callable[[], Tensor]
@@ -103,6 +105,8 @@ class Pass(NamedTuple):
     """Those of them that the host knows."""
     noted: dict[Any, Any]
     """Kept from layer to layer."""
+    tile_of: Callable[..., tuple[int, int]] = tile_of
+    """Of a phase, device, type and head_dim: query rows and keys of the tiles that decide."""
 
 
 def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
@@ -127,15 +131,27 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     key = id(read), call.phase, call.room, device, size
     of, rules = call.noted.get(key, (None, None))
     if of is not read:
-        read.tell_tiles(call.phase, lambda: tile_of(call.phase, device, call.query.dtype, size))
-        read.tell_outside(call.phase, call.known)
-        rules = read.rules(call.phase, call.lengths(), call.room)
+        tile = call.tile_of(call.phase, device, call.query.dtype, size)
+        read.tell(call.phase, tile, call.known)
+        rules = read.rules(call.phase, call.lengths(), call.room, tile)
+        layers = getattr(module.config, "num_hidden_layers", None)
+        if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
+            raise ValueError(
+                f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
+                f"has {layers}: it is another model's"
+            )
         call.noted[key] = read, rules
-    return {"threshold": rules.of_layer(place.layer), "order": rules.order, "scores": scores}
+    threshold = rules.of_layer(place.layer)
+    if threshold.shape[1] not in (1, call.heads):
+        raise ValueError(
+            f"sparse_attention_config holds thresholds for {threshold.shape[1]} heads of layer "
+            f"{place.layer}; the model has {call.heads}: it is another model's"
+        )
+    return {"threshold": threshold, "order": rules.order, "scores": scores}
 
 
 def options_when_compiled(
-    module: nn.Module, phase: str, keys: int, lengths: Callable[[], Tensor]
+    module: nn.Module, phase: str, query: Tensor, keys: int, lengths: Callable[[], Tensor]
 ) -> dict[str, Any]:
     """The same of a pass that is being compiled, for which lengths is a tensor."""
     configured = vars(module).get("blasst_thresholds")
@@ -144,7 +160,7 @@ def options_when_compiled(
     scores = _scores_of(module, phase)
     if getattr(module, "blasst_targets", {}).get(phase) == 0:  # looks, so another compiles anew
         return {"scores": scores}
-    schedule = _schedule_of(module, phase)
+    schedule = _schedule_of(module, phase, query.dtype, int(query.shape[-1]))
     if schedule is None:
         return {"scores": scores}
     schedule = schedule.of_call(keys)
@@ -153,14 +169,18 @@ def options_when_compiled(
 
 
 @torch.compiler.assume_constant_result
-def _schedule_of(module: nn.Module, phase: str) -> Schedule | None:
+def _schedule_of(
+    module: nn.Module, phase: str, dtype: torch.dtype, head_dim: int
+) -> Schedule | None:
     """What a compiled pass computes thresholds from; it keeps what held when it was compiled."""
     found = _calibration_of(module, {})
     if found is None:
         return None
     read, place = found
-    schedule = read.schedule(type(module).__name__, place.layer, phase, place.name)
-    return schedule and schedule.to(next(module.parameters()).device)
+    weight = next(module.parameters())
+    tile = tile_of(phase, weight.device, dtype, head_dim)
+    schedule = read.schedule(type(module).__name__, place.layer, phase, place.name, tile)
+    return schedule and schedule.to(weight.device)
 
 
 @torch.compiler.assume_constant_result
@@ -206,7 +226,9 @@ def calibration_read(
         return None
     found = None if noted is None else noted.get(id(entry))
     if found is None:
-        found = parsed(entry, place_of(module).layer)
+        place = place_of(module)
+        config = module.config if place.outer is None else place.outer
+        found = parsed(entry, place.layer, partial(beside, config))
         if noted is not None and found.is_same_for_all:
             noted[id(entry)] = found
     return found.result

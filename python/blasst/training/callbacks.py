@@ -22,9 +22,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from blasst.config import SparseAttention, parse
+from blasst.config import SparseAttention
 from blasst.hf import NAME, Recording, record
 from blasst.hf.models import sparse_layers
+from blasst.hf.saving import calibration_in
 
 PHASE = "prefill"
 """A training pass reads whole sequences."""
@@ -135,10 +136,9 @@ def _calibration(model: PreTrainedModel, highest: float) -> SparseAttention:
             "blasst.configure has set the thresholds of this model, which a schedule cannot move; "
             "load it anew and calibrate it"
         )
-    entry = getattr(model.config, "sparse_attention_config", None)
-    if entry is None:
+    config = calibration_in(model)
+    if config is None:
         raise ValueError("the model has no sparse_attention_config: calibrate it first")
-    config = parse(entry)
     if PHASE not in config.measured and PHASE not in config.laws:
         raise ValueError(f"the model's sparse_attention_config has no thresholds of {PHASE}")
     if PHASE in config.measured:
