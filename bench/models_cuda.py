@@ -1,0 +1,241 @@
+"""Time to first token and decode of a Llama-shaped model with random weights, on one Hopper GPU.
+
+    python bench/models_cuda.py --shape 8b --lengths 8192 32768 131072
+    python bench/models_cuda.py --shape 8b --layers 8 --lengths 131072
+
+Random weights have nothing to skip, so sparsity is planted: every tile gets the keys of the first,
+in some tiles scaled down, and the threshold drops just those. A line is a length and a share of
+skipped tiles (by `blasst.record`): time to the first token, the median of warm repeats with the
+lowest and highest; attention's share of it, from the calls alone; the time that attention alone
+predicts, and how much of the predicted gain over dense is there. Then milliseconds a token of 32
+decode steps, captured in a CUDA graph.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+import blasst
+from blasst import Threshold
+from blasst.hf.operator import KERNELS, calling
+from blasst.hf.reading import read
+from blasst.ops.attention import attention
+from blasst.versions import cache_name
+
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+}  # fmt: skip
+KEYS = 128
+"""In a tile."""
+QUIET = 1 / 64
+LIMIT = 0.05
+"""Threshold: far below a loud tile's best scores, far above a quiet one's."""
+STEPS = 32
+SPARSITIES = (0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measurement, in seconds."""
+
+    length: int
+    what: str
+    skipped: float
+    median: float
+    lowest: float
+    highest: float
+    attention: float | None = None
+    """Of the calls alone."""
+    predicted: float | None = None
+    gain_reached: float | None = None
+    """Of the predicted gain over dense."""
+
+
+class Planted:
+    """`blasst.attention` with the same keys in every tile, quiet in some."""
+
+    tile_of = staticmethod(KERNELS.tile_of)
+
+    def __init__(self, sparsity: float, longest: int, like: Tensor) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tiles = -(-longest // KEYS)
+        loud = torch.rand(tiles, generator=generator) >= sparsity
+        loud[0] = True
+        scale = torch.where(loud, 1.0, QUIET).repeat_interleave(KEYS)
+        self._scale = scale.to(like.device, like.dtype)[:, None, None]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """Loud tiles hold the same keys, so that no row's best score in one is below another's."""
+        keys = k.shape[1]
+        tile = k[:, :KEYS].repeat(1, -(-keys // KEYS), 1, 1)[:, :keys]
+        return attention(16 * q, tile * self._scale[:keys], v, **options)
+
+
+def make_model(shape: str, layers: int | None, longest: int) -> PreTrainedModel:
+    """Of random weights, bfloat16, on the GPU."""
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    config = LlamaConfig(vocab_size=32000, max_position_embeddings=longest + STEPS, **sizes)
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(
+            config, attn_implementation="blasst", dtype=torch.bfloat16
+        )
+    return model.eval()
+
+
+def seconds(run: Callable[[], object], repeats: int) -> list[float]:
+    """Of a warm run, repeated, ascending."""
+    run()
+    found = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = perf_counter()
+        run()
+        torch.cuda.synchronize()
+        found.append(perf_counter() - began)
+    return sorted(found)
+
+
+def first_token(model: PreTrainedModel, ids: Tensor, chunk: int | None) -> Tensor:
+    """The logits after a prompt."""
+    hidden = read(model, ids, DynamicCache(config=model.config), chunk)
+    return model.lm_head(hidden[:, -1:])
+
+
+def attention_alone(
+    model: PreTrainedModel, length: int, chunk: int, operator: Any, threshold: float | None
+) -> float:
+    """Seconds of all layers' calls of a prompt."""
+    config = model.config
+    shape = (1, length, config.num_attention_heads, config.head_dim)
+    q = torch.randn(shape, device="cuda", dtype=model.dtype)
+    k, v = torch.randn(2, 1, length, config.num_key_value_heads, config.head_dim,
+                       device="cuda", dtype=model.dtype)  # fmt: skip
+
+    def calls() -> None:
+        for start in range(0, length, chunk):
+            end = min(start + chunk, length)
+            operator.attention(
+                q[:, start:end], k[:, :end], v[:, :end], causal=True, threshold=threshold
+            )
+
+    return config.num_hidden_layers * statistics.median(seconds(calls, 3))
+
+
+def measure(model: PreTrainedModel, length: int, chunk: int, repeats: int) -> list[Line]:
+    """One length."""
+    ids = torch.randint(0, 32000, (1, length), device="cuda")
+    model.set_attn_implementation("sdpa")
+    times = seconds(lambda: first_token(model, ids, None), repeats)
+    lines = [Line(length, "torch sdpa", 0.0, statistics.median(times), times[0], times[-1])]
+    model.set_attn_implementation("blasst")
+    dense = dense_alone = 0.0
+    for sparsity in (0.0, *SPARSITIES):
+        operator = Planted(sparsity, length, ids.new_empty(0, dtype=model.dtype))
+        limit = LIMIT if sparsity else None
+        blasst.configure(model, prefill=Threshold(limit))
+        with calling(operator):
+            with blasst.record() as recording:
+                first_token(model, ids, chunk)
+            times = seconds(lambda: first_token(model, ids, chunk), repeats)
+        alone = attention_alone(model, length, chunk, operator, limit)
+        found, reached = statistics.median(times), None
+        if not sparsity:
+            dense, dense_alone = found, alone
+        predicted = dense - dense_alone + alone
+        if sparsity:
+            reached = (dense - found) / (dense - predicted)
+        skipped = recording.sparsity("prefill")
+        what = "blasst" if sparsity else "blasst, dense"
+        lines.append(
+            Line(length, what, skipped, found, times[0], times[-1], alone, predicted, reached)
+        )
+    return lines
+
+
+def decode(model: PreTrainedModel, length: int, sparsity: float, repeats: int) -> Line:
+    """A token after a prompt, captured in a graph."""
+    blasst.configure(model, decode=Threshold(LIMIT if sparsity else None))
+    cache = StaticCache(config=model.config, max_cache_len=length + STEPS)
+    name = cache_name(type(model))
+    token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+    operator = Planted(sparsity, length + STEPS, token.new_empty(0, dtype=model.dtype))
+    position = torch.full((1, 1), length, device="cuda")
+    with calling(operator):
+        model(token, position_ids=position, **{name: cache})  # makes the cache's tensors
+        for layer in cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+            layer.cumulative_length.fill_(length)
+        with blasst.record() as recording:
+            model(token, position_ids=position, **{name: cache})
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(token, position_ids=position, **{name: cache})
+
+    def steps() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(length)
+        for _ in range(STEPS - 1):
+            graph.replay()
+
+    times = [t / (STEPS - 1) for t in seconds(steps, repeats)]
+    what = "decode, a token" if sparsity else "decode, a token, dense"
+    skipped = recording.sparsity("decode")
+    return Line(length, what, skipped, statistics.median(times), times[0], times[-1])
+
+
+def shown(line: Line) -> str:
+    """For a terminal."""
+    text = (
+        f"{line.length:7d}  {line.what:24s} {line.skipped:6.1%}  {1e3 * line.median:10.2f} ms "
+        f"({1e3 * line.lowest:.2f} to {1e3 * line.highest:.2f})"
+    )
+    if line.attention is not None:
+        text += f"  attention {line.attention / line.median:.0%}"
+    if line.gain_reached is not None:
+        text += f"  predicted {1e3 * line.predicted:.2f} ms, {line.gain_reached:.0%} of the gain"
+    return text
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure, print, and write as JSON."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--shape", choices=SHAPES, default="8b")
+    options.add_argument("--layers", type=int)
+    options.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    options.add_argument("--decode-lengths", type=int, nargs="*", default=[32768, 131072])
+    options.add_argument("--chunk", type=int, default=8192)
+    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--out", type=Path)
+    given = options.parse_args()
+    model = make_model(given.shape, given.layers, max([*given.lengths, *given.decode_lengths]))
+    lines = []
+    for length in given.lengths:
+        for line in measure(model, length, given.chunk, given.repeats):
+            print(shown(line), flush=True)
+            lines.append(line)
+    for length in given.decode_lengths:
+        for sparsity in (0.0, *SPARSITIES):
+            lines.append(decode(model, length, sparsity, given.repeats))
+            print(shown(lines[-1]), flush=True)
+    if given.out is not None:
+        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        given.out.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}))
+
+
+if __name__ == "__main__":
+    main()

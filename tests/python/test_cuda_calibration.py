@@ -1,0 +1,103 @@
+"""Calibration on a GPU of compute capability 9.0: its tiles, the CPU's, and what it costs there."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import blasst
+from blasst.calibration import calibrate, emulation
+from blasst.calibration.curves import sparsity_at
+from blasst.calibration.memory import bytes_needed, sizes_of
+from blasst.config import parse
+from recency_model import make_recency_model, make_tokenizer
+from test_calibration import tokens
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of compute capability 9.0",
+)
+
+LENGTH = 4096
+OPTIONS = {
+    "lengths": [2048, LENGTH],
+    "target_sparsity": {"prefill": 0.3, "decode": 0.3},
+    "prompts": 2,
+    "held_out": [],
+}
+
+
+def model_on(device: str) -> LlamaForCausalLM:
+    model = make_recency_model(LENGTH, head_dim=64)
+    return model.to(device, torch.bfloat16) if device == "cuda" else model
+
+
+def reached(model: LlamaForCausalLM, phase: str = "prefill") -> float:
+    with blasst.record() as recording, torch.inference_mode():
+        for seed in range(5, 9):
+            ids = tokens(LENGTH, seed=seed).to(model.device)
+            if phase == "prefill":
+                model(ids)
+            else:
+                model.generate(ids[:, : LENGTH - 40], max_new_tokens=32, do_sample=False)
+    return recording.sparsity(phase)
+
+
+@pytest.fixture(scope="module")
+def calibrated() -> LlamaForCausalLM:
+    model = model_on("cuda")
+    calibrate(model, make_tokenizer(), **OPTIONS, batch=2)
+    return model
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_model_reaches_its_target_on_the_tiles_of_the_gpu(calibrated, phase, caplog):
+    config = parse(calibrated.config.sparse_attention_config)
+    assert config.measured["prefill"].tile_shape == (64, 128)
+    assert reached(calibrated, phase) == pytest.approx(0.3, abs=0.05)
+    assert not [r for r in caplog.records if "tiles of" in r.getMessage()]
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "sink_first"])
+def test_gaps_are_those_that_the_cpu_emulates(order):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q = 2 * torch.randn(1, 1024, 4, 64, device="cuda", generator=generator)
+    k = torch.randn(1, 1024, 2, 64, device="cuda", generator=generator)
+    q, k = q.bfloat16(), k.bfloat16()
+    options = {"causal": True, "phase": "prefill", "order": order}
+    own = blasst.attention(q, k, k, **options, return_gaps=True).gaps.cpu()
+    emulated = emulation.gaps(q.cpu(), k.cpu(), (64, 128), options)
+    there = emulation.gaps(q, k, (64, 128), options).cpu()
+    for ln in (-4.0, -2.0, -1.0, -0.5, 0.0):
+        wanted = [sparsity_at(row.numpy(), ln) for row in emulated]
+        for counts in (own, there):
+            found = [sparsity_at(row.numpy(), ln) for row in counts]
+            assert found == pytest.approx(wanted, abs=0.01), ln
+
+
+def test_thresholds_for_the_cpus_tiles_reach_the_target_there_within_a_point():
+    model = model_on("cuda")
+    calibrate(model, make_tokenizer(), **OPTIONS, tile_shape=(64, 64))
+    entry = model.config.sparse_attention_config
+    there = model_on("cpu")
+    there.config.sparse_attention_config = entry
+    by_gpu = reached(there)
+    own = model_on("cpu")
+    calibrate(own, make_tokenizer(), **OPTIONS)
+    assert by_gpu == pytest.approx(reached(own), abs=0.015)
+
+
+def test_memory_stays_within_what_is_said_before(calibrated):
+    model = model_on("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    calibrate(model, make_tokenizer(), **OPTIONS, chunk=1024)
+    used = torch.cuda.max_memory_allocated() - before
+    assert used <= bytes_needed(sizes_of(model, 2), LENGTH, 1, 1024)
+
+
+def test_too_little_memory_is_said_first(monkeypatch):
+    model = model_on("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
+    with pytest.raises(ValueError, match=r"need about .* GB besides the weights; cuda:0 has 0\.0"):
+        calibrate(model, make_tokenizer(), **OPTIONS)
