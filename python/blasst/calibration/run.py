@@ -11,6 +11,7 @@ heads. The one that changes the model's predictions least, measured, is written 
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,13 @@ from blasst.hf.reading import CHUNK, read
 from blasst.hf.saving import calibration_in
 from blasst.measure.results import fingerprint
 from blasst.progress import Progress, silent
-from blasst.prompts import PROMPT_KINDS, PromptMaker, kind_at, reference_text
+from blasst.prompts import (
+    PROMPT_KINDS,
+    DocumentMaker,
+    PromptMaker,
+    kind_at,
+    reference_text,
+)
 
 CHOSEN_FROM = ("sink_first", "reverse")
 """Orders that can win; forward is measured for the ecosystem's law alone."""
@@ -56,6 +63,7 @@ def calibrate(
     lengths: Sequence[int] | None = None,
     target_sparsity: float | Mapping[str, float] | Sequence[float] = 0.5,
     text: str | None = None,
+    documents: Iterable[Any] | None = None,
     prompts: int = 4,
     swept_prompts: int = 1,
     held_out: Sequence[int] | None = None,
@@ -80,6 +88,9 @@ def calibrate(
         target_sparsity: share of the tiles to skip: a number, a number by phase, or several: the
             first becomes the configuration's target, and the order and scheme are chosen for each.
         text: prose to make prompts from; default: `prompts.reference_text()`.
+        documents: what prompts are made of instead, one document after the other: texts, tokens,
+            conversations, or records with one of these: a list, a datasets object, or any iterable
+            (see `prompts.DocumentMaker`).
         prompts: prompts of each length.
         swept_prompts: of these, the first so many measure what dropping costs.
         held_out: lengths at which achieved sparsity is checked; default: half-way between the two
@@ -106,11 +117,11 @@ def calibrate(
             that is another calibration's.
     """
     check_attention(model)
-    prose = reference_text() if text is None else text
+    found = lengths_of(model, lengths)
     setup = Setup(
         model,
-        PromptMaker(tokenizer, prose, "the calibration text"),
-        lengths_of(model, lengths),
+        _maker(tokenizer, text, documents, max([*found, *(held_out or [])]) * (prompts + 2)),
+        found,
         targets_by_phase(target_sparsity),
         list(orders),
         list(schemes),
@@ -121,10 +132,30 @@ def calibrate(
         batch,
     )
     check_memory(setup)
-    asked = [lengths, target_sparsity, prose, prompts, swept_prompts, orders, schemes]
-    asked += [chunk, scores, tile_shape, batch]
+    asked = [lengths, target_sparsity, prompts, swept_prompts, orders, schemes]
+    asked += [
+        chunk,
+        scores,
+        tile_shape,
+        batch,
+        setup.maker.make(PROMPT_KINDS[0], found[0], 0).tokens.tolist(),
+    ]
     made_by = fingerprint(model, *asked) if resume else ""
     return _Calibrating(setup, resume, made_by).run(prompts, swept_prompts, held_out)
+
+
+def _maker(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | None,
+    documents: Iterable[Any] | None,
+    most: int,
+) -> PromptMaker | DocumentMaker:
+    if documents is None:
+        prose = reference_text() if text is None else text
+        return PromptMaker(tokenizer, prose, "the calibration text")
+    if text is not None:
+        raise ValueError("text and documents are both given; prompts are made of one of them")
+    return DocumentMaker(tokenizer, documents, most)
 
 
 class _Calibrating:

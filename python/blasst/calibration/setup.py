@@ -16,11 +16,14 @@ from blasst.hf.reading import check_chunk, read
 from blasst.ops.arguments import check_choice
 from blasst.ops.library import tile_of
 from blasst.progress import Progress, silent
-from blasst.prompts import PromptMaker
+from blasst.prompts import DocumentMaker, PromptMaker
 
 TileShape = tuple[int, int]
 """Query rows and keys."""
-DEFAULT_LENGTHS = (1024, 2048, 4096)
+LONGEST_ON_CPU = 4096
+"""Tokens: a longer default would take hours there."""
+SHORTEST = 256
+"""Of a default prompt: fewer tokens have no room for a question."""
 DECODE_STEPS = 16
 
 
@@ -29,7 +32,7 @@ class Setup:
     """A model, and what is asked of its calibration."""
 
     model: PreTrainedModel
-    maker: PromptMaker
+    maker: PromptMaker | DocumentMaker
     lengths: Sequence[int]
     """Of prompts, ascending."""
     targets: Mapping[str, Sequence[float]]
@@ -127,16 +130,23 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 def lengths_of(model: PreTrainedModel, given: Sequence[int] | None) -> list[int]:
-    """Lengths of prompts, ascending: those given, else the default ones within the context.
+    """Lengths of prompts, ascending: those given, else a quarter, half and all of the context.
+
+    On the CPU of no more than `LONGEST_ON_CPU` tokens of it.
 
     Raises:
-        ValueError: the context has room for none.
+        ValueError: the context is too short for a default.
     """
+    if given:
+        return sorted(set(given))
     longest = context_length(model)
-    lengths = sorted(set(given or [n for n in DEFAULT_LENGTHS if n <= longest]))
+    if next(model.parameters()).device.type == "cpu":
+        longest = min(longest, LONGEST_ON_CPU)
+    lengths = [n for n in (longest // 4, longest // 2, longest) if n >= SHORTEST]
     if not lengths:
         raise ValueError(
-            f"the model's context is {longest} tokens, less than every default length; give lengths"
+            f"the model's context is {longest} tokens; default prompts have at least {SHORTEST}: "
+            "give lengths"
         )
     return lengths
 

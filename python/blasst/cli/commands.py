@@ -22,6 +22,7 @@ from blasst.cli.options import (
     Model,
     OtherLengths,
     Prompts,
+    PromptSource,
     PromptText,
     Schemes,
     StartTarget,
@@ -59,7 +60,7 @@ def calibrate(
     ] = "exact",
     tile_shape: Tile = None,
     batch: Batch = 1,
-    text: PromptText = None,
+    text: PromptSource = None,
     config_only: ConfigOnly = False,
     out: Annotated[
         Path | None,
@@ -74,9 +75,10 @@ def calibrate(
     from blasst.cli.console import console, show, shown_progress
     from blasst.evaluation import report
     from blasst.hf import models
-    from blasst.prompts import read_text
+    from blasst.prompts import read_records, read_text
 
-    prose = None if text is None else read_text(text)
+    is_records = text is not None and text.suffix == ".jsonl"
+    prose = None if text is None or is_records else read_text(text)
     with shown_progress() as progress:
         loaded = models.load(model, loading=loading, progress=progress)
         out = out or Path(model if Path(model).is_dir() else f"{loaded.title}-blasst")
@@ -92,6 +94,7 @@ def calibrate(
             "tile_shape": tile_shape,
             "batch": batch,
             "text": prose,
+            "documents": read_records(text) if is_records else None,
         }
         resume = models.kept_file("calibrations", out.resolve(), loading, asked)
         found = calibration.calibrate(

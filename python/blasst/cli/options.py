@@ -12,6 +12,10 @@ Model = Annotated[str, Argument(metavar="MODEL", help="smollm2, gemma3, a folder
 PromptText = Annotated[
     Path | None, Option("--text", metavar="FILE", help="make the prompts from this text")
 ]
+PromptSource = Annotated[
+    Path | None,
+    Option("--text", metavar="FILE", help="make the prompts from this text, or records (.jsonl)"),
+]
 Targets = Annotated[
     list[float] | None,
     Option(
@@ -28,7 +32,11 @@ Every = Annotated[
 ]
 Lengths = Annotated[
     list[int] | None,
-    Option(parser=POSITIVE, metavar="TOKENS ...", help="of prompts (default: 1024 2048 4096)"),
+    Option(
+        parser=POSITIVE,
+        metavar="TOKENS ...",
+        help="of prompts (default: to the model's context, on the CPU to 4096)",
+    ),
 ]
 HeldOut = Annotated[
     list[int] | None,

@@ -1,5 +1,6 @@
 """Texts that every installation carries, and long prompts made from them."""
 
+from blasst.prompts.documents import DocumentMaker, read_records
 from blasst.prompts.maker import (
     NEEDLE,
     PROMPT_KINDS,
@@ -20,12 +21,14 @@ __all__ = [
     "NEEDLE",
     "PROMPT_KINDS",
     "QUESTION",
+    "DocumentMaker",
     "Prompt",
     "PromptMaker",
     "a_phrase",
     "a_place",
     "evaluation_texts",
     "kind_at",
+    "read_records",
     "read_text",
     "reference_text",
     "text_tokens",
