@@ -45,6 +45,13 @@ void bend(std::vector<int32_t>& indices, check::Choices& choose) {
   indices[choose.between(0, std::ssize(indices) - 1)] = static_cast<int32_t>(odd_number(choose));
 }
 
+// A stride that is smaller than it was, or larger than any.
+void bend(Mask& mask, check::Choices& choose) {
+  int64_t& stride = choose.one_in(2) ? mask.blocks_stride_head : mask.blocks_stride_query_tile;
+  constexpr auto kMost = std::numeric_limits<int64_t>::max();
+  stride = choose.pick<int64_t>({0, -1, stride / 2, stride - 1, kMost, kMost / 2, -kMost});
+}
+
 // Changes one parameter. Not those that say how large a caller's buffer is: no library can check
 // them.
 void bend(Problem& problem, check::Choices& choose) {
@@ -164,7 +171,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const bool bent = bytes.one_in(2);
   check::Case c = check::random_case(bytes, 200'000);
   c.threads = static_cast<int>(bytes.between(1, 2));
-  if (bent) c.blocks = false;  // the block mask's buffer fits the lengths as they were
+  // The block mask's buffer fits the lengths as they were: with it, only its strides are bent.
+  const bool bent_mask = bent && bytes.one_in(10);
+  if (bent) c.blocks = bent_mask;
   check::Problem problem(c);
   if (!bent) {
     problem.run();
@@ -174,7 +183,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return 0;
   }
   problem.params.report = {};  // sized for the problem as it was
-  bend(problem, bytes);
+  bent_mask ? bend(problem.params.problem.mask, bytes) : bend(problem, bytes);
   try {
     problem.run();
   } catch (const Error& error) {
