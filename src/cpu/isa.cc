@@ -8,7 +8,9 @@
 #include <memory>
 #include <string_view>
 #include <utility>
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -24,13 +26,21 @@ struct Isa {
   KernelTable table;
 };
 
+#if defined(__x86_64__)
+// Clang 14 compiles for AVX-VNNI, but does not know its name in __builtin_cpu_supports.
+bool has_avx_vnni() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+}
+#endif
+
 bool runs_here(std::string_view name, int64_t target) {
   if (!(hwy::SupportedTargets() & target)) return false;
 #if defined(__x86_64__)
   if (name == "avx512_bf16")
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   if (name == "avx512_vnni") return __builtin_cpu_supports("avx512vnni");
-  if (name == "avx2_vnni") return __builtin_cpu_supports("avxvnni");
+  if (name == "avx2_vnni") return has_avx_vnni();
 #elif defined(__aarch64__)
   if (name == "neon_dot") return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #endif
