@@ -16,6 +16,7 @@ ARGS ?=
 BUILD_PACKAGES := g++ cmake ninja-build python3-venv nlohmann-json3-dev libcli11-dev \
 	libfmt-dev libgtest-dev libbenchmark-dev
 CHECK_PACKAGES := clang clang-tidy libclang-rt-14-dev
+AARCH64_PACKAGES := g++-aarch64-linux-gnu qemu-user
 
 python := $(VENV)/bin/python
 sources = $(shell git ls-files --cached --others --exclude-standard -- \
@@ -55,6 +56,15 @@ sanitize: $(VENV)/.complete check-packages ## C++ tests under ASan + UBSan, then
 	  cmake --build --preset $$preset --parallel $(JOBS); \
 	  ctest --preset $$preset; \
 	done
+
+.PHONY: test-aarch64
+test-aarch64: $(VENV)/.complete ## build for aarch64, check random problems under qemu
+	@$(APT_INSTALL) $(AARCH64_PACKAGES)
+	cmake --preset aarch64 -DPython_EXECUTABLE=$(CURDIR)/$(python)
+	cmake --build --preset aarch64 --parallel $(JOBS)
+	printf -- '--isa %s --seed %s\n' neon 1 neon_dot 101 neon 201 neon_dot 301 \
+	  | xargs --max-procs=$(JOBS) --max-lines=1 qemu-aarch64 -L /usr/aarch64-linux-gnu \
+	    build/aarch64/tools/blasst/blasst verify --cases 60
 
 .PHONY: fuzz
 fuzz: $(VENV)/.complete check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)
@@ -129,7 +139,7 @@ clean: ## remove what was built; the Python environment stays
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} \
 	  /^##@/ {printf "\n%s\n", substr($$0, 5)} \
-	  /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	  /^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: build-packages check-packages
 build-packages:

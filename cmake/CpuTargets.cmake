@@ -4,6 +4,7 @@
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   set(BLASST_ALL_CPU_TARGETS avx512_bf16 avx512_vnni avx512 avx2_vnni avx2 sse4)  # best first
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  # No SVE: kernels keep arrays of vectors, which those without a fixed size cannot be in.
   set(BLASST_ALL_CPU_TARGETS neon_dot neon)
 else()
   message(FATAL_ERROR "There are no CPU kernels for ${CMAKE_SYSTEM_PROCESSOR}, only for x86_64 and aarch64")
@@ -33,7 +34,10 @@ set(target_neon_dot HWY_NEON)
 set(definition_neon_dot BLASST_ISA_INT8_DOT "BLASST_ISA_EXTENDS neon")
 set(types_neon_dot float32 float16 bfloat16)
 set(base_neon_dot neon)
-set(target_neon HWY_NEON)
+set(target_neon HWY_NEON_WITHOUT_AES)  # the kernels need no more
+if(hwy_VERSION AND hwy_VERSION VERSION_LESS 1.0.5)
+  set(target_neon HWY_NEON)  # there was one only
+endif()
 
 # The best instruction set of this machine, by the kernel's names for what processors have.
 function(find_native_target result)
