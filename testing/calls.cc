@@ -374,7 +374,12 @@ std::string check_nan_threshold(Problem& problem) {
   try {
     call(problem.params, problem.description.decode);
   } catch (const Error& error) {
-    mismatch = problem.wrote_anything() ? "NaN among the thresholds: refused, but written" : "";
+    const std::string message = error.what();
+    if (message.find("nan") == std::string::npos) {
+      mismatch += ", but: " + message;
+    } else {
+      mismatch = problem.wrote_anything() ? "NaN among the thresholds: refused, but written" : "";
+    }
   }
   problem.thresholds[at] = before;
   return mismatch;

@@ -38,7 +38,7 @@ TEST(Calls, WrongNumbersAreNoticed) {
   for (float& lse : problem.lse) lse += 0.01f;
   EXPECT_NE(check_gradients(problem), "");
   EXPECT_EQ(check_nan_threshold(problem), "");
-  problem.params.decision.test.kind = BLASST_TEST_NONE;
+  problem.params.decision.test = {};
   EXPECT_NE(check_nan_threshold(problem), "");
 }
 
