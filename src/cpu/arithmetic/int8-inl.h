@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/arithmetic/vector-inl.h"
@@ -44,6 +45,10 @@ struct Int8 {
   static HWY_INLINE V First(int32_t key_sum) {
     return hn::BitCast(f, hn::Set(i32, -kRaised * key_sum));
   }
+  static HWY_INLINE V Least() { return hn::BitCast(f, hn::Set(i32, INT32_MIN)); }
+  static HWY_INLINE V Max(V a, V b) {
+    return hn::BitCast(f, hn::Max(hn::BitCast(i32, a), hn::BitCast(i32, b)));
+  }
   static HWY_INLINE V AsFloat(V sum) { return hn::ConvertTo(f, hn::BitCast(i32, sum)); }
 
   // One row of `dim` bytes to dim / kPack words.
@@ -64,6 +69,8 @@ struct Int8 {
 
   static HWY_INLINE V MulAdd(V key, V query, V sum) { return hn::MulAdd(key, query, sum); }
   static HWY_INLINE V First(int32_t) { return hn::Zero(f); }
+  static HWY_INLINE V Least() { return hn::Set(f, -std::numeric_limits<float>::infinity()); }
+  static HWY_INLINE V Max(V a, V b) { return hn::Max(a, b); }
   static HWY_INLINE V AsFloat(V sum) { return sum; }
 
   static HWY_INLINE void Stage(const std::byte* key, int64_t dim, float* HWY_RESTRICT words) {

@@ -21,6 +21,31 @@
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
 
+// What the products of a tile are, for kLanes rows from `row` on: scores already,
+struct PlainScores {
+  static HWY_INLINE auto OfRows(int64_t) {
+    return [](V score) { return score; };
+  }
+};
+
+// or sums of integers, which the units of their row and key tile make scores, and the row's product
+// with the mean key. Rounded one after the other, so that every instruction set has the same.
+template <typename S>
+class Int8Scores {
+ public:
+  Int8Scores(const PrefillTile& tile, float key_unit) : tile_(tile), key_unit_(key_unit) {}
+
+  HWY_INLINE auto OfRows(int64_t row) const {
+    const V unit = hn::Mul(hn::Load(f, tile_.unit + row), hn::Set(f, key_unit_));
+    const V shift = hn::Load(f, tile_.shift + row);
+    return [unit, shift](V sum) { return hn::Add(hn::Mul(S::AsFloat(sum), unit), shift); };
+  }
+
+ private:
+  const PrefillTile& tile_;
+  float key_unit_;
+};
+
 // All products, and the largest of each row, as they come: neither capped nor masked. `between` is
 // called between blocks of them.
 template <typename S, typename A, typename Between>
@@ -47,38 +72,47 @@ HWY_NOINLINE void Products(const PrefillTile& tile, const KeyTile<S, A>& keys, i
   }
 }
 
-// The same with queries and keys in int8: a product of integers times the units of its row and its
-// key tile, and the row's product with the mean key. Rounded one after the other, so that every
-// instruction set has the same.
+// The same with queries and keys in int8: sums of integers are left as they are, only the rows'
+// maxima become scores.
 template <typename S, typename A, typename Between>
 HWY_NOINLINE void Int8Products(const PrefillTile& tile, const KeyTile<S, A>& keys, int64_t depth,
-                               const Between& between, float* scores) {
-  const V key_unit = hn::Set(f, *keys.int8().unit);
+                               const Between& between, float* sums) {
+  const int32_t* key_sums = keys.int8().sums;
   for (int panel = 0; panel < tile.panels; ++panel) {
-    V most[kPanelVectors], unit[kPanelVectors], shift[kPanelVectors];
-    for (int v = 0; v < kPanelVectors; ++v) {
-      const int64_t row = panel * kPanel + v * kLanes;
-      most[v] = hn::Set(f, -kInf);
-      unit[v] = hn::Mul(hn::Load(f, tile.unit + row), key_unit);
-      shift[v] = hn::Load(f, tile.shift + row);
-    }
+    V most[kPanelVectors];
+    for (V& x : most) x = S::Least();
     for (int64_t key = 0; key < keys.padded(); key += kBroadcasts) {
       between();
-      Accumulators sums;
+      Accumulators block;
       for (int b = 0; b < kBroadcasts; ++b)
-        for (V& x : sums[b]) x = S::First(keys.int8().sums[key + b]);
+        for (V& x : block[b]) x = S::First(key_sums[key + b]);
       Multiply<S>(keys.k() + key * depth, depth, 1, tile.q + panel * kPanel * depth, kPanel, depth,
-                  sums);
+                  block);
       for (int b = 0; b < kBroadcasts; ++b) {
         for (int v = 0; v < kPanelVectors; ++v) {
-          const V score = hn::Add(hn::Mul(S::AsFloat(sums[b][v]), unit[v]), shift[v]);
-          hn::Store(score, f, scores + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
-          most[v] = hn::Max(most[v], score);
+          hn::Store(block[b][v], f, sums + (key + b) * kQueryRows + panel * kPanel + v * kLanes);
+          most[v] = S::Max(most[v], block[b][v]);
         }
       }
     }
-    for (int v = 0; v < kPanelVectors; ++v)
-      hn::Store(most[v], f, tile.rows.t + panel * kPanel + v * kLanes);
+    for (int v = 0; v < kPanelVectors; ++v) {
+      const int64_t row = panel * kPanel + v * kLanes;
+      const Int8Scores<S> scores(tile, *keys.int8().unit);
+      hn::Store(scores.OfRows(row)(most[v]), f, tile.rows.t + row);
+    }
+  }
+}
+
+// Makes scores of all sums.
+template <typename S>
+HWY_NOINLINE void FinishInt8(const PrefillTile& tile, const Int8Scores<S>& from, int64_t keys,
+                             float* scores) {
+  for (int64_t r = 0; r < tile.panels * kPanel; r += kLanes) {
+    const auto score = from.OfRows(r);
+    for (int64_t key = 0; key < keys; ++key) {
+      float* at = scores + key * kQueryRows + r;
+      hn::Store(score(hn::Load(f, at)), f, at);
+    }
   }
 }
 

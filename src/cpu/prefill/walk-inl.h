@@ -34,20 +34,21 @@ BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
 
 // Turns scores into probabilities relative to the new running maximum, in words of A, and updates m
-// and l. May work in place.
-template <typename A>
-HWY_NOINLINE void Softmax(const PrefillTile& tile, const float* scores, int64_t keys,
-                          float* probabilities) {
+// and l. May work in place. `kind`: what the products are.
+template <typename A, typename Kind>
+HWY_NOINLINE void Softmax(const PrefillTile& tile, const Kind& kind, const float* products,
+                          int64_t keys, float* probabilities) {
   const TileRows& rows = tile.rows;
   for (int64_t at = 0; at < tile.panels * kPanel; at += kLanes) {
     const V base = Rebase(rows, at);
+    const auto score = kind.OfRows(at);
     V sum[2] = {hn::Zero(f), hn::Zero(f)};
     for (int64_t key = 0; key < keys; key += 2 * A::kPack) {
       for (int half = 0; half < 2; ++half) {
         V p[A::kPack];
         for (int i = 0; i < A::kPack; ++i) {
-          const V s = hn::Load(f, scores + (key + half * A::kPack + i) * kQueryRows + at);
-          p[i] = Probability(rows.unit, s, base);
+          const float* from = products + (key + half * A::kPack + i) * kQueryRows + at;
+          p[i] = Probability(rows.unit, score(hn::Load(f, from)), base);
           sum[half] = hn::Add(sum[half], p[i]);
         }
         hn::Store(A::Pack(p), f, probabilities + (key / A::kPack + half) * kQueryRows + at);
@@ -141,6 +142,9 @@ class PrefillWalk {
         keys.begin < tile.inner.begin || keys.end > tile.inner.end || now_->padded() > keys.size();
     const bool mask = boundary || may_be_nan;
     const bool capped = p_.softcap > 0;
+    if constexpr (kIsInt8<S>) {
+      if (mask) FinishInt8<S>(tile, {tile, *now_->int8().unit}, now_->padded(), scores_);
+    }
     if (capped && !mask) CapMaxima(p_, tile);
     if (capped && mask) CapScores(p_, tile, now_->padded(), scores_);
     const bool nan = mask && MaskScores(tile, keys, now_->padded(), scores_);
@@ -156,15 +160,27 @@ class PrefillWalk {
     }
 
     // 3. Probabilities, and the values that they weigh.
-    if (capped && !mask) CapScores(p_, tile, now_->padded(), scores_);
     now_->FinishValues();
     values_used_ = true;
-    Softmax<A>(tile, scores_, now_->padded(), probabilities_);
+    Weigh(tile, mask, capped);
     if (now_->v_finite() || !boundary) {
       AddValues<S, A>(tile, *now_, p_.value_dim, probabilities_);
     } else {
       AddValuesWhereVisible<S, A>(tile, *now_, p_.value_dim, probabilities_);
     }
+  }
+
+  // Probabilities from the products, which are scores already if they were masked, and then capped,
+  // too.
+  void Weigh(const PrefillTile& tile, bool masked, bool capped) {
+    if constexpr (kIsInt8<S>) {
+      const Int8Scores<S> scores(tile, *now_->int8().unit);
+      if (!masked && !capped)
+        return Softmax<A>(tile, scores, scores_, now_->padded(), probabilities_);
+      if (!masked) FinishInt8<S>(tile, scores, now_->padded(), scores_);
+    }
+    if (capped && !masked) CapScores(p_, tile, now_->padded(), scores_);
+    Softmax<A>(tile, PlainScores(), scores_, now_->padded(), probabilities_);
   }
 
   // Divides by the denominator, writes output rows, LSE and bound.
