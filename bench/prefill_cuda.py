@@ -192,8 +192,8 @@ class FmhaV2:
 class Table:
     """Prints lines, and keeps their numbers."""
 
-    def __init__(self, rounds: int, turn: float, fmha_v2: FmhaV2 | None):
-        self.rounds, self.turn, self.fmha_v2 = rounds, turn, fmha_v2
+    def __init__(self, rounds: int, turn: float, fmha_v2: FmhaV2 | None, int8: bool):
+        self.rounds, self.turn, self.fmha_v2, self.int8 = rounds, turn, fmha_v2, int8
         self.rows: list[dict[str, object]] = []
 
     def line(
@@ -208,9 +208,14 @@ class Table:
         causal = work.causal
         threshold = torch.as_tensor(threshold, dtype=torch.float32, device="cuda").view(1, -1)
 
-        def attend(threshold: Tensor | None = None, stats: bool = False):
+        def attend(threshold: Tensor | None = None, scores: str = "exact", stats: bool = False):
             return blasst.attention(
-                q, k, v, causal=causal, threshold=threshold, phase="prefill", return_stats=stats
+                *(q, k, v),
+                causal=causal,
+                threshold=threshold,
+                scores=scores,
+                phase="prefill",
+                return_stats=stats,
             )
 
         sparse = attend(threshold, stats=True)
@@ -221,6 +226,14 @@ class Table:
             "dense": attend,
             "sparse": lambda: attend(threshold),
         }
+        if self.int8:
+            off.append(error(q, k, v, attend(threshold, "int8"), causal))
+            # A planted direction is a row of the Hadamard matrix: the rotation makes it one spike,
+            # the worst that can be rounded.
+            if not off[2] < 0.5:
+                raise SystemExit(f"{work.name}: with scores in int8 the output is off by {off[2]}")
+            runs["dense int8"] = lambda: attend(scores="int8")
+            runs["sparse int8"] = lambda: attend(threshold, "int8")
         if flash_attn_func:
             runs["FA3"] = lambda: flash_attn_func(q, k, v, causal=causal)
         if self.fmha_v2 and causal and work.batch == 1 and work.dim == 128:
@@ -230,12 +243,13 @@ class Table:
         line = f"{work.name:30} {100 * sparse.stats.sparsity:5.1f} % | "
         line += " | ".join(f"{name} {tflops:6.0f}" for name, tflops in rate.items())
         line += (
-            f" TFLOP/s | error {off[0]:.1e}, {off[1]:.1e} | {rate['sparse'] / rate['dense']:4.2f}x"
+            " TFLOP/s | error "
+            + ", ".join(f"{x:.1e}" for x in off)
+            + f" | {rate['sparse'] / rate['dense']:4.2f}x"
         )
         if flash_attn_func:
-            line += (
-                f", of FA3 {rate['dense'] / rate['FA3']:4.2f}x {rate['sparse'] / rate['FA3']:4.2f}x"
-            )
+            own = [name for name in rate if name not in ("FA3", "fmha_v2")]
+            line += ", of FA3 " + " ".join(f"{rate[name] / rate['FA3']:4.2f}x" for name in own)
         print(line, flush=True)
         row = {"work": work.name, "sparsity": sparse.stats.sparsity, "tflops": rate}
         self.rows.append(row)
@@ -305,6 +319,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=100, help="least milliseconds of a turn")
+    parser.add_argument(
+        "--scores", choices=("exact", "int8"), default="int8", help="int8 (default): beside exact"
+    )
     recorded.add_option(parser)
     parser.add_argument("--fmha-v2", metavar="SO", help="compiled module of FlashInfer's fmha_v2")
     parser.add_argument("--out", type=Path, metavar="JSON", help="for bench/plot_prefill.py")
@@ -313,7 +330,7 @@ def main() -> None:
         parser.error("--fmha-v2 needs tvm_ffi (PyPI: apache-tvm-ffi)")
     print(torch.cuda.get_device_name(), flush=True)
     fmha_v2 = FmhaV2(arguments.fmha_v2) if arguments.fmha_v2 else None
-    table = Table(arguments.rounds, arguments.turn, fmha_v2)
+    table = Table(arguments.rounds, arguments.turn, fmha_v2, arguments.scores == "int8")
     if "long" in arguments.groups:
         table.planted(tuple(LONG[line] for line in arguments.lines), arguments.sparsity)
     if "full" in arguments.groups:

@@ -13,8 +13,6 @@ void must(cudaError_t status) {
   if (status != cudaSuccess) throw Error(BLASST_INTERNAL, cudaGetErrorString(status));
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <typename T>
 void download(std::vector<T>& host, const void* device) {
   if (device) DeviceMemory::read(host.data(), device, host.size() * sizeof(T));

@@ -105,7 +105,7 @@ typedef BLASST_ENUM(blasst_test){
  * times two units, plus q.mean. Thresholds, LSE, sinks and reports mean what they mean with exact
  * scores. The bytes follow from float32 in a fixed order, so every backend has the same for the
  * same tiles. A NaN or an infinity in a query makes its row NaN; one in a key makes every row NaN
- * that sees a key of its tile. */
+ * that sees the key. */
 typedef BLASST_ENUM(blasst_scores){
     BLASST_SCORES_EXACT = 0, /* in the precision of q and k */
     BLASST_SCORES_INT8 = 1,

@@ -65,7 +65,10 @@ void Int8Scores::quantize_keys(int64_t request, int64_t kv_head) {
     for (std::vector<float>& row : tile) {
       for (int64_t d = 0; d < dim; ++d) row[d] -= into.mean[d];
       rotate(row);
-      for (const float x : row) largest = larger(largest, x);
+      float of_key = 0;
+      for (const float x : row) of_key = larger(of_key, x);
+      into.broken.push_back(!std::isfinite(of_key));
+      if (std::isfinite(of_key)) largest = larger(largest, of_key);
     }
     into.largest.push_back(largest);
     for (const std::vector<float>& row : tile)
@@ -106,6 +109,7 @@ Int8Scores::Score Int8Scores::at(int64_t request, int64_t position, int64_t head
     product += queries_.elements[row * dim + d] * of_head.elements[key * dim + d];
   const double one = 127 * std::sqrt(static_cast<double>(rotated_block(dim)));
   const double unit = queries_.largest[row] / one * (of_head.largest[key / tile_keys_] / one);
+  if (of_head.broken[key]) return {product, NAN, shifts_[row]};
   return {product, unit * p_.scale, shifts_[row]};
 }
 

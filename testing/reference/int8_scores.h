@@ -41,8 +41,9 @@ class Int8Scores {
     std::vector<int8_t> elements;  // [rows, head_dim]
     std::vector<float> largest;    // [rows] magnitude that is 127
   };
-  struct Keys : Rows {  // largest: [tiles]
+  struct Keys : Rows {  // largest: [tiles], of the keys that are finite
     std::vector<float> mean;
+    std::vector<bool> broken;  // [rows]: not finite, and so are its scores
   };
   const Keys& keys(int64_t request, int64_t kv_head) const {
     return keys_[request * p_.kv_heads + kv_head];

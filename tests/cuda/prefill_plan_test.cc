@@ -1,7 +1,10 @@
 // What the host checks before a prefill call reaches the GPU, and what it passes on. No GPU needed.
 #include <gtest/gtest.h>
 
+#include <cstddef>
+
 #include "cuda/sm90/prefill/plan.h"
+#include "cuda/sm90/prefill/quantize.h"
 #include "plan_cases.h"
 
 namespace blasst::cuda::prefill {
@@ -118,6 +121,47 @@ TEST(PrefillPlan, NeedsScalarsAlone) {
   EXPECT_EQ(tiles.workspace_bytes, 48u);
   p.problem.head_dim = p.problem.value_dim = 256;
   EXPECT_EQ(plan(p).shape.keys, 64);
+}
+
+TEST(PrefillPlan, Int8ScoresNeedRoomForTheKeysBytes) {
+  P p = dense();
+  const std::size_t exact = plan(p).workspace_bytes;
+  p.decision.scores = BLASST_SCORES_INT8;
+  const std::size_t needed = plan(p).workspace_bytes;
+  // Three requests of 8 tiles of 128 keys; a byte an element, and its share of the rest.
+  const std::size_t bytes = std::size_t{3} * 8 * 128 * kKvHeads * kDim;
+  EXPECT_GT(needed, exact + bytes);
+  EXPECT_LT(needed, exact + bytes + bytes / 8);
+  EXPECT_THROW(plan_launch(p), Error);  // the workspace is that of exact scores
+  p.execution.workspace_bytes = needed;
+  const Launch l = plan_launch(p);
+  EXPECT_EQ(l.scores, Scores::kInt8);
+  EXPECT_EQ(l.params.quantized.tiles, 3 * 8);
+  EXPECT_EQ(l.params.score_to_log2, 1);
+  EXPECT_FALSE(l.params.quantized.level);
+  float* buffer = static_cast<float*>(device(0x60000000));
+  p.report.lse = buffer;
+  EXPECT_TRUE(plan_launch(p).params.quantized.level);
+  p.execution.workspace = static_cast<std::byte*>(p.execution.workspace) + 64;
+  EXPECT_THROW(plan_launch(p), Error);
+}
+
+TEST(QuantizedLayout, FollowsTheRequests) {
+  const QuantizedLayout dense = quantized_layout(3, 2, 1000, -1, 64, 128);
+  EXPECT_EQ(dense.tiles, 3 * 8);
+  // Ragged: a request may begin in the middle of what would be a tile of all tokens.
+  const QuantizedLayout ragged = quantized_layout(3, 2, 1000, 1500, 64, 128);
+  EXPECT_EQ(ragged.tiles, 1500 / 128 + 3);
+  for (const QuantizedLayout& l : {dense, ragged}) {
+    EXPECT_EQ(l.units, static_cast<std::size_t>(l.tiles) * 2 * 128 * 64);
+    EXPECT_LT(l.units, l.broken);
+    EXPECT_LT(l.broken, l.means);
+    EXPECT_LT(l.means, l.sums);
+    EXPECT_LT(l.sums, l.bytes);
+    for (const std::size_t offset : {l.units, l.broken, l.means, l.sums})
+      EXPECT_EQ(offset % 16, 0u);
+  }
+  EXPECT_EQ(quantized_layout(3, 2, 0, -1, 64, 128).bytes, 3u * 2 * 64 * sizeof(float));
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "on_gpu.h"
 #include "testing/compare.h"
 #include "testing/device.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -22,11 +23,12 @@ Comparison compare_on_gpu(Problem& problem) {
 // Cut into parts that can run side by side.
 class PrefillRandom : public PrefillOnGpu, public testing::WithParamInterface<uint64_t> {};
 
-TEST_P(PrefillRandom, Problems) {
+void compare_random_problems(uint64_t part, Scores scores) {
   int64_t decisions = 0, skipped = 0;
-  for (uint64_t seed = 20 * GetParam(); seed < 20 * GetParam() + 20 && !HasFailure(); ++seed) {
+  for (uint64_t seed = 20 * part; seed < 20 * part + 20 && !testing::Test::HasFailure(); ++seed) {
     Case c = random_case(seed);
     c.decode = false;
+    c.scores = scores;
     Problem problem(for_gpu(c));
     const Comparison comparison = compare_on_gpu(problem);
     EXPECT_EQ(comparison.mismatch, "") << "seed " << seed << ": " << describe(problem.description);
@@ -35,6 +37,9 @@ TEST_P(PrefillRandom, Problems) {
   }
   EXPECT_GT(skipped, 0) << "of " << decisions;
 }
+
+TEST_P(PrefillRandom, Problems) { compare_random_problems(GetParam(), BLASST_SCORES_EXACT); }
+TEST_P(PrefillRandom, Int8Scores) { compare_random_problems(GetParam(), BLASST_SCORES_INT8); }
 INSTANTIATE_TEST_SUITE_P(, PrefillRandom, testing::Range<uint64_t>(0, 10));
 
 // Long enough for many items a block, both warpgroups apart, and every stage of every ring.
@@ -61,29 +66,65 @@ std::vector<std::byte> bits(Case c, int repeats = 1) {
   return problem.out_bits();
 }
 
+constexpr Scores kAllScores[] = {BLASST_SCORES_EXACT, BLASST_SCORES_INT8};
+
 class PrefillDims : public PrefillOnGpu, public testing::WithParamInterface<int64_t> {};
 
 TEST_P(PrefillDims, ThresholdZeroIsDense) {
   for (const DType dtype : {BLASST_BFLOAT16, BLASST_FLOAT16}) {
-    Case c = long_case(dtype, GetParam());
-    c.threshold = 0;
-    const std::vector<std::byte> zero = bits(c);
-    c.test = BLASST_TEST_NONE;
-    EXPECT_EQ(bits(c), zero);
+    for (const Scores scores : kAllScores) {
+      Case c = long_case(dtype, GetParam());
+      c.scores = scores;
+      c.threshold = 0;
+      const std::vector<std::byte> zero = bits(c);
+      c.test = BLASST_TEST_NONE;
+      EXPECT_EQ(bits(c), zero);
+    }
   }
 }
 
 TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
-  Case c = long_case(BLASST_BFLOAT16, GetParam());
-  const std::vector<std::byte> first = bits(c);
-  EXPECT_EQ(bits(c, 5), first);
-  c.ragged_queries = true;
-  for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
-    for (const int64_t page_size : {16, 64, 256}) {
-      c.layout = layout;
-      c.page_size = page_size;
-      c.head_major = page_size == 64;
-      EXPECT_EQ(bits(c), first) << describe(c);
+  for (const Scores scores : kAllScores) {
+    Case c = long_case(BLASST_BFLOAT16, GetParam());
+    c.scores = scores;
+    const std::vector<std::byte> first = bits(c);
+    EXPECT_EQ(bits(c, 5), first);
+    c.ragged_queries = true;
+    for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
+      for (const int64_t page_size : {16, 64, 256}) {
+        c.layout = layout;
+        c.page_size = page_size;
+        c.head_major = page_size == 64;
+        EXPECT_EQ(bits(c), first) << describe(c);
+      }
+    }
+  }
+}
+
+// A key that is not finite makes the rows NaN that see it, a query its own row, and no other.
+TEST_P(PrefillDims, NotFiniteReachesItsRows) {
+  constexpr int64_t kKey = 300, kRow = 500;
+  for (const Scores scores : kAllScores) {
+    for (const float value : {NAN, INFINITY}) {
+      Case c = long_case(BLASST_BFLOAT16, GetParam());
+      c.scores = scores;
+      c.requests = {{700, 700}};
+      c.threshold = 0.5f;
+      Problem problem(c);
+      const Access access(problem.params);
+      store_element(c.dtype, const_cast<std::byte*>(access.key(0, kKey, 0)), value);
+      store_element(c.dtype, const_cast<std::byte*>(access.query(0, kRow, 3)), value);
+      DeviceProblem(problem).run();
+      const std::vector<float> out = problem.out();
+      for (int64_t row = 0; row < 700; ++row) {
+        for (int64_t h = 0; h < c.heads; ++h) {
+          const bool expected = (h / 2 == 0 && row >= kKey) || (h == 3 && row == kRow);
+          // With exact scores an infinity may give a score of -inf, which is no key at all.
+          if (expected && scores == BLASST_SCORES_EXACT && value == INFINITY) continue;
+          EXPECT_EQ(std::isnan(out[(row * c.heads + h) * c.value_dim]), expected)
+              << "scores " << scores << ", row " << row << ", head " << h;
+        }
+      }
     }
   }
 }
@@ -106,8 +147,11 @@ TEST_F(PrefillOnGpu, BandsInAWindow) {
 
 // Requests are found whatever their number of rows, and whether or not the call knows the longest.
 TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
-  for (const int64_t dim : {64, 128}) {
+  for (const auto& [dim, scores] : {std::pair<int64_t, Scores>{64, BLASST_SCORES_EXACT},
+                                    {128, BLASST_SCORES_EXACT},
+                                    {128, BLASST_SCORES_INT8}}) {
     Case c = long_case(BLASST_BFLOAT16, dim);
+    c.scores = scores;
     c.ragged_queries = true;
     c.layout = Layout::kRagged;
     c.requests = {{0, 0}, {700, 900}, {0, 5}};

@@ -1,5 +1,6 @@
 """The operator on a GPU of compute capability 9.0, against the same operator on the CPU."""
 
+import functools
 import math
 
 import pytest
@@ -47,6 +48,29 @@ def test_agrees_with_the_cpu(phase: str, dim: int) -> None:
     q, k, v = inputs(2, 3, 700, 8, 2, dim)
     lengths = torch.tensor([700, 333])
     assert_close(*both(q, k, v, causal=True, lengths=lengths, phase=phase))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_int8_scores(dim: int) -> None:
+    q, k, v = (t.cuda() for t in inputs(2, 700, 700, 8, 2, dim))
+    run = functools.partial(blasst.attention, q, k, v, causal=True, return_lse=True)
+    exact, int8 = (run(scores=scores) for scores in ("exact", "int8"))
+    assert not torch.equal(exact.out, int8.out)
+    # Of normal numbers the largest of a row or tile is about 4.5: rounding in 1 / 127 of it, in q and
+    # in k, gives a score an error of 4.5 / 127 / sqrt(12) * sqrt(2), 0.014 in the mean.
+    assert (exact.out - int8.out).float().norm() / exact.out.float().norm() < 2e-2
+    torch.testing.assert_close(exact.lse, int8.lse, atol=7e-2, rtol=0)
+    # Thresholds mean what they mean with exact scores, but for tiles that lie near them.
+    stats = [
+        run(scores=scores, threshold=0.3, return_stats=True).stats for scores in ("exact", "int8")
+    ]
+    assert abs(stats[0].sparsity - stats[1].sparsity) < 0.02
+
+
+def test_decode_has_exact_scores_only() -> None:
+    q, k, v = (t.cuda() for t in inputs(2, 1, 700, 8, 2, 128))
+    with pytest.raises(blasst.NotSupportedError, match="scores is int8"):
+        blasst.attention(q, k, v, scores="int8")
 
 
 def test_decode_skips_and_counts() -> None:

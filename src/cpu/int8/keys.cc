@@ -14,6 +14,7 @@ Int8Keys::Int8Keys(const Problem& p, float* storage)
   const int64_t count = kv_heads_ * tiles();
   const auto take = [&](int64_t floats) { return std::exchange(storage, storage + floats); };
   elements_ = reinterpret_cast<int8_t*>(take(count * kKeys * head_dim_ / 4));
+  broken_ = reinterpret_cast<uint64_t*>(take(2 * count));
   sums_ = reinterpret_cast<int32_t*>(take(count * kKeys));
   means_ = take(p.batch * kv_heads_ * head_dim_);
   units_ = take(count);
@@ -27,7 +28,7 @@ size_t int8_key_floats(const Problem& p) {
   const bool ragged = p.kv.layout == BLASST_LAYOUT_RAGGED;
   const int64_t tiles = ragged ? std::min(p.kv.tokens, p.kv.tokens / kKeys + p.batch)
                                : p.batch * ceil_div(attention::most_keys(p.given), kKeys);
-  return p.kv_heads * (tiles * (kKeys * p.head_dim / 4 + kKeys + 1) + p.batch * p.head_dim);
+  return p.kv_heads * (tiles * (kKeys * p.head_dim / 4 + 2 + kKeys + 1) + p.batch * p.head_dim);
 }
 
 }  // namespace blasst::cpu

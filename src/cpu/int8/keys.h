@@ -15,7 +15,9 @@ struct Int8Tile {
   int8_t* elements;  // [kKeys][head_dim]
   int32_t* sums;     // [kKeys] of each key's elements; 0 beyond the request's keys
   float* unit;       // of an element
+  uint64_t* broken;  // bit k: key k is not finite, and so are its scores; its elements are 0
 };
+static_assert(kKeys <= 64);
 
 class Int8Keys {
  public:
@@ -33,7 +35,7 @@ class Int8Keys {
   // Key tile j of the request.
   Int8Tile tile(int64_t request, int64_t kv_head, int64_t j) const {
     const int64_t at = kv_head * tiles() + first_tile(request) + j;
-    return {elements_ + at * kKeys * head_dim_, sums_ + at * kKeys, units_ + at};
+    return {elements_ + at * kKeys * head_dim_, sums_ + at * kKeys, units_ + at, broken_ + at};
   }
 
  private:
@@ -42,6 +44,7 @@ class Int8Keys {
   float *means_, *units_;
   int32_t* sums_;
   int8_t* elements_;
+  uint64_t* broken_;
 };
 
 // Floats of all that, by the problem's scalars.

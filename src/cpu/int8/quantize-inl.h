@@ -106,6 +106,8 @@ void QuantizeKeys(const Problem& p, const Int8Keys& keys, int64_t request, int64
   const float* mean = keys.mean(request, kv_head);
   std::array<const std::byte*, kKeys> rows;
   p.rows_of(p.kv.k, request, range, kv_head, rows.data());
+  const Int8Tile tile = keys.tile(request, kv_head, j);
+  *tile.broken = 0;
   float largest = 0;
   for (int64_t key = 0; key < range.size(); ++key) {
     float* row = scratch + key * stride;
@@ -113,9 +115,14 @@ void QuantizeKeys(const Problem& p, const Int8Keys& keys, int64_t request, int64
     std::fill(row + dim, row + stride, 0.0f);
     for (int64_t d = 0; d < dim; ++d) row[d] -= mean[d];
     Rotate(row, dim);
-    largest = std::max(largest, LargestOf(row, dim));
+    const float of_key = LargestOf(row, dim);
+    if (std::isfinite(of_key)) {
+      largest = std::max(largest, of_key);
+    } else {
+      *tile.broken |= uint64_t{1} << key;
+      std::fill(row, row + dim, 0.0f);
+    }
   }
-  const Int8Tile tile = keys.tile(request, kv_head, j);
   *tile.unit = UnitOf(largest, dim);
   std::fill_n(tile.sums, kKeys, 0);
   for (int64_t key = 0; key < range.size(); ++key) {

@@ -6,6 +6,8 @@
 #define BLASST_CPU_PREFILL_SCORES_INL_H_
 #endif
 
+#include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 
@@ -103,16 +105,20 @@ HWY_NOINLINE void Int8Products(const PrefillTile& tile, const KeyTile<S, A>& key
   }
 }
 
-// Makes scores of all sums.
+// Makes scores of all sums; those of broken keys are NaN.
 template <typename S>
 HWY_NOINLINE void FinishInt8(const PrefillTile& tile, const Int8Scores<S>& from, int64_t keys,
-                             float* scores) {
+                             uint64_t broken, float* scores) {
   for (int64_t r = 0; r < tile.panels * kPanel; r += kLanes) {
     const auto score = from.OfRows(r);
     for (int64_t key = 0; key < keys; ++key) {
       float* at = scores + key * kQueryRows + r;
       hn::Store(score(hn::Load(f, at)), f, at);
     }
+  }
+  for (; broken; broken &= broken - 1) {
+    float* of_key = scores + std::countr_zero(broken) * kQueryRows;
+    std::fill(of_key, of_key + tile.panels * kPanel, std::numeric_limits<float>::quiet_NaN());
   }
 }
 

@@ -140,10 +140,12 @@ class PrefillWalk {
         !(tile.magnitude * now_->k_magnitude() * static_cast<float>(p_.head_dim) < 1e37f);
     const bool boundary =
         keys.begin < tile.inner.begin || keys.end > tile.inner.end || now_->padded() > keys.size();
-    const bool mask = boundary || may_be_nan;
+    bool mask = boundary || may_be_nan;
+    if constexpr (kIsInt8<S>) mask |= *now_->int8().broken != 0;
     const bool capped = p_.softcap > 0;
     if constexpr (kIsInt8<S>) {
-      if (mask) FinishInt8<S>(tile, {tile, *now_->int8().unit}, now_->padded(), scores_);
+      const Int8Tile& int8 = now_->int8();
+      if (mask) FinishInt8<S>(tile, {tile, *int8.unit}, now_->padded(), *int8.broken, scores_);
     }
     if (capped && !mask) CapMaxima(p_, tile);
     if (capped && mask) CapScores(p_, tile, now_->padded(), scores_);
@@ -177,7 +179,7 @@ class PrefillWalk {
       const Int8Scores<S> scores(tile, *now_->int8().unit);
       if (!masked && !capped)
         return Softmax<A>(tile, scores, scores_, now_->padded(), probabilities_);
-      if (!masked) FinishInt8<S>(tile, scores, now_->padded(), scores_);
+      if (!masked) FinishInt8<S>(tile, scores, now_->padded(), 0, scores_);
     }
     if (capped && !masked) CapScores(p_, tile, now_->padded(), scores_);
     Softmax<A>(tile, PlainScores(), scores_, now_->padded(), probabilities_);

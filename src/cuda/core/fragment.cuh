@@ -26,6 +26,23 @@ __device__ __forceinline__ void row_maxima(const float (&s)[kCount], float (&max
   }
 }
 
+// The same of integers.
+template <int kCount>
+__device__ __forceinline__ void row_maxima(const int (&s)[kCount], int (&maximum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int part[2];  // of every second eight columns: the instruction takes two more at once
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      part[h] = max(s[4 * h + 2 * r], s[4 * h + 2 * r + 1]);
+#pragma unroll
+      for (int j = 8 + 4 * h; j < kCount; j += 8)
+        part[h] = __vimax3_s32(part[h], s[j + 2 * r], s[j + 2 * r + 1]);
+    }
+    maximum[r] = max(part[0], part[1]);
+  }
+}
+
 // Of the four threads that share a row, NaN left aside.
 __device__ __forceinline__ void quad_maxima(float (&x)[2]) {
 #pragma unroll
@@ -43,6 +60,16 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+template <int kCount>
+__device__ __forceinline__ void scale_rows(float (&x)[kCount], const float (&factor)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; ++j)
+      x[4 * j + 2 * r] *= factor[r], x[4 * j + 2 * r + 1] *= factor[r];
+  }
+}
+
 // x[e] of lane l goes to x[l] of lane e, among four lanes.
 __device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
   const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
@@ -58,17 +85,18 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
   }
 }
 
-// The scores of a row's keys outside [seen.begin, seen.end) become -inf. first_key: of the thread's
-// first column; r: 0 or 1.
-template <int kCount>
-__device__ __forceinline__ void mask_row(float (&s)[kCount], int r, Range seen, int first_key) {
+// The scores of a row's keys outside [seen.begin, seen.end) become `masked`. first_key: of the
+// thread's first column; r: 0 or 1.
+template <typename Score, int kCount>
+__device__ __forceinline__ void mask_row(Score (&s)[kCount], int r, Range seen, int first_key,
+                                         Score masked) {
   const int begin = seen.begin - first_key, end = seen.end - first_key;
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      float& x = s[4 * j + 2 * r + e];
-      x = 8 * j + e >= begin && 8 * j + e < end ? x : -INFINITY;
+      Score& x = s[4 * j + 2 * r + e];
+      x = 8 * j + e >= begin && 8 * j + e < end ? x : masked;
     }
   }
 }

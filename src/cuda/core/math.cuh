@@ -26,6 +26,16 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return y;
 }
 
+// Four numbers of a magnitude up to 127, each rounded to the nearest integer, ties to even, as
+// signed bytes. By an addition, which leaves the integer in the lowest bits: conversions take four
+// times as long.
+__device__ __forceinline__ uint32_t round_to_bytes(float a, float b, float c, float d) {
+  constexpr float kUnits = 3 << 22;  // 1.5 * 2^23: the last bit of a float is 1
+  const uint32_t low = __byte_perm(__float_as_uint(a + kUnits), __float_as_uint(b + kUnits), 0x40);
+  const uint32_t high = __byte_perm(__float_as_uint(c + kUnits), __float_as_uint(d + kUnits), 0x40);
+  return __byte_perm(low, high, 0x5410);
+}
+
 template <typename T>
 __device__ __forceinline__ uint32_t pack2(float low, float high);
 template <>
@@ -39,6 +49,17 @@ __device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
   uint32_t y;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack2(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
+}
+template <>
+__device__ __forceinline__ float2 unpack2<__half>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
 }
 
 // tanh to float32's precision in absolute terms.

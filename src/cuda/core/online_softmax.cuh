@@ -22,11 +22,9 @@ struct OnlineSoftmax {
     return maximum[r] == -INFINITY ? 0.f : __fmul_rn(maximum[r], score_to_log2);
   }
 
-  // Moves the running maxima to those of a kept tile, and scales what was summed under the old
-  // ones: `sum` and the outputs.
-  template <int kOutputs>
-  __device__ __forceinline__ void move(const float (&tile_maximum)[2], float (&o)[kOutputs]) {
-    float alpha[2];
+  // Moves the running maxima to those of a kept tile. What was summed under the old ones is to be
+  // scaled with alpha; returns whether that changes anything in the warp.
+  __device__ __forceinline__ bool raise(const float (&tile_maximum)[2], float (&alpha)[2]) {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -35,14 +33,17 @@ struct OnlineSoftmax {
       moved |= maximum[r] != old;
       alpha[r] = exp2_approx(__fmul_rn(old, score_to_log2) - log2_maximum(r));
     }
-    if (!__any_sync(kAllLanes, moved)) return;
+    return __any_sync(kAllLanes, moved);
+  }
+
+  // The same, and scales: `sum` and the outputs.
+  template <int kOutputs>
+  __device__ __forceinline__ void move(const float (&tile_maximum)[2], float (&o)[kOutputs]) {
+    float alpha[2];
+    if (!raise(tile_maximum, alpha)) return;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum[r] *= alpha[r];
-#pragma unroll
-      for (int j = 0; j < kOutputs / 4; ++j)
-        o[4 * j + 2 * r] *= alpha[r], o[4 * j + 2 * r + 1] *= alpha[r];
-    }
+    for (int r = 0; r < 2; ++r) sum[r] *= alpha[r];
+    scale_rows(o, alpha);
   }
 
   // Probabilities, in the element type, from the scores of a tile. Two halves, each with sums of

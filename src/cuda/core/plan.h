@@ -20,8 +20,8 @@ inline void check_supported(const AttentionParams& params, attention::Phase phas
   attention::check_scalars(params, phase);
   const blasst_problem& p = params.problem;
   attention::check_one_type("cuda", p);
-  attention::check_exact_scores("cuda", phase == attention::Phase::kDecode ? "decode" : "prefill",
-                                params.decision);
+  if (phase == attention::Phase::kDecode)
+    attention::check_exact_scores("cuda", "decode", params.decision);
   if (p.q.dtype == BLASST_FLOAT32) refuse("q is float32; it does bfloat16 and float16");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256))
     refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", p.head_dim,

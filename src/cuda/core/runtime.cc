@@ -29,13 +29,12 @@ int multiprocessors() {
   return count;
 }
 
-void enqueue(const void* kernel, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+void enqueue(const void* kernel, dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,
              std::initializer_list<const void*> arguments) {
   std::vector<void*> addresses;
   for (const void* argument : arguments) addresses.push_back(const_cast<void*>(argument));
-  check(
-      cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), addresses.data(), shared_bytes, stream),
-      "cudaLaunchKernel");
+  check(cudaLaunchKernel(kernel, blocks, dim3(threads), addresses.data(), shared_bytes, stream),
+        "cudaLaunchKernel");
 }
 
 void allow_shared_memory(const void* kernel, int bytes) {

@@ -22,11 +22,11 @@ void clear(void* data, std::size_t bytes, cudaStream_t stream);
 int multiprocessors();  // of the current device
 
 // Enqueues a kernel, by its address and those of its arguments.
-void enqueue(const void* kernel, int blocks, int threads, int shared_bytes, cudaStream_t stream,
+void enqueue(const void* kernel, dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,
              std::initializer_list<const void*> arguments);
 
 template <typename... Parameters>
-void enqueue(void (*kernel)(Parameters...), int blocks, int threads, cudaStream_t stream,
+void enqueue(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream_t stream,
              const std::type_identity_t<Parameters>&... arguments) {
   enqueue(reinterpret_cast<const void*>(kernel), blocks, threads, 0, stream, {&arguments...});
 }

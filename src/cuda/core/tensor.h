@@ -9,7 +9,9 @@ namespace blasst::cuda {
 
 inline constexpr int kUnlimited = 1 << 29;  // beyond every length, and twice it fits in an int
 
-enum class Element { kBFloat16, kHalf };
+enum class Element { kBFloat16, kHalf, kInt8 };
+
+constexpr int bytes_of(Element element) { return element == Element::kInt8 ? 1 : 2; }
 
 // A tensor [outer, tokens, heads, dim] on the device: data 16-byte aligned, strides in elements
 // that make every row 16-byte aligned, too.

@@ -121,6 +121,17 @@ __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// Bytes to shared memory, a multiple of 16 between 16-byte aligned addresses; completes on the
+// barrier.
+__device__ __forceinline__ void copy_bytes(uint32_t destination, const void* source, uint32_t bytes,
+                                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(reinterpret_cast<uint64_t>(source)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // Shared memory written by ordinary stores becomes visible to the copy engine and to wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -36,24 +36,28 @@ EncodeTiled encode_tiled() {
 
 CUtensorMap tensor_map(const Tensor& tensor, Element element, const std::array<Dimension, 3>& outer,
                        CUtensorMapL2promotion promotion) {
-  constexpr int kPanel = 64;
+  const int bytes = bytes_of(element);
+  const auto panel = static_cast<int>(std::min<int64_t>(tensor.dim, 128 / bytes));
   cuuint64_t size[4] = {static_cast<cuuint64_t>(tensor.dim)}, strides[3];
-  cuuint32_t box[4] = {kPanel};
+  cuuint32_t box[4] = {static_cast<cuuint32_t>(panel)};
   for (int i = 0; i < 3; ++i) {
     // A dimension without elements is never read, but a map needs one.
     size[i + 1] = static_cast<cuuint64_t>(std::max<int64_t>(1, outer[i].size));
-    strides[i] = static_cast<cuuint64_t>(
-        outer[i].size > 1 ? outer[i].stride * 2 : tensor.dim * 2);  // of no use where size is 1
+    // Of no use where size is 1.
+    strides[i] =
+        static_cast<cuuint64_t>(bytes * (outer[i].size > 1 ? outer[i].stride : tensor.dim));
     box[i + 1] = static_cast<cuuint32_t>(outer[i].box);
   }
   const cuuint32_t steps[] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult status = encode_tiled()(
       &map,
-      element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      element == Element::kInt8   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+      : element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                  : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       4, const_cast<void*>(tensor.data), size, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      panel * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, promotion,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     fail("cuTensorMapEncodeTiled refused a tensor: CUresult " + std::to_string(status));
   return map;

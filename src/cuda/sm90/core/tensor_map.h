@@ -16,8 +16,8 @@ struct Dimension {
   int box;               // elements a copy
 };
 
-// Boxes of one 64-element panel by the three outer dimensions, in the 128-byte swizzle. Copies
-// reach into L2 in pieces of `promotion`.
+// Boxes of one panel by the three outer dimensions: 128 bytes of a row in the 128-byte swizzle, or
+// all of a row of 64 bytes in the 64-byte one. Copies reach into L2 in pieces of `promotion`.
 CUtensorMap tensor_map(const Tensor& tensor, Element element, const std::array<Dimension, 3>& outer,
                        CUtensorMapL2promotion promotion);
 

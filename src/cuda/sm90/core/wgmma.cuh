@@ -11,14 +11,16 @@
 
 namespace blasst::cuda::ptx {
 
-// Descriptor of an operand in shared memory, in rows of 128 bytes with the 128-byte swizzle, its
-// 8-row blocks (1,024 bytes) contiguous and 1,024-byte aligned.
-//   K-major (a row is 64 elements along k): `panel_bytes` is not used.
-//   MN-major (a row is 64 elements along m or n): the distance to the next 64 of them.
+// Descriptor of an operand in shared memory, in rows of 128 or 64 bytes with the swizzle of that
+// width, its 8-row blocks contiguous and 1,024-byte aligned.
+//   K-major (a row runs along k): `panel_bytes` is not used.
+//   MN-major (a row runs along m or n): the distance to the next row's worth of them.
+template <int kRowBytes = 128>
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, uint32_t panel_bytes = 16) {
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
-         static_cast<uint64_t>(panel_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 |
-         uint64_t{1} << 62;
+         static_cast<uint64_t>(panel_bytes >> 4) << 16 | uint64_t{8 * kRowBytes >> 4} << 32 |
+         uint64_t{kRowBytes == 128 ? 1 : 2} << 62;
 }
 
 // The same operand `bytes` further on. Addresses stay in the lower word: no carry.
@@ -43,6 +45,11 @@ template <int kCount>
 __device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void fence_registers(int (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 // One k = 16 step, d [64, kN] in float32; b is K-major in shared memory unless said otherwise:
@@ -138,6 +145,58 @@ struct Wgmma;
 BLASST_WGMMA_SHAPES("bf16", __nv_bfloat16)
 BLASST_WGMMA_SHAPES("f16", __half)
 
+// One k = 32 step of signed bytes, d [64, kN] in int32, b K-major in shared memory: as above. Of a
+// in registers a thread has four bytes side by side where 16-bit operands
+// have two elements: a[h + 2 * half] at row lane / 4 + 8 * h, bytes 16 * half + 4 * (lane % 4) on.
+template <int kN>
+struct WgmmaInt8;
+
+#define BLASST_OUT_INT "=r"
+#define BLASST_INOUT_INT "+r"
+#define BLASST_WGMMA_INT8(n, half, A0, A1, A2, A3, A4)                                            \
+  template <>                                                                                     \
+  struct WgmmaInt8<n> {                                                                           \
+    static __device__ __forceinline__ void first(int (&d)[half], uint64_t a, uint64_t b) {        \
+      asm volatile(                                                                               \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                              \
+          "wgmma.mma_async.sync.aligned.m64n" #n                                                  \
+          "k32.s32.s8.s8"                                                                         \
+          " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", p;\n}"                                    \
+          : BLASST_EACH_##half(BLASST_OUT_INT, 0)                                                 \
+          : "l"(a), "l"(b));                                                                      \
+    }                                                                                             \
+    static __device__ __forceinline__ void add(int (&d)[half], uint64_t a, uint64_t b) {          \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n                                         \
+                   "k32.s32.s8.s8"                                                                \
+                   " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", 1;"                              \
+                   : BLASST_EACH_##half(BLASST_INOUT_INT, 0)                                      \
+                   : "l"(a), "l"(b));                                                             \
+    }                                                                                             \
+    static __device__ __forceinline__ void first_registers(int (&d)[half], const uint32_t* a,     \
+                                                           uint64_t b) {                          \
+      asm volatile(                                                                               \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                              \
+          "wgmma.mma_async.sync.aligned.m64n" #n                                                  \
+          "k32.s32.s8.s8"                                                                         \
+          " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", p;\n}"       \
+          : BLASST_EACH_##half(BLASST_OUT_INT, 0)                                                 \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
+    }                                                                                             \
+    static __device__ __forceinline__ void add_registers(int (&d)[half], const uint32_t* a,       \
+                                                         uint64_t b) {                            \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n                                         \
+                   "k32.s32.s8.s8"                                                                \
+                   " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1;" \
+                   : BLASST_EACH_##half(BLASST_INOUT_INT, 0)                                      \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
+    }                                                                                             \
+  };
+BLASST_WGMMA_INT8(64, 32, "32", "33", "34", "35", "36")
+BLASST_WGMMA_INT8(128, 64, "64", "65", "66", "67", "68")
+
+#undef BLASST_WGMMA_INT8
+#undef BLASST_INOUT_INT
+#undef BLASST_OUT_INT
 #undef BLASST_WGMMA_SHAPES
 #undef BLASST_WGMMA
 #undef BLASST_INOUT

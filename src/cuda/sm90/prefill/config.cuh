@@ -6,14 +6,15 @@
 
 namespace blasst::cuda::prefill {
 
-template <typename T, int kQkDim_, int kValueDim_, Variant kVariant_>
+template <typename T, int kQkDim_, int kValueDim_, Scores kScores_, Variant kVariant_>
 struct Config {
   using Element = T;
-  using Layout = prefill::Layout<kQkDim_, kValueDim_>;
+  using Layout = prefill::Layout<kQkDim_, kValueDim_, kScores_>;
   using Shared = typename Layout::Shared;
   static constexpr int kQkDim = kQkDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kKeys = Layout::kKeys;
+  static constexpr bool kInt8 = kScores_ == Scores::kInt8;
   static constexpr Variant kVariant = kVariant_;
   static constexpr bool kTests = kVariant_ != Variant::kDense;
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "cuda/core/fragment.cuh"
 #include "cuda/core/online_softmax.cuh"
@@ -10,6 +11,8 @@
 #include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/core/wgmma.cuh"
 #include "cuda/sm90/prefill/config.cuh"
+#include "cuda/sm90/prefill/exact_scores.cuh"
+#include "cuda/sm90/prefill/int8_scores.cuh"
 #include "cuda/sm90/prefill/reports.cuh"
 #include "cuda/sm90/prefill/visit.cuh"
 
@@ -41,16 +44,13 @@ class Consumer {
   using L = typename C::Layout;
   using Shared = typename C::Shared;
   using Element = typename C::Element;
-  static constexpr int kScores = C::kKeys / 2;  // a thread's share of a tile's scores
-  static constexpr int kOutputs = C::kValueDim / 2;
-  static constexpr int kQuerySteps = C::kQkDim / 16;
-  // Three warpgroups, or wider outputs, leave no room for them.
-  static constexpr bool kQueriesInRegisters = C::kQkDim == 128;
-
-  using Scores = float[kScores];
-  using Probabilities = uint32_t[kScores / 2];
-  using Outputs = float[kOutputs];
-  using Queries = uint32_t[kQueriesInRegisters ? kQuerySteps : 1][4];
+  using ScoresOf = std::conditional_t<C::kInt8, Int8Scores<C>, ExactScores<C>>;
+  using Tile = typename ScoresOf::Tile;
+  using Probabilities = uint32_t[C::kKeys / 4];
+  using Outputs = float[C::kValueDim / 2];
+  // Where the product of scores is short, the exponentials of a tile are taken in place, under the
+  // outputs of the tile before.
+  static constexpr bool kUnderOutputs = C::kInt8;
 
   // The decision on a tile, and what it was taken from.
   struct Decision {
@@ -71,9 +71,8 @@ class Consumer {
     if (const int count = tiles.end - tiles.begin; count > 0) {
       ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
       query_phase_ ^= 1;
-      Queries queries;
-      if constexpr (kQueriesInRegisters) load_queries(queries);
-      attend_tiles(work, count, queries, softmax, o);
+      scores_.load_queries(p_, work, s_, at_);
+      attend_tiles(work, count, softmax, o);
       ++visit_.index;
     }
     write(work, softmax, o);
@@ -82,12 +81,13 @@ class Consumer {
   // The tiles of an item. The scores of the next tile and the outputs of a kept one are computed
   // together; then come the next tile's decision and exponentials, under the products of the other
   // warpgroups.
-  __device__ __forceinline__ void attend_tiles(const Work& work, int count, const Queries& queries,
-                                               OnlineSoftmax& softmax, Outputs& o) {
-    Scores s;
+  __device__ __forceinline__ void attend_tiles(const Work& work, int count, OnlineSoftmax& softmax,
+                                               Outputs& o) {
+    Tile s;
     Probabilities p;
+    Weights weights;
     wait_keys();
-    start_scores(s, queries);
+    start_scores(s);
     Decision tile = take_scores<0>(s, work, softmax, count > 1);
 #pragma unroll 1
     for (;;) {
@@ -99,19 +99,26 @@ class Consumer {
             announce(work, tile, softmax);
             return release_queries();
           }
-          start_scores(s, queries);
+          start_scores(s);
           announce(work, tile, softmax);
           visit_.next();
           tile = take_scores<0>(s, work, softmax, count > 1);
         } while (!tile.keep);
       }
       announce(work, tile, softmax);
-      quad_maxima(tile.maximum);
+      if constexpr (kUnderOutputs) {
+        weigh(s, tile, softmax, weights);
+        use(s, weights, p, o);
+      } else {
+        quad_maxima(tile.maximum);
+      }
 #pragma unroll 1
       do {
         // 2. A kept tile's probabilities, under the products of the other warpgroups.
-        softmax.move(tile.maximum, o);
-        softmax.template exponentials<Element>(s, p);
+        if constexpr (!kUnderOutputs) {
+          softmax.move(tile.maximum, o);
+          softmax.template exponentials<Element>(s, p);
+        }
         if (--count == 0) {
           release_queries();
           start_outputs(o, p, work);
@@ -119,18 +126,26 @@ class Consumer {
         }
         // 3. The next scores and this tile's outputs, one behind the other.
         if constexpr (!C::kTests) wait_keys();
-        start_scores(s, queries);
+        start_scores(s);
         start_outputs(o, p, work);
         visit_.next();
         // 4. The decision on the next tile, under the outputs.
         tile = take_scores<1>(s, work, softmax, count > 1);
         if (tile.keep) {
           announce(work, tile, softmax);
-          quad_maxima(tile.maximum);
-          if constexpr (!C::kTests) order_before_wait(tile.maximum[0] + tile.maximum[1]);
+          if constexpr (kUnderOutputs) {
+            weigh(s, tile, softmax, weights);
+            order_before_wait(__int_as_float(s[0]));
+          } else {
+            quad_maxima(tile.maximum);
+            if constexpr (!C::kTests) order_before_wait(tile.maximum[0] + tile.maximum[1]);
+          }
         }
         // 5. The outputs, before the softmax may scale them.
         finish_outputs(o, visit_.index - 1);
+        if constexpr (kUnderOutputs) {
+          if (tile.keep) use(s, weights, p, o);
+        }
       } while (tile.keep);
     }
   }
@@ -143,24 +158,9 @@ class Consumer {
   }
 
   // s = Q K^T of the next key stage.
-  __device__ __forceinline__ void start_scores(Scores& s, const Queries& queries) {
-    const uint64_t q = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, query)),
-                                    at_.warpgroup * L::Queries::kBytes);
-    const uint64_t k = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, key)),
-                                    keys_.stage * L::Keys::kBytes);
-    using Product = ptx::Wgmma<Element, C::kKeys>;
+  __device__ __forceinline__ void start_scores(Tile& s) {
     ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kQuerySteps; ++step) {
-      const int panel = step / 4, within = step % 4 * 32;
-      const uint64_t a = ptx::advance(q, panel * L::Queries::kPanelBytes + within);
-      const uint64_t b = ptx::advance(k, panel * L::Keys::kPanelBytes + within);
-      if constexpr (kQueriesInRegisters)
-        step == 0 ? Product::first_registers(s, queries[step], b)
-                  : Product::add_registers(s, queries[step], b);
-      else
-        step == 0 ? Product::first(s, a, b) : Product::add(s, a, b);
-    }
+    scores_.start(s, base_, at_.warpgroup, keys_.stage);
     ptx::wgmma_commit();
     keys_.next();
   }
@@ -169,16 +169,18 @@ class Consumer {
   // on. With a test and `more` to come, the keys after them are waited for while there is nothing
   // else to do.
   template <int kPending>
-  __device__ __forceinline__ Decision take_scores(Scores& s, const Work& work,
+  __device__ __forceinline__ Decision take_scores(Tile& s, const Work& work,
                                                   const OnlineSoftmax& softmax, bool more) {
     if (C::kTests && more) wait_keys();
+    scores_.read_stage(s_, scored_.stage);
     ptx::wgmma_wait<kPending>();
     ptx::fence_registers(s);
     // Their keys may be overwritten.
     arrive(base_ + offsetof(Shared, barriers.key_empty) + 8 * scored_.stage);
     scored_.next();
     visit_.masked =
-        static_cast<unsigned>(visit_.tile - plain_begin_) >= static_cast<unsigned>(plain_count_);
+        static_cast<unsigned>(visit_.tile - plain_begin_) >= static_cast<unsigned>(plain_count_) ||
+        scores_.any_broken();
     if (visit_.masked) [[unlikely]]
       cap_and_mask(s, work);
     return decide(s, softmax);
@@ -191,11 +193,8 @@ class Consumer {
     plain_count_ = ptx::warp_uniform(p_.softcap > 0 ? 0 : whole.end - whole.begin);
   }
 
-  __device__ __forceinline__ void cap_and_mask(Scores& s, const Work& work) const {
-    if (p_.softcap > 0) {
-#pragma unroll
-      for (int j = 0; j < kScores; ++j) s[j] = tanh_exact(s[j] * p_.softcap_scale);
-    }
+  __device__ __forceinline__ void cap_and_mask(Tile& s, const Work& work) const {
+    scores_.cap(s, p_, work, visit_.tile, at_);
     const QueryTile q = query_tile_of(work, at_.warpgroup);
     const Range whole = whole_tiles<C::kKeys>(work, q);
     if (visit_.tile >= whole.begin && visit_.tile < whole.end) return;
@@ -204,23 +203,42 @@ class Consumer {
       const int at = q.position + at_.row(r);
       Range seen = keys_seen(at, at, work.distances, work.keys);
       if (at_.row(r) >= q.rows) seen.end = 0;
-      mask_row(s, r, seen, visit_.tile * C::kKeys + at_.column());
+      mask_row(s, r, seen, visit_.tile * C::kKeys + at_.column(), ScoresOf::kMasked);
     }
+  }
+
+  // Maxima as the caller means them: with the level that scores in int8 leave out.
+  __device__ __forceinline__ TileMaxima leveled(const float (&maximum)[2]) const {
+    TileMaxima all;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      all.of_row[r] = maximum[r];
+      if constexpr (C::kInt8) all.of_row[r] += scores_.level(p_, r);
+    }
+    return all;
+  }
+  __device__ __forceinline__ float threshold_of_row(int r) const {
+    if constexpr (C::kInt8)
+      if (p_.test.kind == BLASST_TEST_ABSOLUTE) return threshold_ - scores_.level(p_, r);
+    return threshold_;
   }
 
   // --- decision ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Decision decide(const Scores& s, const OnlineSoftmax& softmax) {
+  __device__ __forceinline__ Decision decide(const Tile& s, const OnlineSoftmax& softmax) {
     Decision tile;
-    row_maxima(s, tile.maximum);
+    scores_.maxima(s, visit_.masked, tile.maximum);
     if constexpr (!C::kTests) {
+      if constexpr (kUnderOutputs) quad_maxima(tile.maximum);
       tile.keep = true;
     } else {
       bool skip = true;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        skip = skip && tile.maximum[r] < skip_below(p_.test.kind, threshold_, softmax.maximum[r]);
-      reports_.offer(visit_, tile.maximum, softmax);
+        skip = skip &&
+               tile.maximum[r] < skip_below(p_.test.kind, threshold_of_row(r), softmax.maximum[r]);
+      reports_.offer(visit_, tile.maximum, leveled(tile.maximum), softmax);
+      if constexpr (kUnderOutputs) quad_maxima(tile.maximum);
       tile.keep = __any_sync(kAllLanes, !ptx::named_barrier_all(1 + at_.warpgroup, 128, skip));
     }
     return tile;
@@ -234,9 +252,33 @@ class Consumer {
                                 visit_.index % L::kValueStages * sizeof(*s_.decision);
       ptx::raise_shared_if(decision + 4 * at_.warpgroup, 2 * visit_.index + tile.keep,
                            threadIdx.x % 128 == 0);
-      reports_.decided(work, visit_, tile.keep, tile.maximum, softmax);
+      reports_.decided(work, visit_, tile.keep, leveled(tile.maximum), softmax);
       if (!tile.keep) release_values(visit_.index);
     }
+  }
+
+  // --- probabilities in place -------------------------------------------------------------------
+
+  // What the outputs so far are to be scaled with, if at all.
+  struct Weights {
+    float alpha[2];
+    bool moved;
+  };
+
+  // The scores of a kept tile become probabilities.
+  __device__ __forceinline__ void weigh(Tile& s, const Decision& tile, OnlineSoftmax& softmax,
+                                        Weights& weights) const {
+    weights.moved = softmax.raise(tile.maximum, weights.alpha);
+    scores_.exponentials(s, visit_.masked, weights.alpha, softmax);
+  }
+
+  // They go where the next scores do not overwrite them; the outputs follow the maxima.
+  __device__ __forceinline__ void use(const Tile& s, const Weights& weights, Probabilities& p,
+                                      Outputs& o) const {
+#pragma unroll
+    for (int j = 0; j < C::kKeys / 4; ++j)
+      p[j] = pack2<Element>(__int_as_float(s[2 * j]), __int_as_float(s[2 * j + 1]));
+    if (weights.moved) scale_rows(o, weights.alpha);
   }
 
   // --- outputs ----------------------------------------------------------------------------------
@@ -300,8 +342,10 @@ class Consumer {
     for (int r = 0; r < 2; ++r) {
       const float sum = quad_sum(softmax.sum[r]);
       const bool empty = softmax.maximum[r] == -INFINITY && sum == 0;
-      const RowEnd end = finish_row(softmax.log2_maximum(r), sum, empty,
-                                    p_.sinks ? p_.sinks + work.head : nullptr);
+      float log2_maximum = softmax.log2_maximum(r);
+      if constexpr (C::kInt8) log2_maximum += scores_.level(p_, r);
+      const RowEnd end =
+          finish_row(log2_maximum, sum, empty, p_.sinks ? p_.sinks + work.head : nullptr);
       weight[r] = end.weight;
       if (at_.lane() % 4 == 0 && at_.row(r) < rows) {
         const int64_t cell = int64_t{work.head} * p_.rows + output_row + at_.row(r);
@@ -338,23 +382,9 @@ class Consumer {
     ptx::mbarrier_arrive_if(barrier, at_.lane() == 0);
   }
 
-  // This warpgroup's queries, from shared memory, as the first operand of wgmma: for each 16
-  // elements of d, 16 x 16 in four 8 x 8 matrices a warp.
-  __device__ __forceinline__ void load_queries(Queries& queries) {
-    const int lane = at_.lane(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-    const uint32_t base = ptx::shared_address(s_.query[at_.warpgroup]) + row * kPanelRowBytes;
-#pragma unroll
-    for (int step = 0; step < kQuerySteps; ++step) {
-      const int vector = (step % 4 * 2 + lane / 16) ^ (row % 8);  // the copy engine's swizzle
-      ptx::load_matrices(queries[step], base + step / 4 * L::Queries::kPanelBytes + 16 * vector);
-    }
-    __syncwarp();
-    arrive(address(s_.barriers.query_empty));
-  }
-
   // The queries in shared memory may be overwritten.
   __device__ __forceinline__ void release_queries() {
-    if constexpr (!kQueriesInRegisters) arrive(address(s_.barriers.query_empty));
+    if constexpr (!ScoresOf::kQueriesInRegisters) arrive(address(s_.barriers.query_empty));
   }
 
   // This warp no longer needs the values of a visit.
@@ -372,6 +402,7 @@ class Consumer {
   Shared& s_;
   const uint32_t base_;  // address of s_
   const ThreadPlace at_;
+  ScoresOf scores_;
   Reports<C> reports_;
   Visit visit_;
   int plain_begin_, plain_count_;  // tiles whose scores are final as they come

@@ -1,4 +1,5 @@
-// Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM.
+// Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM, and one
+// arithmetic of the scores, BLASST_SCORES.
 #include "cuda/sm90/prefill/kernel.cuh"
 #include "cuda/sm90/prefill/kernels.h"
 
@@ -7,7 +8,7 @@ namespace {
 
 template <typename T, Variant kVariant>
 Kernel kernel() {
-  using C = Config<T, BLASST_QK_DIM, BLASST_VALUE_DIM, kVariant>;
+  using C = Config<T, BLASST_QK_DIM, BLASST_VALUE_DIM, Scores::BLASST_SCORES, kVariant>;
   return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared),
           C::Layout::kThreads};
 }
@@ -28,7 +29,8 @@ Kernel kernel(Variant variant) {
 }  // namespace
 
 template <>
-Kernel find_kernel_of<BLASST_QK_DIM, BLASST_VALUE_DIM>(Element element, Variant variant) {
+Kernel find_kernel_of<BLASST_QK_DIM, BLASST_VALUE_DIM, Scores::BLASST_SCORES>(Element element,
+                                                                              Variant variant) {
   return element == Element::kHalf ? kernel<__half>(variant) : kernel<__nv_bfloat16>(variant);
 }
 

@@ -11,6 +11,7 @@
 #include "cuda/sm90/core/tensor_map.h"
 #include "cuda/sm90/prefill/kernels.h"
 #include "cuda/sm90/prefill/launch.h"
+#include "cuda/sm90/prefill/quantize.h"
 #include "cuda/sm90/prefill/shape.h"
 
 namespace blasst::cuda::prefill {
@@ -26,6 +27,13 @@ CUtensorMap map_of(const Tensor& t, Element element, int tokens) {
                       {t.heads, t.stride_head, 1},
                       {t.outer, t.stride_outer, 1}}},
                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
+}
+
+// The keys' bytes, one tile a box.
+Tensor quantized_keys(const Params& p, int dim, int keys) {
+  const int64_t tokens = int64_t{p.quantized.tiles} * keys;
+  return {p.quantized.data,          1,   tokens,      p.kv_heads, dim,
+          tokens * p.kv_heads * dim, dim, tokens * dim};
 }
 
 // The parts of the parameters that say who does what. Returns the most items that there can be.
@@ -56,9 +64,11 @@ void launch(const Launch& l) {
   const CUtensorMap q = map_of(l.q, l.element, kQueryTileRows);
   // Without keys nothing is copied; any tensor will do.
   const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, l.element, key_rows);
+  const bool int8 = l.scores == Scores::kInt8 && keys_at_all;
+  const CUtensorMap k = int8 ? map_of(quantized_keys(p, l.qk_dim, keys), Element::kInt8, keys)
+                             : map_of(keys_at_all ? l.k : l.q, l.element, key_rows);
   const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l.element, key_rows);
-  const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.variant);
+  const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.scores, l.variant);
   allow_shared_memory(kernel.function, kernel.shared_bytes);
   const int blocks = std::min(items, multiprocessors());
 
@@ -67,6 +77,7 @@ void launch(const Launch& l) {
     list_blocks(p, rows_per_block(l.qk_dim), stream);
   else
     clear(p.next_item, sizeof(int), stream);
+  if (int8) quantize_keys(p, l.k, l.element, l.qk_dim, stream);
   enqueue(kernel.function, blocks, kernel.threads, kernel.shared_bytes, stream, {&p, &q, &k, &v});
   if (may_be_padded(p)) clear_padding(p, l.value_dim, stream);
 }

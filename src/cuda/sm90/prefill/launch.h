@@ -14,8 +14,9 @@ struct Launch {
   Tensor q, k, v;
   Element element;
   int qk_dim, value_dim;  // of queries and keys, of values and outputs
+  Scores scores;
   Variant variant;
-  int* workspace;  // workspace_bytes() on the device
+  int* workspace;  // workspace_bytes() on the device, 16-byte aligned
   void* stream;    // a cudaStream_t
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/core/prefill/params.h"
 #include "cuda/sm90/core/panels.cuh"
@@ -37,23 +38,27 @@ __device__ __forceinline__ QueryTile query_tile_of(const Work& work, int warpgro
 }
 
 // A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64]. Queries and keys have kQkDim
-// elements, values and outputs kValueDim.
-template <int kQkDim, int kValueDim>
+// elements, values and outputs kValueDim. With scores in int8 keys are bytes.
+template <int kQkDim, int kValueDim, Scores kScores>
 struct Layout {
+  static constexpr bool kInt8 = kScores == Scores::kInt8;
   static constexpr int kWarpgroups = warpgroups(kQkDim);
   static constexpr int kRowsPerBlock = rows_per_block(kQkDim);
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kKeys = tile_keys(kQkDim);
-  static constexpr int kKeyStages = kQkDim == 256 ? 3 : 4;
+  static constexpr int kKeyStages = (kQkDim == 256 ? 3 : 4) + (kInt8 ? (kQkDim == 256 ? 1 : 2) : 0);
   static constexpr int kValueStages = 2;
   // Twice as many as tiles that a warpgroup can be ahead of the values' producers (kKeyStages): it
   // does not look at the barriers of tiles that it skips, and a parity tells one phase only.
-  static constexpr int kValueBarriers = 8;
+  static constexpr int kValueBarriers = kInt8 ? 16 : 8;
 
   using Queries = Panels<kQueryTileRows, kQkDim>;  // of one warpgroup
-  using Keys = Panels<kKeys, kQkDim>;
+  using Keys = std::conditional_t<kInt8, BytePanels<kKeys, kQkDim>, Panels<kKeys, kQkDim>>;
   using Values = Panels<kKeys, kValueDim>;
+  // Three warpgroups have no registers for queries.
+  static constexpr bool kRoundedQueries = kInt8 && kWarpgroups == 3;
+  using RoundedQueries = BytePanels<kQueryTileRows, kQkDim>;
 
   // Of 65,536: 128 threads of the producer, 128 of each consumer.
   static constexpr int kProducerRegisters = kValueDim == 256 ? 24 : kWarpgroups == 3 ? 32 : 40;
@@ -70,6 +75,10 @@ struct Layout {
     alignas(1024) uint8_t query[kWarpgroups][Queries::kBytes];
     alignas(1024) uint8_t key[kKeyStages][Keys::kBytes];
     alignas(1024) uint8_t value[kValueStages][Values::kBytes];
+    // Queries in bytes, where they do not stay in registers. Each warpgroup writes its own.
+    alignas(1024) uint8_t rounded_query[kRoundedQueries ? kWarpgroups : 1]
+                                       [kRoundedQueries ? RoundedQueries::kBytes : 16];
+    KeyTileUnit unit[kInt8 ? kKeyStages : 1];  // of key; scores in int8 only
     Barriers barriers;
     Work work[2];
     // The newest visit that each warpgroup has decided on: 2 * visit + kept.

@@ -1,6 +1,7 @@
 #include "cuda/sm90/prefill/plan.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <numbers>
 
@@ -8,6 +9,7 @@
 #include "cuda/core/checks.h"
 #include "cuda/core/plan.h"
 #include "cuda/core/prefill/order.h"
+#include "cuda/sm90/prefill/quantize.h"
 #include "cuda/sm90/prefill/shape.h"
 
 namespace blasst::cuda::prefill {
@@ -16,10 +18,14 @@ namespace {
 using attention::check_range;
 using attention::Phase;
 
-void plan_scores(Params& p, const blasst_problem& problem) {
+void plan_scores(Params& p, const blasst_problem& problem, Scores scores) {
+  constexpr float kLog2e = std::numbers::log2e_v<float>;
   const float scale = scale_of(problem), softcap = problem.softcap;
-  p.softcap_scale = softcap > 0 ? scale / softcap : 0;
-  p.score_to_log2 = (softcap > 0 ? softcap : scale) * std::numbers::log2e_v<float>;
+  // A raw score is q.k or, in int8, a base-2 logarithm.
+  const bool int8 = scores == Scores::kInt8;
+  p.softcap_scale = softcap > 0 ? (int8 ? 1 / kLog2e : scale) / softcap : 0;
+  p.score_to_log2 = softcap > 0 ? softcap * kLog2e : int8 ? 1 : scale * kLog2e;
+  p.quantized.dot_to_log2 = scale * kLog2e;
   p.bands = problem.mask.bands;
 }
 
@@ -48,6 +54,40 @@ Variant variant_of(const Params& p) {
   return p.test.kind != BLASST_TEST_NONE || counts ? Variant::kSparse : Variant::kDense;
 }
 
+Scores scores_of(const Decision& decision) {
+  return decision.scores == BLASST_SCORES_INT8 ? Scores::kInt8 : Scores::kExact;
+}
+
+QuantizedLayout quantized_layout_of(const blasst_problem& p) {
+  const int dim = static_cast<int>(p.head_dim);
+  const bool ragged = p.kv.layout == BLASST_LAYOUT_RAGGED;
+  return quantized_layout(p.batch, p.kv_heads, attention::most_keys(p), ragged ? p.kv.tokens : -1,
+                          dim, tile_keys(dim));
+}
+
+// Lists of the batch first, then the keys' bytes.
+std::size_t lists_bytes(const blasst_problem& p) {
+  return (workspace_bytes(p.batch) + 127) / 128 * 128;
+}
+
+std::size_t needed_workspace(const AttentionParams& params) {
+  if (scores_of(params.decision) == Scores::kExact) return workspace_bytes(params.problem.batch);
+  return lists_bytes(params.problem) + quantized_layout_of(params.problem).bytes;
+}
+
+void plan_quantized(Params& p, const AttentionParams& params) {
+  const QuantizedLayout layout = quantized_layout_of(params.problem);
+  auto* base = static_cast<std::byte*>(params.execution.workspace) + lists_bytes(params.problem);
+  p.quantized.tiles = static_cast<int>(layout.tiles);
+  p.quantized.data = reinterpret_cast<int8_t*>(base);
+  p.quantized.units = reinterpret_cast<KeyTileUnit*>(base + layout.units);
+  p.quantized.broken = reinterpret_cast<BrokenKeys*>(base + layout.broken);
+  p.quantized.means = reinterpret_cast<float*>(base + layout.means);
+  p.quantized.sums = reinterpret_cast<double*>(base + layout.sums);
+  p.quantized.level = p.report.lse || p.report.tile_maxima || p.sinks || p.softcap > 0 ||
+                      p.test.kind == BLASST_TEST_ABSOLUTE;
+}
+
 // Of the scalars alone.
 attention::Geometry geometry_of(const AttentionParams& params) {
   check_supported(params, Phase::kPrefill);
@@ -58,6 +98,10 @@ attention::Geometry geometry_of(const AttentionParams& params) {
               p.heads * most_blocks(attention::all_rows(p), p.batch, attention::most_rows(p),
                                     rows_per_block(dim)),
               0, kUnlimited - 1);
+  if (scores_of(params.decision) == Scores::kInt8) {
+    check_range("key tiles of all requests", quantized_layout_of(p).tiles, 0, kUnlimited - 1);
+    check_range("kv_heads", p.kv_heads, 1, 65535);  // blocks of a launch
+  }
   const TileShape shape{.query_rows = kQueryTileRows, .keys = tile_keys(dim)};
   attention::check_tiles("cuda", params.decision, shape);
   return attention::geometry(p, Phase::kPrefill, shape);
@@ -66,8 +110,7 @@ attention::Geometry geometry_of(const AttentionParams& params) {
 }  // namespace
 
 Plan plan(const AttentionParams& params) {
-  return attention::plan_of(BLASST_BACKEND_CUDA, geometry_of(params),
-                            workspace_bytes(params.problem.batch));
+  return attention::plan_of(BLASST_BACKEND_CUDA, geometry_of(params), needed_workspace(params));
 }
 
 Launch plan_launch(const AttentionParams& params) {
@@ -78,15 +121,17 @@ Launch plan_launch(const AttentionParams& params) {
   plan_queries(l, params.problem);
   plan_rows(l.params, params.problem);
   plan_keys(l, params.problem);
-  plan_scores(l.params, params.problem);
+  l.scores = scores_of(params.decision);
+  plan_scores(l.params, params.problem, l.scores);
   plan_mask_and_test(l.params, params);
   plan_places(l.params, params.decision.test);
   plan_report(l.params, params.report, geometry);
   plan_maxima(l.params, params.report, geometry);
   l.params.report.query_tiles = static_cast<int>(geometry.query_tiles);
   l.variant = variant_of(l.params);
-  check_workspace(params.execution, workspace_bytes(params.problem.batch), 16);
+  check_workspace(params.execution, needed_workspace(params), l.scores == Scores::kInt8 ? 128 : 16);
   l.workspace = static_cast<int*>(params.execution.workspace);
+  if (l.scores == Scores::kInt8) plan_quantized(l.params, params);
   return l;
 }
 

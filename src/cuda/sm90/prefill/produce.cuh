@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/core/keys.cuh"
+#include "cuda/core/prefill/key_tiles.cuh"
 #include "cuda/core/prefill/order.h"
 #include "cuda/core/prefill/rows.cuh"
 #include "cuda/core/tensor.h"
@@ -105,6 +106,24 @@ __device__ void copy_tile(const KeyLayout& keys, const KeySource& source, const 
   }
 }
 
+// Starts the copy of one tile of keys in bytes, and of its unit. place: among the tiles of all
+// requests.
+template <typename C>
+__device__ void copy_quantized_tile(const Params& p, typename C::Shared& s, const CUtensorMap* map,
+                                    int stage, int kv_head, int place) {
+  using Keys = typename C::Layout::Keys;
+  const uint32_t barrier = address(s.barriers.key_full[stage]);
+  ptx::mbarrier_arrive_expect(barrier, Keys::kBytes + sizeof(KeyTileUnit));
+#pragma unroll
+  for (int panel = 0; panel < Keys::kCount; ++panel) {
+    ptx::copy_box(ptx::shared_address(s.key[stage]) + panel * Keys::kPanelBytes, map, barrier,
+                  panel * Keys::kRowBytes, place * C::kKeys, kv_head, 0, ptx::L2Hint::kLast);
+  }
+  ptx::copy_bytes(ptx::shared_address(&s.unit[stage]),
+                  p.quantized.units + int64_t{kv_head} * p.quantized.tiles + place,
+                  sizeof(KeyTileUnit), barrier);
+}
+
 // Starts the copies of the block's queries.
 template <typename C>
 __device__ void copy_queries(const Params& p, typename C::Shared& s, const CUtensorMap* map,
@@ -152,12 +171,17 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
     const Range tiles = {w.tile_begin, w.tile_end};
     if (tiles.begin >= tiles.end) continue;
     const KeySource source(p, w);
+    const int first_tile = C::kInt8 ? first_key_tile(p.keys, w.request, C::kKeys) : 0;
     for (int i = 0; i < tiles.end - tiles.begin; ++i) {
       // 3. Keys, as far ahead as there are stages.
       ptx::mbarrier_wait(address(b.key_empty[keys.stage]), keys.phase ^ 1);
-      copy_tile<typename L::Keys, C::kKeys>(
-          p.keys, source, key_map, ptx::shared_address(s.key[keys.stage]),
-          address(b.key_full[keys.stage]), tile_at(p.order, tiles, i));
+      const int tile = tile_at(p.order, tiles, i);
+      if constexpr (C::kInt8)
+        copy_quantized_tile<C>(p, s, key_map, keys.stage, source.kv_head, first_tile + tile);
+      else
+        copy_tile<typename L::Keys, C::kKeys>(p.keys, source, key_map,
+                                              ptx::shared_address(s.key[keys.stage]),
+                                              address(b.key_full[keys.stage]), tile);
       keys.next();
       // 4. The first scores need queries, too; the previous item's are free about now.
       if (i > 0) continue;

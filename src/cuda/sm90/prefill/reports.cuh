@@ -16,13 +16,19 @@
 
 namespace blasst::cuda::prefill {
 
+// The largest scores of a tile in a thread's rows, at the level that callers mean.
+struct TileMaxima {
+  float of_row[2];
+};
+
 // Nothing.
 template <typename C>
 struct NoReports {
   __device__ __forceinline__ NoReports(const Params&, typename C::Shared&, ThreadPlace) {}
   __device__ __forceinline__ void begin(const Work&) {}
-  __device__ __forceinline__ void offer(const Visit&, const float (&)[2], const OnlineSoftmax&) {}
-  __device__ __forceinline__ void decided(const Work&, const Visit&, bool, float (&)[2],
+  __device__ __forceinline__ void offer(const Visit&, const float (&)[2], TileMaxima,
+                                        const OnlineSoftmax&) {}
+  __device__ __forceinline__ void decided(const Work&, const Visit&, bool, TileMaxima,
                                           const OnlineSoftmax&) {}
   __device__ __forceinline__ void row(const Work&, int, int64_t, const RowEnd&) {}
   __device__ __forceinline__ void finish(const Work&) {}
@@ -35,8 +41,9 @@ class CountReports {
   __device__ __forceinline__ CountReports(const Params& p, typename C::Shared&, ThreadPlace at)
       : p_(p), at_(at) {}
   __device__ __forceinline__ void begin(const Work&) { kept_ = 0; }
-  __device__ __forceinline__ void offer(const Visit&, const float (&)[2], const OnlineSoftmax&) {}
-  __device__ __forceinline__ void decided(const Work&, const Visit&, bool keep, float (&)[2],
+  __device__ __forceinline__ void offer(const Visit&, const float (&)[2], TileMaxima,
+                                        const OnlineSoftmax&) {}
+  __device__ __forceinline__ void decided(const Work&, const Visit&, bool keep, TileMaxima,
                                           const OnlineSoftmax&) {
     kept_ += keep;
   }
@@ -81,7 +88,7 @@ class TileReports : public CountReports<C> {
 
   // Each warp leaves its rows' largest gap, in natural logarithms, and their largest score.
   __device__ __forceinline__ void offer(const Visit& visit, const float (&tile_maximum)[2],
-                                        const OnlineSoftmax& softmax) {
+                                        TileMaxima leveled, const OnlineSoftmax& softmax) {
     const float to_natural = softmax.score_to_log2 * kLn2;
     float gap = -INFINITY;
 #pragma unroll
@@ -93,7 +100,7 @@ class TileReports : public CountReports<C> {
           softmax.maximum[r] == -INFINITY ? INFINITY : (t - softmax.maximum[r]) * to_natural;
       gap = g <= gap ? gap : (g < INFINITY ? g : INFINITY);
     }
-    float maximum = max_nan(tile_maximum[0], tile_maximum[1]);
+    float maximum = max_nan(leveled.of_row[0], leveled.of_row[1]);
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2) {
       gap = fmaxf(gap, __shfl_xor_sync(kAllLanes, gap, lanes));
@@ -106,9 +113,9 @@ class TileReports : public CountReports<C> {
   }
 
   __device__ __forceinline__ void decided(const Work& work, const Visit& visit, bool keep,
-                                          float (&tile_maximum)[2], const OnlineSoftmax& softmax) {
-    report_tile(work, visit, keep, tile_maximum, softmax);
-    Counts::decided(work, visit, keep, tile_maximum, softmax);
+                                          TileMaxima leveled, const OnlineSoftmax& softmax) {
+    report_tile(work, visit, keep, leveled, softmax);
+    Counts::decided(work, visit, keep, leveled, softmax);
   }
 
   __device__ __forceinline__ void row(const Work& work, int r, int64_t cell, const RowEnd& end) {
@@ -129,8 +136,7 @@ class TileReports : public CountReports<C> {
   }
 
   __device__ __forceinline__ void report_tile(const Work& work, const Visit& visit, bool keep,
-                                              float (&tile_maximum)[2],
-                                              const OnlineSoftmax& softmax) {
+                                              TileMaxima leveled, const OnlineSoftmax& softmax) {
     const int tile = visit.tile;
     const QueryTile q = query_tile_of(work, at_.warpgroup);
     const Range visible = visible_tiles<C::kKeys>(work, q);
@@ -148,6 +154,7 @@ class TileReports : public CountReports<C> {
       }
     }
     if (keep) return;
+    float(&tile_maximum)[2] = leveled.of_row;
     quad_maxima(tile_maximum);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
