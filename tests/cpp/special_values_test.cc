@@ -227,7 +227,8 @@ TEST_P(SpecialValues, AnInfiniteScoreGivesNan) {
   });
 }
 
-// With scores in int8 a key that is not finite has scores of NaN; its tile's other keys keep theirs.
+// With scores in int8 a key that is not finite has scores of NaN; its tile's other keys keep
+// theirs.
 TEST_P(SpecialValues, OfInt8ScoresReachTheRowsThatSeeTheKey) {
   for (const DType dtype : {BLASST_FLOAT32, BLASST_FLOAT16, BLASST_BFLOAT16}) {
     for (const float value : {kNan, kInf, -kInf}) {
