@@ -77,6 +77,22 @@ def test_texts_that_are_read_in_chunks_have_the_same_perplexity(results, tmp_pat
     assert found.get(*key)["answer"] == results.get(*key)["answer"]
 
 
+def test_sparse_texts_have_bounds_of_their_rows(results, out):
+    for (name, scheme, _), value in results.all("text"):
+        assert ("bound" in value) == (scheme != Scheme.DENSE)
+        if scheme != Scheme.DENSE:
+            below = [*value["bound"]["below"].values()]
+            assert 0 < below[0] <= below[1] <= below[2] <= 1
+            largest = [one["bound"] for one in value["bound"]["worst"]]
+            assert largest == sorted(largest, reverse=True)
+            last = value["bound"]["worst"][0]
+            assert TEXTS[name].encode()[: last["token"] + 1].endswith(last["text"].encode())
+    by_title = {t.title: t for t in report.tables(results, None)}
+    shares = by_title["Bound on the mass that rows dropped"]
+    assert [row[0] for row in shares.rows] == ["calibrated, 90%", f"{Scheme.PAPER}, 90%"]
+    assert len(by_title["Tokens with the largest bound"].rows) == 2 * len(TEXTS) * 5
+
+
 def test_every_prompt_was_answered_in_every_setting(results):
     assert {key for key, _ in results.all("needle")} == {
         (index, scheme, target)

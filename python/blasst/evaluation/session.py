@@ -12,7 +12,7 @@ from blasst.config import SparseAttention
 from blasst.evaluation.clock import now
 from blasst.evaluation.options import Options
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
-from blasst.hf import Recording, Threshold, configure, record
+from blasst.hf import Recording, Threshold, configure, recording_with
 from blasst.hf.models import Loaded, check_length, sparse_layers
 from blasst.hf.reading import read
 from blasst.hf.saving import calibration_in
@@ -86,14 +86,15 @@ class Session:
         return self.settings + [Setting(Scheme.PAPER, t) for t in options.targets if t]
 
     @contextmanager
-    def applied(self, setting: Setting) -> Iterator[Recording]:
-        """The model runs as the setting says, and is recorded."""
+    def applied(self, setting: Setting, recording: Recording | None = None) -> Iterator[Recording]:
+        """The model runs as the setting says, and is recorded, in this recording or a new one."""
+        recording = recording or Recording()
         self.model.config.__dict__.pop("sparse_attention_config", None)
         if setting.scheme in self._methods:
             method = self._methods[setting.scheme]
             with (
                 method.applied(self.model, self.config, setting.target, self.options.length),
-                record() as recording,
+                recording_with(recording),
             ):
                 yield recording
             return
@@ -108,7 +109,7 @@ class Session:
             self.model.config.sparse_attention_config = config.to_dict()
         uncalibrated = int8 and self.config is None
         configured = configure(self.model, prefill=_INT8) if uncalibrated else nullcontext()
-        with configured, record() as recording:
+        with configured, recording_with(recording):
             yield recording
 
     def restore(self) -> None:

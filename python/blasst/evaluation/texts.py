@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from blasst.evaluation.bounds import RowBounds
 from blasst.evaluation.session import Session
-from blasst.evaluation.settings import DENSELY, Setting
+from blasst.evaluation.settings import DENSELY, Scheme, Setting
 from blasst.hf import Recording
 from blasst.measure.agreement import Agreement, DenseRun
 
@@ -36,13 +37,16 @@ def measure_texts(session: Session, texts: Mapping[str, Tensor]) -> None:
         done = (index + 1) * len(session.text_settings) - len(missing)
         for setting in missing:
             session.progress("Perplexity", done / total, f"{name}, {setting.name}")
-            with session.applied(setting) as recording:
+            bounds = RowBounds(session.layers) if _is_bounded(setting) else None
+            with session.applied(setting, bounds) as recording:
                 hidden, seconds = session.prefill(tokens)
             if dense is None:
                 dense = DenseRun(session.model, hidden, tokens[0], every=session.options.every)
             sparsity = session.sparsity(setting, recording, tokens.shape[1])
             found = _found(dense.compare(hidden), recording)
             found |= {"sparsity": sparsity, "prefill_seconds": seconds}
+            if bounds:
+                found["bound"] = bounds.summary(tokens[0], session.tokenizer)
             session.results.put(found, "text", name, *setting.key)
             done += 1
     session.progress("Perplexity", 1.0, "")
@@ -50,6 +54,11 @@ def measure_texts(session: Session, texts: Mapping[str, Tensor]) -> None:
 
 def _known(session: Session, name: str, setting: Setting) -> bool:
     return session.results.get("text", name, *setting.key) is not None
+
+
+def _is_bounded(setting: Setting) -> bool:
+    """Whether tiles are dropped by the test alone, whose bound then says what is missing."""
+    return setting.target > 0 and setting.scheme in [*Scheme]
 
 
 def _found(agreement: Agreement, recording: Recording) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux,
         return_stats=bool(recording.active),
+        return_error_bound=any(r.wants_bounds for r in recording.active),
         return_gaps=any(r.wants_gaps for r in recording.active),
         return_tile_maxima=any(r.wants_maxima for r in recording.active),
     )

@@ -22,6 +22,8 @@ class Recording:
 
     wants_maxima = False
     """Whether results shall have their tile maxima."""
+    wants_bounds = False
+    """Whether results shall have their error bounds."""
 
     def __init__(self, gaps: bool = False) -> None:
         self.wants_gaps = gaps

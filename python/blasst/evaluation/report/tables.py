@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blasst.calibration import Calibration
+from blasst.evaluation.report.bounds import bound_table, worst_table
 from blasst.evaluation.report.calibration import calibration_tables
 from blasst.evaluation.report.values import by_head, sparsity_by_length, with_method
 from blasst.evaluation.settings import Setting
@@ -17,7 +18,8 @@ NEEDLES_SHOWN = 3
 
 def tables(results: Results, calibration: Calibration | None) -> list[Table]:
     """Everything that was measured, in the order of the report."""
-    found = [_agreement_table(results), _needle_table(results), _task_table(results)]
+    found = [_agreement_table(results), bound_table(results), worst_table(results)]
+    found += [_needle_table(results), _task_table(results)]
     found += [_layer_table(results), _answer_table(results), _length_table(results)]
     found = [table for table in found if table.rows]
     return found + (calibration_tables(calibration) if calibration else [])
