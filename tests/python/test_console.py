@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from blasst.cli import console
+from blasst.pages import Table
 
 
 @pytest.fixture
@@ -42,3 +43,10 @@ def test_a_note_that_is_logged_again_is_shown_once(capsys):
         "note: 1024 keys are too many",
         "note: 2048 keys are too many",
     ]
+
+
+def test_what_a_text_or_model_says_is_shown_as_it_is(capsys):
+    console.show(Table("Answers", ("text", "answer"), (("[/INST]", "[bold]no[/]"),)))
+    shown = capsys.readouterr().out
+    assert "[/INST]" in shown
+    assert "[bold]no[/]" in shown

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -75,7 +76,7 @@ def show(table: ReportTable) -> None:
     for column in table.columns:
         printed.add_column(column)
     for row in table.rows:
-        printed.add_row(*row)
+        printed.add_row(*map(escape, row))  # a model's words are no markup
     console.print(printed)
 
 
