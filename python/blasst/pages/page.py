@@ -22,15 +22,34 @@ Plot = tuple[str, str, Callable[[Axes], None]]
 
 
 def write_page(
-    title: str, subtitle: str, every: Sequence[Table], plots: Sequence[Plot], out: Path
+    title: str,
+    verdict: str,
+    subtitle: str,
+    every: Sequence[Table],
+    plots: Sequence[Plot],
+    out: Path,
 ) -> Path:
-    """Write report.html with tables and plots, and the plots as PNG beside it; its path."""
+    """Write report.html, and its plots as PNG beside it.
+
+    Args:
+        title: of the page.
+        verdict: what it comes to, in a sentence: first.
+        subtitle: on what was measured, and how.
+        every: tables, folded.
+        plots: shown before them.
+        out: folder.
+
+    Returns:
+        The page's path.
+    """
     pictures = []
     for name, caption, draw in plots:
         picture = png(draw)
         replace_file(out / f"{name}.png", picture)
         pictures.append((caption, base64.b64encode(picture).decode()))
-    page = _template().render(title=title, subtitle=subtitle, tables=every, pictures=pictures)
+    page = _template().render(
+        title=title, verdict=verdict, subtitle=subtitle, tables=every, pictures=pictures
+    )
     replace_file(out / "report.html", page)
     return out / "report.html"
 

@@ -40,7 +40,6 @@ def about(plan: TrainingPlan) -> str:
 def table(cases: Sequence[Case], plan: TrainingPlan) -> Table:
     """The four cases."""
     basis = cases[0].perplexity
-    cost = costs(cases)
     return Table(
         f"Perplexity at {plan.length} tokens, target sparsity {plan.target:.0%}",
         ("trained", "measured", "sparsity", "perplexity", "change", *cases[0].by_text),
@@ -55,9 +54,16 @@ def table(cases: Sequence[Case], plan: TrainingPlan) -> Table:
             )
             for case in cases
         ),
-        "Change: against dense-trained, measured dense. Sparsity costs "
-        f"{cost[Way.DENSE]:+.2%} after dense training and {cost[Way.SPARSE]:+.2%} after sparse "
-        "training.",
+        f"Change: against dense-trained, measured dense. {verdict(cases)}",
+    )
+
+
+def verdict(cases: Sequence[Case]) -> str:
+    """What training with sparsity is good for."""
+    cost = costs(cases)
+    return (
+        f"Sparsity costs {cost[Way.DENSE]:+.2%} after dense training and "
+        f"{cost[Way.SPARSE]:+.2%} after sparse training."
     )
 
 
@@ -82,7 +88,7 @@ def write(title: str, about: str, cases: Sequence[Case], plan: TrainingPlan, out
         ("loss", "Training loss", _draw_loss(logs)),
         ("sparsity", "Sparsity while training", _draw_sparsity(logs[Way.SPARSE])),
     ]
-    return write_page(title, about, [found], plots, out)
+    return write_page(title, verdict(cases), about, [found], plots, out)
 
 
 def _draw_cases(cases: Sequence[Case]) -> Callable[[Axes], None]:

@@ -7,6 +7,7 @@ from blasst.calibration import Calibration
 from blasst.evaluation.options import Options
 from blasst.evaluation.report.plots import plots_of
 from blasst.evaluation.report.tables import tables
+from blasst.evaluation.report.verdict import verdict
 from blasst.files import write_json
 from blasst.hf.models import Loaded
 from blasst.measure.results import Results
@@ -47,6 +48,7 @@ def write(
         out / "results.json",
         {
             "title": title,
+            "verdict": verdict(results),
             "about": subtitle,
             "tables": tables_to_dict(every),
             "results": [
@@ -56,4 +58,5 @@ def write(
             ],
         },
     )
-    return write_page(title, subtitle, every, plots_of(results, calibration), out)
+    plots = plots_of(results, calibration)
+    return write_page(title, verdict(results), subtitle, every, plots, out)
