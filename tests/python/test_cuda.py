@@ -56,8 +56,8 @@ def test_int8_scores(dim: int) -> None:
     run = functools.partial(blasst.attention, q, k, v, causal=True, return_lse=True)
     exact, int8 = (run(scores=scores) for scores in ("exact", "int8"))
     assert not torch.equal(exact.out, int8.out)
-    # Of normal numbers the largest of a row or tile is about 4.5: rounding in 1 / 127 of it, in q and
-    # in k, gives a score an error of 4.5 / 127 / sqrt(12) * sqrt(2), 0.014 in the mean.
+    # Of normal numbers the largest of a row or tile is about 4.5: rounding in 1 / 127 of it, in q
+    # and in k, gives a score an error of 4.5 / 127 / sqrt(12) * sqrt(2), 0.014 in the mean.
     assert (exact.out - int8.out).float().norm() / exact.out.float().norm() < 2e-2
     torch.testing.assert_close(exact.lse, int8.lse, atol=7e-2, rtol=0)
     # Thresholds mean what they mean with exact scores, but for tiles that lie near them.
