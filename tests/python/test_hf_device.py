@@ -4,13 +4,17 @@ On the CPU, where every read of a tensor is seen as it would be on a GPU.
 """
 
 import copy
+import re
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from blasst.hf import masks, packed
+import blasst
+from blasst.hf import forward, masks, packed
+from blasst.hf.layers import attention_modules
+from blasst.policies import Bands
 from blasst.versions import cache_name
 from test_hf_settings import CONFIG
 from tiny_models import VOCABULARY, make_model
@@ -39,20 +43,78 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 
 
 def as_on_a_gpu(monkeypatch):
-    """Lengths are not looked at for the sake of a warning."""
-    monkeypatch.setattr("blasst.hf.forward._Lengths.known", lambda self: [])
+    """Tensors are taken for those of a device that must be waited for."""
+    for module in (masks, forward):
+        monkeypatch.setattr(module, "is_at_hand", lambda _: False)
+
+
+def without_reads_in_layers(model):
+    """The attention layers may read no tensor; what comes before them may."""
+    for module in attention_modules(model):
+        reads = NoReads()
+        module.register_forward_pre_hook(lambda *_, reads=reads: reads.__enter__() and None)
+        module.register_forward_hook(
+            lambda *_, reads=reads: reads.__exit__(None, None, None), always_call=True
+        )
 
 
 @torch.no_grad()
 def test_a_pass_without_padding_reads_no_tensor(model, monkeypatch):
     as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(packed, "find", lambda *_: None)  # looks at position_ids, once a pass
     ids = tokens(2, 200)
     cache = DynamicCache(config=model.config)
     for part in (ids[:, :198], ids[:, 198:199]):  # what a model needs once is made
         model(part, **{cache_name(type(model)): cache})
     with NoReads():
         model(ids[:, 199:], **{cache_name(type(model)): cache})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_no_layer_of_a_decode_step_reads_a_tensor(model, monkeypatch, cache_class, padded):
+    as_on_a_gpu(monkeypatch)
+    blasst.set_policy(model, Bands(512))
+    ids = tokens(2, 200)
+    padding = torch.ones(2, 200, dtype=torch.bool)
+    padding[1, :30] = not padded
+    room = {"max_cache_len": 600} if cache_class is StaticCache else {}
+    cache = {cache_name(type(model)): cache_class(config=model.config, **room)}
+    for begin, end in ((0, 198), (198, 199)):  # what a model needs once is made
+        model(ids[:, begin:end], attention_mask=padding[:, :end], **cache)
+    without_reads_in_layers(model)
+    position = torch.full((2, 1), 199)
+    got = model(ids[:, 199:], position_ids=position, attention_mask=padding, **cache).logits
+    assert not got.isnan().any()
+
+
+@torch.no_grad()
+def test_a_decode_step_that_goes_on_behind_other_sequences_is_found_on_the_device(
+    model, monkeypatch
+):
+    as_on_a_gpu(monkeypatch)
+    ids = tokens(1, 31)
+    cache = {cache_name(type(model)): DynamicCache(config=model.config)}
+    model(ids[:, :30], position_ids=torch.arange(15).repeat(2)[None], **cache)
+    with pytest.raises(RuntimeError, match="a sequence starts behind other tokens in the cache"):
+        model(ids[:, 30:], position_ids=torch.tensor([[15]]), **cache)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [masks._HOLES, masks._BIAS, masks.PACKED_COMPILED, packed.BEHIND_OTHERS, "ä" * 300, "x" * 255],
+)
+def test_messages_are_cut_to_what_a_check_on_a_gpu_takes(message, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "_assert_async", lambda _, message: given.append(message))
+    monkeypatch.setattr(masks, "is_deferred", lambda _: True)
+    masks.require(torch.tensor(False), message)
+    [said] = given
+    assert len(said.encode()) < 255
+    assert said == message or message.startswith(said.removesuffix("..."))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        masks.require(torch.tensor(False), message)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from blasst.hf.masks import KeyRanges, noted, require, with_facts
 from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import NAMES, Pass, options_of, options_when_compiled
+from blasst.hf.tracing import is_at_hand
 from blasst.hf.visits import visit_of
 from blasst.ops.attention import Result
 from blasst.policies import Call
@@ -205,7 +206,7 @@ class _Lengths:
 
     def known(self) -> list[int]:
         """`numbers`, as far as the host knows them without waiting for the device."""
-        if self._device.type == "cpu" or self._sequences is not None:
+        if is_at_hand(self._device) or self._sequences is not None:
             return self.numbers()
         # A cache that grows has no more room than its longest request needs.
         return [self._keys] if getattr(self._mask, "keys", None) == self._keys else []

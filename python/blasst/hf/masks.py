@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, masking_utils
 
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import NAME, check_model
-from blasst.hf.tracing import is_deferred
+from blasst.hf.tracing import is_at_hand, is_deferred
 
 
 class Pattern(NamedTuple):
@@ -76,8 +76,9 @@ class KeyRanges(Tensor):
         cls, batch: int, queries: int, keys: int, causal: bool, device: torch.device
     ) -> "KeyRanges":
         """All keys and all queries of every request."""
-        row = torch.tensor([[0, keys, queries, 0, int(causal)]], dtype=torch.int32, device=device)
-        return cls.of(row.expand(batch, -1), Pattern(causal), 0, True, keys)
+        numbers = (0, keys, queries, 0, int(causal))  # not copied from the host, to wait for none
+        columns = [torch.full((batch,), n, dtype=torch.int32, device=device) for n in numbers]
+        return cls.of(torch.stack(columns, -1), Pattern(causal), 0, True, keys)
 
     @classmethod
     def __torch_function__(
@@ -122,11 +123,12 @@ def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
     if not hasattr(mask, "blasst_facts"):
         if mask.dtype == torch.int32:
             ranges = mask[:, 0, 0]
+            window, causal = ranges[0, 3:].tolist()
         elif mask.shape[1:] == (1, 1, keys):
             ranges = _ranges_of_padding(mask[:, 0, 0], queries)
+            window, causal = 0, False
         else:
             return mask
-        window, causal = ranges[0, 3:].tolist()
         mask.blasst_facts = KeyRanges.of(ranges, Pattern(bool(causal)), window, False)
     return mask.blasst_facts
 
@@ -136,17 +138,18 @@ def _ranges_of_padding(padding: Tensor, queries: int) -> Tensor:
     used = padding
     if padding.dtype != torch.bool:
         used = padding == 0
-        require((used | (padding <= -1e4)).all(), _BIAS)
-    first, last = _first_and_last(used)
+        require((used | (padding <= -1e4)).all(), _BIAS, may_wait=queries > 1)
+    first, last = _first_and_last(used, may_wait=queries > 1)
     return _ranges(first, last, torch.full_like(last, queries), 0, False)
 
 
-def _first_and_last(used: Tensor) -> tuple[Tensor, Tensor]:
+def _first_and_last(used: Tensor, *, may_wait: bool = True) -> tuple[Tensor, Tensor]:
     """[batch]: first key and end of the keys, which must follow each other, of [batch, keys]."""
     first = used.int().argmax(-1)
     last = first + used.sum(-1)
     index = torch.arange(used.shape[-1], device=used.device)
-    require((used == ((index >= first[:, None]) & (index < last[:, None]))).all(), _HOLES)
+    follow = (used == ((index >= first[:, None]) & (index < last[:, None]))).all()
+    require(follow, _HOLES, may_wait=may_wait)
     return first, last
 
 
@@ -240,7 +243,10 @@ def key_ranges(
     queries = (last - first_query).clamp(0, q_length) if pattern.causal else all_queries
     ranges = _ranges(first, last, queries, window, pattern.causal)
     if for_compiled:
-        return ranges[:, None, None]
+        made = ranges[:, None, None]
+        if not deferred:  # for layers that are not compiled after all
+            made.blasst_facts = KeyRanges.of(ranges, pattern, window, False)
+        return made
     return KeyRanges.of(ranges, pattern, window, everything, kv_length)
 
 
@@ -287,12 +293,32 @@ def noted(mask: Tensor | None) -> dict[Any, Any]:
     return mask.__dict__.setdefault("blasst_noted", {})
 
 
-def require(condition: Tensor, message: str) -> None:
-    """A ValueError unless `condition` [] holds; while traced or captured, a check in the graph."""
-    if is_deferred(condition.device):
-        torch._assert_async(condition, message)
+def require(
+    condition: Tensor,
+    message: str,
+    error: type[Exception] = ValueError,
+    *,
+    may_wait: bool = True,
+) -> None:
+    """An error unless `condition` [] holds; while traced or captured, a check in the graph.
+
+    Args:
+        condition: on the device that knows.
+        message: of the error.
+        error: its type.
+        may_wait: for a GPU. A decode step may not: the check is then the GPU's, which prints what
+            fits of the message, and a later call fails.
+    """
+    if is_deferred(condition.device) or not (may_wait or is_at_hand(condition.device)):
+        torch._assert_async(condition, _for_gpu(message))
     elif not condition:
-        raise ValueError(message)
+        raise error(message)
+
+
+def _for_gpu(message: str) -> str:
+    """As much of a message as a check on a GPU takes: fewer than 255 bytes."""
+    said = message.encode()
+    return message if len(said) < 255 else f"{said[:251].decode(errors='ignore')}..."
 
 
 def _pattern(mask_function: Callable) -> Pattern:

@@ -85,9 +85,11 @@ def find(
         mask = KeyRanges.plain(query.shape[0], rows, key.shape[2], causal, query.device)
     if not isinstance(mask, KeyRanges):
         seen = noted(mask)
-        if id(position_ids) not in seen:
-            seen[id(position_ids)] = position_ids
+        # A trace keeps nothing, and torch 2.11 knows no id of a tensor there.
+        if torch.compiler.is_compiling() or id(position_ids) not in seen:
             _refuse_compiled(mask[:, 0, 0], position_ids)
+            if not torch.compiler.is_compiling():
+                seen[id(position_ids)] = position_ids
         return None
     token = id(position_ids)
     if token not in mask.packed:
@@ -172,6 +174,11 @@ def _from_positions(
     """What position_ids say, or the mask where a layer is not told them."""
     ranges = mask.ranges
     used = _used(ranges, rows)
+    if rows == 1:  # one sequence; a decode step does not wait for the device
+        if position_ids is not None:
+            later = _begin_later(ranges, position_ids.expand(len(ranges), -1), used).any()
+            require(~later, BEHIND_OTHERS, NotSupportedError, may_wait=False)
+        return None
     if position_ids is None:  # the mask was made from them
         starts = used & (mask.sequences.diff(dim=-1, prepend=mask.sequences[:, :1] - 1) > 0)
         later = torch.zeros_like(used)

@@ -1,6 +1,9 @@
 """Passes whose numbers are not known while they are described: traced, or captured in a graph."""
 
+import ctypes
+
 import torch
+from torch import nn
 
 
 def is_deferred(device: torch.device) -> bool:
@@ -11,3 +14,18 @@ def is_deferred(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def is_at_hand(device: torch.device) -> bool:
+    """Whether reading a tensor there waits for no other device."""
+    return device.type == "cpu"
+
+
+def module_of(identity: int) -> nn.Module:
+    """The live module that has this `id`.
+
+    What a traced pass takes as constant it asks functions outside of the trace, which every torch
+    can hand a number, but only later ones a module. The trace holds for this module alone, and
+    keeps it alive: torch guards the `id`.
+    """
+    return ctypes.cast(identity, ctypes.py_object).value

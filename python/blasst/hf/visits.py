@@ -12,6 +12,7 @@ from blasst.hf.layers import entry_of, modules_of_layers
 from blasst.hf.masks import require
 from blasst.hf.settings import Setting
 from blasst.hf.thresholds import POLICY_KEY
+from blasst.hf.tracing import module_of
 from blasst.policies import Call, Visit, VisitPolicy, from_dict
 
 
@@ -88,12 +89,13 @@ def visit_of(
             "among the keys of all of them"
         )
     visit = policy.visit(call)
-    if visit.longest is not None:
-        keys = call.key.shape[1]
+    keys = call.key.shape[1]
+    if visit.longest is not None and keys > visit.longest:
         require(
             (torch.tensor(keys) if longest is None else longest()) <= visit.longest,
             f"blasst_policy is {policy.to_dict()}, which is for at most {visit.longest} keys; a "
             f"request has more (the cache has room for {keys})",
+            may_wait=call.phase != "decode",
         )
     return visit
 
@@ -102,10 +104,10 @@ def _entry_of(module: nn.Module) -> Any:
     """What the configuration says, the layer's or that of the model around it."""
     if torch.compiler.is_compiling():
         own = getattr(module.config, POLICY_KEY, None)
-        return _entry_when_compiled(module) if own is None else own
+        return _entry_when_compiled(id(module)) if own is None else own
     return entry_of(module, POLICY_KEY)
 
 
 @torch.compiler.assume_constant_result
-def _entry_when_compiled(module: nn.Module) -> Any:
-    return entry_of(module, POLICY_KEY)
+def _entry_when_compiled(identity: int) -> Any:
+    return entry_of(module_of(identity), POLICY_KEY)
