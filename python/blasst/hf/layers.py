@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blasst.errors import NotSupportedError
+from blasst.hf.tracing import module_of
 
 NAME = "blasst"
 PHASES = ("prefill", "decode")
@@ -148,16 +149,16 @@ def _of_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 @torch.compiler.assume_constant_result
-def place_when_compiled(module: nn.Module) -> tuple[str, int]:
-    """Tower and layer, for a pass that is being compiled."""
-    place = place_of(module)
+def _place_when_compiled(identity: int) -> tuple[str, int]:
+    """Tower and layer of the module with this `id`, for a pass that is being compiled."""
+    place = place_of(module_of(identity))
     return place.tower, place.layer
 
 
 def tower_and_layer(module: nn.Module) -> tuple[str, int]:
     """What recordings and policies know a layer by."""
     if torch.compiler.is_compiling():
-        return place_when_compiled(module)
+        return _place_when_compiled(id(module))
     place = place_of(module)
     return place.tower, place.layer
 

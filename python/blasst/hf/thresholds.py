@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blasst.config import ORDERS, SCORES, Schedule, SparseAttention, is_listed, parsed
 from blasst.hf.layers import Place, entry_of, place_of
 from blasst.hf.saving import CONFIG_KEY, beside
+from blasst.hf.tracing import module_of
 from blasst.ops.arguments import check_choice
 from blasst.ops.library import tile_of
 
@@ -157,10 +158,10 @@ def options_when_compiled(
     configured = vars(module).get("blasst_thresholds")
     if configured and phase in configured:
         return configured[phase].options()
-    scores = _scores_of(module, phase)
+    scores = _scores_of(id(module), phase)
     if getattr(module, "blasst_targets", {}).get(phase) == 0:  # looks, so another compiles anew
         return {"scores": scores}
-    schedule = _schedule_of(module, phase, query.dtype, int(query.shape[-1]))
+    schedule = _schedule_of(id(module), phase, query.dtype, int(query.shape[-1]))
     if schedule is None:
         return {"scores": scores}
     schedule = schedule.of_call(keys)
@@ -169,10 +170,9 @@ def options_when_compiled(
 
 
 @torch.compiler.assume_constant_result
-def _schedule_of(
-    module: nn.Module, phase: str, dtype: torch.dtype, head_dim: int
-) -> Schedule | None:
+def _schedule_of(identity: int, phase: str, dtype: torch.dtype, head_dim: int) -> Schedule | None:
     """What a compiled pass computes thresholds from; it keeps what held when it was compiled."""
+    module = module_of(identity)
     found = _calibration_of(module, {})
     if found is None:
         return None
@@ -184,8 +184,9 @@ def _schedule_of(
 
 
 @torch.compiler.assume_constant_result
-def _scores_of(module: nn.Module, phase: str) -> str:
+def _scores_of(identity: int, phase: str) -> str:
     """How a compiled pass computes scores."""
+    module = module_of(identity)
     found = _calibration_of(module, {})
     if found is None:
         return "exact"
