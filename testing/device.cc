@@ -33,8 +33,8 @@ Case for_gpu(Case c) {
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
-  c.scores = BLASST_SCORES_EXACT;
   if (!c.decode) return c;
+  c.scores = BLASST_SCORES_EXACT;
   c.places = 1;
   c.bands = c.ragged_queries = c.padded = false;
   const int64_t most = std::min<int64_t>(c.requests[0].queries, 64 / (c.heads / c.kv_heads));
