@@ -213,7 +213,9 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       all.of_row[r] = maximum[r];
-      if constexpr (C::kInt8) all.of_row[r] += scores_.level(p_, r);
+      // What a row that does not exist has for a level may be NaN.
+      if constexpr (C::kInt8)
+        if (maximum[r] != -INFINITY) all.of_row[r] += scores_.level(p_, r);
     }
     return all;
   }
