@@ -19,12 +19,12 @@ inline const char* dtype_name(DType dtype) {
 }
 
 inline double load_half(uint16_t bits) {
-  const int exponent = (bits >> 10) & 31;
-  const int mantissa = bits & 1023;
+  const uint64_t exponent = (bits >> 10) & 31;
+  const uint64_t mantissa = bits & 1023;
   const double sign = bits >> 15 ? -1.0 : 1.0;
   if (exponent == 31) return mantissa ? std::nan("") : sign * INFINITY;
-  if (exponent == 0) return sign * std::ldexp(mantissa, -24);
-  return sign * std::ldexp(mantissa + 1024, exponent - 25);
+  if (exponent == 0) return sign * 0x1p-24 * static_cast<double>(mantissa);
+  return sign * std::bit_cast<double>((exponent + 1023 - 15) << 52 | mantissa << 42);
 }
 
 // Rounds to the nearest half, ties to even.
