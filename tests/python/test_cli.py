@@ -312,9 +312,9 @@ def test_a_model_that_blasst_cannot_run_is_said_before_the_work(command, tmp_pat
 
 
 def test_a_context_shorter_than_every_default_length_is_an_error(tmp_path, capsys):
-    folder = saved_model(tmp_path / "model", make_recency_model(context=512))
+    folder = saved_model(tmp_path / "model", make_recency_model(context=200))
     assert main(["calibrate", str(folder)]) == 1
-    assert "the model's context is 512 tokens, less than" in capsys.readouterr().err
+    assert "the model's context is 200 tokens; default prompts have" in capsys.readouterr().err
 
 
 def test_a_model_longer_than_its_context_is_an_error(tmp_path, capsys):

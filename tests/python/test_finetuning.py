@@ -10,8 +10,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import blasst
 from blasst.cli.app import main
-from blasst.config import Law, Measured, SparseAttention, ThresholdTable
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable, parse
 from blasst.hf import models
+from blasst.hf.saving import calibration_in
 from blasst.prompts import reference_text
 from blasst.training import FiniteGradients, SparsitySchedule, finetune, trainer
 from blasst.training.data import split_text, training_samples
@@ -457,8 +458,9 @@ def test_a_sparse_model_is_measured_with_the_thresholds_that_it_was_trained_with
     ]
     assert any(abs(sparsity - 0.2) <= finetune.CLOSE for sparsity in reached)
     assert len(asked) == 2, "the untrained model and the dense-trained one"
-    written = models.load(str(out / Way.SPARSE / "model")).model.config.sparse_attention_config
-    assert written["blasst"] == kept["calibration", "untrained"]["blasst"]
+    written = calibration_in(models.load(str(out / Way.SPARSE / "model")).model)
+    untrained = parse(kept["calibration", "untrained"])
+    assert written.to_dict()["blasst"] == untrained.to_dict()["blasst"]
 
 
 @pytest.mark.parametrize(
