@@ -181,7 +181,7 @@ std::vector<float*> take_scratch(Scratch& scratch, int threads, std::size_t floa
 // The keys of a call whose scores are in int8.
 Int8Keys quantize_keys(const Problem& p, const Kernels& kernel, float* storage,
                        const std::vector<float*>& of_worker) {
-  const Int8Keys keys(p, storage);
+  Int8Keys keys(p, storage);
   const auto threads = static_cast<int>(of_worker.size());
   parallel_for(p.batch * p.kv_heads, threads,
                [&](int64_t i, int) { kernel.int8.mean(p, keys, i / p.kv_heads, i % p.kv_heads); });
