@@ -42,20 +42,20 @@ TEST_F(Quota, NoneWithoutControlGroups) { EXPECT_EQ(processors(), INT_MAX); }
 
 TEST_F(Quota, Version2RoundsUp) {
   write("proc/self/mountinfo", kMounts2);
-  write("proc/self/cgroup", "0::/work/job\n");
-  write("sys/fs/cgroup/work/job/cpu.max", "max 100000\n");
+  write("proc/self/cgroup", "0::/service/job\n");
+  write("sys/fs/cgroup/service/job/cpu.max", "max 100000\n");
   EXPECT_EQ(processors(), INT_MAX);
-  write("sys/fs/cgroup/work/job/cpu.max", "250000 100000\n");
+  write("sys/fs/cgroup/service/job/cpu.max", "250000 100000\n");
   EXPECT_EQ(processors(), 3);
-  write("sys/fs/cgroup/work/job/cpu.max", "20000 100000\n");
+  write("sys/fs/cgroup/service/job/cpu.max", "20000 100000\n");
   EXPECT_EQ(processors(), 1);
 }
 
 TEST_F(Quota, TheTightestGroupOnTheWayUpCounts) {
   write("proc/self/mountinfo", kMounts2);
-  write("proc/self/cgroup", "0::/work/job\n");
-  write("sys/fs/cgroup/work/job/cpu.max", "800000 100000\n");
-  write("sys/fs/cgroup/work/cpu.max", "200000 100000\n");
+  write("proc/self/cgroup", "0::/service/job\n");
+  write("sys/fs/cgroup/service/job/cpu.max", "800000 100000\n");
+  write("sys/fs/cgroup/service/cpu.max", "200000 100000\n");
   write("sys/fs/cgroup/other/cpu.max", "100000 100000\n");
   EXPECT_EQ(processors(), 2);
 }
