@@ -47,7 +47,7 @@ struct Layout {
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kKeys = tile_keys(kQkDim);
-  static constexpr int kKeyStages = (kQkDim == 256 ? 3 : 4) + (kInt8 ? (kQkDim == 256 ? 1 : 2) : 0);
+  static constexpr int kKeyStages = kQkDim == 256 ? (kInt8 ? 4 : 3) : (kInt8 ? 6 : 4);
   static constexpr int kValueStages = 2;
   // Twice as many as tiles that a warpgroup can be ahead of the values' producers (kKeyStages): it
   // does not look at the barriers of tiles that it skips, and a parity tells one phase only.

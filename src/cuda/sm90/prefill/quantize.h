@@ -24,8 +24,8 @@ namespace blasst::cuda::prefill {
 // Where a call's bytes lie in its workspace.
 struct QuantizedLayout {
   int64_t tiles;  // of each KV head
-  std::size_t units, broken, means, sums,
-      bytes;  // offsets of the arrays, and the end; data is at 0
+  // Offsets of the arrays, and the end; the data is at 0.
+  std::size_t units, broken, means, sums, bytes;
 };
 
 // tokens: of a ragged batch's keys; -1: requests have room for key_length keys each.
