@@ -10,7 +10,7 @@
 #include <optional>
 #include <span>
 
-#include "attention/problem.h"
+#include "problem/problem.h"
 #include "testing/element.h"
 #include "testing/reference/int8_scores.h"
 
@@ -40,8 +40,8 @@ class Comparer {
         shape_(plan.shape),
         roundoff_(sum_roundoff) {
     if (p_.decision.scores == BLASST_SCORES_INT8) {
-      checked_.emplace(attention::make_problem(
-          p_, decode_ ? attention::Phase::kDecode : attention::Phase::kPrefill));
+      checked_.emplace(
+          problem::make_problem(p_, decode_ ? problem::Phase::kDecode : problem::Phase::kPrefill));
       int8_.emplace(*checked_, shape_);
     }
     int64_t first = 0;
@@ -348,7 +348,7 @@ class Comparer {
   Plan plan_;
   TileShape shape_;
   double roundoff_;
-  std::optional<attention::Problem> checked_;  // with scores in int8
+  std::optional<problem::Problem> checked_;  // with scores in int8
   std::optional<reference::Int8Scores> int8_;
   std::vector<int64_t> first_query_tile_;  // of each request
   reference::Result reference_;

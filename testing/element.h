@@ -3,16 +3,16 @@
 
 #include <cstddef>
 
-#include "attention/element.h"
 #include "blasst/blasst.hpp"
+#include "problem/element.h"
 
 namespace blasst::check {
 
-using attention::bfloat16_bits;
-using attention::element_bytes;
-using attention::half_bits;
-using attention::load_element;
-using attention::store_element;
+using problem::bfloat16_bits;
+using problem::element_bytes;
+using problem::half_bits;
+using problem::load_element;
+using problem::store_element;
 
 // Largest relative error of rounding to the type.
 inline double unit_roundoff(DType dtype) {

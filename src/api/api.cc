@@ -7,10 +7,10 @@
 
 #include "api/choose.h"
 #include "api/guard.h"
-#include "attention/checks.h"
 #include "blasst/blasst.h"
 #include "cpu/isa.h"
 #include "cpu/processors.h"
+#include "problem/checks.h"
 #if BLASST_CUDA
 #include "cuda/backend.h"
 #endif
@@ -20,7 +20,7 @@ namespace {
 using namespace blasst;
 using api::guarded;
 using api::require;
-using attention::Phase;
+using problem::Phase;
 
 template <typename T>
 void set_defaults(T* value) {
@@ -31,8 +31,8 @@ void set_defaults(T* value) {
 template <typename Params>
 void check_sizes(const Params* params) {
   require(params, "params");
-  attention::check_struct_size("params", params->struct_size, sizeof *params);
-  attention::check_execution(params->execution);
+  problem::check_struct_size("params", params->struct_size, sizeof *params);
+  problem::check_execution(params->execution);
 }
 
 // `data`: of the tensor that says where the others are.
@@ -56,7 +56,7 @@ blasst_status make_plan(const Params* params, blasst_plan* plan, Phases... phase
   return guarded([&] {
     check_sizes(params);
     require(plan, "plan");
-    attention::check_struct_size("plan", plan->struct_size, sizeof *plan);
+    problem::check_struct_size("plan", plan->struct_size, sizeof *plan);
     choose(params->execution, params->problem.q.data,
            [&](const api::Backend& backend) { *plan = backend.plan(*params, phase...); });
   });
@@ -107,7 +107,7 @@ blasst_status blasst_check_pages([[maybe_unused]] const blasst_problem* problem,
   return guarded([&] {
 #if BLASST_CUDA
     require(problem, "problem");
-    attention::check_struct_size("problem", problem->struct_size, sizeof *problem);
+    problem::check_struct_size("problem", problem->struct_size, sizeof *problem);
     cuda::check_pages(*problem, found, stream);
 #else
     throw Error(BLASST_UNSUPPORTED, "check_pages needs a CUDA backend, which is not in this build");
@@ -120,8 +120,8 @@ int32_t blasst_backend_count(void) { return static_cast<int32_t>(api::backends()
 blasst_status blasst_backend_at(int32_t index, blasst_backend_info* info) {
   return guarded([&] {
     require(info, "info");
-    attention::check_struct_size("info", info->struct_size, sizeof *info);
-    attention::check_range("index", index, 0, blasst_backend_count() - 1);
+    problem::check_struct_size("info", info->struct_size, sizeof *info);
+    problem::check_range("index", index, 0, blasst_backend_count() - 1);
     static thread_local BackendInfo last;
     last = api::backends()[index]->info();
     info->backend = last.backend;

@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "attention/geometry.h"
 #include "blasst/blasst.hpp"
+#include "problem/geometry.h"
 
 namespace blasst::api {
 
@@ -26,10 +26,10 @@ class Backend {
   virtual std::string obstacle(Memory memory) const = 0;
 
   // Reads scalars only.
-  virtual Plan plan(const AttentionParams& params, attention::Phase phase) const = 0;
+  virtual Plan plan(const AttentionParams& params, problem::Phase phase) const = 0;
   virtual Plan plan(const BackwardParams& params) const = 0;
 
-  virtual void run(const AttentionParams& params, attention::Phase phase) const = 0;
+  virtual void run(const AttentionParams& params, problem::Phase phase) const = 0;
   virtual void run(const BackwardParams& params) const = 0;
   virtual void merge(const MergeParams& params) const = 0;
 };

@@ -7,15 +7,15 @@
 #include <span>
 
 #include "api/guard.h"
-#include "attention/checks.h"
 #include "blasst/chunks.h"
+#include "problem/checks.h"
 
 namespace {
 
 using namespace blasst;
 using api::guarded;
 using api::require;
-using attention::check_struct_size;
+using problem::check_struct_size;
 
 template <typename T>
 void check_struct(const T* value, const char* name) {
@@ -26,7 +26,7 @@ void check_struct(const T* value, const char* name) {
 // What the caller's chunks are, for rows of so many elements.
 ChunkView view_of(const blasst_chunks* chunks, int64_t row_elements) {
   check_struct(chunks, "chunks");
-  attention::check_range("chunks.count", chunks->count, 0, attention::kMaxCount);
+  problem::check_range("chunks.count", chunks->count, 0, problem::kMaxCount);
   if (chunks->count > 0) {
     require(chunks->starts, "chunks.starts");
     require(chunks->sums, "chunks.sums");
@@ -42,8 +42,8 @@ void check_rule(const blasst_chunk_rule* rule) {
 
 // Elements of a row of all heads, of rows that are valid so far.
 int64_t row_elements(const blasst_head_rows* rows, int64_t heads) {
-  attention::check_range("heads", heads, 1, 1 << 20);
-  attention::check_range("head_dim", rows->head_dim, 1, attention::kMaxCount);
+  problem::check_range("heads", heads, 1, 1 << 20);
+  problem::check_range("head_dim", rows->head_dim, 1, problem::kMaxCount);
   return heads * rows->head_dim;
 }
 
@@ -113,7 +113,7 @@ blasst_status blasst_chunks_select(const blasst_chunks* chunks, int64_t kv_heads
     check_struct(queries, "queries");
     check_struct(budget, "budget");
     require(blocks, "blocks");
-    attention::check_range("decode", decode, 0, 1);
+    problem::check_range("decode", decode, 0, 1);
     const ChunkView known = view_of(chunks, row_elements(queries, kv_heads));
     chunks::select(known, kv_heads, *queries, decode != 0, *budget, blocks, threads);
   });

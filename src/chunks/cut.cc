@@ -5,20 +5,20 @@
 #include <limits>
 #include <string_view>
 
-#include "attention/checks.h"
-#include "attention/element.h"
-#include "attention/float_environment.h"
 #include "chunks/chunks.h"
 #include "chunks/rows.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
+#include "problem/checks.h"
+#include "problem/element.h"
+#include "problem/float_environment.h"
 
 namespace blasst::chunks {
 namespace {
 
-using attention::check_range;
-using attention::fail;
 using cpu::ChunkKernels;
+using problem::check_range;
+using problem::fail;
 
 constexpr int64_t kBlock = 256;  // positions that a thread scores together
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -47,7 +47,7 @@ void check(const ChunkRule& rule, const HeadRows& keys) {
   if (rule.chunker < BLASST_CHUNKS_FIXED || rule.chunker > BLASST_CHUNKS_TRAINED)
     fail("chunker is {}; it must be fixed (0), shift (1) or trained (2)",
          static_cast<int>(rule.chunker));
-  check_range("most keys of a chunk", rule.most, 1, attention::kMaxCount);
+  check_range("most keys of a chunk", rule.most, 1, problem::kMaxCount);
   check_range("least keys of a chunk", rule.least, 1, rule.most);
   if (std::isnan(rule.threshold)) fail("threshold of the chunker is nan; it must be a number");
   if (rule.chunker != BLASST_CHUNKS_TRAINED) return;
@@ -125,15 +125,15 @@ void score_trained(const BoundaryPredictor& p, const HeadRows& keys, int64_t beg
 }
 
 // Positions that can be decided on, among so many keys.
-attention::Range decidable(const ChunkRule& rule, int64_t keys) {
+problem::Range decidable(const ChunkRule& rule, int64_t keys) {
   if (rule.chunker != BLASST_CHUNKS_TRAINED) return {1, keys};
   return {1, keys - rule.predictor->window + 1};
 }
 
 // Of these, the ones that have a score.
-attention::Range scored(const ChunkRule& rule, int64_t keys) {
+problem::Range scored(const ChunkRule& rule, int64_t keys) {
   if (rule.chunker == BLASST_CHUNKS_FIXED) return {};
-  attention::Range range = decidable(rule, keys);
+  problem::Range range = decidable(rule, keys);
   if (rule.chunker == BLASST_CHUNKS_TRAINED) range.begin = rule.predictor->window;
   return range;
 }
@@ -141,10 +141,10 @@ attention::Range scored(const ChunkRule& rule, int64_t keys) {
 std::vector<float> checked_scores(const ChunkRule& rule, const HeadRows& keys, int64_t begin,
                                   int64_t end, int threads) {
   std::vector<float> scores(std::max<int64_t>(0, end - begin), kNan);
-  const attention::Range wanted = intersect(scored(rule, keys.rows), {begin, end});
+  const problem::Range wanted = intersect(scored(rule, keys.rows), {begin, end});
   if (wanted.empty()) return scores;
   const ChunkKernels& kernels = cpu::kernels(keys.dtype).chunks;
-  cpu::parallel_for(attention::ceil_div(wanted.size(), kBlock), threads, [&](int64_t i, int) {
+  cpu::parallel_for(problem::ceil_div(wanted.size(), kBlock), threads, [&](int64_t i, int) {
     const int64_t first = wanted.begin + i * kBlock;
     const int64_t last = std::min(wanted.end, first + kBlock);
     float* to = scores.data() + (first - begin);
@@ -161,7 +161,7 @@ std::vector<float> checked_scores(const ChunkRule& rule, const HeadRows& keys, i
 
 std::vector<float> scores(const ChunkRule& rule, const HeadRows& keys, int64_t begin, int64_t end,
                           int threads) {
-  const attention::DefaultFloatEnvironment environment;
+  const problem::DefaultFloatEnvironment environment;
   threads = checked_threads(threads);
   check(rule, keys);
   check_range("begin of the positions", begin, 0, keys.rows);
@@ -170,7 +170,7 @@ std::vector<float> scores(const ChunkRule& rule, const HeadRows& keys, int64_t b
 }
 
 Chunks next(ChunkView chunks, const ChunkRule& rule, const HeadRows& keys, int threads) {
-  const attention::DefaultFloatEnvironment environment;
+  const problem::DefaultFloatEnvironment environment;
   threads = checked_threads(threads);
   check(rule, keys);
   const int64_t size = keys.heads * keys.head_dim;

@@ -4,20 +4,20 @@
 #include <numeric>
 #include <vector>
 
-#include "attention/float_environment.h"
 #include "chunks/chunks.h"
 #include "chunks/rows.h"
 #include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cpu/thread_pool.h"
+#include "problem/float_environment.h"
 
 namespace blasst::chunks {
 namespace {
 
-using attention::ceil_div;
-using attention::check_range;
-using attention::fail;
-using attention::Range;
+using problem::ceil_div;
+using problem::check_range;
+using problem::fail;
+using problem::Range;
 
 // One query tile's choice.
 class Choice {
@@ -79,7 +79,7 @@ int64_t budget_tiles(ChunkBudget budget, int64_t visible) {
 
 void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim) {
   const auto starts = chunks.starts;
-  check_range("keys of the chunks", chunks.keys, 0, attention::kMaxCount);
+  check_range("keys of the chunks", chunks.keys, 0, problem::kMaxCount);
   if (starts.empty() != (chunks.keys == 0))
     fail("{} chunks are given for {} keys; they must cover the sequence", starts.size(),
          chunks.keys);
@@ -99,7 +99,7 @@ void check_chunks(const ChunkView& chunks, int64_t kv_heads, int64_t head_dim) {
 
 void select(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool decode,
             ChunkBudget budget, uint8_t* blocks, int threads) {
-  const attention::DefaultFloatEnvironment environment;
+  const problem::DefaultFloatEnvironment environment;
   threads = checked_threads(threads);
   check_rows("queries", queries);
   check_range("kv_heads", kv_heads, 1, queries.heads);

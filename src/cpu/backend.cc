@@ -10,10 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "attention/checks.h"
-#include "attention/element.h"
-#include "attention/float_environment.h"
-#include "attention/problem.h"
 #include "cpu/backward/plan.h"
 #include "cpu/int8/keys.h"
 #include "cpu/isa.h"
@@ -21,12 +17,16 @@
 #include "cpu/processors.h"
 #include "cpu/thread_pool.h"
 #include "cpu/totals.h"
+#include "problem/checks.h"
+#include "problem/element.h"
+#include "problem/float_environment.h"
+#include "problem/problem.h"
 
 namespace blasst::cpu {
 namespace {
 
-using attention::Geometry;
-using attention::Phase;
+using problem::Geometry;
+using problem::Phase;
 
 constexpr std::size_t kAlignment = 64;
 
@@ -82,8 +82,8 @@ void clear_padding(const Problem& p) {
   p.for_padding([&](int64_t request, int64_t row) {
     const int64_t token = row - request * p.max_rows;
     for (int64_t head = 0; head < p.heads; ++head) {
-      std::fill_n(attention::row_at(p.out, request, token, head),
-                  p.value_dim * attention::element_bytes(p.dtype), std::byte{0});
+      std::fill_n(problem::row_at(p.out, request, token, head),
+                  p.value_dim * problem::element_bytes(p.dtype), std::byte{0});
       const int64_t cell = head * p.rows + row;
       if (p.report.lse) p.report.lse[cell] = p.padding_lse(request, row, head);
       if (p.report.dropped_mass_bound) p.report.dropped_mass_bound[cell] = 0;
@@ -111,12 +111,12 @@ float sink_gradient(const BackwardPlan& plan, int64_t head) {
 
 // Rows that are padding have no output.
 void clear_unused_rows(const BackwardPlan& plan) {
-  const attention::BackwardProblem& b = plan.problem;
+  const problem::BackwardProblem& b = plan.problem;
   const Problem& p = b.forward;
   p.for_padding([&](int64_t request, int64_t row) {
     for (int64_t head = 0; head < p.heads; ++head) {
-      std::fill_n(attention::row_at(b.dq, request, row - request * p.max_rows, head),
-                  p.head_dim * attention::element_bytes(p.dtype), std::byte{0});
+      std::fill_n(problem::row_at(b.dq, request, row - request * p.max_rows, head),
+                  p.head_dim * problem::element_bytes(p.dtype), std::byte{0});
       const int64_t cell = head * p.rows + row;
       plan.delta[cell] = plan.lse_rest[cell] = 0;
     }
@@ -124,7 +124,7 @@ void clear_unused_rows(const BackwardPlan& plan) {
 }
 
 // Rows of dk and dv that are no request's keys.
-void clear_unused_keys(const attention::BackwardProblem& b) {
+void clear_unused_keys(const problem::BackwardProblem& b) {
   const Problem& p = b.forward;
   if (p.kv.layout == BLASST_LAYOUT_RAGGED) return;
   const auto [outer, tokens] = p.key_tensor();
@@ -137,13 +137,13 @@ void clear_unused_keys(const attention::BackwardProblem& b) {
     for (int64_t token = 0; token < end; token += tokens)
       used[p.page_of(request, token)] = {0, std::min(tokens, end - token)};
   }
-  const int64_t bytes = attention::element_bytes(p.dtype);
+  const int64_t bytes = problem::element_bytes(p.dtype);
   for (int64_t i = 0; i < outer; ++i) {
     for (int64_t token = 0; token < tokens; ++token) {
       if (token >= used[i].begin && token < used[i].end) continue;
       for (int64_t head = 0; head < p.kv_heads; ++head) {
-        std::fill_n(attention::row_at(b.dk, i, token, head), p.head_dim * bytes, std::byte{0});
-        std::fill_n(attention::row_at(b.dv, i, token, head), p.value_dim * bytes, std::byte{0});
+        std::fill_n(problem::row_at(b.dk, i, token, head), p.head_dim * bytes, std::byte{0});
+        std::fill_n(problem::row_at(b.dv, i, token, head), p.value_dim * bytes, std::byte{0});
       }
     }
   }
@@ -248,7 +248,7 @@ void decode(const Problem& p, const Plan& plan, int threads, const Execution& ex
   });
 }
 
-void backward(const attention::BackwardProblem& b, const Plan& of_call, int threads,
+void backward(const problem::BackwardProblem& b, const Plan& of_call, int threads,
               const Execution& execution) {
   BackwardPlan plan(b);
   Scratch scratch(execution, of_call.workspace_bytes);
@@ -280,7 +280,7 @@ void check_supported(const Execution& execution) {
 }
 
 Plan plan_of(const Problem& p, TileShape shape, std::size_t workspace_bytes) {
-  return attention::plan_of(BLASST_BACKEND_CPU, p.geometry(shape), workspace_bytes);
+  return problem::plan_of(BLASST_BACKEND_CPU, p.geometry(shape), workspace_bytes);
 }
 
 class Cpu : public api::Backend {
@@ -297,36 +297,35 @@ class Cpu : public api::Backend {
   }
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
-    const Problem p = attention::make_scalar_problem(params, phase);
-    attention::check_one_type("cpu", params.problem);
+    const Problem p = problem::make_scalar_problem(params, phase);
+    problem::check_one_type("cpu", params.problem);
     check_supported(params.execution);
     const int threads = threads_of(params.execution.threads);
     const bool decode = phase == Phase::kDecode;
-    if (decode) attention::check_exact_scores("cpu", "decode", params.decision);
+    if (decode) problem::check_exact_scores("cpu", "decode", params.decision);
     const TileShape shape = decode ? decode_shape(p) : prefill_shape();
-    attention::check_tiles("cpu", params.decision, shape);
+    problem::check_tiles("cpu", params.decision, shape);
     return plan_of(
         p, shape,
         decode ? decode_workspace_bytes(p, threads) : prefill_workspace_bytes(p, threads));
   }
 
   Plan plan(const BackwardParams& params) const override {
-    attention::check_scalars(params);
-    attention::check_one_type("cpu", params.problem);
+    problem::check_scalars(params);
+    problem::check_one_type("cpu", params.problem);
     check_supported(params.execution);
-    const Problem p =
-        attention::make_scalar_problem(attention::forward_of(params), Phase::kPrefill);
+    const Problem p = problem::make_scalar_problem(problem::forward_of(params), Phase::kPrefill);
     return plan_of(p, prefill_shape(),
                    backward_workspace_bytes(p, threads_of(params.execution.threads)));
   }
 
   void run(const AttentionParams& params, Phase phase) const override {
-    const attention::DefaultFloatEnvironment environment;
+    const problem::DefaultFloatEnvironment environment;
     const Plan of_call = plan(params, phase);
-    const Problem p = attention::make_problem(params, phase);
+    const Problem p = problem::make_problem(params, phase);
     const Geometry g = p.geometry(of_call.shape);
-    attention::check_block_mask(p, of_call.shape);
-    attention::check_tile_maxima(p.report, g);
+    problem::check_block_mask(p, of_call.shape);
+    problem::check_tile_maxima(p.report, g);
     const int threads = threads_of(params.execution.threads);
     if (phase == Phase::kDecode) {
       decode(p, of_call, threads, params.execution);
@@ -336,16 +335,16 @@ class Cpu : public api::Backend {
   }
 
   void run(const BackwardParams& params) const override {
-    const attention::DefaultFloatEnvironment environment;
+    const problem::DefaultFloatEnvironment environment;
     const Plan of_call = plan(params);
-    const attention::BackwardProblem b = attention::make_problem(params);
-    attention::check_block_mask(b.forward, of_call.shape);
+    const problem::BackwardProblem b = problem::make_problem(params);
+    problem::check_block_mask(b.forward, of_call.shape);
     backward(b, of_call, threads_of(params.execution.threads), params.execution);
   }
 
   void merge(const MergeParams& params) const override {
-    const attention::DefaultFloatEnvironment environment;
-    attention::check_merge(params);
+    const problem::DefaultFloatEnvironment environment;
+    problem::check_merge(params);
     for (const View* view : {&params.out_a, &params.out_b}) {
       if (view->dtype != params.out.dtype)
         throw Error(BLASST_UNSUPPORTED, "cpu: out_a, out_b and out are of different types");

@@ -5,11 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "attention/problem.h"
 #include "cpu/backward/plan.h"
 #include "cpu/int8/keys.h"
 #include "cpu/plan.h"
 #include "cpu/totals.h"
+#include "problem/problem.h"
 
 namespace blasst::cpu {
 

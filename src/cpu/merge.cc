@@ -3,10 +3,10 @@
 #include <cstddef>
 #include <limits>
 
-#include "attention/element.h"
-#include "attention/problem.h"
 #include "cpu/backend.h"
 #include "cpu/thread_pool.h"
+#include "problem/element.h"
+#include "problem/problem.h"
 
 namespace blasst::cpu {
 namespace {
@@ -25,17 +25,17 @@ void merge_row(const MergeParams& p, int64_t row, int64_t head) {
 
   const int64_t request = row / p.query_length, token = row % p.query_length;
   const DType dtype = p.out.dtype;
-  const std::byte* from_a = attention::row_at(p.out_a, request, token, head);
-  const std::byte* from_b = attention::row_at(p.out_b, request, token, head);
-  std::byte* to = attention::row_at(p.out, request, token, head);
-  const int64_t bytes = attention::element_bytes(dtype);
+  const std::byte* from_a = problem::row_at(p.out_a, request, token, head);
+  const std::byte* from_b = problem::row_at(p.out_b, request, token, head);
+  std::byte* to = problem::row_at(p.out, request, token, head);
+  const int64_t bytes = problem::element_bytes(dtype);
   for (int64_t d = 0; d < p.value_dim; ++d) {
     const auto part = [&](float share, const std::byte* row) {
       // What has no share adds nothing, whatever it is.
       if (share == 0) return 0.0f;
-      return share * static_cast<float>(attention::load_element(dtype, row + d * bytes));
+      return share * static_cast<float>(problem::load_element(dtype, row + d * bytes));
     };
-    attention::store_element(dtype, to + d * bytes, part(share_a, from_a) + part(share_b, from_b));
+    problem::store_element(dtype, to + d * bytes, part(share_a, from_a) + part(share_b, from_b));
   }
 }
 

@@ -5,7 +5,7 @@
 
 namespace blasst::cpu {
 
-using attention::ceil_div;
+using problem::ceil_div;
 
 TileShape prefill_shape() { return {.query_rows = kQueryRows, .keys = kKeys}; }
 
@@ -18,7 +18,7 @@ namespace {
 Range visit_range(const Problem& p, const QueryTile& tile) {
   std::vector<Range> rows;
   for (int64_t r = 0; r < tile.rows(); ++r) rows.push_back(p.row_keys(tile, r));
-  return attention::tile_range(rows, kKeys);
+  return problem::tile_range(rows, kKeys);
 }
 
 }  // namespace

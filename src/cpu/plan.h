@@ -7,13 +7,13 @@
 #include <span>
 #include <vector>
 
-#include "attention/problem.h"
+#include "problem/problem.h"
 
 namespace blasst::cpu {
 
-using attention::Problem;
-using attention::QueryTile;
-using attention::Range;
+using problem::Problem;
+using problem::QueryTile;
+using problem::Range;
 
 inline constexpr int kQueryRows = 64;   // rows of a prefill query tile
 inline constexpr int kKeys = 64;        // keys of a key tile
@@ -80,6 +80,6 @@ struct Partial {
 Partial decode_partial(const Problem& p, float* storage);
 
 // value_dim rounded up to whole vectors of any instruction set.
-inline int64_t padded(int64_t dim) { return attention::ceil_div(dim, 32) * 32; }
+inline int64_t padded(int64_t dim) { return problem::ceil_div(dim, 32) * 32; }
 
 }  // namespace blasst::cpu

@@ -6,14 +6,14 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attention/problem.h"
-#include "attention/tiles.h"
+#include "problem/problem.h"
+#include "problem/tiles.h"
 
 namespace blasst::cpu {
 
 class Totals {
  public:
-  Totals(const attention::Problem& p, const attention::Geometry& geometry)
+  Totals(const problem::Problem& p, const problem::Geometry& geometry)
       : report_(p.report),
         heads_(p.heads),
         query_tiles_(geometry.query_tiles),
@@ -24,13 +24,13 @@ class Totals {
   bool wants_gaps() const { return report_.gap_histogram != nullptr; }
   bool wants_maxima() const { return report_.tile_maxima != nullptr; }
 
-  void count(const attention::QueryTile& tile, int64_t key_tile, bool kept, double gap) {
+  void count(const problem::QueryTile& tile, int64_t key_tile, bool kept, double gap) {
     for (int64_t h = tile.head; h < tile.head + tile.heads; ++h) {
       const int64_t cell = tile.request * heads_ + h;
       if (report_.tiles_visitable) add(report_.tiles_visitable[cell], 1);
       if (report_.tiles_skipped && !kept) add(report_.tiles_skipped[cell], 1);
       if (report_.gap_histogram)
-        add(report_.gap_histogram[h * BLASST_GAP_BINS + attention::gap_bin(gap)], 1);
+        add(report_.gap_histogram[h * BLASST_GAP_BINS + problem::gap_bin(gap)], 1);
     }
     if (report_.tile_bits && kept) {
       const int64_t head = pack_heads_ ? tile.head / group_ : tile.head;
@@ -41,7 +41,7 @@ class Totals {
   }
 
   // A visited tile's largest score.
-  void record(const attention::QueryTile& tile, int64_t key_tile, float maximum) {
+  void record(const problem::QueryTile& tile, int64_t key_tile, float maximum) {
     const int64_t head = pack_heads_ ? tile.head / group_ : tile.head;
     report_
         .tile_maxima[(head * query_tiles_ + tile.index) * report_.tile_maxima_stride + key_tile] =

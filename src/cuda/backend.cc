@@ -7,8 +7,6 @@
 #include <string_view>
 #include <utility>
 
-#include "attention/checks.h"
-#include "attention/element.h"
 #include "cuda/core/checks.h"
 #include "cuda/core/runtime.h"
 #include "cuda/merge.h"
@@ -16,11 +14,13 @@
 #include "cuda/sm90/decode/plan.h"
 #include "cuda/sm90/prefill/plan.h"
 #include "cuda/usable.h"
+#include "problem/checks.h"
+#include "problem/element.h"
 
 namespace blasst::cuda {
 namespace {
 
-using attention::Phase;
+using problem::Phase;
 
 Machine this_machine() {
   Machine m;
@@ -58,7 +58,7 @@ class MemoryCheck {
     const std::string where = memory.type == cudaMemoryTypeDevice
                                   ? fmt::format("on device {}", memory.device)
                                   : std::string("host memory");
-    attention::fail("{} is {}; it must be memory of the current device, {}", name, where, device_);
+    problem::fail("{} is {}; it must be memory of the current device, {}", name, where, device_);
   }
 
  private:
@@ -145,22 +145,22 @@ class Cuda : public api::Backend {
   void run(const BackwardParams& params) const override { plan(params); }
 
   void merge(const MergeParams& params) const override {
-    attention::check_merge(params);
+    problem::check_merge(params);
     const std::pair<std::string_view, const View*> views[] = {
         {"out_a", &params.out_a}, {"out_b", &params.out_b}, {"out", &params.out}};
     for (const auto& [name, view] : views) {
       if (view->dtype != params.out.dtype)
         refuse("{} is {} and out {}; it does tensors of one type", name,
-               attention::dtype_name(view->dtype), attention::dtype_name(params.out.dtype));
+               problem::dtype_name(view->dtype), problem::dtype_name(params.out.dtype));
       if (view->dtype == BLASST_FLOAT32)
         refuse("{} is float32; it does bfloat16 and float16", name);
       check_aligned(name, *view);
     }
     if (params.execution.threads != 0)
       refuse("threads is {}; it must be 0", params.execution.threads);
-    if (params.batch * params.query_length * params.heads > attention::kMaxCount)
+    if (params.batch * params.query_length * params.heads > problem::kMaxCount)
       refuse("merge of {} rows of {} heads; it does {} rows times heads at most",
-             params.batch * params.query_length, params.heads, attention::kMaxCount);
+             params.batch * params.query_length, params.heads, problem::kMaxCount);
     check_usable();
     const MemoryCheck check_array;
     for (const auto& [name, view] : views) check_array(name, view->data);

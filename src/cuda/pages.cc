@@ -1,15 +1,15 @@
 #include "cuda/pages.h"
 
-#include "attention/checks.h"
 #include "cuda/core/checks.h"
+#include "problem/checks.h"
 
 namespace blasst::cuda {
 
 PageCheck plan_page_check(const blasst_problem& problem, int32_t* found, void* stream) {
-  using attention::fail;
+  using problem::fail;
   const KeysValues& kv = problem.kv;
-  attention::check_range("batch", problem.batch, 0, 1 << 20);
-  attention::check_keys(kv);
+  problem::check_range("batch", problem.batch, 0, 1 << 20);
+  problem::check_keys(kv);
   if (kv.layout != BLASST_LAYOUT_PAGED)
     fail("kv.layout is {}; the check is of paged keys (2)", static_cast<int>(kv.layout));
   if (!kv.page_table) fail("kv.page_table is null; the check is of paged keys");
@@ -22,7 +22,7 @@ PageCheck plan_page_check(const blasst_problem& problem, int32_t* found, void* s
           .stride = kv.page_table_stride,
           .page_size = kv.page_size,
           .pages = kv.pages,
-          .room = attention::most_keys(problem),
+          .room = problem::most_keys(problem),
           .found = found,
           .stream = stream};
 }

@@ -4,25 +4,25 @@
 #include <span>
 #include <vector>
 
-#include "attention/checks.h"
-#include "attention/element.h"
-#include "attention/float_environment.h"
-#include "attention/problem.h"
+#include "problem/checks.h"
+#include "problem/element.h"
+#include "problem/float_environment.h"
+#include "problem/problem.h"
 #include "testing/reference/reference.h"
 
 namespace blasst::reference {
 namespace {
 
-using attention::Problem;
-using attention::QueryTile;
-using attention::Range;
+using problem::Problem;
+using problem::QueryTile;
+using problem::Range;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 std::vector<double> load_row(DType dtype, const std::byte* row, int64_t dim) {
   std::vector<double> values(dim);
   for (int64_t d = 0; d < dim; ++d)
-    values[d] = attention::load_element(dtype, row + d * attention::element_bytes(dtype));
+    values[d] = problem::load_element(dtype, row + d * problem::element_bytes(dtype));
   return values;
 }
 
@@ -38,10 +38,10 @@ void add(std::span<double> to, double weight, std::span<const double> row) {
 
 class Differentiate {
  public:
-  Differentiate(const attention::BackwardProblem& b, TileShape shape)
+  Differentiate(const problem::BackwardProblem& b, TileShape shape)
       : b_(b), p_(b.forward), shape_(shape), geometry_(p_.geometry(shape)) {
     int64_t keys = 0;
-    for (const attention::Request& r : p_.requests) {
+    for (const problem::Request& r : p_.requests) {
       first_key_.push_back(keys);
       keys += r.keys;
     }
@@ -130,10 +130,10 @@ class Differentiate {
     return std::span(tensor).subspan((row * heads + head) * dim, dim);
   }
 
-  const attention::BackwardProblem& b_;
+  const problem::BackwardProblem& b_;
   const Problem& p_;
   TileShape shape_;
-  attention::Geometry geometry_;
+  problem::Geometry geometry_;
   std::vector<int64_t> first_key_;  // of each request
   Gradients result_;
 };
@@ -141,9 +141,9 @@ class Differentiate {
 }  // namespace
 
 Gradients backward(const BackwardParams& params, TileShape shape) {
-  const attention::DefaultFloatEnvironment environment;
-  const attention::BackwardProblem b = attention::make_problem(params);
-  attention::check_block_mask(b.forward, shape);
+  const problem::DefaultFloatEnvironment environment;
+  const problem::BackwardProblem b = problem::make_problem(params);
+  problem::check_block_mask(b.forward, shape);
   return Differentiate(b, shape).run();
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention/element.h"
+#include "problem/element.h"
 
 namespace blasst::reference {
 namespace {
@@ -15,7 +15,7 @@ std::vector<float> row_of(DType dtype, const std::byte* address, int64_t dim) {
   std::vector<float> row(dim);
   for (int64_t d = 0; d < dim; ++d)
     row[d] = static_cast<float>(
-        attention::load_element(dtype, address + d * attention::element_bytes(dtype)));
+        problem::load_element(dtype, address + d * problem::element_bytes(dtype)));
   return row;
 }
 
@@ -39,7 +39,7 @@ int8_t quantized(float x, float largest) {
   return static_cast<int8_t>(std::nearbyint(std::clamp(scaled, -128.0f, 127.0f)));
 }
 
-Int8Scores::Int8Scores(const attention::Problem& problem, TileShape shape)
+Int8Scores::Int8Scores(const problem::Problem& problem, TileShape shape)
     : p_(problem), tile_keys_(shape.keys), keys_(problem.batch * problem.kv_heads) {
   for (int64_t b = 0; b < p_.batch; ++b)
     for (int64_t h = 0; h < p_.kv_heads; ++h) quantize_keys(b, h);

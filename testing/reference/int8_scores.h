@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-#include "attention/problem.h"
+#include "problem/problem.h"
 
 namespace blasst::reference {
 
@@ -20,7 +20,7 @@ int8_t quantized(float x, float largest);
 
 class Int8Scores {
  public:
-  Int8Scores(const attention::Problem& problem, TileShape shape);
+  Int8Scores(const problem::Problem& problem, TileShape shape);
 
   struct Score {
     int64_t product;  // of the integers
@@ -52,7 +52,7 @@ class Int8Scores {
     return (p_.requests[request].first_row + position) * p_.heads + head;
   }
 
-  const attention::Problem& p_;
+  const problem::Problem& p_;
   int64_t tile_keys_;
   Rows queries_;                // rows of all heads
   std::vector<double> shifts_;  // of each

@@ -6,18 +6,18 @@
 #include <optional>
 #include <span>
 
-#include "attention/checks.h"
-#include "attention/element.h"
-#include "attention/float_environment.h"
-#include "attention/problem.h"
+#include "problem/checks.h"
+#include "problem/element.h"
+#include "problem/float_environment.h"
+#include "problem/problem.h"
 #include "testing/reference/int8_scores.h"
 
 namespace blasst::reference {
 namespace {
 
-using attention::Problem;
-using attention::QueryTile;
-using attention::Range;
+using problem::Problem;
+using problem::QueryTile;
+using problem::Range;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
@@ -70,13 +70,13 @@ class Attend {
   }
 
   void run() {
-    const Range tiles = attention::tile_range(ranges_, shape_.keys);
+    const Range tiles = problem::tile_range(ranges_, shape_.keys);
     int64_t split_tiles = shape_.split_tiles;
     if (shape_.most_splits > 0)
-      split_tiles = std::max(split_tiles, attention::ceil_div(tiles.size(), shape_.most_splits));
+      split_tiles = std::max(split_tiles, problem::ceil_div(tiles.size(), shape_.most_splits));
     for (int64_t i = 0; i < tiles.size(); ++i) {
       if (split_tiles > 0 && i > 0 && i % split_tiles == 0) start_split(tiles, i);
-      const int64_t j = attention::nth_tile(p_.order, tiles, i);
+      const int64_t j = problem::nth_tile(p_.order, tiles, i);
       if (visited(j)) visit(j);
     }
     finish_split();
@@ -91,7 +91,7 @@ class Attend {
   Range tile_keys(int64_t j) const { return {j * shape_.keys, (j + 1) * shape_.keys}; }
 
   bool visited(int64_t j) const {
-    return attention::any_visible(ranges_, tile_keys(j)) && p_.block_visible(tile_, j);
+    return problem::any_visible(ranges_, tile_keys(j)) && p_.block_visible(tile_, j);
   }
 
   double score(int64_t row, int64_t key) const {
@@ -104,11 +104,11 @@ class Attend {
   double exact_score(int64_t row, int64_t key) const {
     const std::byte* q = p_.query(tile_.request, tile_.position_of(row), tile_.head_of(row));
     const std::byte* k = p_.key(tile_.request, key, tile_.head / p_.group());
-    const int64_t bytes = attention::element_bytes(p_.dtype);
+    const int64_t bytes = problem::element_bytes(p_.dtype);
     double dot = 0;
     for (int64_t d = 0; d < p_.head_dim; ++d)
-      dot += attention::load_element(p_.dtype, q + d * bytes) *
-             attention::load_element(p_.dtype, k + d * bytes);
+      dot += problem::load_element(p_.dtype, q + d * bytes) *
+             problem::load_element(p_.dtype, k + d * bytes);
     return dot * static_cast<double>(p_.scale);
   }
 
@@ -169,8 +169,7 @@ class Attend {
       const std::byte* v =
           p_.value(tile_.request, keys.begin + static_cast<int64_t>(i), tile_.head / p_.group());
       for (int64_t d = 0; d < p_.value_dim; ++d)
-        row.o[d] +=
-            p * attention::load_element(p_.dtype, v + d * attention::element_bytes(p_.dtype));
+        row.o[d] += p * problem::load_element(p_.dtype, v + d * problem::element_bytes(p_.dtype));
     }
   }
 
@@ -188,7 +187,7 @@ class Attend {
     rows_ = fresh_rows();
     int seeds = 0;
     for (int64_t i = 0; i < begin && seeds < BLASST_SEED_TILES; ++i) {
-      const int64_t j = attention::nth_tile(p_.order, tiles, i);
+      const int64_t j = problem::nth_tile(p_.order, tiles, i);
       if (!visited(j)) continue;
       ++seeds;
       for (int64_t r = 0; r < tile_.rows(); ++r)
@@ -248,7 +247,7 @@ Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced
   if (shape.query_rows < 1 || shape.keys < 1 || shape.split_tiles < 0 || shape.most_splits < 0)
     throw Error(BLASST_INVALID_ARGUMENT,
                 "the reference's tile shape needs query_rows and keys of at least 1");
-  attention::check_block_mask(p, shape);
+  problem::check_block_mask(p, shape);
   const auto count = static_cast<size_t>(p.rows * p.heads);
   Result result{.out = std::vector<double>(count * p.value_dim),
                 .lse = std::vector<double>(count, -kInf),
@@ -269,13 +268,13 @@ Result attend(const Problem& p, TileShape shape, const std::vector<bool>* forced
 }  // namespace
 
 Result prefill(const AttentionParams& params, TileShape shape, const std::vector<bool>* kept) {
-  const attention::DefaultFloatEnvironment environment;
-  return attend(attention::make_problem(params, attention::Phase::kPrefill), shape, kept);
+  const problem::DefaultFloatEnvironment environment;
+  return attend(problem::make_problem(params, problem::Phase::kPrefill), shape, kept);
 }
 
 Result decode(const AttentionParams& params, TileShape shape, const std::vector<bool>* kept) {
-  const attention::DefaultFloatEnvironment environment;
-  return attend(attention::make_problem(params, attention::Phase::kDecode), shape, kept);
+  const problem::DefaultFloatEnvironment environment;
+  return attend(problem::make_problem(params, problem::Phase::kDecode), shape, kept);
 }
 
 }  // namespace blasst::reference

@@ -21,14 +21,14 @@ class Made : public Backend {
   std::string obstacle(Memory memory) const override {
     return (id_ == BLASST_BACKEND_CUDA ? memory.gpu : memory.host) ? "" : "not its memory";
   }
-  Plan plan(const AttentionParams& params, attention::Phase) const override {
+  Plan plan(const AttentionParams& params, problem::Phase) const override {
     if (params.problem.heads < 0) throw Error(BLASST_INVALID_ARGUMENT, "heads is negative");
     if ((params.problem.q.dtype == BLASST_FLOAT32) != takes_float32_)
       throw Error(BLASST_UNSUPPORTED, name_ + ": not its type");
     return {.backend = id_, .query_tiles = takes_float32_ ? 1 : 2};
   }
   Plan plan(const BackwardParams&) const override { return {}; }
-  void run(const AttentionParams&, attention::Phase) const override {}
+  void run(const AttentionParams&, problem::Phase) const override {}
   void run(const BackwardParams&) const override {}
   void merge(const MergeParams&) const override {}
 
@@ -50,7 +50,7 @@ std::string chosen(blasst_backend wanted, Memory memory, DType dtype,
   const AttentionParams params{.problem = {.q = {.dtype = dtype}}};
   try {
     choose(among, wanted, memory, [&](const Backend& backend) {
-      backend.plan(params, attention::Phase::kPrefill);
+      backend.plan(params, problem::Phase::kPrefill);
       name = backend.info().name;
     });
   } catch (const Error& error) {
@@ -87,7 +87,7 @@ TEST(Choose, ABadCallIsNobodys) {
   EXPECT_THROW(choose(kAll, BLASST_BACKEND_AUTO, kManaged,
                       [&](const Backend& backend) {
                         ++asked;
-                        backend.plan(bad, attention::Phase::kPrefill);
+                        backend.plan(bad, problem::Phase::kPrefill);
                       }),
                Error);
   EXPECT_EQ(asked, 1);

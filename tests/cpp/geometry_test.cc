@@ -1,11 +1,11 @@
 // Sizes of arrays of tiles from a problem's scalars, against the tiles that requests have.
-#include "attention/geometry.h"
+#include "problem/geometry.h"
 
 #include <gtest/gtest.h>
 
 #include <vector>
 
-#include "attention/problem.h"
+#include "problem/problem.h"
 #include "testing/problem.h"
 
 namespace blasst::check {
@@ -15,30 +15,30 @@ TEST(Geometry, OfALayout) {
   blasst_problem p{.batch = 3, .heads = 8, .kv_heads = 2, .query_length = 130};
   p.kv.key_length = 5000;
   const TileShape shape{.query_rows = 64, .keys = 128};
-  attention::Geometry g = attention::geometry(p, attention::Phase::kPrefill, shape);
+  problem::Geometry g = problem::geometry(p, problem::Phase::kPrefill, shape);
   EXPECT_EQ(g.tile_heads, 8);
   EXPECT_EQ(g.query_tiles, 9);
   EXPECT_EQ(g.key_tiles, 40);
   EXPECT_EQ(g.tile_words, 2);
-  g = attention::geometry(p, attention::Phase::kDecode, shape);
+  g = problem::geometry(p, problem::Phase::kDecode, shape);
   EXPECT_EQ(g.tile_heads, 2);
   EXPECT_EQ(g.query_tiles, 3);
 
   p.query_layout = p.kv.layout = BLASST_LAYOUT_RAGGED;
   p.rows = 130, p.query_length = 0, p.kv.tokens = 300, p.kv.key_length = 0;
-  g = attention::geometry(p, attention::Phase::kPrefill, shape);
+  g = problem::geometry(p, problem::Phase::kPrefill, shape);
   EXPECT_EQ(g.query_tiles, 4) << "127, 2 and 1 rows: 2 + 1 + 1";
   EXPECT_EQ(g.key_tiles, 3) << "one request may have all";
   p.batch = 1;
-  EXPECT_EQ(attention::geometry(p, attention::Phase::kPrefill, shape).query_tiles, 3);
+  EXPECT_EQ(problem::geometry(p, problem::Phase::kPrefill, shape).query_tiles, 3);
   p.batch = 3, p.rows = 2;
-  EXPECT_EQ(attention::geometry(p, attention::Phase::kPrefill, shape).query_tiles, 2);
+  EXPECT_EQ(problem::geometry(p, problem::Phase::kPrefill, shape).query_tiles, 2);
 
   p.kv.layout = BLASST_LAYOUT_PAGED;
   p.kv.tokens = 0, p.kv.page_size = 16, p.kv.page_table_stride = 9;
-  EXPECT_EQ(attention::geometry(p, attention::Phase::kPrefill, shape).key_tiles, 2);
+  EXPECT_EQ(problem::geometry(p, problem::Phase::kPrefill, shape).key_tiles, 2);
   p.kv.key_length = 128;
-  EXPECT_EQ(attention::geometry(p, attention::Phase::kPrefill, shape).key_tiles, 1);
+  EXPECT_EQ(problem::geometry(p, problem::Phase::kPrefill, shape).key_tiles, 1);
 }
 
 // No request's tile lies beyond the room, and two never share a place.
@@ -46,11 +46,11 @@ TEST(Geometry, HasRoomForEveryTile) {
   for (uint64_t seed = 0; seed < 200; ++seed) {
     const Problem problem(random_case(seed, 1'000'000));
     const auto phase =
-        problem.description.decode ? attention::Phase::kDecode : attention::Phase::kPrefill;
-    const attention::Problem p = attention::make_problem(problem.params, phase);
+        problem.description.decode ? problem::Phase::kDecode : problem::Phase::kPrefill;
+    const problem::Problem p = problem::make_problem(problem.params, phase);
     const Plan tiles = plan(problem.params, problem.description.decode);
     std::vector<int> used(tiles.tile_heads * tiles.query_tiles);
-    for (const attention::QueryTile& tile : p.query_tiles(tiles.shape.query_rows)) {
+    for (const problem::QueryTile& tile : p.query_tiles(tiles.shape.query_rows)) {
       const int64_t head = problem.description.decode ? tile.head / p.group() : tile.head;
       ASSERT_LT(tile.index, tiles.query_tiles) << describe(problem.description);
       EXPECT_EQ(used[head * tiles.query_tiles + tile.index]++, 0);

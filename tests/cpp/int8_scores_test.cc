@@ -21,8 +21,8 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 const float kNan = std::nanf("");
 constexpr TileShape kShape{.query_rows = 64, .keys = 64};
 
-attention::Problem checked(const Problem& problem) {
-  return attention::make_problem(problem.params, attention::Phase::kPrefill);
+problem::Problem checked(const Problem& problem) {
+  return problem::make_problem(problem.params, problem::Phase::kPrefill);
 }
 
 Case int8_case() {
@@ -101,7 +101,7 @@ TEST(Int8Scores, AreAsNearToExactOnesAsTheRoundingSays) {
       c.dtype = dtype;
       c.head_dim = dim;
       const Problem problem(c);
-      const attention::Problem p = checked(problem);
+      const problem::Problem p = checked(problem);
       const Int8Scores scores(p, kShape);
       const double scale = p.scale;
       for (int64_t b = 0; b < p.batch; ++b) {
@@ -179,7 +179,7 @@ TEST(Int8Scores, WhatIsNotFiniteReachesItsRows) {
     const Access access(problem.params);
     store_element(c.dtype, access.query(0, 150, 1) + 4 * 9, odd);
     store_element(c.dtype, access.key(0, 70, 1) + 4 * 3, odd);
-    const attention::Problem p = checked(problem);
+    const problem::Problem p = checked(problem);
     const Int8Scores scores(p, kShape);
     EXPECT_TRUE(std::isnan(scores.at(0, 150, 1, 10).value()));
     EXPECT_TRUE(std::isfinite(scores.at(0, 149, 1, 10).value()));
@@ -203,7 +203,7 @@ TEST(Int8Scores, KeysThatAreAllAlikeScoreByTheirMeanAlone) {
   for (int64_t j = 0; j < 100; ++j)
     for (int64_t d = 0; d < 64; ++d)
       store_element(c.dtype, access.key(0, j, 0) + 4 * d, static_cast<float>(d % 5) - 1);
-  const attention::Problem p = checked(problem);
+  const problem::Problem p = checked(problem);
   const auto score = Int8Scores(p, kShape).at(0, 2, 1, 50);
   EXPECT_EQ(score.product, 0);
   EXPECT_EQ(score.unit, 0);

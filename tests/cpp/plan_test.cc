@@ -28,7 +28,7 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
          .kv_heads = 3,
          .head_dim = 16,
          .value_dim = 16});
-    const Problem p = attention::make_problem(problem.params, attention::Phase::kDecode);
+    const Problem p = problem::make_problem(problem.params, problem::Phase::kDecode);
     const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
     const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
     std::set<int64_t> partials;
@@ -45,7 +45,7 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
     EXPECT_EQ(std::ssize(partials), decode_partials(units));
     EXPECT_EQ(*partials.rbegin() + 1, decode_partials(units)) << "no gaps";
     for (size_t i = 0; i < tiles.size(); ++i)
-      EXPECT_EQ(visited[i], attention::ceil_div(p.requests[tiles[i].request].keys, kKeys));
+      EXPECT_EQ(visited[i], problem::ceil_div(p.requests[tiles[i].request].keys, kKeys));
   }
 }
 
@@ -76,7 +76,7 @@ TEST(Plan, IndexArraysAreReadOnce) {
       for (int64_t t = 0; t < access.requests()[b].rows; ++t)
         wanted.push_back(access.query(b, t, 0));
     }
-    const Problem p = attention::make_problem(problem.params, attention::Phase::kPrefill);
+    const Problem p = problem::make_problem(problem.params, problem::Phase::kPrefill);
     const int64_t tokens = p.key_tensor().tokens;
     for (auto* array :
          {&problem.page_table, &problem.lengths, &problem.cu_keys, &problem.cu_queries})
@@ -93,7 +93,7 @@ TEST(Plan, IndexArraysAreReadOnce) {
 
 TEST(Plan, PrefillUnitsAreLongestFirst) {
   const check::Problem problem({.requests = {{1000, 1000}, {1000, 3000}}, .causal = true});
-  const Problem p = attention::make_problem(problem.params, attention::Phase::kPrefill);
+  const Problem p = problem::make_problem(problem.params, problem::Phase::kPrefill);
   const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
   int64_t last = INT64_MAX, covered = 0;
   for (const PrefillUnit& unit : prefill_units(p, tiles)) {

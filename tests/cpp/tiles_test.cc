@@ -1,12 +1,12 @@
 // The integer functions that say which keys a row sees and which tiles are visited in which order.
-#include "attention/tiles.h"
+#include "problem/tiles.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <vector>
 
-namespace blasst::attention {
+namespace blasst::problem {
 namespace {
 
 std::vector<int64_t> visit(Order order, Range tiles) {
@@ -79,4 +79,4 @@ TEST(Tiles, GapBins) {
 }
 
 }  // namespace
-}  // namespace blasst::attention
+}  // namespace blasst::problem

@@ -8,10 +8,10 @@
 #include <tuple>
 #include <vector>
 
-#include "attention/tiles.h"
 #include "cuda/core/prefill/order.h"
 #include "cuda/core/tensor.h"
 #include "cuda/core/tiles.h"
+#include "problem/tiles.h"
 
 namespace blasst::cuda::prefill {
 namespace {
@@ -101,7 +101,7 @@ TEST(PrefillSchedule, VisitsLikeTheReference) {
     for (int begin = 0; begin < 3; ++begin) {
       for (int end = begin + 1; end < begin + 6; ++end) {
         for (int i = 0; i < end - begin; ++i)
-          EXPECT_EQ(tile_at(order, {begin, end}, i), attention::nth_tile(order, {begin, end}, i));
+          EXPECT_EQ(tile_at(order, {begin, end}, i), problem::nth_tile(order, {begin, end}, i));
       }
     }
   }
@@ -111,7 +111,7 @@ TEST(PrefillSchedule, SeesLikeTheReference) {
   for (const auto& [least, most] : {std::pair{0, kUnlimited}, std::pair{-kUnlimited, kUnlimited},
                                     std::pair{0, 5}, std::pair{-3, 4}, std::pair{2, 9}}) {
     for (int position = -4; position < 20; ++position) {
-      const attention::Range wanted = attention::visible_keys({least, most}, position, 12);
+      const problem::Range wanted = problem::visible_keys({least, most}, position, 12);
       const Range keys = keys_seen(position, position, {least, most}, 12);
       EXPECT_EQ(keys.begin >= keys.end, wanted.empty());
       if (wanted.empty()) continue;

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <limits>
 
-#include "attention/tiles.h"
 #include "cuda/core/tiles.h"
+#include "problem/tiles.h"
 
 namespace blasst::cuda {
 namespace {
@@ -57,7 +57,7 @@ TEST(SkipBelow, OnlyATileWithoutScoresIsSkippedFirst) {
 
 TEST(GapBin, IsTheReferences) {
   for (const double gap : {-1000.0, -32.1, -32.0, -31.99, -5.3, -0.07, -0.0, 0.0, 3.0})
-    EXPECT_EQ(gap_bin(static_cast<float>(gap)), attention::gap_bin(static_cast<float>(gap))) << gap;
+    EXPECT_EQ(gap_bin(static_cast<float>(gap)), problem::gap_bin(static_cast<float>(gap))) << gap;
   EXPECT_EQ(gap_bin(kInf), BLASST_GAP_BINS - 1);
   EXPECT_EQ(gap_bin(kNan), BLASST_GAP_BINS - 1);
 }

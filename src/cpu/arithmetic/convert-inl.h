@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "attention/element.h"
 #include "blasst/blasst.hpp"
 #include "cpu/arithmetic/vector-inl.h"
+#include "problem/element.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -28,7 +28,7 @@ HWY_INLINE void LoadFloats(DType dtype, const std::byte* from, int64_t count,
     std::memcpy(to, from, count * sizeof(float));
   } else if (dtype == BLASST_FLOAT16 && !kConvertsHalf) {
     for (int64_t i = 0; i < count; ++i)
-      to[i] = static_cast<float>(attention::load_element(dtype, from + 2 * i));
+      to[i] = static_cast<float>(problem::load_element(dtype, from + 2 * i));
   } else if (dtype == BLASST_FLOAT16) {
     const hn::Rebind<hwy::float16_t, decltype(f8)> h8;
     for (int64_t i = 0; i < count; i += hn::Lanes(f8))
@@ -52,7 +52,7 @@ HWY_INLINE void StoreFloats(DType dtype, const float* HWY_RESTRICT from, int64_t
     std::memcpy(to, from, count * sizeof(float));
   } else if (dtype == BLASST_FLOAT16 && !kConvertsHalf) {
     for (int64_t i = 0; i < count; ++i) {
-      const uint16_t bits = attention::half_bits(from[i]);
+      const uint16_t bits = problem::half_bits(from[i]);
       std::memcpy(to + 2 * i, &bits, sizeof bits);
     }
   } else if (dtype == BLASST_FLOAT16) {

@@ -11,9 +11,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "attention/element.h"
 #include "blasst/blasst.hpp"
 #include "cpu/arithmetic/convert-inl.h"
+#include "problem/element.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -59,7 +59,7 @@ struct Float32 {
     } else if constexpr (kStored == BLASST_FLOAT16 && !kConvertsHalf) {
       alignas(64) float words[kLanes];
       for (int i = 0; i < kLanes; ++i)
-        words[i] = static_cast<float>(attention::load_element(kStored, row + 2 * (at + i)));
+        words[i] = static_cast<float>(problem::load_element(kStored, row + 2 * (at + i)));
       return hn::Load(f, words);
     } else {
       using T = std::conditional_t<kStored == BLASST_FLOAT16, hwy::float16_t, hwy::bfloat16_t>;

@@ -6,7 +6,7 @@
 namespace blasst::cpu {
 namespace {
 
-using attention::ceil_div;
+using problem::ceil_div;
 
 // Enough units for a few dozen threads, and each stripe costs memory for a part of dq.
 constexpr int64_t kUnits = 16;
@@ -23,13 +23,13 @@ BackwardTile make_tile(const Problem& p, const QueryTile& query) {
     rows[r] = p.row_keys(query, r);
     tile.inner = intersect(tile.inner, rows[r]);
   }
-  tile.key_tiles = attention::tile_range({rows.data(), static_cast<size_t>(query.rows())}, kKeys);
+  tile.key_tiles = problem::tile_range({rows.data(), static_cast<size_t>(query.rows())}, kKeys);
   return tile;
 }
 
 }  // namespace
 
-BackwardPlan::BackwardPlan(const attention::BackwardProblem& backward)
+BackwardPlan::BackwardPlan(const problem::BackwardProblem& backward)
     : problem(backward), geometry_(backward.forward.geometry(prefill_shape())) {
   const Problem& p = problem.forward;
   for (const QueryTile& query : p.query_tiles(kQueryRows)) tiles.push_back(make_tile(p, query));

@@ -6,8 +6,8 @@
 #include <span>
 #include <vector>
 
-#include "attention/problem.h"
 #include "cpu/plan.h"
+#include "problem/problem.h"
 
 namespace blasst::cpu {
 
@@ -32,7 +32,7 @@ struct BackwardUnit {
 // The number of stripes and where they are cut depend on the problem, never on the threads, so the
 // order of every sum does not either.
 struct BackwardPlan {
-  explicit BackwardPlan(const attention::BackwardProblem& problem);
+  explicit BackwardPlan(const problem::BackwardProblem& problem);
   BackwardPlan(const BackwardPlan&) = delete;
 
   bool kept(const BackwardTile& tile, int64_t key_tile) const;
@@ -42,7 +42,7 @@ struct BackwardPlan {
   int64_t first_row(const QueryTile& tile) const;
   float* dq_of(const QueryTile& tile, int64_t stripe) const;
 
-  const attention::BackwardProblem& problem;
+  const problem::BackwardProblem& problem;
   std::vector<BackwardTile> tiles;  // heads of a request follow each other
   std::vector<BackwardUnit> units;  // most work first
   float* delta = nullptr;           // [heads, rows] out . dout - dlse
@@ -50,7 +50,7 @@ struct BackwardPlan {
   float* dq = nullptr;              // [stripes, heads, rows, padded(head_dim)]
 
  private:
-  attention::Geometry geometry_;  // of the tile bits
+  problem::Geometry geometry_;  // of the tile bits
 };
 
 size_t backward_row_floats(const Problem& p);  // of delta, and of lse_rest

@@ -13,7 +13,6 @@
 #include <span>
 #include <utility>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/backward/plan.h"
 #include "cpu/backward/staging-inl.h"
@@ -21,6 +20,7 @@
 #include "cpu/tile/product-inl.h"
 #include "cpu/tile/score-inl.h"
 #include "cpu/tile/softmax-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

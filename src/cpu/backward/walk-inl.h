@@ -17,7 +17,6 @@
 #include <cstdint>
 #include <utility>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/backward/plan.h"
 #include "cpu/backward/staging-inl.h"
@@ -25,6 +24,7 @@
 #include "cpu/tile/exp-inl.h"
 #include "cpu/tile/product-inl.h"
 #include "cpu/tile/score-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -278,7 +278,7 @@ class BackwardWalk {
   }
 
   const BackwardPlan& plan_;
-  const attention::BackwardProblem& b_;
+  const problem::BackwardProblem& b_;
   const Problem& p_;
   const BackwardUnit& unit_;
   int64_t qk_stride_, v_stride_;       // of staged rows

@@ -12,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/vector-inl.h"
 #include "cpu/plan.h"
 #include "cpu/tile/rows-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -65,8 +65,7 @@ struct DecodeTile {
   Range KeysOf(int64_t j) const { return {j * kKeys, std::min<int64_t>(keys, (j + 1) * kKeys)}; }
 
   bool Visits(int64_t j) const {
-    return p.block_visible(query, j) &&
-           (!p.mask.bands || attention::any_visible(ranges, KeysOf(j)));
+    return p.block_visible(query, j) && (!p.mask.bands || problem::any_visible(ranges, KeysOf(j)));
   }
 
   // Whether some row does not see all of a whole tile.

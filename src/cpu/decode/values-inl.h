@@ -12,10 +12,10 @@
 #include <cstring>
 #include <utility>
 
-#include "attention/tiles.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/decode/fetch-inl.h"
 #include "cpu/plan.h"
+#include "problem/tiles.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -72,7 +72,7 @@ HWY_INLINE void AddBlocks(const RowOutputs<A>& outputs, int64_t first, int64_t d
           hn::Mul(hn::LoadU(f, o + r * outputs.stride + v * kLanes), hn::Set(f, rescale[r]));
   }
   // Over all blocks, as many rows are asked for as are added.
-  const int64_t asked = attention::ceil_div(A::kPack * kVectors * kLanes, outputs.dim);
+  const int64_t asked = problem::ceil_div(A::kPack * kVectors * kLanes, outputs.dim);
   for (int64_t step = 0; step < kKeys / A::kPack; ++step) {
     const std::byte* const* rows = values.data() + step * A::kPack;
     queue.Ask(asked);

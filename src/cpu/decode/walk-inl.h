@@ -20,8 +20,6 @@
 #include <utility>
 #include <vector>
 
-#include "attention/element.h"
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/decode/fetch-inl.h"
 #include "cpu/decode/query_tile-inl.h"
@@ -33,6 +31,8 @@
 #include "cpu/tile/softmax-inl.h"
 #include "cpu/tile/test-inl.h"
 #include "cpu/totals.h"
+#include "problem/element.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -85,7 +85,7 @@ class DecodeHead {
   // The first tile of these positions of the visit that is visited; -1: none.
   int64_t NextVisited(Range positions) const {
     for (int64_t i = positions.begin; i < positions.end; ++i) {
-      const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
+      const int64_t j = problem::nth_tile(p_.order, key_tiles_, i);
       if (Visits(j)) return j;
     }
     return -1;
@@ -100,7 +100,7 @@ class DecodeHead {
       std::copy_n(rows.seed, rows.count, splits[split].seed);
       const int64_t end = std::min(key_tiles_.size(), (split + 1) * kSplitTiles);
       for (int64_t i = split * kSplitTiles; i < end && seeds < BLASST_SEED_TILES; ++i) {
-        const int64_t j = attention::nth_tile(p_.order, key_tiles_, i);
+        const int64_t j = problem::nth_tile(p_.order, key_tiles_, i);
         if (!Visits(j)) continue;
         ++seeds;
         FindRows(p_.kv.k, j, k_rows_);
@@ -227,7 +227,7 @@ void DecodeSeeds(const Problem& p, const DecodeUnit& unit, Totals& totals, float
 template <typename S, typename A>
 void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
             const Partial* partials) {
-  ValueQueue queue(p.value_dim * attention::element_bytes(p.dtype), std::ssize(unit.tiles));
+  ValueQueue queue(p.value_dim * problem::element_bytes(p.dtype), std::ssize(unit.tiles));
   std::vector<DecodeHead<S, A>> heads;
   heads.reserve(unit.tiles.size());
   const bool seeded = unit.split > 0 && takes_seeds(p);
@@ -237,7 +237,7 @@ void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scr
     if (seeded) heads.back().TakeSeeds(partials[unit.first_partial(i) + unit.split]);
   }
   for (int64_t i = unit.visit.begin; i < unit.visit.end; ++i) {
-    const int64_t j = attention::nth_tile(p.order, unit.key_tiles, i);
+    const int64_t j = problem::nth_tile(p.order, unit.key_tiles, i);
     for (DecodeHead<S, A>& head : heads)
       if (head.Visits(j)) head.Visit(j, head.NextVisited({i + 1, unit.visit.end}));
   }

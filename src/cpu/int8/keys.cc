@@ -5,11 +5,11 @@
 
 namespace blasst::cpu {
 
-using attention::ceil_div;
+using problem::ceil_div;
 
 Int8Keys::Int8Keys(const Problem& p, float* storage)
     : kv_heads_(p.kv_heads), head_dim_(p.head_dim), first_tile_{0} {
-  for (const attention::Request& r : p.requests)
+  for (const problem::Request& r : p.requests)
     first_tile_.push_back(first_tile_.back() + ceil_div(r.keys, kKeys));
   const int64_t count = kv_heads_ * tiles();
   const auto take = [&](int64_t floats) { return std::exchange(storage, storage + floats); };
@@ -27,7 +27,7 @@ int64_t Int8Keys::request_of(int64_t tile) const {
 size_t int8_key_floats(const Problem& p) {
   const bool ragged = p.kv.layout == BLASST_LAYOUT_RAGGED;
   const int64_t tiles = ragged ? std::min(p.kv.tokens, p.kv.tokens / kKeys + p.batch)
-                               : p.batch * ceil_div(attention::most_keys(p.given), kKeys);
+                               : p.batch * ceil_div(problem::most_keys(p.given), kKeys);
   return p.kv_heads * (tiles * (kKeys * p.head_dim / 4 + 2 + kKeys + 1) + p.batch * p.head_dim);
 }
 

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "attention/problem.h"
 #include "cpu/plan.h"
+#include "problem/problem.h"
 
 namespace blasst::cpu {
 

@@ -12,11 +12,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/arithmetic/convert-inl.h"
 #include "cpu/int8/keys.h"
 #include "cpu/plan.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

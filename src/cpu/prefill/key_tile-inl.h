@@ -12,14 +12,14 @@
 #include <cstring>
 #include <utility>
 
-#include "attention/element.h"
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/arithmetic/int8-inl.h"
 #include "cpu/int8/keys.h"
 #include "cpu/plan.h"
 #include "cpu/tile/product-inl.h"
 #include "cpu/tile/score-inl.h"
+#include "problem/element.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -84,7 +84,7 @@ class KeyTile {
 
   // Asks for row i, counted over keys and then steps of values.
   HWY_INLINE void Fetch(int64_t i) const {
-    const int64_t element = attention::element_bytes(p_.dtype);
+    const int64_t element = problem::element_bytes(p_.dtype);
     if (i < keys_.size()) return FetchRow(k_rows_[i], p_.head_dim * (kIsInt8<S> ? 1 : element));
     const int64_t step = i - keys_.size();
     if (step >= steps()) return;

@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <utility>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/arithmetic/int8-inl.h"
 #include "cpu/int8/keys.h"
@@ -21,6 +20,7 @@
 #include "cpu/plan.h"
 #include "cpu/tile/product-inl.h"
 #include "cpu/tile/rows-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -61,8 +61,8 @@ struct PrefillTile {
       keys[r] = r < tile.rows() ? p.row_keys(tile, r) : Range{};
       if (r < tile.rows()) inner = intersect(inner, keys[r]);
     }
-    key_tiles = attention::tile_range({keys.data(), static_cast<size_t>(tile.rows())}, kKeys);
-    panels = static_cast<int>(attention::ceil_div(tile.rows(), kPanel));
+    key_tiles = problem::tile_range({keys.data(), static_cast<size_t>(tile.rows())}, kKeys);
+    panels = static_cast<int>(problem::ceil_div(tile.rows(), kPanel));
     rows.Begin(p, tile, prefill_shape());
     const int64_t depth = p.head_dim / S::kPack;
     std::fill_n(q, kQueryRows * depth, 0.0f);

@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <limits>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/arithmetic/int8-inl.h"
 #include "cpu/plan.h"
@@ -19,6 +18,7 @@
 #include "cpu/prefill/query_tile-inl.h"
 #include "cpu/tile/product-inl.h"
 #include "cpu/tile/score-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

@@ -16,7 +16,6 @@
 #include <utility>
 #include <vector>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/arithmetic-inl.h"
 #include "cpu/plan.h"
 #include "cpu/prefill/key_tile-inl.h"
@@ -29,6 +28,7 @@
 #include "cpu/tile/softmax-inl.h"
 #include "cpu/tile/test-inl.h"
 #include "cpu/totals.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
@@ -83,7 +83,7 @@ class PrefillWalk {
       tiles_.emplace_back(p, scratch).template Begin<S>(p, int8, tile, row_words_);
     int64_t blocks = 0;
     for (const PrefillTile& tile : tiles_) blocks += tile.panels * (kKeys / kBroadcasts);
-    rows_a_block_ = attention::ceil_div(2 * kKeys, blocks);
+    rows_a_block_ = problem::ceil_div(2 * kKeys, blocks);
   }
 
   void Run() {
@@ -95,7 +95,7 @@ class PrefillWalk {
       if (has_next_) Stage(next, *next_);
       // A tile whose values nobody needs is most likely followed by another one.
       values_ahead_ = std::exchange(values_used_, false);
-      const int64_t j = attention::nth_tile(p_.order, unit_.key_tiles, at);
+      const int64_t j = problem::nth_tile(p_.order, unit_.key_tiles, at);
       for (PrefillTile& tile : tiles_)
         if (tile.Visits(p_, j)) Visit(tile, j);
       std::swap(now_, next_);
@@ -113,14 +113,14 @@ class PrefillWalk {
                                  [&](const PrefillTile& tile) { return tile.Visits(p_, j); });
     };
     while (at < unit_.key_tiles.size() &&
-           !visited(attention::nth_tile(p_.order, unit_.key_tiles, at)))
+           !visited(problem::nth_tile(p_.order, unit_.key_tiles, at)))
       ++at;
     return at;
   }
 
   void Stage(int64_t at, KeyTile<S, A>& keys) {
     keys.Begin(unit_.tiles.front().request, kv_head_,
-               attention::nth_tile(p_.order, unit_.key_tiles, at));
+               problem::nth_tile(p_.order, unit_.key_tiles, at));
   }
 
   void Visit(PrefillTile& tile, int64_t j) {

@@ -11,9 +11,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "attention/problem.h"
 #include "cpu/plan.h"
 #include "cpu/tile/score-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

@@ -8,9 +8,9 @@
 
 #include <limits>
 
-#include "attention/problem.h"
 #include "cpu/plan.h"
 #include "cpu/tile/exp-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

@@ -9,10 +9,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention/problem.h"
 #include "cpu/arithmetic/convert-inl.h"
 #include "cpu/plan.h"
 #include "cpu/tile/rows-inl.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

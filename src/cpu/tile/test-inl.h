@@ -10,9 +10,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "attention/problem.h"
 #include "cpu/tile/rows-inl.h"
 #include "cpu/totals.h"
+#include "problem/problem.h"
 
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {

@@ -8,8 +8,8 @@
 #include <string_view>
 #include <utility>
 
-#include "attention/checks.h"
 #include "blasst/blasst.hpp"
+#include "problem/checks.h"
 
 namespace blasst::cuda {
 
@@ -41,11 +41,11 @@ inline void check_page_size(const KeysValues& kv) {
 
 // Views of the keys and values.
 inline void check_key_views(const blasst_problem& p) {
-  const auto [outer, tokens] = attention::key_tensor(p);
-  if (attention::most_keys(p) == 0 || outer == 0) return;
+  const auto [outer, tokens] = problem::key_tensor(p);
+  if (problem::most_keys(p) == 0 || outer == 0) return;
   for (const auto& [name, view, dim] :
        {std::tuple{"k", &p.kv.k, p.head_dim}, std::tuple{"v", &p.kv.v, p.value_dim}}) {
-    attention::check_view(name, *view, outer, tokens, p.kv_heads, dim);
+    problem::check_view(name, *view, outer, tokens, p.kv_heads, dim);
     check_aligned(name, *view);
   }
 }

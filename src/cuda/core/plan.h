@@ -7,21 +7,21 @@
 #include <cstdint>
 #include <utility>
 
-#include "attention/checks.h"
-#include "attention/tiles.h"
 #include "blasst/blasst.hpp"
 #include "cuda/core/checks.h"
 #include "cuda/core/tensor.h"
+#include "problem/checks.h"
+#include "problem/tiles.h"
 
 namespace blasst::cuda {
 
 // The scalars of a call that both phases look at.
-inline void check_supported(const AttentionParams& params, attention::Phase phase) {
-  attention::check_scalars(params, phase);
+inline void check_supported(const AttentionParams& params, problem::Phase phase) {
+  problem::check_scalars(params, phase);
   const blasst_problem& p = params.problem;
-  attention::check_one_type("cuda", p);
-  if (phase == attention::Phase::kDecode)
-    attention::check_exact_scores("cuda", "decode", params.decision);
+  problem::check_one_type("cuda", p);
+  if (phase == problem::Phase::kDecode)
+    problem::check_exact_scores("cuda", "decode", params.decision);
   if (p.q.dtype == BLASST_FLOAT32) refuse("q is float32; it does bfloat16 and float16");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256))
     refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", p.head_dim,
@@ -30,12 +30,12 @@ inline void check_supported(const AttentionParams& params, attention::Phase phas
   if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
   if (params.execution.threads != 0)
     refuse("threads is {}; it must be 0", params.execution.threads);
-  const auto [outer, tokens] = attention::key_tensor(p);
+  const auto [outer, tokens] = problem::key_tensor(p);
   for (const auto& [name, count] :
-       {std::pair{"the most keys of a request", attention::most_keys(p)},
-        std::pair{"tokens of k", tokens}, std::pair{"rows of all requests", attention::all_rows(p)},
+       {std::pair{"the most keys of a request", problem::most_keys(p)},
+        std::pair{"tokens of k", tokens}, std::pair{"rows of all requests", problem::all_rows(p)},
         std::pair{"kv.pages", p.kv.pages}})
-    attention::check_range(name, count, 0, kUnlimited - 1);
+    problem::check_range(name, count, 0, kUnlimited - 1);
 }
 
 template <typename Launch>
@@ -47,23 +47,23 @@ void plan_shapes(Launch& l, const AttentionParams& params) {
   l.params.batch = static_cast<int>(p.batch);
   l.params.heads = static_cast<int>(p.heads);
   l.params.kv_heads = static_cast<int>(p.kv_heads);
-  l.params.query_length = static_cast<int>(attention::most_rows(p));
-  l.params.keys.length = static_cast<int>(attention::most_keys(p));
+  l.params.query_length = static_cast<int>(problem::most_rows(p));
+  l.params.keys.length = static_cast<int>(problem::most_keys(p));
   l.stream = params.execution.stream;
 }
 
 template <typename Launch>
 void plan_queries(Launch& l, const blasst_problem& p) {
-  const auto [outer, tokens] = attention::query_tensor(p);
-  attention::check_view("q", p.q, outer, tokens, p.heads, p.head_dim);
-  attention::check_view("out", p.out, outer, tokens, p.heads, p.value_dim);
+  const auto [outer, tokens] = problem::query_tensor(p);
+  problem::check_view("q", p.q, outer, tokens, p.heads, p.head_dim);
+  problem::check_view("out", p.out, outer, tokens, p.heads, p.value_dim);
   check_aligned("q", p.q);
   check_aligned("out", p.out);
   if (outer > 0 && tokens > 0)
-    attention::check_no_overlap("out", p.out, outer, tokens, p.heads, p.value_dim);
-  attention::check_not_shared("out", p.out, "q", p.q);
-  attention::check_not_shared("out", p.out, "k", p.kv.k);
-  attention::check_not_shared("out", p.out, "v", p.kv.v);
+    problem::check_no_overlap("out", p.out, outer, tokens, p.heads, p.value_dim);
+  problem::check_not_shared("out", p.out, "q", p.q);
+  problem::check_not_shared("out", p.out, "k", p.kv.k);
+  problem::check_not_shared("out", p.out, "v", p.kv.v);
   l.q = tensor(p.q, outer, tokens, p.heads, p.head_dim);
   l.params.out = {p.out.data, p.out.stride_request, p.out.stride_token, p.out.stride_head};
 }
@@ -73,7 +73,7 @@ void plan_keys(Launch& l, const blasst_problem& problem) {
   auto& p = l.params;
   const KeysValues& kv = problem.kv;
   check_key_views(problem);
-  const auto [outer, tokens] = attention::key_tensor(problem);
+  const auto [outer, tokens] = problem::key_tensor(problem);
   l.k = tensor(kv.k, outer, tokens, problem.kv_heads, problem.head_dim);
   l.v = tensor(kv.v, outer, tokens, problem.kv_heads, problem.value_dim);
   p.keys.starts = kv.starts;
@@ -93,7 +93,7 @@ template <typename KernelParams>
 void plan_mask_and_test(KernelParams& p, const AttentionParams& params) {
   p.softcap = params.problem.softcap;
   p.sinks = params.problem.sinks;
-  const attention::Distances d = attention::allowed_distances(params.problem.mask, nullptr);
+  const problem::Distances d = problem::allowed_distances(params.problem.mask, nullptr);
   constexpr int64_t limit = kUnlimited;
   p.distances.least = static_cast<int>(std::clamp(d.least, -limit, limit));
   p.distances.most = static_cast<int>(std::clamp(d.most, -limit, limit));
@@ -106,7 +106,7 @@ void plan_mask_and_test(KernelParams& p, const AttentionParams& params) {
 }
 
 template <typename KernelParams>
-void plan_report(KernelParams& p, const Report& report, const attention::Geometry& geometry) {
+void plan_report(KernelParams& p, const Report& report, const problem::Geometry& geometry) {
   p.report.lse = report.lse;
   p.report.dropped_mass_bound = report.dropped_mass_bound;
   p.report.visitable = reinterpret_cast<unsigned long long*>(report.tiles_visitable);
@@ -119,10 +119,10 @@ void plan_report(KernelParams& p, const Report& report, const attention::Geometr
 // The caller's workspace, which the plan says the size of.
 inline void check_workspace(const Execution& execution, std::size_t needed, std::size_t alignment) {
   if (execution.workspace_bytes < needed)
-    attention::fail("workspace has {} bytes; a cuda call allocates nothing and this one needs {}",
-                    execution.workspace_bytes, needed);
+    problem::fail("workspace has {} bytes; a cuda call allocates nothing and this one needs {}",
+                  execution.workspace_bytes, needed);
   if (reinterpret_cast<uintptr_t>(execution.workspace) % alignment != 0)
-    attention::fail("workspace is {}; it must be {}-byte aligned", execution.workspace, alignment);
+    problem::fail("workspace is {}; it must be {}-byte aligned", execution.workspace, alignment);
 }
 
 }  // namespace blasst::cuda

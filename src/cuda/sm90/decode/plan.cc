@@ -2,15 +2,15 @@
 
 #include <cstdint>
 
-#include "attention/checks.h"
 #include "cuda/core/checks.h"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/plan.h"
+#include "problem/checks.h"
 
 namespace blasst::cuda::decode {
 namespace {
 
-using attention::Phase;
+using problem::Phase;
 
 void check_decode(const AttentionParams& params) {
   const blasst_problem& p = params.problem;
@@ -31,7 +31,7 @@ void check_decode(const AttentionParams& params) {
 }
 
 // Of the scalars alone.
-attention::Geometry geometry_of(const AttentionParams& params) {
+problem::Geometry geometry_of(const AttentionParams& params) {
   check_supported(params, Phase::kDecode);
   check_decode(params);
   const blasst_problem& p = params.problem;
@@ -40,27 +40,27 @@ attention::Geometry geometry_of(const AttentionParams& params) {
                         .keys = kTileKeys,
                         .split_tiles = least_split_tiles(rows),
                         .most_splits = most_splits(static_cast<int>(p.kv_heads))};
-  attention::check_tiles("cuda", params.decision, shape);
-  return attention::geometry(p, Phase::kDecode, shape);
+  problem::check_tiles("cuda", params.decision, shape);
+  return problem::geometry(p, Phase::kDecode, shape);
 }
 
 std::size_t workspace_bytes(const blasst_problem& p) {
   return decode::workspace_bytes(static_cast<int>(p.batch), static_cast<int>(p.heads),
                                  static_cast<int>(p.kv_heads), static_cast<int>(p.query_length),
-                                 static_cast<int>(attention::most_keys(p)),
+                                 static_cast<int>(problem::most_keys(p)),
                                  static_cast<int>(p.value_dim));
 }
 
 }  // namespace
 
 blasst_plan plan(const AttentionParams& params) {
-  const attention::Geometry geometry = geometry_of(params);
-  return attention::plan_of(BLASST_BACKEND_CUDA, geometry, workspace_bytes(params.problem));
+  const problem::Geometry geometry = geometry_of(params);
+  return problem::plan_of(BLASST_BACKEND_CUDA, geometry, workspace_bytes(params.problem));
 }
 
 Launch plan_launch(const AttentionParams& params) {
-  const attention::Geometry geometry = geometry_of(params);
-  attention::check_arrays(params);
+  const problem::Geometry geometry = geometry_of(params);
+  problem::check_arrays(params);
   Launch l{};
   plan_shapes(l, params);
   plan_queries(l, params.problem);

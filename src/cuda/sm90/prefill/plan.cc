@@ -5,18 +5,18 @@
 #include <cstdint>
 #include <numbers>
 
-#include "attention/checks.h"
 #include "cuda/core/checks.h"
 #include "cuda/core/plan.h"
 #include "cuda/core/prefill/order.h"
 #include "cuda/sm90/prefill/quantize.h"
 #include "cuda/sm90/prefill/shape.h"
+#include "problem/checks.h"
 
 namespace blasst::cuda::prefill {
 namespace {
 
-using attention::check_range;
-using attention::Phase;
+using problem::check_range;
+using problem::Phase;
 
 void plan_scores(Params& p, const blasst_problem& problem, Scores scores) {
   constexpr float kLog2e = std::numbers::log2e_v<float>;
@@ -30,7 +30,7 @@ void plan_scores(Params& p, const blasst_problem& problem, Scores scores) {
 }
 
 void plan_rows(Params& p, const blasst_problem& problem) {
-  p.rows = static_cast<int>(attention::all_rows(problem));
+  p.rows = static_cast<int>(problem::all_rows(problem));
   p.cu_seqlens_q = problem.cu_seqlens_q;
   p.query_lengths = problem.query_lengths;
 }
@@ -40,8 +40,8 @@ void plan_places(Params& p, const TileTest& test) {
   p.test.stride_place = test.stride_place;
 }
 
-void plan_maxima(Params& p, const Report& report, const attention::Geometry& geometry) {
-  attention::check_tile_maxima(report, geometry);
+void plan_maxima(Params& p, const Report& report, const problem::Geometry& geometry) {
+  problem::check_tile_maxima(report, geometry);
   p.report.tile_maxima = report.tile_maxima;
   p.report.tile_maxima_stride = report.tile_maxima_stride;
 }
@@ -61,7 +61,7 @@ Scores scores_of(const Decision& decision) {
 QuantizedLayout quantized_layout_of(const blasst_problem& p) {
   const int dim = static_cast<int>(p.head_dim);
   const bool ragged = p.kv.layout == BLASST_LAYOUT_RAGGED;
-  return quantized_layout(p.batch, p.kv_heads, attention::most_keys(p), ragged ? p.kv.tokens : -1,
+  return quantized_layout(p.batch, p.kv_heads, problem::most_keys(p), ragged ? p.kv.tokens : -1,
                           dim, tile_keys(dim));
 }
 
@@ -89,13 +89,13 @@ void plan_quantized(Params& p, const AttentionParams& params) {
 }
 
 // Of the scalars alone.
-attention::Geometry geometry_of(const AttentionParams& params) {
+problem::Geometry geometry_of(const AttentionParams& params) {
   check_supported(params, Phase::kPrefill);
   const blasst_problem& p = params.problem;
   check_range("batch * heads", p.batch * p.heads, 0, kUnlimited - 1);
   const int dim = static_cast<int>(p.head_dim);
   check_range("blocks of query rows",
-              p.heads * most_blocks(attention::all_rows(p), p.batch, attention::most_rows(p),
+              p.heads * most_blocks(problem::all_rows(p), p.batch, problem::most_rows(p),
                                     rows_per_block(dim)),
               0, kUnlimited - 1);
   if (scores_of(params.decision) == Scores::kInt8) {
@@ -103,19 +103,19 @@ attention::Geometry geometry_of(const AttentionParams& params) {
     check_range("kv_heads", p.kv_heads, 1, 65535);  // blocks of a launch
   }
   const TileShape shape{.query_rows = kQueryTileRows, .keys = tile_keys(dim)};
-  attention::check_tiles("cuda", params.decision, shape);
-  return attention::geometry(p, Phase::kPrefill, shape);
+  problem::check_tiles("cuda", params.decision, shape);
+  return problem::geometry(p, Phase::kPrefill, shape);
 }
 
 }  // namespace
 
 Plan plan(const AttentionParams& params) {
-  return attention::plan_of(BLASST_BACKEND_CUDA, geometry_of(params), needed_workspace(params));
+  return problem::plan_of(BLASST_BACKEND_CUDA, geometry_of(params), needed_workspace(params));
 }
 
 Launch plan_launch(const AttentionParams& params) {
-  const attention::Geometry geometry = geometry_of(params);
-  attention::check_arrays(params);
+  const problem::Geometry geometry = geometry_of(params);
+  problem::check_arrays(params);
   Launch l{};
   plan_shapes(l, params);
   plan_queries(l, params.problem);

@@ -9,7 +9,7 @@
 
 #include "blasst/blasst.hpp"
 
-namespace blasst::attention {
+namespace blasst::problem {
 
 inline int64_t element_bytes(DType dtype) { return dtype == BLASST_FLOAT32 ? 4 : 2; }
 
@@ -67,4 +67,4 @@ inline void store_element(DType dtype, std::byte* address, float value) {
   std::memcpy(address, &bits, sizeof bits);
 }
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

@@ -1,4 +1,4 @@
-#include "attention/checks.h"
+#include "problem/checks.h"
 
 #include <algorithm>
 #include <array>
@@ -6,9 +6,9 @@
 #include <functional>
 #include <utility>
 
-#include "attention/element.h"
+#include "problem/element.h"
 
-namespace blasst::attention {
+namespace blasst::problem {
 namespace {
 
 void check_dim(std::string_view name, int64_t value) {
@@ -314,4 +314,4 @@ void check_merge(const MergeParams& p) {
   }
 }
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

@@ -9,7 +9,7 @@
 
 #include "blasst/blasst.hpp"
 
-namespace blasst::attention {
+namespace blasst::problem {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,4 +80,4 @@ inline int gap_bin(double gap) {
                   1 + static_cast<int>((gap + BLASST_GAP_RANGE) * (inner / BLASST_GAP_RANGE)));
 }
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

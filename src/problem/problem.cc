@@ -1,4 +1,4 @@
-#include "attention/problem.h"
+#include "problem/problem.h"
 
 #include <fmt/format.h>
 
@@ -8,10 +8,10 @@
 #include <limits>
 #include <string_view>
 
-#include "attention/checks.h"
-#include "attention/element.h"
+#include "problem/checks.h"
+#include "problem/element.h"
 
-namespace blasst::attention {
+namespace blasst::problem {
 namespace {
 
 // A copy of prefix sums: from 0, never falling, to `total`; no request has more than `most`.
@@ -375,4 +375,4 @@ double Problem::skip_below(const QueryTile& tile, int64_t head, TileShape shape)
   return std::log(std::min(1.0, value / static_cast<double>(r.keys)));
 }
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

@@ -7,11 +7,11 @@
 #include <limits>
 #include <vector>
 
-#include "attention/geometry.h"
-#include "attention/tiles.h"
 #include "blasst/blasst.hpp"
+#include "problem/geometry.h"
+#include "problem/tiles.h"
 
-namespace blasst::attention {
+namespace blasst::problem {
 
 struct Request {
   int64_t first_row = 0;  // in the rows of all requests, those that are padding included
@@ -64,7 +64,7 @@ struct Problem {
 
   bool ragged_queries() const { return given.query_layout == BLASST_LAYOUT_RAGGED; }
   bool is_padded() const { return given.kv.starts || given.query_lengths; }
-  Geometry geometry(TileShape shape) const { return attention::geometry(given, phase, shape); }
+  Geometry geometry(TileShape shape) const { return problem::geometry(given, phase, shape); }
 
   int64_t group() const { return heads / kv_heads; }
   int64_t page_of(int64_t request, int64_t token) const {
@@ -72,8 +72,8 @@ struct Problem {
   }
   // Where a view laid out as q, or as k and v, holds a row.
   std::byte* query_row(const View& view, int64_t request, int64_t position, int64_t head) const;
-  RowTensor query_tensor() const { return attention::query_tensor(given); }
-  RowTensor key_tensor() const { return attention::key_tensor(given); }
+  RowTensor query_tensor() const { return problem::query_tensor(given); }
+  RowTensor key_tensor() const { return problem::key_tensor(given); }
   std::byte* key_row(const View& view, int64_t request, int64_t token, int64_t kv_head) const;
 
   const std::byte* query(int64_t request, int64_t position, int64_t head) const;
@@ -150,4 +150,4 @@ BackwardProblem make_problem(const BackwardParams& params);
 // The forward whose gradients are asked for.
 AttentionParams forward_of(const BackwardParams& params);
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

@@ -1,10 +1,10 @@
-#include "attention/geometry.h"
+#include "problem/geometry.h"
 
 #include <algorithm>
 
-#include "attention/tiles.h"
+#include "problem/tiles.h"
 
-namespace blasst::attention {
+namespace blasst::problem {
 
 int64_t all_rows(const blasst_problem& p) {
   return p.query_layout == BLASST_LAYOUT_RAGGED ? p.rows : p.batch * p.query_length;
@@ -63,4 +63,4 @@ Plan plan_of(blasst_backend backend, const Geometry& g, std::size_t workspace_by
           .workspace_bytes = workspace_bytes};
 }
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

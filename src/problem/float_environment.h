@@ -3,7 +3,7 @@
 
 #include <cfenv>
 
-namespace blasst::attention {
+namespace blasst::problem {
 
 // Round to nearest, subnormals kept, no traps: every call computes so, on all of its threads,
 // whatever its caller has set. The caller's environment, its exception flags among it, comes back
@@ -22,4 +22,4 @@ class DefaultFloatEnvironment {
   std::fenv_t callers_;
 };
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

@@ -11,10 +11,10 @@
 #include <string_view>
 #include <utility>
 
-#include "attention/geometry.h"
 #include "blasst/blasst.hpp"
+#include "problem/geometry.h"
 
-namespace blasst::attention {
+namespace blasst::problem {
 
 constexpr int64_t kMaxCount =
     std::numeric_limits<int32_t>::max();            // tokens, heads, requests, pages
@@ -77,4 +77,4 @@ void check_not_shared(std::string_view out_name, const View& out, std::string_vi
 // Everything about a merge.
 void check_merge(const MergeParams& params);
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem

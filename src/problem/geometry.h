@@ -7,7 +7,7 @@
 
 #include "blasst/blasst.hpp"
 
-namespace blasst::attention {
+namespace blasst::problem {
 
 enum class Phase {
   kPrefill,
@@ -38,4 +38,4 @@ Geometry geometry(const blasst_problem& problem, Phase phase, TileShape shape);
 
 Plan plan_of(blasst_backend backend, const Geometry& geometry, std::size_t workspace_bytes);
 
-}  // namespace blasst::attention
+}  // namespace blasst::problem
