@@ -32,6 +32,7 @@ Case device_case(uint64_t seed, int64_t budget) {
   SeededChoices choose(seed);
   Case c = random_case(seed, budget);
   c.decode = true;
+  c.scores = BLASST_SCORES_EXACT;
   c.ragged_queries = c.padded = c.bands = c.blocks = false;
   c.places = 1;
   c.dtype = choose.pick({BLASST_FLOAT16, BLASST_BFLOAT16});

@@ -102,11 +102,12 @@ def test_decode_of_a_calibrated_model_is_captured_in_a_graph() -> None:
         model(ids[:, :length], **{name: cache})
         return cache
 
-    eager = cache_after(300)
-    expected = [
-        model(ids[:, i : i + 1], position_ids=torch.full((2, 1), i, device="cuda"), **{name: eager})
-        for i in range(300, 400)
-    ]
+    def cached_step(cache: StaticCache, i: int) -> torch.Tensor:
+        at = torch.full((2, 1), i, device="cuda")
+        return model(ids[:, i : i + 1], position_ids=at, **{name: cache}).logits
+
+    eager = cache_after(299)
+    expected = [cached_step(eager, i) for i in range(299, 400)][1:]
     cache, token = cache_after(299), ids[:, 299:300].clone()
     position = torch.full((2, 1), 299, device="cuda")
 
@@ -114,6 +115,7 @@ def test_decode_of_a_calibrated_model_is_captured_in_a_graph() -> None:
         return model(token, position_ids=position, **{name: cache}).logits
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()  # takes the cache to 300 tokens
     torch.cuda.current_stream().wait_stream(stream)
@@ -124,7 +126,7 @@ def test_decode_of_a_calibrated_model_is_captured_in_a_graph() -> None:
         token.copy_(ids[:, i : i + 1])
         position.fill_(i)
         graph.replay()
-        assert torch.equal(logits, wanted.logits), i
+        assert torch.equal(logits, wanted), i
 
 
 @torch.inference_mode()
