@@ -184,8 +184,10 @@ def decode(model: PreTrainedModel, length: int, sparsity: float, repeats: int) -
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             model(token, position_ids=position, **{name: cache})
+            position.add_(1)
 
     def steps() -> None:
+        position.fill_(length)
         for layer in cache.layers:
             layer.cumulative_length.fill_(length)
         for _ in range(STEPS - 1):
