@@ -5,9 +5,9 @@ skip-softmax if --fmha-v2 names its compiled module and tvm_ffi is installed. Ev
 output first. Rates are the operations of dense attention divided by the time of one call, in steady
 state: the contenders take turns, each warm, in another order every round.
 
-Groups of lines: long prompts, full attention, short prompts, heads of different sparsity, absolute
-thresholds by head and place beside a relative one, and the recorded tensors of a real model
-(bench/record_qkv.py makes the file).
+Groups of lines: long prompts, full attention, short prompts, ragged requests beside the same as a
+batch, heads of different sparsity, absolute thresholds by head and place beside a relative one, and
+the recorded tensors of a real model (bench/record_qkv.py makes the file).
 """
 
 import argparse
@@ -72,6 +72,7 @@ FULL = (Work(1, 16384, 64, 4, causal=False),)
 SHORT = tuple(
     Work(batch, length, 32, 8) for length in (512, 1024, 2048, 4096) for batch in (1, 4, 8)
 )
+RAGGED = (Work(64, 1024, 32, 8), Work(256, 256, 32, 8))
 HEADS = (Work(1, 65536, 64, 4), Work(1, 16384, 64, 4), Work(1, 32768, 32, 8))
 
 
@@ -261,6 +262,34 @@ class Table:
                 self.line(work, planted(work, sparsity), THRESHOLD, 1e-2)
             torch.cuda.empty_cache()
 
+    def ragged(self) -> None:
+        """Requests one behind the other, the longest known or not, beside the same as a batch."""
+        for work in RAGGED:
+            batch = [noise(work, heads).bfloat16() for heads in (work.heads, *[work.kv_heads] * 2)]
+            flat = [t.flatten(0, 1) for t in batch]
+            ends = torch.arange(work.batch + 1, dtype=torch.int32, device="cuda") * work.length
+            nothing = torch.zeros(1, 1, device="cuda")
+            for name, threshold in (("dense", None), ("0 %", nothing)):
+                attend = partial(
+                    blasst.attention, causal=True, threshold=threshold, phase="prefill"
+                )
+                ragged = partial(attend, *flat, cu_seqlens_q=ends, cu_seqlens_k=ends)
+                longest = {"max_seqlen_q": work.length, "max_seqlen_k": work.length}
+                runs: dict[str, Callable[[], Tensor]] = {
+                    "batch": partial(attend, *batch),
+                    "ragged": ragged,
+                    "ragged, longest known": partial(ragged, **longest),
+                }
+                wanted = runs["batch"]().flatten(0, 1)
+                if not all(torch.equal(run().view_as(wanted), wanted) for run in runs.values()):
+                    raise SystemExit(f"{work.name}: ragged requests give other bits")
+                times = milliseconds(runs, self.rounds, self.turn)
+                line = " | ".join(
+                    f"{run} {ms:6.3f} ms ({ms / times['batch']:4.2f}x)" for run, ms in times.items()
+                )
+                print(f"{work.name:30} {name:5} | {line}", flush=True)
+            torch.cuda.empty_cache()
+
     def by_head(self) -> None:
         """Sparsities from 0 to 95 %, 60 % in the mean, beside 60 % on every head."""
         for work in HEADS:
@@ -313,7 +342,7 @@ class Table:
 def main() -> None:
     """Measures every group, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    groups = ("long", "full", "short", "heads", "absolute", "recorded")
+    groups = ("long", "full", "short", "ragged", "heads", "absolute", "recorded")
     parser.add_argument("--groups", nargs="*", choices=groups, default=groups)
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(LONG)), help="of long")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
@@ -337,6 +366,8 @@ def main() -> None:
         table.planted(FULL, arguments.sparsity)
     if "short" in arguments.groups:
         table.planted(SHORT, [0, 0.5])
+    if "ragged" in arguments.groups:
+        table.ragged()
     if "heads" in arguments.groups:
         table.by_head()
     if "absolute" in arguments.groups:

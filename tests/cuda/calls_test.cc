@@ -426,25 +426,38 @@ TEST_F(Calls, NothingIsWrittenWhereLaunchingFails) {
   }
 }
 
-// The current device counts: its memory is taken, another's is refused, the bits are the same.
+// The current device counts: its memory is taken, another's is refused, the bits are the same, in a
+// graph, too.
 TEST_F(Calls, SecondDevice) {
   int devices = 0;
   must(cudaGetDeviceCount(&devices));
   if (devices < 2) GTEST_SKIP() << "one device";
   for (const bool decode : {false, true}) {
-    AnyCall first(decode, Layout::kPaged);
-    first.device.run();
-    const std::vector<std::byte> bits = first.problem.out_bits();
-    must(cudaSetDevice(1));
-    expect_failure(BLASST_INVALID_ARGUMENT,
-                   "q.data is on device 0; it must be memory of the current device, 1",
-                   [&] { first.device.launch(); });
-    {
-      AnyCall second(decode, Layout::kPaged);
-      second.device.run();
-      EXPECT_EQ(second.problem.out_bits(), bits);
+    for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
+      AnyCall first(decode, layout);
+      first.device.run();
+      const auto wanted = first.outputs();
+      must(cudaSetDevice(1));
+      expect_failure(BLASST_INVALID_ARGUMENT,
+                     "q.data is on device 0; it must be memory of the current device, 1",
+                     [&] { first.device.launch(); });
+      {
+        AnyCall second(decode, layout);
+        second.device.run();
+        EXPECT_EQ(second.outputs(), wanted);
+        if (layout == Layout::kPaged) EXPECT_EQ(check(second.device), std::vector<int32_t>(4, 0));
+        Graph graph([&](cudaStream_t stream) {
+          second.device.params.execution.stream = stream;
+          second.device.launch();
+        });
+        second.device.mark();
+        graph.replay();
+        EXPECT_EQ(second.outputs(), wanted);
+      }
+      must(cudaSetDevice(0));
+      first.device.run();
+      EXPECT_EQ(first.outputs(), wanted);
     }
-    must(cudaSetDevice(0));
   }
 }
 

@@ -333,3 +333,71 @@ def test_tile_maxima_and_thresholds_by_place(dim: int) -> None:
     mask = kept.repeat_interleave(rows, 1).repeat_interleave(keys, 2)[:, :700, :700]
     lse = scores[0].masked_fill(~mask, -math.inf).logsumexp(-1)
     torch.testing.assert_close(result.lse[0], lse, atol=1e-3, rtol=1e-3)
+
+
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def on_devices(phase: str, layout: str) -> list[dict]:
+    """The arguments of a call, on the current device, the first, and on the second."""
+    q, k, v = inputs(3, 1 if phase == "decode" else 200, 512, 8, 2, 128)
+    given = {"q": q, "k": k, "v": v, "lengths": torch.tensor([512, 100, 64])}
+    if layout == "paged":
+        given |= {name: given[name].reshape(24, 64, 2, 128) for name in "kv"}
+        given["page_table"] = torch.arange(24).view(3, 8)
+    elif layout == "ragged":
+        ends = torch.tensor([0, 100, 130, 512])
+        rows = ends if phase == "prefill" else torch.arange(4)
+        q = q[:1].expand(3, -1, -1, -1).flatten(0, 1)[: int(rows[-1])].contiguous()
+        given = {"q": q, "k": k[0], "v": v[0], "cu_seqlens_q": rows, "cu_seqlens_k": ends}
+    given |= {"threshold": torch.full((1, 8), 0.9), "sinks": torch.linspace(-1, 1, 8)}
+    return [{name: t.to(device) for name, t in given.items()} for device in ("cuda:0", "cuda:1")]
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize("layout", ["dense", "ragged", "paged"])
+def test_tensors_of_a_second_device(phase: str, layout: str) -> None:
+    first, second = on_devices(phase, layout)
+    options = {"causal": True, "phase": phase, "check_pages": layout == "paged"}
+    options |= {"return_lse": True, "return_stats": True}
+    wanted = blasst.attention(**first, **options)
+    before = torch.cuda.memory_allocated(0)
+    got = blasst.attention(**second, **options)
+    assert torch.cuda.current_device() == 0
+    assert torch.cuda.memory_allocated(0) == before, "workspace and results are the second's"
+    for mine, other in ((got.out, wanted.out), (got.lse, wanted.lse), (*got.stats, *wanted.stats)):
+        assert mine.device == torch.device("cuda:1")
+        assert torch.equal(mine.cpu(), other.cpu())
+    merged = [blasst.merge(r.out, r.lse, r.out, r.lse)[0].cpu() for r in (got, wanted)]
+    assert torch.equal(*merged)
+    name = "k" if phase == "decode" else "lengths" if "lengths" in first else "cu_seqlens_k"
+    with pytest.raises(ValueError, match=f"{name} is on cuda:0, q on cuda:1"):
+        blasst.attention(**{**second, name: first[name]}, phase=phase)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_streams_and_graphs_of_a_second_device(phase: str) -> None:
+    first, second = on_devices(phase, "paged")
+
+    def run(given: dict) -> torch.Tensor:
+        return blasst.attention(**given, causal=True, phase=phase)
+
+    stream = torch.cuda.Stream("cuda:1")
+    with torch.cuda.stream(stream):
+        got = run(second)
+    stream.synchronize()
+    assert torch.equal(got.cpu(), run(first).cpu())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = run(second)
+    assert torch.cuda.current_device() == 0
+    for keys, value in (([512, 100, 64], 0.9), ([1, 300, 0], 0.5)):
+        for given in (first, second):
+            given["lengths"].copy_(torch.tensor(keys))
+            given["threshold"].fill_(value)
+        torch.cuda.synchronize(1)
+        graph.replay()
+        torch.cuda.synchronize(1)
+        assert torch.equal(out.cpu(), run(first).cpu())

@@ -304,7 +304,27 @@ def step(implementation="blasst") -> PreTrainedModel:
     return modeling.Step3p7TextModel._from_config(config, attn_implementation=implementation).eval()
 
 
-@pytest.mark.parametrize("build", [laguna, step])
+def dots(implementation="blasst", **options) -> PreTrainedModel:
+    configuration = pytest.importorskip("transformers.models.dots3_note.configuration_dots3_note")
+    modeling = pytest.importorskip("transformers.models.dots3_note.modeling_dots3_note")
+    torch.manual_seed(0)
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 24, "v_head_dim": 16}
+    sizes = {**DECODER, **latent, "qk_rope_head_dim": 8, "head_dim": 32, "num_key_value_heads": 4}
+    sliding = {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 40, **latent}
+    config = configuration.Dots3NoteTextConfig(
+        **sizes,
+        **{f"swa_{name}": value for name, value in sliding.items()},
+        **{"use_dsa": False, **options},
+        layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "dense"],
+        sliding_window=40,
+    )
+    return modeling.Dots3NoteForCausalLM._from_config(
+        config, attn_implementation=implementation
+    ).eval()
+
+
+@pytest.mark.parametrize("build", [laguna, step, dots])
 @torch.no_grad()
 def test_layers_that_differ_in_their_heads(build):
     ids = tokens(2, 150)
@@ -325,6 +345,11 @@ def test_layers_that_differ_in_their_heads(build):
     blasst.configure(model, prefill=Threshold())
     got, expected = (m(ids, attention_mask=mask)[0][mask > 0] for m in (model, build("sdpa")))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_layers_that_choose_keys_for_each_query_are_refused():
+    with pytest.raises(NotSupportedError, match=r"computes .* with its attention mask, as models"):
+        dots(use_dsa=True)(tokens(1, 20))
 
 
 def test_a_policy_must_suit_the_layer_with_the_most_heads():

@@ -42,19 +42,23 @@ check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
   return check::compare(problem, plan_on(problem, backend), sum_roundoff_on(backend));
 }
 
-// On a GPU a threshold that is none skips nothing: the bits of the dense call.
-std::string check_nan_thresholds_on(const check::Case& c, Backend backend) {
+// On a GPU thresholds that are none skip nothing: the bits of the dense call.
+std::string check_no_thresholds_on(const check::Case& c, Backend backend) {
   if (c.test == BLASST_TEST_NONE) return "";
-  check::Problem problem(c);
-  std::ranges::fill(problem.thresholds, std::numeric_limits<float>::quiet_NaN());
-  make_target(problem, backend, true)->run();
   check::Case dense_case = c;
   dense_case.test = BLASST_TEST_NONE;
-  check::Problem dense(dense_case);
+  check::Problem dense(dense_case), problem(c);
   make_target(dense, backend, true)->run();
-  return problem.out_bits() == dense.out_bits() && problem.lse == dense.lse
-             ? ""
-             : "thresholds that are NaN gave other bits than none";
+  constexpr float kNan = std::numeric_limits<float>::quiet_NaN(),
+                  kInf = std::numeric_limits<float>::infinity();
+  for (const float none : {kNan, -0.5f, -kInf}) {
+    if (c.test == BLASST_TEST_ABSOLUTE && none == -0.5f) continue;  // as good as any
+    std::ranges::fill(problem.thresholds, none);
+    make_target(problem, backend, true)->run();
+    if (problem.out_bits() != dense.out_bits() || problem.lse != dense.lse)
+      return fmt::format("thresholds of {} gave other bits than none", none);
+  }
+  return "";
 }
 
 // Whether all cases agree on the backend, `name` of it or an instruction set. Case i has the seed
@@ -73,7 +77,7 @@ bool verify(const Options& options, const std::string& name) {
       comparison.mismatch = check::check_calls(problem, choices);
       gradients += check::has_gradients(problem);
     } else if (comparison.mismatch.empty()) {
-      comparison.mismatch = check_nan_thresholds_on(c, options.backend);
+      comparison.mismatch = check_no_thresholds_on(c, options.backend);
     }
     if (!comparison.mismatch.empty()) {
       fmt::print(stderr,
