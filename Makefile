@@ -24,7 +24,7 @@ sources = $(shell git ls-files --cached --others --exclude-standard -- \
 
 ##@ Everyday
 .PHONY: test
-test: build ## set up, build, run every test, check the format
+test: build browser ## set up, build, run every test, check the format
 	ctest --preset release
 	OMP_NUM_THREADS=1 $(python) -m pytest --numprocesses=$(JOBS) --dist=loadfile
 	$(MAKE) check-format
@@ -107,7 +107,8 @@ docs: $(VENV)/.docs ## the site, from docs/ and the docstrings, into build/docs
 .PHONY: gpu-test
 gpu-test: build ## kernels and operator against the reference and the CPU
 	build/release/tests/cuda/cuda_tests $(ARGS)
-	$(python) -m pytest tests/python/test_cuda.py tests/python/test_cuda_huggingface.py
+	$(python) -m pytest tests/python/test_cuda.py tests/python/test_cuda_huggingface.py \
+	  tests/python/test_cuda_calibration.py
 
 SANITIZED := PrefillRandom.*/0:DecodeRandom.*/0:Calls.*:DecodeKernels.G*
 
@@ -140,6 +141,12 @@ help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} \
 	  /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Reports are tested in a browser; where none can be had, pytest says so and skips that.
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null \
+	  || $(APT_INSTALL) chromium || echo "no browser: the test of reports in one is skipped"
 
 .PHONY: build-packages check-packages
 build-packages:

@@ -3,9 +3,13 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 from blasst import calibration
 from blasst.cli.app import main
 from blasst.demo import run as demo
+from blasst.errors import NotSupportedError
 from blasst.hf import models
 from recency_model import make_loaded
 
@@ -33,10 +37,39 @@ def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     ):
         assert title in " ".join(shown.split())
     report = (tmp_path / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 7
+    assert report.count("<svg") == 9
+    for caption in ("Kept tiles by layer and head", "What skipping cost each token"):
+        assert caption in report
 
     monkeypatch.setattr(calibration, "calibrate", None)
     assert main(["demo", "--out", str(tmp_path)]) == 0, "from what the first run kept"
+
+
+@pytest.mark.parametrize(
+    ("there", "has_kernels", "expected"),
+    [(False, True, None), (True, True, "cuda"), (True, False, None)],
+)
+def test_the_demo_uses_a_gpu_that_blasst_has_kernels_for(
+    there, has_kernels, expected, tmp_path, monkeypatch
+):
+    def tile_shape(q, k, v, *, phase):
+        if not has_kernels:
+            raise NotSupportedError("cuda-sm90 needs compute capability 9.0")
+
+    def load(name, *, loading, progress):
+        used.append(loading)
+        raise ValueError("seen")
+
+    used, empty = [], torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, device: empty(shape))
+    monkeypatch.setattr(demo, "tile_shape", tile_shape)
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(models.Loading, "__post_init__", lambda self: None)  # finds no GPU here
+    for loading in (None, models.Loading("cpu"), models.Loading(dtype="float32")):
+        with pytest.raises(ValueError, match="seen"):
+            demo.demo("smollm2", tmp_path, loading=loading)
+    assert [loading.device for loading in used] == [expected, "cpu", expected]
 
 
 def test_the_readmes_lines_make_a_model_sparse(tmp_path, capsys):

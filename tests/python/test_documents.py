@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from blasst import calibration
 from blasst.calibration import calibrate
 from blasst.calibration.setup import lengths_of
 from blasst.cli.app import main
 from blasst.config import parse
-from blasst.prompts import DocumentMaker, read_records
+from blasst.hf.reading import read
+from blasst.prompts import DocumentMaker, fed_by, read_records
 from recency_model import make_recency_model, make_tokenizer
 from test_cli import fake_calibrate, saved_model
 
@@ -89,8 +91,99 @@ def test_a_calibration_on_documents():
         schemes=["one_threshold"],
     )
     assert parse(model.config.sparse_attention_config).measured["prefill"].tables
-    with pytest.raises(ValueError, match="text and documents are both given"):
+    with pytest.raises(ValueError, match="text and documents are given; prompts are made of one"):
         calibrate(model, make_tokenizer(), documents=[WORDS], text=WORDS, lengths=[512])
+
+
+def batches(count: int = 4):
+    """Texts of two lengths, padded on the left."""
+    tokenizer = make_tokenizer()
+    for i in range(count):
+        rows = [tokenizer(f"{i} {WORDS * n}").input_ids for n in (5, 3)]
+        longest = len(rows[0])
+        ids = [[0] * (longest - len(row)) + row for row in rows]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        yield rows, torch.tensor(ids), torch.tensor(mask)
+
+
+def test_what_a_loop_feeds_is_read_without_its_padding():
+    model, expected = make_recency_model(), []
+
+    def forward(model):
+        for rows, ids, mask in batches():
+            model(input_ids=ids, attention_mask=mask)
+            expected.extend(rows)
+
+    assert fed_by(forward, model, 10**6) == expected
+    assert not model.base_model._forward_pre_hooks
+
+
+@torch.inference_mode()
+def test_calls_with_a_cache_go_on_with_their_sequences():
+    model = make_recency_model()
+    [(rows, ids, mask)] = batches(1)
+
+    def forward(model):
+        # Of generate: the prompt, then token by token, the last of which is not read.
+        fed = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        answers.extend(fed[:, ids.shape[1] : -1].tolist())
+        cache = DynamicCache(config=model.config)
+        for part in ids[:1].split(100, 1):
+            read(model, part, cache)
+
+    answers = []
+    assert fed_by(forward, model, 10**6) == [
+        *(row + answer for row, answer in zip(rows, answers, strict=True)),
+        ids[0].tolist(),
+    ]
+
+
+def test_a_loop_without_an_end_is_ended():
+    rounds = []
+
+    def forward(model):
+        for i in itertools.count():
+            rounds.append(i)
+            model(torch.full((1, 100), 5))
+
+    assert sum(map(len, fed_by(forward, make_recency_model(), 500))) == 500
+    assert len(rounds) == 5
+
+
+def test_a_calibration_on_a_loop_is_that_on_its_documents():
+    options = {
+        "lengths": [512],
+        "target_sparsity": {"prefill": 0.15},
+        "prompts": 2,
+        "held_out": [],
+        "schemes": ["one_threshold"],
+    }
+    documents = [[*make_tokenizer()(f"{i} {WORDS * 20}").input_ids] for i in range(9)]
+
+    def forward(model):
+        for document in documents:
+            model(torch.tensor([document]))
+
+    models = [make_recency_model() for _ in range(2)]
+    for model, source in zip(models, ({"forward": forward}, {"documents": documents}), strict=True):
+        calibrate(model, make_tokenizer(), **source, **options)
+    entries = [model.config.sparse_attention_config for model in models]
+    assert entries[0] == entries[1]
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda model: None, "the forward loop does not run the model"),
+        (
+            lambda model: model(inputs_embeds=torch.zeros(1, 4, 64)),
+            "runs the model without input_ids",
+        ),
+    ],
+)
+def test_loops_that_feed_no_tokens(forward, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(make_recency_model(), make_tokenizer(), forward=forward, lengths=[512])
 
 
 def test_records_of_a_file(tmp_path, monkeypatch, capsys):

@@ -1,22 +1,39 @@
 """Evaluation of a small random model, its report, and going on after a stop."""
 
 import json
+import math
+from base64 import b64decode
 
+import numpy as np
 import pytest
 import torch
 
 import blasst
 from blasst.cli.app import main
 from blasst.config import Law, Measured, SparseAttention, ThresholdTable
-from blasst.evaluation import Options, evaluate, lm_eval, prompted, report, shorter_lengths, texts
+from blasst.evaluation import (
+    Options,
+    evaluate,
+    lm_eval,
+    parts_of,
+    prompted,
+    report,
+    shorter_lengths,
+    texts,
+    timing,
+)
 from blasst.evaluation.answers import answer
+from blasst.evaluation.kept_tiles import SIZE, KeptTiles, cells_of
 from blasst.evaluation.settings import DENSELY, Scheme
-from blasst.evaluation.summary import rows
+from blasst.evaluation.summary import rows, timings
+from blasst.hf import recording_with
 from blasst.hf.models import Loaded
+from blasst.hf.operator import KERNELS, calling
+from blasst.hf.reading import read
 from blasst.measure.agreement import DenseRun
 from blasst.measure.results import Results
-from blasst.prompts import reference_text
-from recency_model import make_loaded
+from blasst.prompts import PromptMaker, reference_text
+from recency_model import make_loaded, make_tokenizer
 
 LENGTH = 800
 TEXTS = {"first": reference_text()[:4000], "second": reference_text()[9000:13000]}
@@ -44,6 +61,17 @@ def run(out, **options) -> Results:
     return evaluate(configured(), Options(**{**defaults, **options}), out=out)
 
 
+MEASURED = {
+    "needles": 2,
+    "needle_lengths": (400, LENGTH),
+    "timed_lengths": (400, LENGTH),
+    "repeats": 2,
+    "compare_paper": True,
+    "other_lengths": (300, 600),
+    "length_prompts": 2,
+}
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     return tmp_path_factory.mktemp("evaluation")
@@ -51,7 +79,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(out) -> Results:
-    return run(out, needles=2, compare_paper=True, other_lengths=(300, 600), length_prompts=2)
+    return run(out, **MEASURED)
 
 
 def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
@@ -67,13 +95,13 @@ def test_dense_agrees_with_itself_and_sparse_is_compared_with_it(results):
 
 
 def test_texts_that_are_read_in_chunks_have_the_same_perplexity(results, tmp_path):
-    found = run(tmp_path, chunk=256, needles=1)
+    found = run(tmp_path, chunk=256, needles=2)
     assert rows(found)[1].sparsity[0] > 0
     for (name, scheme, _), value in found.all("text"):
         expected = results.get("text", name, scheme, 0.0)
         if scheme == Scheme.DENSE:
             assert value["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
-    key = ("needle", 0, Scheme.DENSE, 0.0)
+    key = ("needle", LENGTH, 0.25, Scheme.DENSE, 0.0)
     assert found.get(*key)["answer"] == results.get(*key)["answer"]
 
 
@@ -95,10 +123,101 @@ def test_sparse_texts_have_bounds_of_their_rows(results, out):
 
 def test_every_prompt_was_answered_in_every_setting(results):
     assert {key for key, _ in results.all("needle")} == {
-        (index, scheme, target)
-        for index in range(2)
+        (length, depth, scheme, target)
+        for length in (400, LENGTH)
+        for depth in (0.25, 0.75)
         for scheme, target in ((Scheme.DENSE, 0.0), (Scheme.CALIBRATED, 0.9))
     }
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 0.75, 1.0])
+def test_a_fact_stands_as_deep_as_it_should(depth):
+    maker = PromptMaker(make_tokenizer(), reference_text(), "text")
+    prompt = maker.make("needle", 4000, 3, depth)
+    read = make_tokenizer().decode(prompt.tokens[0])
+    place = read.index(f'is "{prompt.answers[0]}"') / len(read)
+    assert place == pytest.approx(min(depth, 0.9), abs=0.08)
+
+
+def test_every_setting_is_timed_by_length_warm_and_repeated(results):
+    found = timings(results)
+    assert {(t.length, t.setting.name) for t in found} == {
+        (length, name)
+        for length in (400, LENGTH)
+        for name in ("torch sdpa", "dense", "calibrated, 90%")
+    }
+    for time in found:
+        assert len(time.seconds) == 2
+        assert (time.attention is None) == (time.setting.name == "torch sdpa")
+        assert (time.sparsity > 0) == (time.setting.target > 0)
+        if time.setting.target:
+            dense = time.dense
+            assert time.predicted == dense.median - dense.attention + time.attention
+
+
+def test_the_time_of_attention_alone_is_that_of_its_second_call(monkeypatch):
+    """The first call of a kind can take far longer than those that follow."""
+    calls = []
+
+    class Counted:
+        tile_of = KERNELS.tile_of
+
+        @staticmethod
+        def attention(*inputs, **options):
+            calls.append(options)
+
+    monkeypatch.setattr(timing, "now", lambda device: len(calls))
+    with calling(Counted()):
+        alone = timing.Alone(torch.device("cpu"))
+    alone.attention(torch.zeros(1), return_stats=True)
+    assert alone.seconds == 1
+    assert [options["return_stats"] for options in calls] == [True, False]
+
+
+def test_kept_tiles_are_those_of_the_tile_masks(results):
+    """In chunks too, which have other query tiles."""
+    whole, parts = (packed_tiles(chunk) for chunk in (None, 256))
+    for one in (whole, parts):
+        assert (one["length"], one["cells"]) == (LENGTH, 13)
+        assert one["layers"] == [(0, 4), (1, 4)]
+        kept = np.frombuffer(b64decode(one["kept"]), np.uint8).reshape(8, -1)
+        cells = np.stack([kept & 15, kept >> 4], -1).reshape(8, -1)[:, : 13 * 14 // 2]
+        shares = 1 - np.array(one["skipped"]).flatten()
+        # The last tile is shorter than a cell, and cells do not all begin where tiles do.
+        assert cells.mean(1) / 15 == pytest.approx(shares, abs=0.06)
+        assert (cells[:, 0] == 15).all(), "a first tile is never skipped"
+    assert whole["sparsity"] == pytest.approx(parts["sparsity"], abs=0.02)
+
+
+def packed_tiles(chunk):
+    model = configured().model
+    tokens = torch.tensor([list(TEXTS["first"].encode()[:LENGTH])])
+    recording = KeptTiles([0, 1], LENGTH, 8)
+    with recording_with(recording), torch.inference_mode():
+        read(model, tokens, chunk=chunk)
+    return recording.packed()
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "cells"),
+    [(100, 8, 2), (4096, 270, 64), (131072, 8, 64), (131072, 1024, 39), (131072, 10**7, 1)],
+)
+def test_pictures_of_tiles_stay_small(length, heads, cells):
+    assert cells_of(length, heads) == cells
+    assert heads * (cells * (cells + 1) // 2 + 1) // 2 <= 1.1 * SIZE or cells == 1
+
+
+def test_what_skipping_cost_stands_at_the_token_that_was_predicted(results):
+    for (name, scheme, target), value in results.all("text"):
+        assert ("cost" in value) == (scheme == Scheme.CALIBRATED)
+        if "cost" not in value:
+            continue
+        assert len(value["cost"]) == len(results.get("pieces", name)) == LENGTH
+        assert value["cost"][0] is None, "nothing predicted it"
+        mean = sum(value["cost"][1:]) / (LENGTH - 1)
+        expected = math.log(value["perplexity"] / value["dense_perplexity"])
+        assert mean == pytest.approx(expected, abs=0.005), (name, target)
+    assert texts.shown_costs(torch.tensor([0.1234, -2.0]), 2, 5) == [None, 0.12, None, -2.0, None]
 
 
 def test_sparsity_at_other_lengths_is_a_mean_over_prompts(results, out):
@@ -111,7 +230,8 @@ def test_sparsity_at_other_lengths_is_a_mean_over_prompts(results, out):
 def test_a_second_run_does_nothing_again(results, out, monkeypatch):
     monkeypatch.setattr(prompted, "answer", None)
     monkeypatch.setattr(texts, "DenseRun", None)
-    again = run(out, needles=2, compare_paper=True, other_lengths=(300, 600), length_prompts=2)
+    monkeypatch.setattr(timing, "Alone", None)
+    again = run(out, **MEASURED)
     assert sorted(map(str, again.all("text"))) == sorted(map(str, results.all("text")))
 
 
@@ -170,7 +290,7 @@ def test_lengths_of_two_schemes_are_two_rows(tmp_path):
 def test_a_folder_in_which_nothing_was_measured_yet_serves_anything(tmp_path):
     with pytest.raises(ValueError, match="leaflet has 5 tokens; 801 are needed"):
         run(tmp_path, texts={"leaflet": "short"}, length=LENGTH + 1)
-    run(tmp_path, texts={})
+    run(tmp_path, texts={}, other_lengths=(300,))
     with pytest.raises(ValueError, match="another model, calibration or length"):
         run(tmp_path, texts={}, length=LENGTH + 1)
 
@@ -219,10 +339,12 @@ def test_the_report_is_one_page_with_its_plots_inside(results, out):
     path = report.write("Title <1>", "About", results, None, out)
     page = path.read_text()
     assert "Title &lt;1&gt;" in page
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("<svg") == 9
     assert 'src="http' not in page
     assert "Answers side by side" in page
     assert {p.name for p in out.glob("*.png")} == {
+        "needles.png",
+        "times.png",
         "accuracy.png",
         "agreement.png",
         "perplexity.png",
@@ -285,3 +407,5 @@ def test_greedy_answers_are_those_of_generate():
 def test_default_lengths_have_room_for_a_prompt():
     assert shorter_lengths(4096) == [1024, 1536, 2048, 3072]
     assert shorter_lengths(512) == [256, 384]
+    assert parts_of(4096, 3) == [1024, 2048, 4096]
+    assert parts_of(500, 3) == [500]

@@ -501,3 +501,14 @@ def test_several_processes_are_sent_to_the_trainer(tmp_path, monkeypatch, capsys
     assert command(tmp_path, tmp_path / "out") == 1
     assert "one of 2 processes; fine_tune runs in one" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [({"device": "cuda"}, "cuda"), ({"device_map": "auto"}, "device_map='auto'")],
+)
+def test_another_device_than_the_cpu_is_refused(options, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(models.Loading, "__post_init__", lambda self: None)  # finds no GPU here
+    plan, loading = TrainingPlan(), models.Loading(**options)
+    with pytest.raises(ValueError, match=f"runs on the CPU, not on {wanted}: the backward pass"):
+        finetune.fine_tune("smollm2", plan, out=tmp_path / "out", loading=loading)

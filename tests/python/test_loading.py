@@ -46,7 +46,7 @@ def test_a_folder_has_no_revision(folder):
         load(str(folder), loading=Loading(revision="main"))
 
 
-@pytest.mark.parametrize("command", ["calibrate", "evaluate", "demo", "bsfa", "chunks"])
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "finetune", "demo", "bsfa", "chunks"])
 def test_commands_pass_the_options_on(command, monkeypatch, capsys):
     given = []
 

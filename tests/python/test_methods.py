@@ -33,7 +33,13 @@ def test_all_methods_in_one_evaluation(tmp_path, thresholds):
     before = dict(loaded.model.config.sparse_attention_config)
     results = evaluate(
         loaded,
-        Options((0, 0.5), LENGTH, TEXTS, needles=1, other_lengths=(600,)),
+        Options(
+            *((0, 0.5), LENGTH, TEXTS),
+            needles=1,
+            other_lengths=(600,),
+            timed_lengths=(LENGTH,),
+            repeats=1,
+        ),
         methods=make_methods(["blasst", "bsfa", "dhsa", "dhsa+blasst"], thresholds),
         out=tmp_path,
     )

@@ -22,9 +22,12 @@ def results_of(folder, *settings) -> Results:
             "dense_perplexity": 10.0,
             "by_head": [[sparsity, sparsity]],
             "sparsity": sparsity,
-            "prefill_seconds": 2.0 - sparsity,
         }
         found.put(value, "text", "prose", scheme, target)
+        for length in (500, 1000):
+            seconds = [length / 500 * (1 + share - sparsity / 2) for share in (0.2, 0, 0.1)]
+            time = {"seconds": seconds, "sparsity": sparsity, "attention": 0.5 - sparsity / 2}
+            found.put(time, "time", length, scheme, target)
     return found
 
 
@@ -39,13 +42,14 @@ MOST = (Scheme.CALIBRATED, 0.9, 0.9, 1.25)
         (
             (DENSE, HALF, MOST),
             "50.0% of prefill's tiles skipped (calibrated, 50%): perplexity +0.20%, 95.0% of next "
-            "tokens the same, prefill in 0.75 of dense's time. 1 of 2 settings costs more than 1%.",
+            "tokens the same, prefill of 1000 tokens in 0.77 of dense's time. "
+            "1 of 2 settings costs more than 1%.",
         ),
         (
             (DENSE, MOST),
             "No target keeps perplexity within 1% of dense. Nearest: 90.0% of prefill's tiles "
             "skipped (calibrated, 90%): perplexity +25.00%, 91.0% of next tokens the same, "
-            "prefill in 0.55 of dense's time.",
+            "prefill of 1000 tokens in 0.59 of dense's time.",
         ),
         (
             (DENSE, (Scheme.INT8, 0.0, 0.0, 1.0)),
@@ -71,12 +75,12 @@ def page(tmp_path):
 
 
 def test_the_verdict_comes_first_then_pictures_then_folded_tables(page):
-    elements = [e for e in page.iter() if e.tag in ("h1", "p", "img", "details")]
+    elements = [e for e in page.iter() if e.tag in ("h1", "p", "figure", "details")]
     first, second, third, *rest = elements
     assert (first.tag, second.get("class"), third.text) == ("h1", "verdict", "About <it>")
     kinds = [e.tag for e in rest if e.getparent().tag != "details"]
-    assert kinds == sorted(kinds, key=["img", "details"].index)
-    assert {"img", "details"} <= set(kinds)
+    assert kinds == sorted(kinds, key=["figure", "details"].index)
+    assert {"figure", "details"} <= set(kinds)
     for table in page.iter("table"):
         [details] = table.iterancestors("details")
         assert details.get("open") is None
@@ -88,15 +92,42 @@ def test_nothing_is_wider_than_a_phone_or_fetched_from_elsewhere(page):
     assert viewport.get("content").startswith("width=device-width")
     for table in page.iter("table"):
         assert table.getparent().get("class") == "wide"
-    [style] = page.iter("style")
+    style = page.find(".//style")
     assert re.search(r"\.wide \{[^}]*overflow-x: auto", style.text)
-    assert re.search(r"img \{[^}]*max-width: 100%", style.text)
-    assert not page.xpath("//link | //script[@src] | //img[not(starts-with(@src, 'data:'))]")
+    assert re.search(r"svg \{ width: 100%", style.text)
+    assert not page.xpath("//link | //script[@src] | //img")
 
 
 def test_colours_are_the_readers_dark_or_light(page):
-    [style] = page.iter("style")
+    style = page.find(".//style")
     assert "color-scheme: light dark" in style.text
     assert re.search(r"background: Canvas; color: CanvasText", style.text)
     fixed = [c for c in re.findall(r"#[0-9a-f]+\b", style.text) if len(c) not in (5, 9)]
     assert not fixed, "opaque colours, which only one of the two can be read on"
+    for picture in page.iter("svg"):
+        drawn = html.tostring(picture, encoding="unicode")
+        assert "currentColor" in drawn
+        assert "#000000" not in drawn
+
+
+def test_times_have_their_spread_attentions_share_and_the_gain_that_it_predicts(tmp_path):
+    found = results_of(tmp_path, DENSE, HALF)
+    [table] = [t for t in report.tables(found, None) if t.title == "Prefill by length"]
+    rows = {row[:2]: row[2:] for row in table.rows}
+    assert rows["1000", "dense"] == (
+        *("0.0%", "2.200 s", "2.000 to 2.400 s", "0.500 s", "23%", "", ""),
+    )
+    assert rows["1000", "calibrated, 50%"] == (
+        *("50.0%", "1.700 s", "1.500 to 1.900 s", "0.250 s", "15%", "1.29x", "1.13x"),
+    )
+
+
+def test_facts_are_told_by_depth_and_length(tmp_path):
+    found = Results(tmp_path / "results.jsonl", "")
+    for length, depth, right in ((500, 0.25, True), (1000, 0.25, False), (1000, 0.75, True)):
+        value = {"right": right, "question": "?", "expected": ["yes"], "answer": ""}
+        value |= {"sparsity": 0.0, "decode_sparsity": 0.0}
+        found.put(value, "needle", length, depth, Scheme.DENSE, 0.0)
+    [table] = [t for t in report.tables(found, None) if t.title == "Facts by depth and length"]
+    assert table.columns[2:] == ("500 tokens", "1000 tokens")
+    assert [row[1:] for row in table.rows] == [("25%", "found", "not found"), ("75%", "", "found")]

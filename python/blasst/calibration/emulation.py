@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from blasst.calibration.curves import BIN_EDGES, GAP_BINS
 from blasst.errors import NotSupportedError
 from blasst.ops.attention import Result, TileCounts, attention
-from blasst.ops.library import tile_of
 
 SCORES_AT_ONCE = 1 << 25
 """Numbers: 128 MiB of scores in float32."""
@@ -205,8 +204,3 @@ def _rows_of(by_head: Tensor, phase: str, group: int, block: _Block) -> Tensor:
 def _to_heads(values: Tensor, phase: str, group: int) -> Tensor:
     """[batch, deciding heads, ...] -> [batch, heads, ...]."""
     return values.repeat_interleave(group, 1) if phase == "decode" else values
-
-
-def native(phase: str, q: Tensor) -> tuple[int, int]:
-    """Query rows and keys of the tile on which the kernel of these queries decides."""
-    return tuple(tile_of(phase, q.device, q.dtype, int(q.shape[-1])))

@@ -28,7 +28,6 @@ from blasst.calibration.result import Calibration, HeldOut
 from blasst.calibration.search import choose, running
 from blasst.calibration.setup import (
     Setup,
-    TileShape,
     check_attention,
     lengths_of,
     operator_for,
@@ -45,7 +44,9 @@ from blasst.progress import Progress, silent
 from blasst.prompts import (
     PROMPT_KINDS,
     DocumentMaker,
+    ForwardLoop,
     PromptMaker,
+    fed_by,
     kind_at,
     reference_text,
 )
@@ -64,6 +65,7 @@ def calibrate(
     target_sparsity: float | Mapping[str, float] | Sequence[float] = 0.5,
     text: str | None = None,
     documents: Iterable[Any] | None = None,
+    forward: ForwardLoop | None = None,
     prompts: int = 4,
     swept_prompts: int = 1,
     held_out: Sequence[int] | None = None,
@@ -71,7 +73,7 @@ def calibrate(
     schemes: Sequence[str] = HEAD_SCHEMES,
     chunk: int | None = CHUNK,
     scores: str = "exact",
-    tile_shape: TileShape | Mapping[str, TileShape] | None = None,
+    tile_shape: tuple[int, int] | Mapping[str, tuple[int, int]] | None = None,
     batch: int = 1,
     resume: Path | None = None,
     progress: Progress | None = None,
@@ -91,6 +93,9 @@ def calibrate(
         documents: what prompts are made of instead, one document after the other: texts, tokens,
             conversations, or records with one of these: a list, a datasets object, or any iterable
             (see `prompts.DocumentMaker`).
+        forward: your own loop, which runs the model it is called with on its own inputs: prompts
+            are made of the tokens that it feeds, instead. It is called once, before anything is
+            measured, and ended when it has fed enough.
         prompts: prompts of each length.
         swept_prompts: of these, the first so many measure what dropping costs.
         held_out: lengths at which achieved sparsity is checked; default: half-way between the two
@@ -118,9 +123,10 @@ def calibrate(
     """
     check_attention(model)
     found = lengths_of(model, lengths)
+    most = max([*found, *(held_out or [])]) * (prompts + 2)
     setup = Setup(
         model,
-        _maker(tokenizer, text, documents, max([*found, *(held_out or [])]) * (prompts + 2)),
+        _maker(model, tokenizer, most, text=text, documents=documents, forward=forward),
         found,
         targets_by_phase(target_sparsity),
         list(orders),
@@ -145,17 +151,25 @@ def calibrate(
 
 
 def _maker(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    most: int,
+    *,
     text: str | None,
     documents: Iterable[Any] | None,
-    most: int,
+    forward: ForwardLoop | None,
 ) -> PromptMaker | DocumentMaker:
-    if documents is None:
-        prose = reference_text() if text is None else text
-        return PromptMaker(tokenizer, prose, "the calibration text")
-    if text is not None:
-        raise ValueError("text and documents are both given; prompts are made of one of them")
-    return DocumentMaker(tokenizer, documents, most)
+    """Of at most so many tokens of whichever is given."""
+    sources = {"text": text, "documents": documents, "forward": forward}
+    given = [name for name, source in sources.items() if source is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are given; prompts are made of one of them")
+    if forward is not None:
+        documents = fed_by(forward, model, most)
+    if documents is not None:
+        return DocumentMaker(tokenizer, documents, most)
+    prose = reference_text() if text is None else text
+    return PromptMaker(tokenizer, prose, "the calibration text")
 
 
 class _Calibrating:

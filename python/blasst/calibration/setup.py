@@ -18,8 +18,6 @@ from blasst.ops.library import tile_of
 from blasst.progress import Progress, silent
 from blasst.prompts import DocumentMaker, PromptMaker
 
-TileShape = tuple[int, int]
-"""Query rows and keys."""
 LONGEST_ON_CPU = 4096
 """Tokens: a longer default would take hours there."""
 SHORTEST = 256
@@ -177,7 +175,7 @@ def targets_by_phase(
 
 
 def operator_for(
-    given: TileShape | Mapping[str, TileShape] | None, model: PreTrainedModel
+    given: tuple[int, int] | Mapping[str, tuple[int, int]] | None, model: PreTrainedModel
 ) -> Operator:
     """What measures on tiles of these shapes: the kernels, where they have them.
 
@@ -206,7 +204,7 @@ def operator_for(
     return KERNELS if all(_are_all(own[p], p, wanted[p]) for p in PHASES) else Emulation(wanted)
 
 
-def _are_all(own: set[TileShape], phase: str, wanted: TileShape) -> bool:
+def _are_all(own: set[tuple[int, int]], phase: str, wanted: tuple[int, int]) -> bool:
     """Whether all the kernel's tiles are these; of decode, as far as keys go."""
     if phase == "decode":
         return {keys for _, keys in own} == {wanted[1]}

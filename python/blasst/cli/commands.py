@@ -20,6 +20,7 @@ from blasst.cli.options import (
     Length,
     Lengths,
     Model,
+    NeedleLengths,
     OtherLengths,
     Prompts,
     PromptSource,
@@ -30,6 +31,7 @@ from blasst.cli.options import (
     Tasks,
     Texts,
     Tile,
+    TimedLengths,
     TrainingText,
 )
 from blasst.cli.parsing import COUNT, POSITIVE, RATE, Choice, several
@@ -142,11 +144,17 @@ def evaluate(
     every: Every = 1,
     other_lengths: OtherLengths = None,
     length_prompts: Annotated[int, Option(parser=POSITIVE, metavar="N", help="of each")] = 1,
-    needles: Annotated[int, Option(parser=COUNT, metavar="N", help="facts to find")] = 3,
+    needles: Annotated[
+        int, Option(parser=COUNT, metavar="N", help="facts to find, at so many depths")
+    ] = 3,
+    needle_lengths: NeedleLengths = None,
+    timed_lengths: TimedLengths = None,
+    repeats: Annotated[int, Option(parser=POSITIVE, metavar="N", help="of what is timed")] = 3,
     out: Folder = Path("blasst-evaluation"),
 ) -> None:
     """Compare a calibrated model with dense."""
-    from blasst.evaluation import Options, lm_eval, shorter_lengths
+    from blasst.evaluation import Options, lm_eval, parts_of, shorter_lengths
+    from blasst.evaluation.options import TARGETS
     from blasst.files import check_folder
     from blasst.methods.registry import BLASST, make_methods
     from blasst.prompts import evaluation_texts, read_text
@@ -156,14 +164,18 @@ def evaluate(
     lm_eval.check_tasks(several(tasks) or [])
     methods = make_methods(names, bsfa_thresholds, predictors)
     paths, others = several(text), several(other_lengths)
+    asked, timed = several(needle_lengths), several(timed_lengths)
     texts = evaluation_texts() if paths is None else {p: read_text(Path(p)) for p in paths}
     options = Options(
-        targets=several(target_sparsity) or [0.0, 0.5, 0.75],
+        targets=several(target_sparsity) or TARGETS,
         length=length,
         texts=texts,
         chunk=chunk,
         every=every,
         needles=needles,
+        needle_lengths=parts_of(length, 2) if asked is None else asked,
+        timed_lengths=parts_of(length, 3) if timed is None else timed,
+        repeats=repeats,
         other_lengths=shorter_lengths(length) if others is None else others,
         length_prompts=length_prompts,
         tasks=several(tasks) or [],
@@ -191,8 +203,10 @@ def _evaluate(
     _show(report.publish(loaded, options, results, out))
 
 
+@with_loading
 def finetune(
     model: Model,
+    loading: "Loading",
     target_sparsity: FinalTarget = 0.75,
     start_sparsity: StartTarget = 0.4,
     ramp: Annotated[
@@ -234,7 +248,7 @@ def finetune(
     )
     prose = None if text is None else read_text(text)
     with shown_progress() as progress:
-        cases = fine_tune(model, plan, text=prose, out=out, progress=progress)
+        cases = fine_tune(model, plan, text=prose, out=out, progress=progress, loading=loading)
     show(report.table(cases, plan))
     title = f"{model}: {plan.steps} steps dense and sparse"
     path = report.write(title, about_run(report.about(plan)), cases, plan, out)

@@ -54,13 +54,29 @@ OtherLengths = Annotated[
         help="where only sparsity is measured (default: four shorter ones)",
     ),
 ]
+TimedLengths = Annotated[
+    list[int] | None,
+    Option(
+        parser=POSITIVE,
+        metavar="TOKENS ...",
+        help="of prompts whose prefill is timed (default: a quarter, half and all of --length)",
+    ),
+]
+NeedleLengths = Annotated[
+    list[int] | None,
+    Option(
+        parser=POSITIVE,
+        metavar="TOKENS ...",
+        help="of prompts with a fact to find (default: half and all of --length)",
+    ),
+]
 Folder = Annotated[Path, Option("--out", metavar="FOLDER", help="of all results")]
 EvaluatedTargets = Annotated[
     list[float] | None,
     Option(
         parser=FRACTION,
         metavar="S ...",
-        help="shares of the tiles to skip; 0: dense (default: 0 0.5 0.75)",
+        help="shares of the tiles to skip; 0: dense (default: 0 0.25 0.5 0.65 0.75 0.85)",
     ),
 ]
 EvaluatedScores = Annotated[

@@ -1,19 +1,25 @@
 """The demo: a small model is calibrated, then reads long texts densely and sparsely."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from blasst import calibration, prompts
 from blasst.calibration import Calibration
-from blasst.evaluation import Options, evaluate, report
+from blasst.errors import NotSupportedError
+from blasst.evaluation import Options, evaluate, parts_of, report
+from blasst.evaluation.options import TARGETS as EVALUATED
 from blasst.evaluation.report import Written
 from blasst.files import check_folder, write_json
 from blasst.hf import models
 from blasst.measure.results import fingerprint
+from blasst.ops.attention import tile_shape
 from blasst.progress import Progress, silent
 
 TARGETS = (0.5, 0.75)
+"""Of calibration."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ SIZES = {
         other_lengths=(1024, 1536, 2048),
         prompts=1,
         schemes=("water_filling",),
-        texts=5,
+        texts=3,
         every=4,
         needles=2,
     ),
@@ -67,7 +73,8 @@ def demo(
         name: of the model.
         out: folder; what it holds of an earlier run is continued.
         progress: told what is being done: see `blasst.progress`.
-        loading: how the model is loaded; default: `models.Loading()`.
+        loading: how the model is loaded; default: onto a GPU that blasst has kernels for, else the
+            CPU.
 
     Returns:
         The report's path, and its tables.
@@ -79,19 +86,36 @@ def demo(
         raise ValueError(f"no demo of {name!r}; there is one of {', '.join(SIZES)}")
     size = SIZES[name]
     check_folder(out)
+    loading = loading or models.Loading()
+    if loading.device is None and loading.device_map is None:
+        loading = replace(loading, device=usable_gpu())
     loaded = models.load(name, loading=loading, progress=progress)
     found = _calibration(loaded, size, out / "calibration.json", progress)
     options = Options(
-        targets=(0.0, *TARGETS),
+        targets=EVALUATED,
         length=size.lengths[-1],
         texts=dict(list(prompts.evaluation_texts().items())[: size.texts]),
         every=size.every,
         needles=size.needles,
+        needle_lengths=parts_of(size.lengths[-1], 2),
+        timed_lengths=parts_of(size.lengths[-1], 3),
         other_lengths=size.other_lengths,
         compare_paper=True,
     )
     results = evaluate(loaded, options, out=out, progress=progress)
     return report.publish(loaded, options, results, out, found)
+
+
+def usable_gpu() -> str | None:
+    """A GPU, where there is one that blasst has kernels for."""
+    if not torch.cuda.is_available():
+        return None
+    any_tensor = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    try:
+        tile_shape(any_tensor, any_tensor, any_tensor, phase="prefill")
+    except NotSupportedError:
+        return None
+    return "cuda"
 
 
 def _calibration(loaded: models.Loaded, size: Size, kept: Path, progress: Progress) -> Calibration:

@@ -7,6 +7,11 @@ from blasst.config import SCORES
 from blasst.hf.reading import CHUNK, check_chunk
 from blasst.ops.arguments import check_choice
 
+TARGETS = (0.0, 0.25, 0.5, 0.65, 0.75, 0.85)
+"""Enough for a curve."""
+SHORTEST = 256
+"""Prompts of fewer tokens have no room for their question."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -23,7 +28,13 @@ class Options:
     every: int = 1
     """Compare texts with dense at every so many positions."""
     needles: int = 0
-    """Prompts with a fact to find."""
+    """Prompts with a fact to find, of each length: at as many depths."""
+    needle_lengths: Sequence[int] = ()
+    """Of these prompts, the answer included; (): `length`."""
+    timed_lengths: Sequence[int] = ()
+    """Of prompts whose prefill is timed, with torch's attention too."""
+    repeats: int = 3
+    """Of each of these."""
     other_lengths: Sequence[int] = ()
     """Where only sparsity is measured."""
     length_prompts: int = 1
@@ -50,15 +61,18 @@ class Options:
         for target in self.targets:
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
-        for name, lowest in (("length", 1), ("every", 1), ("length_prompts", 1), ("limit", 1)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}")
+        for name in ("length", "every", "length_prompts", "limit", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 def shorter_lengths(length: int) -> list[int]:
-    """Up to four, from a quarter of the evaluated length on: where sparsity is measured besides it.
-
-    Prompts of fewer than 256 tokens have no room for their question.
-    """
+    """Up to four, from a quarter of the evaluated length on: where sparsity is measured too."""
     shorter = (length * eighths // 8 for eighths in (2, 3, 4, 6))
-    return [n for n in shorter if n >= 256]
+    return [n for n in shorter if n >= SHORTEST]
+
+
+def parts_of(length: int, count: int) -> list[int]:
+    """The evaluated length, half of it, a quarter and so on: the longest last."""
+    shorter = [length >> halved for halved in range(count - 1, 0, -1)]
+    return [*(n for n in shorter if n >= SHORTEST), length]

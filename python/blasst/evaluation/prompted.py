@@ -2,23 +2,39 @@
 
 from blasst.evaluation.answers import answer
 from blasst.evaluation.session import ANSWER_TOKENS, Session
+from blasst.prompts import Prompt
+
+
+def depth_of(index: int, needles: int) -> float:
+    """Of the needle of this number among so many, as a share of the text: evenly spread."""
+    return round((index + 0.5) / needles, 3)
+
+
+def needle_prompt(session: Session, length: int, index: int) -> Prompt:
+    """The prompt of this number; with its answer it has so many tokens."""
+    depth = depth_of(index, session.options.needles)
+    return session.prompt("needle", length - ANSWER_TOKENS, index, depth)
 
 
 def measure_needles(session: Session) -> None:
-    """Ask for one fact in each prompt, in every setting."""
-    work = [(i, s) for i in range(session.options.needles) for s in session.settings]
-    for done, (index, setting) in enumerate(work):
-        if session.results.get("needle", index, *setting.key) is not None:
+    """Ask for one fact in each prompt, by length and depth, in every setting."""
+    options = session.options
+    work = [
+        (length, index, setting)
+        for length in options.needle_lengths or [options.length]
+        for index in range(options.needles)
+        for setting in session.settings
+    ]
+    for done, (length, index, setting) in enumerate(work):
+        key = "needle", length, depth_of(index, options.needles), *setting.key
+        if session.results.get(*key) is not None:
             continue
-        session.progress("Needles", done / len(work), f"{index + 1}, {setting.name}")
-        prompt = session.needle(index)
+        what = f"{index + 1} of {options.needles} at {length} tokens, {setting.name}"
+        session.progress("Needles", done / len(work), what)
+        prompt = needle_prompt(session, length, index)
         with session.applied(setting) as recording:
             found = answer(
-                session.model,
-                session.tokenizer,
-                prompt.tokens,
-                ANSWER_TOKENS,
-                session.options.chunk,
+                session.model, session.tokenizer, prompt.tokens, ANSWER_TOKENS, options.chunk
             )
         session.results.put(
             {
@@ -31,9 +47,7 @@ def measure_needles(session: Session) -> None:
                 "sparsity": session.sparsity(setting, recording, prompt.tokens.shape[1]),
                 "decode_sparsity": recording.sparsity("decode", session.layers),
             },
-            "needle",
-            index,
-            *setting.key,
+            *key,
         )
     session.progress("Needles", 1.0, "")
 

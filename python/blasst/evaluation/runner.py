@@ -6,17 +6,15 @@ from pathlib import Path
 import torch
 
 from blasst.evaluation.options import Options
-from blasst.evaluation.prompted import measure_lengths, measure_needles
+from blasst.evaluation.prompted import measure_lengths, measure_needles, needle_prompt
 from blasst.evaluation.session import Session
 from blasst.evaluation.texts import check_unchanged, measure_texts
+from blasst.evaluation.timing import measure_times
 from blasst.hf.models import Loaded, check_length
 from blasst.measure.results import Results
 from blasst.methods.registry import Method
 from blasst.progress import Progress, silent
 from blasst.prompts import text_tokens
-
-WARM_UP = 256
-"""Tokens that are read before a prefill is timed."""
 
 
 @torch.inference_mode()
@@ -46,13 +44,19 @@ def evaluate(
         name: text_tokens(loaded.tokenizer, text, options.length, name)
         for name, text in options.texts.items()
     }
-    for length in options.other_lengths:
+    for length in {*options.other_lengths, *options.needle_lengths, *options.timed_lengths}:
         check_length(loaded.model, length, "a prompt")
+    for length in options.other_lengths:
         for index in range(options.length_prompts):
             session.any_prompt(index, length)
+    for length in options.needle_lengths if options.needles else ():
+        needle_prompt(session, length, 0)
+    for length in options.timed_lengths:
+        session.prompt("needle", length, 0)
     check_unchanged(session, texts)
     try:
-        _time_sdpa(session)
+        if options.timed_lengths:
+            measure_times(session)
         if texts:
             measure_texts(session, texts)
         if options.needles:
@@ -66,20 +70,3 @@ def evaluate(
     finally:
         session.restore()
     return session.results
-
-
-def _time_sdpa(session: Session) -> None:
-    """A prefill with torch's attention, for comparison."""
-    if session.results.get("sdpa") is not None:
-        return
-    session.progress("Timing torch sdpa", 0.0, "")
-    tokens = session.needle(0).tokens
-    before = session.model.config._attn_implementation
-    session.model.set_attn_implementation("sdpa")
-    try:
-        session.prefill(tokens[:, :WARM_UP])
-        _, seconds = session.prefill(tokens)
-    finally:
-        session.model.set_attn_implementation(before)
-    session.results.put({"prefill_seconds": seconds}, "sdpa")
-    session.progress("Timing torch sdpa", 1.0, "")

@@ -6,14 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from blasst.config import SparseAttention
+from blasst.config.laws import on_host
 from blasst.evaluation.clock import now
 from blasst.evaluation.options import Options
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
 from blasst.hf import Recording, Threshold, configure, recording_with
 from blasst.hf.models import Loaded, check_length, sparse_layers
+from blasst.hf.operator import current
 from blasst.hf.reading import read
 from blasst.hf.saving import calibration_in
 from blasst.measure.results import Results, fingerprint
@@ -23,6 +26,8 @@ from blasst.prompts import Prompt, PromptMaker, kind_at, reference_text
 
 ANSWER_TOKENS = 32
 NEEDLE_SEED = 10**5
+RESULTS = 2
+"""Version of what is kept: results of another are not gone on with."""
 _INT8 = Threshold(scores="int8")
 _SCHEMES = {"exact": Scheme.CALIBRATED, "int8": Scheme.INT8}
 
@@ -49,7 +54,7 @@ class Session:
         check_length(self.model, options.length, "a prompt")
         self.config: SparseAttention | None = calibration_in(self.model)
         self._check_calibrated()
-        made: list[Any] = [options.length, options.every]
+        made: list[Any] = [RESULTS, options.length, options.every]
         if options.chunk is not None and options.chunk < options.length:
             made.append(options.chunk)
         if methods:
@@ -89,14 +94,25 @@ class Session:
     def applied(self, setting: Setting, recording: Recording | None = None) -> Iterator[Recording]:
         """The model runs as the setting says, and is recorded, in this recording or a new one."""
         recording = recording or Recording()
+        with self.running(setting), recording_with(recording):
+            yield recording
+
+    @contextmanager
+    def running(self, setting: Setting) -> Iterator[None]:
+        """The model runs as the setting says."""
         self.model.config.__dict__.pop("sparse_attention_config", None)
         if setting.scheme in self._methods:
             method = self._methods[setting.scheme]
-            with (
-                method.applied(self.model, self.config, setting.target, self.options.length),
-                recording_with(recording),
-            ):
-                yield recording
+            with method.applied(self.model, self.config, setting.target, self.options.length):
+                yield
+            return
+        if setting.scheme == Scheme.SDPA:
+            before = self.model.config._attn_implementation
+            self.model.set_attn_implementation("sdpa")
+            try:
+                yield
+            finally:
+                self.model.set_attn_implementation(before)
             return
         int8 = setting.scheme == Scheme.INT8
         if not setting.is_dense and self.config is not None:
@@ -108,9 +124,18 @@ class Session:
                 config = config.with_scores(prefill="int8" if int8 else "exact")
             self.model.config.sparse_attention_config = config.to_dict()
         uncalibrated = int8 and self.config is None
-        configured = configure(self.model, prefill=_INT8) if uncalibrated else nullcontext()
-        with configured, recording_with(recording):
-            yield recording
+        with configure(self.model, prefill=_INT8) if uncalibrated else nullcontext():
+            yield
+
+    def thresholds(self, setting: Setting, length: int) -> tuple[float, float, float]:
+        """Lowest, median and highest of a calibrated setting's prefill of so many tokens."""
+        config = self.config.with_targets(prefill=setting.target)
+        about = self.model.config.get_text_config()
+        size = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads
+        tile = current().tile_of("prefill", self.model.device, self.model.dtype, size)
+        rules = config.rules("prefill", on_host([length], torch.float64), length, tile)
+        values = torch.cat([rules.of_layer(layer).flatten() for layer in self.layers])
+        return values.min().item(), values.median().item(), values.max().item()
 
     def restore(self) -> None:
         """The model's configuration is what it was."""
@@ -125,19 +150,20 @@ class Session:
 
     def prefill(self, tokens: Tensor) -> tuple[Tensor, float]:
         """[length, hidden] last hidden states of [1, length] tokens, and seconds."""
+        # Torch's attention is slow on a part of a prompt, which it needs a whole mask for.
+        is_sdpa = self.model.config._attn_implementation == "sdpa"
         began = now(self.model.device)
-        hidden = read(self.model, tokens, chunk=self.options.chunk)[0]
+        hidden = read(self.model, tokens, chunk=None if is_sdpa else self.options.chunk)[0]
         return hidden, now(self.model.device) - began
 
     @cached_property
     def _maker(self) -> PromptMaker:
         return PromptMaker(self.tokenizer, reference_text(), "the reference text")
 
-    def needle(self, index: int) -> Prompt:
-        """A prompt with a fact to find, with room for its answer."""
-        length = self.options.length - ANSWER_TOKENS
-        return self._maker.make("needle", length, NEEDLE_SEED + index)
+    def prompt(self, kind: str, length: int, index: int, depth: float | None = None) -> Prompt:
+        """A prompt of so many tokens."""
+        return self._maker.make(kind, length, NEEDLE_SEED + index, depth)
 
     def any_prompt(self, index: int, length: int) -> Prompt:
         """A prompt of so many tokens, of one kind after the other."""
-        return self._maker.make(kind_at(index), length, NEEDLE_SEED + index)
+        return self.prompt(kind_at(index), length, index)

@@ -7,6 +7,8 @@ from enum import StrEnum
 class Scheme(StrEnum):
     """Schemes that need no method of their own; the others go by the name of their method."""
 
+    SDPA = "torch sdpa"
+    """Torch's attention, for its time alone."""
     DENSE = "dense"
     CALIBRATED = "calibrated"
     INT8 = "int8 scores"
@@ -39,3 +41,4 @@ class Setting:
 
 
 DENSELY = Setting(Scheme.DENSE, 0.0)
+SDPA = Setting(Scheme.SDPA, 0.0)

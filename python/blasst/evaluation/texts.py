@@ -2,15 +2,21 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from blasst.evaluation.bounds import RowBounds
+from blasst.evaluation.kept_tiles import KeptTiles
 from blasst.evaluation.session import Session
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
-from blasst.hf import Recording
+from blasst.heads import heads_by_layer
+from blasst.hf import Recording, recording_with
 from blasst.measure.agreement import Agreement, DenseRun
+
+SHOWN = 2048
+"""Tokens of a text that a report shows: its last, which see the most keys."""
 
 
 def check_unchanged(session: Session, texts: Mapping[str, Tensor]) -> None:
@@ -38,22 +44,54 @@ def measure_texts(session: Session, texts: Mapping[str, Tensor]) -> None:
         for setting in missing:
             session.progress("Perplexity", done / total, f"{name}, {setting.name}")
             bounds = RowBounds(session.layers) if _is_bounded(setting) else None
-            with session.applied(setting, bounds) as recording:
-                hidden, seconds = session.prefill(tokens)
-            if bounds and session.model.device.type == "cuda":
-                # The kernel that bounds errors is not the one that is timed, nor that will run.
-                with session.applied(setting):
-                    _, seconds = session.prefill(tokens)
+            is_shown = setting.target > 0 and setting.scheme in (Scheme.CALIBRATED, Scheme.INT8)
+            tiles = _tiles(session, tokens.shape[1]) if is_shown and index == 0 else None
+            with (
+                session.applied(setting, bounds) as recording,
+                recording_with(tiles) if tiles else nullcontext(),
+            ):
+                hidden, _ = session.prefill(tokens)
             if dense is None:
                 dense = DenseRun(session.model, hidden, tokens[0], every=session.options.every)
-            sparsity = session.sparsity(setting, recording, tokens.shape[1])
-            found = _found(dense.compare(hidden), recording)
-            found |= {"sparsity": sparsity, "prefill_seconds": seconds}
+            agreement = dense.compare(hidden)
+            found = _found(agreement, recording)
+            found["sparsity"] = session.sparsity(setting, recording, tokens.shape[1])
             if bounds:
                 found["bound"] = bounds.summary(tokens[0], session.tokenizer)
+            if is_shown:
+                found["cost"] = shown_costs(agreement.cost, session.options.every, len(tokens[0]))
+            if tiles:
+                shown = tiles.packed() | {"thresholds": session.thresholds(setting, len(tokens[0]))}
+                session.results.put(shown, "tiles", name, *setting.key)
             session.results.put(found, "text", name, *setting.key)
             done += 1
+        if missing:
+            session.results.put(shown_pieces(tokens[0], session.tokenizer), "pieces", name)
     session.progress("Perplexity", 1.0, "")
+
+
+def _tiles(session: Session, length: int) -> KeptTiles:
+    """For the tiles of the layers that are sparse."""
+    heads = heads_by_layer(session.model.config.get_text_config())
+    return KeptTiles(session.layers, length, sum(heads[layer] for layer in session.layers))
+
+
+def shown_costs(cost: Tensor, every: int, length: int) -> list[float | None]:
+    """Of the last SHOWN tokens of a text: what each costs more than after dense, in nats.
+
+    Args:
+        cost: [positions] of the tokens that follow them.
+        every: compared positions are so far apart; other tokens have no cost.
+        length: tokens of the text.
+    """
+    by_token: list[float | None] = [None] * length
+    by_token[1::every] = [round(value, 2) for value in cost.tolist()]
+    return by_token[-SHOWN:]
+
+
+def shown_pieces(tokens: Tensor, tokenizer: Any) -> list[str]:
+    """The last SHOWN tokens of a text, each as it reads."""
+    return [tokenizer.decode([token]) for token in tokens[-SHOWN:].tolist()]
 
 
 def _known(session: Session, name: str, setting: Setting) -> bool:

@@ -82,6 +82,7 @@ def attention_forward(
         return_error_bound=any(r.wants_bounds for r in recording.active),
         return_gaps=any(r.wants_gaps for r in recording.active),
         return_tile_maxima=any(r.wants_maxima for r in recording.active),
+        return_tile_mask=any(r.wants_tile_mask for r in recording.active),
     )
     if isinstance(result, Result):
         tower, layer = tower_and_layer(module)

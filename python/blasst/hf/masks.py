@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedConfig, masking_utils
 
@@ -256,6 +257,8 @@ def _ranges(first: Tensor, last: Tensor, queries: Tensor, window: int, causal: b
     return torch.stack([first, last, queries, same * window, same * causal], -1).to(torch.int32)
 
 
+TRACES_CELLS = Version(torch.__version__) >= Version("2.12")
+"""Whether torch can trace what is asked of a mask's functions; else each is taken as constant."""
 _HOLES = (
     "attention_mask has padding between tokens of a request; blasst needs the tokens of a request "
     "to follow each other (pad on the left for generation; where the cache begins with a prefix, "
@@ -325,6 +328,8 @@ def _pattern(mask_function: Callable) -> Pattern:
     """What a mask function stands for; an error if the operator cannot do it."""
     if mask_function is masking_utils.causal_mask_function:
         return Pattern(True)  # without its name, which torch 2.11 cannot trace
+    if torch.compiler.is_compiling() and not TRACES_CELLS:
+        return Pattern(*_pattern_when_compiled(mask_function))
     parts = dict(_parts(mask_function))
     names = parts.keys() - {"packed_sequence_mask_function"}
     packed = parts.get("packed_sequence_mask_function")
@@ -342,6 +347,12 @@ def _pattern(mask_function: Callable) -> Pattern:
         f"{NAME!r}; it does causal, causal with a sliding window, and bidirectional masks with "
         "padding at either end, and packed sequences"
     )
+
+
+@torch.compiler.assume_constant_result
+def _pattern_when_compiled(mask_function: Callable) -> tuple[bool, int | None]:
+    """Without packed sequences: their tensors are no constants."""
+    return _pattern(mask_function)[:2]
 
 
 def _parts(mask_function: Callable) -> Iterator[tuple[str, Callable]]:

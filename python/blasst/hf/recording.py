@@ -24,6 +24,8 @@ class Recording:
     """Whether results shall have their tile maxima."""
     wants_bounds = False
     """Whether results shall have their error bounds."""
+    wants_tile_mask = False
+    """Whether results shall have their tile masks."""
 
     def __init__(self, gaps: bool = False) -> None:
         self.wants_gaps = gaps

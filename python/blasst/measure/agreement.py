@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Agreement:
     """Share of positions with the same likeliest next token."""
     perplexity: float
     dense_perplexity: float
+    cost: Tensor = field(compare=False)
+    """[positions]: by how much the next token is less likely than after dense, nats."""
 
 
 class DenseRun:
@@ -56,16 +58,23 @@ class DenseRun:
     def compare(self, hidden: Tensor) -> Agreement:
         """Compare the [length, hidden] last hidden states of another run over the same tokens."""
         dense = self._predictions(self._hidden) if self._kept is None else self._kept
-        divergence = same = loss = dense_loss = 0.0
+        divergence = same = 0.0
+        losses, dense_losses = [], []
         for expected, found, (_, targets) in zip(
             dense, self._predictions(hidden), self._pieces, strict=True
         ):
             same += (expected.argmax(-1) == found.argmax(-1)).sum().item()
-            dense_loss -= expected.gather(1, targets).sum().item()
-            loss -= found.gather(1, targets).sum().item()
+            dense_losses.append(-expected.gather(1, targets)[:, 0])
+            losses.append(-found.gather(1, targets)[:, 0])
             divergence -= torch.linalg.vecdot(expected.exp(), found.sub_(expected)).sum().item()
-        n = self._count
-        return Agreement(divergence / n, same / n, math.exp(loss / n), math.exp(dense_loss / n))
+        loss, dense_loss = torch.cat(losses), torch.cat(dense_losses)
+        return Agreement(
+            divergence / self._count,
+            same / self._count,
+            math.exp(loss.double().mean()),
+            math.exp(dense_loss.double().mean()),
+            (loss - dense_loss).cpu(),
+        )
 
 
 def log_probabilities(model: PreTrainedModel, hidden: Tensor) -> Tensor:

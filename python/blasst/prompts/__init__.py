@@ -1,6 +1,7 @@
 """Texts that every installation carries, and long prompts made from them."""
 
 from blasst.prompts.documents import DocumentMaker, read_records
+from blasst.prompts.loop import ForwardLoop, fed_by
 from blasst.prompts.maker import (
     NEEDLE,
     PROMPT_KINDS,
@@ -22,11 +23,13 @@ __all__ = [
     "PROMPT_KINDS",
     "QUESTION",
     "DocumentMaker",
+    "ForwardLoop",
     "Prompt",
     "PromptMaker",
     "a_phrase",
     "a_place",
     "evaluation_texts",
+    "fed_by",
     "kind_at",
     "read_records",
     "read_text",

@@ -171,7 +171,7 @@ class PromptMaker:
             len(ids) for ids in tokenizer(self._lines, add_special_tokens=False).input_ids
         ]
 
-    def make(self, kind: str, length: int, seed: int) -> Prompt:
+    def make(self, kind: str, length: int, seed: int, depth: float | None = None) -> Prompt:
         """A prompt of exactly `length` tokens.
 
         Args:
@@ -179,6 +179,7 @@ class PromptMaker:
                 variables to follow through prose; "words": the most frequent words of a list.
             length: its tokens, the question included.
             seed: another seed, another stretch of the haystack and other facts.
+            depth: of a needle in its text, 0 (its beginning) to 0.9; default: anywhere.
         """
         rng = random.Random(f"{kind} {length} {seed}")
         facts, question, answers = getattr(self, f"_{kind}")(rng, length)
@@ -190,7 +191,7 @@ class PromptMaker:
                 f"a prompt of {length} tokens is too short; at least {shortest} are needed"
             )
         if kind in ("needle", "chain"):
-            body = self._in_prose(rng, facts, room)
+            body = self._in_prose(rng, facts, room, depth)
         else:
             body = self._encode("".join(facts))[:room]
         if len(body) < room:
@@ -214,10 +215,14 @@ class PromptMaker:
         head, tail = whole.split(mark)
         return self._encode(head), self._encode(tail)
 
-    def _in_prose(self, rng: random.Random, facts: list[str], room: int) -> list[int]:
+    def _in_prose(
+        self, rng: random.Random, facts: list[str], room: int, depth: float | None
+    ) -> list[int]:
         """Up to `room` tokens of the haystack from a random place on, the facts spread in them."""
         total = sum(self._counts)
-        places = sorted(rng.uniform(0.05, 0.9) * room for _ in facts)
+        # At most 0.9: what is cut to length must not be a fact.
+        shares = [rng.uniform(0.05, 0.9) if depth is None else min(depth, 0.9) for _ in facts]
+        places = sorted(share * room for share in shares)
         start = rng.random()
         # Lines tokenised together can have fewer tokens than apart: take more, as many as it needs.
         for spare in (room // 16, room // 4, room):

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def fine_tune(
     text: str | None = None,
     out: Path,
     progress: Progress | None = None,
+    loading: models.Loading | None = None,
 ) -> list[Case]:
     """Train both ways and measure the four cases.
 
@@ -62,21 +63,28 @@ def fine_tune(
             `evaluation_texts()` are held out.
         out: folder; what it holds of an earlier run is continued.
         progress: told what is being done: see `blasst.progress`.
+        loading: how the model is loaded, onto the CPU; default: `models.Loading()`.
 
     Raises:
-        ValueError: a folder of another run, a length beyond the model's context, a text too short,
-            a target that cannot be reached, gradients that are not finite, a process of several,
-            too little room on the disk.
+        ValueError: another device, a folder of another run, a length beyond the model's context, a
+            text too short, a target that cannot be reached, gradients that are not finite, a
+            process of several, too little room on the disk.
         OSError: the disk is full nevertheless.
     """
-    return _Run(name, plan, text, out, progress or silent).run()
+    return _Run(name, plan, text, out, progress or silent, loading or models.Loading()).run()
 
 
 class _Run:
     """One run, step by step."""
 
     def __init__(
-        self, name: str, plan: TrainingPlan, text: str | None, out: Path, progress: Progress
+        self,
+        name: str,
+        plan: TrainingPlan,
+        text: str | None,
+        out: Path,
+        progress: Progress,
+        loading: models.Loading,
     ) -> None:
         processes = os.environ.get("WORLD_SIZE", "1")
         if processes != "1":
@@ -84,8 +92,15 @@ class _Run:
                 f"started as one of {processes} processes; fine_tune runs in one (for more, use "
                 "Transformers' Trainer with blasst.training.SparsitySchedule)"
             )
+        if loading.device not in (None, "cpu") or loading.device_map is not None:
+            wanted = loading.device or f"device_map={loading.device_map!r}"
+            raise ValueError(
+                f"fine-tuning runs on the CPU, not on {wanted}: the backward pass has no kernels "
+                "for a GPU"
+            )
         self.name, self.plan, self.out, self.progress = name, plan, out, progress
-        loaded = models.load(name)
+        self.loading = loading
+        loaded = models.load(name, loading=loading)
         is_new = not (out / "results.jsonl").exists()
         check_folder(out, ROOM + is_new * PEAK * models.weights_size(loaded.model))
         models.check_length(loaded.model, plan.length, "a sample")
@@ -123,7 +138,7 @@ class _Run:
         return parse(self.results.get("calibration", way))
 
     def _train(self, way: str) -> None:
-        model = models.load(self.name).model
+        model = models.load(self.name, loading=self.loading).model
         model.config.sparse_attention_config = self.results.get("calibration", Way.UNTRAINED)
         plan, folder = self.plan, self.out / way / "model"
         if plan.distill and way == Way.DENSE:
@@ -136,7 +151,7 @@ class _Run:
         teacher = None
         if plan.distill:
             # With another attention, so that the schedule records the student's alone.
-            teacher = models.load(self.name, attention="sdpa").model
+            teacher = models.load(self.name, attention="sdpa", loading=self.loading).model
         samples = training_samples(self.tokenizer, self.prose, plan)
         train(
             model,
@@ -156,7 +171,8 @@ class _Run:
     def _measure(self, way: str) -> list[Case]:
         """The two cases of one trained model; it is left configured as measured sparse."""
         folder = self.out / way / "model"
-        model = models.load(str(folder)).model
+        of_folder = replace(self.loading, revision=None)
+        model = models.load(str(folder), loading=of_folder).model
         # The thresholds that a model was trained with are its own, if they reach so far.
         trained_with_them = way == Way.SPARSE or self.plan.distill
         for made in (Way.UNTRAINED, way) if trained_with_them else (way,):

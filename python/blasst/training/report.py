@@ -104,7 +104,7 @@ def _draw_cases(cases: Sequence[Case]) -> Callable[[Axes], None]:
             [f"{case.trained}-trained,\n{case.sparsity:.1%} skipped" for case in cases],
         )
         axes.set_ylabel("perplexity against dense-trained, dense, %")
-        axes.axhline(0, color="black", lw=0.8)
+        axes.axhline(0, color="tab:gray", lw=0.8)
         axes.margins(y=0.15)
 
     return draw

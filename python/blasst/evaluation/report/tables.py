@@ -9,7 +9,7 @@ from blasst.evaluation.report.bounds import bound_table, worst_table
 from blasst.evaluation.report.calibration import calibration_tables
 from blasst.evaluation.report.values import by_head, sparsity_by_length, with_method
 from blasst.evaluation.settings import Setting
-from blasst.evaluation.summary import mean_and_error, rows
+from blasst.evaluation.summary import mean_and_error, rows, timings
 from blasst.measure.results import Results
 from blasst.pages import Table, with_error
 
@@ -19,15 +19,15 @@ NEEDLES_SHOWN = 3
 def tables(results: Results, calibration: Calibration | None) -> list[Table]:
     """Everything that was measured, in the order of the report."""
     found = [_agreement_table(results), bound_table(results), worst_table(results)]
-    found += [_needle_table(results), _task_table(results)]
-    found += [_layer_table(results), _answer_table(results), _length_table(results)]
+    found += [_time_table(results), _needle_table(results), _depth_table(results)]
+    found += [_task_table(results), _layer_table(results), _answer_table(results)]
+    found += [_length_table(results)]
     found = [table for table in found if table.rows]
     return found + (calibration_tables(calibration) if calibration else [])
 
 
 def _agreement_table(results: Results) -> Table:
     found = rows(results)
-    sdpa = next((value for _, value in results.all("sdpa")), None)
     return Table(
         "Perplexity and agreement with dense",
         (
@@ -36,8 +36,6 @@ def _agreement_table(results: Results) -> Table:
             "perplexity",
             "same next token",
             "KL divergence",
-            "prefill",
-            "against sdpa",
         ),
         tuple(
             (
@@ -46,8 +44,6 @@ def _agreement_table(results: Results) -> Table:
                 with_error(row.perplexity_change, "+.2%") if not row.setting.is_dense else "dense",
                 with_error(row.top1, ".2%"),
                 with_error(row.kl, ".4f"),
-                f"{row.prefill_seconds:.2f} s",
-                f"{sdpa['prefill_seconds'] / row.prefill_seconds:.2f}x" if sdpa else "",
             )
             for row in found
         ),
@@ -61,9 +57,64 @@ def _mean_over(texts: int) -> str:
     )
 
 
+def _time_table(results: Results) -> Table:
+    found = timings(results)
+    return Table(
+        "Prefill by length",
+        (
+            "tokens",
+            "setting",
+            "sparsity",
+            "prefill",
+            "lowest to highest",
+            "attention",
+            "of prefill",
+            "gain over dense",
+            "predicted",
+        ),
+        tuple(
+            (
+                str(time.length),
+                time.setting.name,
+                f"{time.sparsity:.1%}",
+                f"{time.median:.3f} s",
+                f"{time.seconds[0]:.3f} to {time.seconds[-1]:.3f} s",
+                f"{time.attention:.3f} s" if time.attention else "",
+                f"{time.attention / time.median:.0%}" if time.attention else "",
+                f"{time.dense.median / time.median:.2f}x" if time.dense else "",
+                f"{time.dense.median / time.predicted:.2f}x" if time.predicted else "",
+            )
+            for time in found
+        ),
+        f"Median of {len(found[0].seconds)}, warm, the settings in turn. Attention: its calls "
+        "alone, one by one on a device that does nothing else. Predicted: from dense prefill, with "
+        "this attention in the place of its own."
+        if found
+        else "",
+    )
+
+
+def _depth_table(results: Results) -> Table:
+    """Depths down, lengths across."""
+    groups: dict[tuple[str, float], dict[int, str]] = {}
+    for (length, depth, scheme, target), value in results.all("needle"):
+        row = groups.setdefault((Setting(scheme, target).name, depth), {})
+        row[length] = "found" if value["right"] else "not found"
+    lengths = sorted({length for row in groups.values() for length in row})
+    return Table(
+        "Facts by depth and length",
+        ("setting", "depth", *(f"{length} tokens" for length in lengths)),
+        tuple(
+            (name, f"{depth:.0%}", *(row.get(length, "") for length in lengths))
+            for (name, depth), row in groups.items()
+        ),
+        "Depth: where in the text the fact stands.",
+    )
+
+
 def _needle_table(results: Results) -> Table:
     groups: dict[Setting, list[dict]] = {}
-    for (_, scheme, target), value in results.all("needle"):
+    for (_, _, scheme, target), value in results.all("needle"):
         groups.setdefault(Setting(scheme, target), []).append(value)
     return Table(
         "Finding a fact in a long text",
@@ -92,15 +143,14 @@ def _times(values: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def _answer_table(results: Results) -> Table:
-    shown: dict[int, dict[str, str]] = {}
+    shown: dict[tuple[int, float], dict[str, str]] = {}
     settings: list[str] = []
-    for (index, scheme, target), value in results.all("needle"):
-        if index < NEEDLES_SHOWN:
+    for (length, depth, scheme, target), value in results.all("needle"):
+        if (length, depth) in shown or len(shown) < NEEDLES_SHOWN:
             name = Setting(scheme, target).name
             settings += [name] if name not in settings else []
-            shown.setdefault(index, {"": f"{value['question']} ({', '.join(value['expected'])})"})[
-                name
-            ] = value["answer"]
+            asked = f"{value['question']} ({', '.join(value['expected'])})"
+            shown.setdefault((length, depth), {"": asked})[name] = value["answer"]
     return Table(
         "Answers side by side",
         ("question (expected)", *settings),

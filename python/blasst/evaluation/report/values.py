@@ -53,7 +53,7 @@ def by_head(results: Results) -> tuple[str, list[list[float]]] | None:
 def scores(results: Results) -> dict[str, list[tuple[float, float, float]]]:
     """By what was to be answered: sparsity of prefill, mean score and its error, by setting."""
     groups: dict[tuple[str, Setting], list[tuple[float, float]]] = {}
-    for (_, scheme, target), value in results.all("needle"):
+    for (_, _, scheme, target), value in results.all("needle"):
         of = (with_method("facts found", scheme), Setting(scheme, target))
         groups.setdefault(of, []).append((value["sparsity"], float(value["right"])))
     for (task, _, scheme, target), value in results.all("task"):
@@ -64,3 +64,11 @@ def scores(results: Results) -> dict[str, list[tuple[float, float, float]]]:
         sparsity, scores = zip(*values, strict=True)
         found.setdefault(name, []).append((statistics.fmean(sparsity), *mean_and_error(scores)))
     return {name: sorted(points) for name, points in found.items()}
+
+
+def found_by_place(results: Results) -> dict[Setting, dict[tuple[int, float], bool]]:
+    """By setting, whether the fact at each length and depth was found."""
+    found: dict[Setting, dict[tuple[int, float], bool]] = {}
+    for (length, depth, scheme, target), value in results.all("needle"):
+        found.setdefault(Setting(scheme, target), {})[length, depth] = value["right"]
+    return found

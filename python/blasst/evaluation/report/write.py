@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from blasst.calibration import Calibration
 from blasst.evaluation.options import Options
+from blasst.evaluation.report.panels import panels_of
 from blasst.evaluation.report.plots import plots_of
 from blasst.evaluation.report.tables import tables
 from blasst.evaluation.report.verdict import verdict
@@ -13,7 +14,7 @@ from blasst.hf.models import Loaded
 from blasst.measure.results import Results
 from blasst.pages import Table, about_run, tables_to_dict, write_page
 
-RESULT_KINDS = ("sdpa", "text", "needle", "length", "task")
+RESULT_KINDS = ("text", "time", "needle", "length", "task")
 
 
 class Written(NamedTuple):
@@ -58,5 +59,5 @@ def write(
             ],
         },
     )
-    plots = plots_of(results, calibration)
-    return write_page(title, verdict(results), subtitle, every, plots, out)
+    plots, panels = plots_of(results, calibration), panels_of(results)
+    return write_page(title, verdict(results), subtitle, every, plots, out, panels)

@@ -1,0 +1,67 @@
+"""Prefill by length: warm and repeated, of the whole model and of its attention alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blasst.evaluation.clock import now
+from blasst.evaluation.session import Session
+from blasst.evaluation.settings import SDPA, Setting
+from blasst.hf import Recording
+from blasst.hf.operator import calling, current
+
+
+class Alone:
+    """The operator that layers call, and the time that its calls take by themselves."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._operator, self._device = current(), device
+        self.tile_of = self._operator.tile_of
+        self.seconds = 0.0
+
+    def attention(self, *inputs: Tensor, **options: Any) -> Any:
+        """A call, and the same again on a device that does nothing else."""
+        result = self._operator.attention(*inputs, **options)
+        began = now(self._device)
+        self._operator.attention(*inputs, **options | {"return_stats": False})
+        self.seconds += now(self._device) - began
+        return result
+
+
+def measure_times(session: Session) -> None:
+    """Repeat a prefill of every timed length, in every setting and with torch's attention.
+
+    The settings take turns, so that a machine that grows slower does so for all of them.
+    """
+    options = session.options
+    settings = [SDPA, *session.settings]
+    for place, length in enumerate(options.timed_lengths):
+        missing = [s for s in settings if session.results.get("time", length, *s.key) is None]
+        tokens = session.prompt("needle", length, 0).tokens if missing else None
+        found: dict[str, dict[str, Any]] = {}
+        for setting in missing:
+            what = f"{length} tokens, {setting.name}"
+            session.progress("Timing", place / len(options.timed_lengths), what)
+            found[setting.name] = {"seconds": [], **_alone(session, setting, tokens)}
+        for _ in range(options.repeats if missing else 0):
+            for setting in missing:
+                with session.running(setting):
+                    _, seconds = session.prefill(tokens)
+                found[setting.name]["seconds"].append(seconds)
+        for setting in missing:
+            session.results.put(found[setting.name], "time", length, *setting.key)
+    session.progress("Timing", 1.0, "")
+
+
+def _alone(session: Session, setting: Setting, tokens: Tensor) -> dict[str, Any]:
+    """Sparsity, and seconds of the attention calls; it also makes everything warm."""
+    if setting == SDPA:
+        with session.running(setting):
+            session.prefill(tokens)
+        return {"sparsity": 0.0}
+    operator, recording = Alone(session.model.device), Recording()
+    with session.applied(setting, recording), calling(operator):
+        session.prefill(tokens)
+    sparsity = session.sparsity(setting, recording, tokens.shape[1])
+    return {"sparsity": sparsity, "attention": operator.seconds}
