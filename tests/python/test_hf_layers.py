@@ -35,8 +35,11 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import blasst
 from blasst import Bands, NotSupportedError, Threshold
+from blasst.calibration import calibrate
+from blasst.config.laws import heads_of
 from blasst.hf import attention_forward, key_ranges
 from blasst.hf.layers import attention_modules, place_of
+from recency_model import make_tokenizer
 from tiny_models import VOCABULARY, asked, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -277,15 +280,17 @@ def laguna(implementation="blasst", **options) -> PreTrainedModel:
     torch.manual_seed(0)
     modeling = pytest.importorskip("transformers.models.laguna")  # not in the oldest version
     config = modeling.LagunaConfig(
-        **DECODER,
-        num_attention_heads_per_layer=[4, 6],
-        layer_types=["full_attention", "sliding_attention"],
-        sliding_window=40,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-        **options,
+        **{
+            **DECODER,
+            "num_attention_heads_per_layer": [4, 6],
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 40,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            **options,
+        }
     )
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 
@@ -390,6 +395,41 @@ def test_a_calibration_of_layers_that_differ_in_their_heads():
     with blasst.record() as expected:
         by_hand(tokens(1, 400))
     assert torch.equal(got.tiles("prefill"), expected.tiles("prefill"))
+
+
+class NearlyConstant(nn.Module):
+    """In place of a norm: a score then falls with the distance, through the rotation."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.value + 0.1 * x
+
+
+def recency_laguna() -> PreTrainedModel:
+    """Every layer sees the whole text and prefers near keys."""
+    model = laguna(layer_types=["full_attention"] * 2, vocab_size=257, max_position_embeddings=512)
+    for module in attention_modules(model):
+        module.q_norm, module.k_norm = NearlyConstant(4.0), NearlyConstant(1.0)
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["equal_mass", "water_filling", "least_error"])
+def test_layers_that_differ_in_their_heads_can_be_calibrated(scheme):
+    model = recency_laguna()
+    options = {"lengths": [256, 512], "prompts": 1, "held_out": [384], "schemes": [scheme]}
+    targets = {"prefill": 0.3, "decode": 0.3}
+    found = calibrate(model, make_tokenizer(), target_sparsity=targets, **options)
+    for phase in ("prefill", "decode"):
+        [table, *_] = found.config.measured[phase].tables
+        assert table.ln_threshold.shape[2:] == (2, 6)
+        assert heads_of(table.ln_threshold.flatten(0, 1)) == [4, 6]
+    with blasst.record() as recording, torch.inference_mode():
+        model(tokens(1, 512))
+    assert recording.sparsity("prefill") == pytest.approx(0.3, abs=0.1)
+    assert recording.heads("prefill") == [4, 6]
 
 
 # Names of modules

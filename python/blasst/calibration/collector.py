@@ -62,11 +62,11 @@ class Collector:
             stack.enter_context(_running(self._setup.model, OWN_ATTENTION))
             yield
         for array, index, values in self._sums.values():
-            array[index] += values.cpu().numpy()
+            array[index][: len(values)] += values.cpu().numpy()
         self._sums.clear()
 
     def _add(self, array: np.ndarray, index: Any, values: Tensor) -> None:
-        """Add to a part of a sum, when the block ends: until then on the device, unread."""
+        """Add to a layer's part of a sum when the block ends: until then on the device, unread."""
         key = id(array), index
         if key in self._sums:
             values = self._sums[key][2] + values
@@ -118,19 +118,25 @@ class Collector:
                 *inputs, **options, return_gaps=True, return_lse=sweeps
             )
             out = dense.out if out is None else out
-            into = self._into.place_for(phase, order, self._length, query.shape[2], key.shape[2])
+            into = self._place_for(asked, order)
             self._add(into.gaps, asked.module.layer_idx, dense.gaps)
             if sweeps:
                 self._sweep(into, asked.module, needed, options, dense)
         self._measure_law(asked)
         return out
 
+    def _place_for(self, asked: _Asked, order: str) -> Measurement:
+        """Where to add what a call tells."""
+        heads, kv_heads = (t.shape[2] for t in asked.inputs[:2])
+        layer = asked.module.layer_idx
+        return self._into.place_for(asked.phase, order, self._length, layer, heads, kv_heads)
+
     def _measure_law(self, asked: _Asked) -> None:
         """Gaps on the tiles that readers of the ecosystem's law run, visited forward."""
         query, key, _ = asked.inputs
         if asked.options["bands"] is not None or asked.options["blocks"] is not None:
             return  # they run no policies
-        into = self._into.place_for(asked.phase, LAW, self._length, query.shape[2], key.shape[2])
+        into = self._place_for(asked, LAW)
         counts = gaps(query, key, ECOSYSTEM_TILE_SHAPE, asked.options | {"order": "forward"})
         self._add(into.gaps, asked.module.layer_idx, counts)
 

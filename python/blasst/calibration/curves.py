@@ -46,10 +46,15 @@ def sparsity_at(histogram: np.ndarray, ln_threshold: float) -> float:
 
 
 def promised_sparsity(histograms: np.ndarray, ln_threshold: np.ndarray) -> float:
-    """[layers, heads, 514] counts, [layers, heads] ln thresholds -> the share skipped in all."""
+    """[layers, heads, 514] counts, [layers, heads] ln thresholds -> the share skipped in all.
+
+    A head that a layer has not counts nothing, and its threshold is NaN.
+    """
     counts = histograms.reshape(-1, GAP_BINS)
     skipped = sum(
-        h.sum() * sparsity_at(h, ln) for h, ln in zip(counts, ln_threshold.reshape(-1), strict=True)
+        h.sum() * sparsity_at(h, ln)
+        for h, ln in zip(counts, ln_threshold.reshape(-1), strict=True)
+        if not math.isnan(ln)
     )
     return float(skipped / max(counts.sum(), 1))
 

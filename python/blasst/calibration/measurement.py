@@ -15,13 +15,16 @@ DECODE_SWEEP = (-7.0, -5.0, -3.5, -2.0, -1.0, 0.0)
 LAW = "law"
 """In place of an order: the ecosystem's, forward, on its own tiles."""
 
-_SUMS = ("gaps", "swept", "visitable", "mass", "error")
-"""Arrays of a measurement."""
+_ARRAYS = ("gaps", "swept", "visitable", "mass", "error", "heads", "groups")
+"""Of a measurement."""
 
 
 @dataclass
 class Measurement:
-    """Sums over the prompts of one length, by layer and head; one phase, one order."""
+    """Sums over the prompts of one length, by layer and head; one phase, one order.
+
+    0 for the heads that a layer has fewer than others.
+    """
 
     gaps: np.ndarray
     """[layers, heads, 514] visited tiles by gap."""
@@ -33,28 +36,45 @@ class Measurement:
     """[points, layers, heads] dropped softmax mass, summed over rows."""
     error: np.ndarray
     """[points, layers, heads] squared change of the layer's output over the squared residual."""
-    group: int
-    """Neighbouring heads that decide together: in decode, those of a KV head."""
+    heads: np.ndarray
+    """[layers] of each; of those that are not measured, the most that any has."""
+    groups: np.ndarray
+    """[layers] neighbouring heads that decide together: in decode, those of a KV head."""
     rows: int = 0
     """Query rows in the passes that swept."""
 
     @classmethod
-    def empty(cls, layers: int, heads: int, points: int, group: int) -> "Measurement":
-        """Nothing measured yet."""
+    def empty(cls, layers: int, heads: int, points: int) -> "Measurement":
+        """Nothing measured yet, of layers with at most so many heads."""
         swept = np.zeros((points, layers, heads))
-        gaps = np.zeros((layers, heads, GAP_BINS))
-        return cls(gaps, swept, np.zeros((layers, heads)), swept.copy(), swept.copy(), group)
+        return cls(
+            np.zeros((layers, heads, GAP_BINS)),
+            swept,
+            np.zeros((layers, heads)),
+            swept.copy(),
+            swept.copy(),
+            np.full(layers, heads),
+            np.ones(layers, dtype=np.int64),
+        )
+
+    def has_head(self) -> np.ndarray:
+        """[layers, heads] bool."""
+        return np.arange(self.gaps.shape[1]) < self.heads[:, None]
 
     def curves(self, layers: Sequence[int]) -> HeadCurves:
         """The heads of these layers, in one row."""
+        there = self.has_head()[layers]
 
         def rows(values: np.ndarray) -> np.ndarray:
-            grouped = values[:, layers].reshape(len(values), -1, self.group)
-            mean = np.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
-            picked = mean.reshape(len(values), -1).T
+            mean = values[:, layers]
+            for of_layer, layer in zip(mean.swapaxes(0, 1), layers, strict=True):
+                heads, group = self.heads[layer], self.groups[layer]
+                together = of_layer[:, :heads].reshape(len(values), -1, group)
+                of_layer[:, :heads] = together.mean(-1).repeat(group, -1)
+            picked = mean[:, there].T
             return np.concatenate([np.zeros((len(picked), 1)), picked], -1)
 
-        visitable = self.visitable[layers].reshape(-1)
+        visitable = self.visitable[layers][there]
         sparsity = rows(self.swept) / np.maximum(visitable, 1)[:, None]
         return HeadCurves(
             visitable / visitable.sum(),
@@ -67,14 +87,15 @@ class Measurement:
 class Measurements:
     """Everything that was measured, and what sparse passes say of it."""
 
-    def __init__(self, all_layers: int, layers: Sequence[int]) -> None:
+    def __init__(self, all_layers: int, most_heads: int, layers: Sequence[int]) -> None:
         """Nothing yet.
 
         Args:
             all_layers: of the model.
+            most_heads: of the layer that has the most.
             layers: those that are calibrated.
         """
-        self._all_layers, self._layers = all_layers, layers
+        self._size, self._layers = (all_layers, most_heads), layers
         self._found: dict[tuple[str, str, int], Measurement] = {}
         self._first: dict[tuple[str, int], np.ndarray] = {}
         self._drift: dict[tuple[str, int], dict[float, float]] = {}
@@ -86,15 +107,17 @@ class Measurements:
         return self._found[phase, order, length]
 
     def place_for(
-        self, phase: str, order: str, length: int, heads: int, kv_heads: int
+        self, phase: str, order: str, length: int, layer: int, heads: int, kv_heads: int
     ) -> Measurement:
-        """The same, to add to; made when it is first asked for."""
-        points, group = (
-            (len(SWEEP), 1) if phase == "prefill" else (len(DECODE_SWEEP), heads // kv_heads)
-        )
-        return self._found.setdefault(
-            (phase, order, length), Measurement.empty(self._all_layers, heads, points, group)
-        )
+        """The same, to add what a layer of so many heads does; made when it is first asked for."""
+        points = SWEEP if phase == "prefill" else DECODE_SWEEP
+        key = phase, order, length
+        if key not in self._found:
+            self._found[key] = Measurement.empty(*self._size, len(points))
+        found = self._found[key]
+        found.heads[layer] = heads
+        found.groups[layer] = heads // kv_heads if phase == "decode" else 1
+        return found
 
     def has(self, phase: str, order: str, length: int) -> bool:
         """Whether anything was."""
@@ -121,16 +144,16 @@ class Measurements:
         arrays = {f"first/{order}/{n}": gaps for (order, n), gaps in self._first.items()}
         sums = []
         for i, (place, found) in enumerate(self._found.items()):
-            arrays |= {f"{i}/{name}": getattr(found, name) for name in _SUMS}
-            sums.append([*place, found.group, found.rows])
+            arrays |= {f"{i}/{name}": getattr(found, name) for name in _ARRAYS}
+            sums.append([*place, found.rows])
         drift = [[*place, list(points.items())] for place, points in self._drift.items()]
         return arrays, {"sums": sums, "drift": drift, "tile_shapes": self.tile_shapes}
 
     def restore(self, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
         """What `kept` gave."""
-        for i, (phase, order, length, group, rows) in enumerate(about["sums"]):
-            sums = {name: arrays[f"{i}/{name}"] for name in _SUMS}
-            self._found[phase, order, length] = Measurement(**sums, group=group, rows=rows)
+        for i, (phase, order, length, rows) in enumerate(about["sums"]):
+            sums = {name: arrays[f"{i}/{name}"] for name in _ARRAYS}
+            self._found[phase, order, length] = Measurement(**sums, rows=rows)
         for name, gaps in arrays.items():
             if name.startswith("first/"):
                 _, order, length = name.split("/")

@@ -36,6 +36,7 @@ from blasst.calibration.setup import (
 from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
 from blasst.config import HEAD_SCHEMES, Measured, SparseAttention, ThresholdTable
+from blasst.heads import heads_by_layer
 from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import CHUNK, read
 from blasst.hf.saving import calibration_in
@@ -177,7 +178,8 @@ class _Calibrating:
 
     def __init__(self, setup: Setup, resume: Path | None, made_by: str) -> None:
         self._setup = setup
-        self._measured = Measurements(len(setup.modules), setup.layers)
+        most_heads = max(heads_by_layer(setup.model.config.get_text_config()))
+        self._measured = Measurements(len(setup.modules), most_heads, setup.layers)
         self._kept = Kept(resume, made_by, self._measured)
         self._before = calibration_in(setup.model)
         self._collector = Collector(setup, self._measured)

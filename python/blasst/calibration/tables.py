@@ -62,20 +62,18 @@ class Tables:
     def _by_head(
         self, phase: str, order: str, scheme: str, length: int, target: float
     ) -> np.ndarray:
-        """[layers, heads] ln thresholds; layers that stay dense: the lowest."""
+        """[layers, heads] ln thresholds; layers that stay dense: the lowest; NaN: no such head."""
         measurement = self._measured.at(phase, order, length)
-        gaps = measurement.gaps[self._layers]
+        there = measurement.has_head()
+        ln = np.where(there, LOWEST_LN_THRESHOLD, np.nan)
         curves = measurement.curves(self._layers)
-        ln = np.full(measurement.gaps.shape[:2], LOWEST_LN_THRESHOLD)
         target = self._measured.nominal(phase, order, length, target)
+        places = [(n, head) for n in self._layers for head in np.flatnonzero(there[n])]
         if target > curves.highest:
-            ln[self._layers] = 0.0
+            ln[tuple(zip(*places, strict=True))] = 0.0
             return ln
-        shares = share_out(scheme, curves, target).reshape(gaps.shape[:2])
-        ln[self._layers] = [
-            [ln_threshold_at(head, share) for head, share in zip(*layer, strict=True)]
-            for layer in zip(gaps, shares, strict=True)
-        ]
+        for place, share in zip(places, share_out(scheme, curves, target), strict=True):
+            ln[place] = ln_threshold_at(measurement.gaps[place], share)
         return ln
 
     def _continue_beyond_one(
