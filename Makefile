@@ -34,6 +34,12 @@ test-lowest: build $(VENV)/lowest/.complete ## calibration and evaluation under 
 	PYTHONPATH=$(abspath $(VENV)/lowest) $(python) -m pytest -k 'not needs_lm_eval' \
 	  tests/python/test_reading.py tests/python/test_calibration.py tests/python/test_evaluation.py
 
+.PHONY: test-vllm
+test-vllm: build ## engines of vLLM on the CPU with blasst, and a server
+	@if $(MAKE) $(VENV)/vllm/.complete; then \
+	  OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV))/vllm $(python) -m pytest tests/vllm; \
+	else echo "test-vllm: SKIPPED: vLLM for this CPU and Python cannot be installed"; fi
+
 .PHONY: demo
 demo: build $(if $(filter gemma3,$(MODEL)),$(VENV)/.gemma3) ## calibrate a small model, compare it with dense (MODEL=gemma3: another)
 	$(python) -m blasst demo $(MODEL) --out build/demo/$(MODEL) $(ARGS)
@@ -162,6 +168,14 @@ $(VENV)/.complete: requirements.txt scripts/python-env | build-packages
 $(VENV)/lowest/.complete: requirements-lowest.txt $(VENV)/.complete
 	rm -rf $(@D)
 	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
+# blasst's own metadata stands beside it, for the entry point that vLLM looks for.
+$(VENV)/vllm/.complete: requirements-vllm.txt pyproject.toml $(VENV)/.complete
+	rm -rf $(@D)
+	$(python) -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	$(python) -c "import sys; from scikit_build_core.build import prepare_metadata_for_build_wheel as prepare; \
+	  prepare(sys.argv[1])" $(@D)
 	@touch $@
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.complete

@@ -1,0 +1,1 @@
+"""blasst inside other programs; nothing of blasst imports this."""

@@ -1,0 +1,151 @@
+"""The attention of one layer, as vLLM calls it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from blasst.errors import NotSupportedError
+from blasst.integrations.vllm.limits import check_layer
+from blasst.integrations.vllm.metadata import Metadata, Part
+from blasst.ops.library import REPORTS, call
+
+_PLACES = (
+    "starts",
+    "lengths",
+    "query_lengths",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "page_table",
+    "max_seqlen_q",
+    "max_seqlen_k",
+)
+
+
+class Attention(AttentionImpl[Metadata]):
+    """Queries of a batch against the pages of its requests."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        from vllm.platforms import current_platform
+
+        check_layer(
+            on_cpu=current_platform.is_cpu(),
+            head_size=head_size,
+            attn_type=attn_type,
+            alibi_slopes=alibi_slopes,
+            kv_cache_dtype=kv_cache_dtype,
+            others=others,
+        )
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sinks = sinks
+        self._mask = {
+            "causal": True,
+            "window_left": -1 if sliding_window is None else sliding_window - 1,
+            "window_right": -1,
+            "bands": None,
+            "blocks": None,
+        }
+        self._softcap = logits_soft_cap or 0.0
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Sinks as the operator takes them, once."""
+        if self.sinks is not None:
+            self.sinks = self.sinks.float()
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Write to `output`, [tokens, heads, head_size], and return it."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotSupportedError("blasst: an output that is quantized by its attention")
+        if attn_metadata is None:  # memory is being measured, or the model compiled
+            return output.fill_(0)
+        k, v = self._pages(kv_cache)
+        for part in attn_metadata.parts:
+            tiles = self._attend(
+                layer.layer_name, part, query, k, v, output, attn_metadata.statistics is not None
+            )
+            if tiles is not None:
+                attn_metadata.statistics.add(part.phase, layer.layer_name, tiles)
+        return output
+
+    def _attend(
+        self,
+        name: str,
+        part: Part,
+        query: Tensor,
+        k: Tensor,
+        v: Tensor,
+        output: Tensor,
+        want_tiles: bool,
+    ) -> Tensor | None:
+        """Attention of one phase's requests; their tiles, if they are counted."""
+        q, out = query[part.tokens], output[part.tokens]
+        if part.positions is not None:
+            q, out = q.unflatten(0, (-1, part.positions)), out.unflatten(0, (-1, part.positions))
+        reports = call(
+            f"{part.phase}_into",
+            **{"out": out, "q": q, "k": k, "v": v},
+            **dict.fromkeys(_PLACES) | part.places,
+            **{"scale": self.scale, "softcap": self._softcap, "sinks": self.sinks},
+            **self._mask,
+            **part.decision.of_layer(name, self.num_heads),
+            **{f"want_{report}": report == "tiles" and want_tiles for report in REPORTS},
+            scores=part.scores[name],
+        )
+        return dict(zip(REPORTS, reports, strict=True))["tiles"] if want_tiles else None
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """Write a step's keys and values, [tokens, kv_heads, head_size], to their pages."""
+        if kv_cache.numel() == 0:
+            return
+        k, v = self._pages(kv_cache)
+        if kv_cache.is_cuda:
+            from vllm import _custom_ops
+
+            _custom_ops.reshape_and_cache_flash(
+                key, value, k, v, slot_mapping, self.kv_cache_dtype, layer._k_scale, layer._v_scale
+            )
+            return
+        is_token = slot_mapping >= 0
+        slots = slot_mapping[is_token].long()
+        page, offset = slots // k.shape[1], slots % k.shape[1]
+        tokens = slice(0, len(slot_mapping))
+        k[page, offset], v[page, offset] = key[tokens][is_token], value[tokens][is_token]
+
+    def _pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [blocks, block_size, kv_heads, head_size], of a layer's cache."""
+        return kv_cache.transpose(1, 2).split(self.head_size, dim=-1)

@@ -1,0 +1,52 @@
+"""What the backend does not do, in a sentence each."""
+
+from typing import Any
+
+from blasst.errors import NotSupportedError
+
+CUDA_HEAD_SIZES = (64, 128, 256)
+CPU_HEAD_SIZES = tuple(range(16, 257, 8))
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+CACHE_DTYPES = ("auto", "float16", "bfloat16")
+MOST_POSITIONS = 16
+"""That a request may have in a decode step."""
+MOST_ROWS = 64
+"""That the query heads of a KV head may have together in a decode step on a GPU."""
+
+
+def check_layer(
+    *,
+    on_cpu: bool,
+    head_size: int,
+    attn_type: str,
+    alibi_slopes: Any,
+    kv_cache_dtype: str,
+    others: dict[str, Any],
+) -> None:
+    """An error unless the backend does such a layer; vLLM's CPU platform asks nobody before.
+
+    Raises:
+        NotSupportedError: it does not.
+    """
+    sizes = CPU_HEAD_SIZES if on_cpu else CUDA_HEAD_SIZES
+    if head_size not in sizes:
+        accepted = "a multiple of 8 from 16 to 256" if on_cpu else "64, 128 or 256"
+        raise NotSupportedError(f"blasst: head size {head_size}; it must be {accepted}")
+    if attn_type != "decoder":
+        raise NotSupportedError(
+            f"blasst: a layer of {attn_type} attention; only decoder layers are supported"
+        )
+    if alibi_slopes is not None:
+        raise NotSupportedError("blasst: a layer with ALiBi slopes, which no kernel adds")
+    if kv_cache_dtype not in CACHE_DTYPES:
+        raise NotSupportedError(
+            f"blasst: a cache of {kv_cache_dtype}; --kv-cache-dtype must be one of "
+            f"{', '.join(CACHE_DTYPES)}"
+        )
+    if unknown := sorted(name for name, value in others.items() if value not in (None, False, -1)):
+        raise NotSupportedError(f"blasst: a layer with {', '.join(unknown)}, which no kernel does")
+
+
+def most_positions(group: int, *, on_cpu: bool) -> int:
+    """Of a request in a decode step, where `group` query heads share a KV head."""
+    return MOST_POSITIONS if on_cpu else max(1, min(MOST_POSITIONS, MOST_ROWS // group))

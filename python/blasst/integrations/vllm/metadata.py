@@ -1,0 +1,218 @@
+"""What the layers of a KV cache group need to know of a step's batch."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from blasst.config import PHASES
+from blasst.errors import NotSupportedError
+from blasst.integrations.vllm.limits import most_positions
+from blasst.integrations.vllm.options import REQUESTS, options_of
+from blasst.integrations.vllm.requests import Requests
+from blasst.integrations.vllm.statistics import Statistics
+from blasst.integrations.vllm.thresholds import (
+    Decision,
+    Layer,
+    PhaseThresholds,
+    Share,
+    calibration_of,
+    thresholds_of,
+)
+
+_log = logging.getLogger("vllm.blasst")
+
+
+@dataclass
+class Part:
+    """The requests of one phase, which follow each other in the batch."""
+
+    phase: str
+    tokens: slice
+    places: dict[str, Any]
+    """Where queries and keys are, as the operator takes it."""
+    positions: int | None
+    """Of each request, if all have as many; None: ragged."""
+    decision: Decision
+    scores: dict[str, str]
+
+
+@dataclass
+class Metadata:
+    """A step's batch: decodes, then prefills."""
+
+    parts: list[Part]
+    statistics: Statistics | None
+
+
+class Builder(AttentionMetadataBuilder[Metadata]):
+    """Describes batches to the layers of one KV cache group."""
+
+    _cudagraph_support: ClassVar = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        modules = vllm_config.compilation_config.static_forward_context
+        attentions = [modules[name] for name in layer_names]
+        self._layers = [
+            Layer(name, layer.num_heads, layer.head_size)
+            for name, layer in zip(layer_names, attentions, strict=True)
+        ]
+        self._on_cpu = torch.device(device).type == "cpu"
+        groups = {layer.num_heads // layer.num_kv_heads for layer in attentions}
+        most = most_positions(max(groups), on_cpu=self._on_cpu)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.reorder_batch_threshold = min(self.reorder_batch_threshold, most)
+        self._requests = Requests.of(vllm_config)
+        self._set_thresholds()
+
+    def _set_thresholds(self) -> None:
+        config = self.vllm_config
+        options = options_of(config.additional_config)
+        calibration = calibration_of(config.model_config, options)
+        share = Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        found = {
+            phase: thresholds_of(
+                phase,
+                self._layers,
+                options,
+                calibration,
+                share,
+                device=self.device,
+                dtype=config.model_config.dtype,
+            )
+            for phase in PHASES
+        }
+        self._scores = {phase: one.scores for phase, one in found.items()}
+        self._thresholds = {
+            phase: PhaseThresholds(
+                one.source,
+                one.rows,
+                max_requests=config.scheduler_config.max_num_seqs,
+                by_request=self._requests is not None,
+                device=self.device,
+            )
+            for phase, one in found.items()
+        }
+        self._statistics = None
+        if options.statistics:
+            interval = envs.VLLM_LOG_STATS_INTERVAL
+            self._statistics = Statistics(self.layer_names, self.device, interval)
+        if calibration is None and not options.thresholds:
+            _say_once(
+                f"{config.model_config.model} has no sparse_attention_config and additional_config "
+                "gives no thresholds: blasst computes every tile"
+                + ("" if self._requests is None else ", but for requests that ask otherwise")
+            )
+        elif self._requests is None and config.scheduler_config.enable_chunked_prefill:
+            _say_once(
+                "thresholds of a prompt that is read in chunks go by its length so far; with "
+                f"--logits-processors {REQUESTS} they go by the whole"
+            )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Metadata:
+        """A batch as the layers need it. See vLLM's `AttentionMetadataBuilder`."""
+        m = common_attn_metadata
+        _check_batch(m)
+        if self._statistics is not None:
+            self._statistics.tell()
+        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
+            m,
+            decode_threshold=self.reorder_batch_threshold,
+            require_uniform=not self._on_cpu,
+        )
+        parts = []
+        if decodes:
+            parts.append(self._part("decode", m, slice(0, decodes), slice(0, decode_tokens)))
+        if prefills:
+            tokens = slice(decode_tokens, decode_tokens + prefill_tokens)
+            parts.append(self._part("prefill", m, slice(decodes, m.num_reqs), tokens))
+        return Metadata(parts, self._statistics)
+
+    def _part(self, phase: str, m: CommonAttentionMetadata, requests: slice, tokens: slice) -> Part:
+        lengths, count = m.seq_lens[requests], requests.stop - requests.start
+        places = {
+            "lengths": lengths,
+            "page_table": m.block_table_tensor[requests],
+            "max_seqlen_k": m.max_seq_len,
+        }
+        positions = (tokens.stop - tokens.start) // count
+        starts = m.query_start_loc_cpu[requests.start : requests.stop + 1]
+        if phase == "prefill" or (self._on_cpu and (starts.diff() != positions).any()):
+            positions = None
+            first = m.query_start_loc[requests.start : requests.stop + 1]
+            places |= {
+                "cu_seqlens_q": first - tokens.start if tokens.start else first,
+                "max_seqlen_q": m.max_query_len,
+            }
+        decision = self._decide(phase, m, requests, lengths)
+        return Part(phase, tokens, places, positions, decision, self._scores[phase])
+
+    def _decide(
+        self, phase: str, m: CommonAttentionMetadata, requests: slice, lengths: Tensor
+    ) -> Decision:
+        longest, own = m.max_seq_len, None
+        if self._requests is not None:
+            slots = _slots(m)[requests]
+            own = self._on_device(self._requests.thresholds[phase][slots])
+            if phase == "prefill":
+                whole = self._requests.prompt_lengths[slots]
+                longest = max(longest, int(whole.max(initial=0)))
+                lengths = torch.maximum(lengths, self._on_device(whole))
+        return self._thresholds[phase].decide(lengths, longest, own)
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        host = torch.from_numpy(values)
+        if self._on_cpu:
+            return host
+        return host.pin_memory().to(self.device, non_blocking=True)
+
+
+def _slots(m: CommonAttentionMetadata) -> np.ndarray:
+    """Of each row of the batch, the slot that `Requests` keeps its request in."""
+    by_row = getattr(m, "req_idx", None)
+    rows = np.arange(m.num_reqs)
+    if by_row is None:
+        return rows
+    rows[: len(by_row)] = by_row[: m.num_reqs]  # what pads a graph's batch is nobody's
+    return rows
+
+
+def _check_batch(m: CommonAttentionMetadata) -> None:
+    """An error for what vLLM's CPU platform lets through."""
+    if m.causal is not True:
+        raise NotSupportedError("blasst: a batch with attention that is not causal")
+    for name in ("mm_req_doc_ranges", "rswa_prefix_lens", "dcp_local_seq_lens"):
+        if getattr(m, name, None) is not None:
+            raise NotSupportedError(f"blasst: a batch with {name}, which no kernel does")
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        _log.warning("%s", message)
