@@ -78,3 +78,10 @@ def test_a_calibration_in_bfloat16(folder, tmp_path, capsys):
     model = load(str(tmp_path / "to")).model
     assert model.dtype == torch.bfloat16
     assert model.config.sparse_attention_config is not None
+
+
+def test_a_model_that_is_to_be_calibrated_is_not_said_to_be_uncalibrated(folder, tmp_path, capsys):
+    given = "--target-sparsity 0.1 --lengths 512 --held-out --prompts 1 --schemes one_threshold"
+    given += " --config-only"
+    assert main(["calibrate", str(folder), *given.split(), "--out", str(tmp_path)]) == 0
+    assert "neither a sparse_attention_config" not in capsys.readouterr().err

@@ -37,6 +37,7 @@ from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
 from blasst.config import HEAD_SCHEMES, Measured, SparseAttention, ThresholdTable
 from blasst.heads import heads_by_layer
+from blasst.hf import dense_on_purpose
 from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import CHUNK, read
 from blasst.hf.saving import calibration_in
@@ -148,7 +149,8 @@ def calibrate(
         setup.maker.make(PROMPT_KINDS[0], found[0], 0).tokens.tolist(),
     ]
     made_by = fingerprint(model, *asked) if resume else ""
-    return _Calibrating(setup, resume, made_by).run(prompts, swept_prompts, held_out)
+    with dense_on_purpose():
+        return _Calibrating(setup, resume, made_by).run(prompts, swept_prompts, held_out)
 
 
 def _maker(

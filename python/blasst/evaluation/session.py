@@ -14,7 +14,7 @@ from blasst.config.laws import on_host
 from blasst.evaluation.clock import now
 from blasst.evaluation.options import Options
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
-from blasst.hf import Recording, Threshold, configure, recording_with
+from blasst.hf import Recording, Threshold, configure, dense_on_purpose, recording_with
 from blasst.hf.models import Loaded, check_length, sparse_layers
 from blasst.hf.operator import current
 from blasst.hf.reading import read
@@ -124,7 +124,8 @@ class Session:
                 config = config.with_scores(prefill="int8" if int8 else "exact")
             self.model.config.sparse_attention_config = config.to_dict()
         uncalibrated = int8 and self.config is None
-        with configure(self.model, prefill=_INT8) if uncalibrated else nullcontext():
+        configured = configure(self.model, prefill=_INT8) if uncalibrated else nullcontext()
+        with configured, dense_on_purpose():
             yield
 
     def thresholds(self, setting: Setting, length: int) -> tuple[float, float, float]:

@@ -7,7 +7,7 @@ from blasst.hf.masks import key_ranges
 from blasst.hf.recording import Recording, record, recording_with
 from blasst.hf.settings import configure, reset, set_target
 from blasst.hf.tensor_parallel import is_sharded
-from blasst.hf.thresholds import DENSE, Threshold
+from blasst.hf.thresholds import DENSE, Threshold, dense_on_purpose
 from blasst.hf.visits import set_policy, visit_of
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Threshold",
     "attention_forward",
     "configure",
+    "dense_on_purpose",
     "is_sharded",
     "key_ranges",
     "record",

@@ -32,6 +32,7 @@ from blasst.files import ROOM, check_folder
 from blasst.heads import heads_by_layer
 from blasst.hf.layers import place_of
 from blasst.hf.saving import write_pieces
+from blasst.hf.thresholds import dense_on_purpose
 from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"
@@ -200,7 +201,8 @@ def _try_out(model: PreTrainedModel, name: str) -> None:
     """An error if blasst cannot run the model at all: one token tells, before hours of work."""
     entry = model.config.__dict__.pop("sparse_attention_config", None)
     try:
-        model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+        with dense_on_purpose():
+            model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name!r} cannot run with blasst: {error}") from None
     finally:

@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -236,10 +238,23 @@ def calibration_read(
 
 
 _told: set[str] = set()
+_on_purpose = ContextVar("dense_on_purpose", default=False)
+
+
+@contextmanager
+def dense_on_purpose() -> Iterator[None]:
+    """Models without thresholds run inside, and are meant to: nothing is said."""
+    before = _on_purpose.set(True)
+    try:
+        yield
+    finally:
+        _on_purpose.reset(before)
 
 
 def _tell_uncalibrated(module: nn.Module) -> None:
-    """Say, once a model, that blasst has nothing to go by."""
+    """Say, once a model, that blasst has nothing to go by, unless that is meant."""
+    if _on_purpose.get():
+        return
     place, config = place_of(module), module.config
     whole = place.outer or config
     name = whole.name_or_path or type(whole).__name__
