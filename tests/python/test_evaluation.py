@@ -335,6 +335,17 @@ def test_a_model_without_calibration_is_an_error(tmp_path):
         evaluate(make_loaded(), Options((0.5,), LENGTH, TEXTS), out=tmp_path)
 
 
+def test_thresholds_of_another_model_are_found_before_anything_is_measured(tmp_path):
+    loaded = configured()
+    entry = loaded.model.config.sparse_attention_config
+    entry["blasst"]["prefill"]["policies"][0]["ln_threshold"] = torch.zeros(1, 2, 3, 4).tolist()
+    with pytest.raises(ValueError, match="thresholds for 3 layers; the model has 2: it is another"):
+        evaluate(loaded, Options((0, 0.5), LENGTH, TEXTS), out=tmp_path)
+    kept = (tmp_path / "results.jsonl").read_text()
+    assert '"text' not in kept
+    assert loaded.model.config.sparse_attention_config is not None
+
+
 def test_the_report_is_one_page_with_its_plots_inside(results, out):
     path = report.write("Title <1>", "About", results, None, out)
     page = path.read_text()

@@ -8,6 +8,7 @@ import torch
 from blasst.evaluation.options import Options
 from blasst.evaluation.prompted import measure_lengths, measure_needles, needle_prompt
 from blasst.evaluation.session import Session
+from blasst.evaluation.settings import Scheme
 from blasst.evaluation.texts import check_unchanged, measure_texts
 from blasst.evaluation.timing import measure_times
 from blasst.hf.models import Loaded, check_length
@@ -55,6 +56,7 @@ def evaluate(
         session.prompt("needle", length, 0)
     check_unchanged(session, texts)
     try:
+        _try_out(session)
         if options.timed_lengths:
             measure_times(session)
         if texts:
@@ -70,3 +72,11 @@ def evaluate(
     finally:
         session.restore()
     return session.results
+
+
+def _try_out(session: Session) -> None:
+    """An error if the thresholds are another model's: two tokens tell."""
+    calibrated = (s for s in session.settings if s.target and s.scheme == Scheme.CALIBRATED)
+    for setting in calibrated:
+        with session.running(setting):
+            session.prefill(torch.zeros(1, 2, dtype=torch.int64))
