@@ -13,7 +13,14 @@ from blasst.calibration import Calibration, calibrate, run, search
 from blasst.calibration.curves import UnreachableError
 from blasst.config import parse
 from blasst.hf.reading import read
-from blasst.prompts import PROMPT_KINDS, PromptMaker, reference_text, text_tokens
+from blasst.prompts import (
+    PROMPT_KINDS,
+    PromptMaker,
+    long_enough,
+    maker,
+    reference_text,
+    text_tokens,
+)
 from recency_model import make_recency_model, make_tokenizer
 
 TARGET = 0.2
@@ -219,14 +226,14 @@ def test_another_attention_is_an_error():
 @pytest.mark.parametrize("kind", PROMPT_KINDS)
 def test_a_prompt_has_the_length_and_holds_its_answer(kind):
     tokenizer = make_tokenizer()
-    maker = PromptMaker(tokenizer, reference_text(), "text")
-    prompt = maker.make(kind, 2000, seed=1)
+    making = PromptMaker(tokenizer, reference_text(), "text")
+    prompt = making.make(kind, 2000, seed=1)
     assert prompt.tokens.shape == (1, 2000)
     text = tokenizer.decode(prompt.tokens[0])
     assert prompt.is_answered_by(text)
     assert prompt.question in text
-    assert not torch.equal(prompt.tokens, maker.make(kind, 2000, seed=2).tokens)
-    assert torch.equal(prompt.tokens, maker.make(kind, 2000, seed=1).tokens)
+    assert not torch.equal(prompt.tokens, making.make(kind, 2000, seed=2).tokens)
+    assert torch.equal(prompt.tokens, making.make(kind, 2000, seed=1).tokens)
 
 
 def test_lines_that_have_fewer_tokens_together_than_apart_are_enough():
@@ -240,8 +247,26 @@ def test_lines_that_have_fewer_tokens_together_than_apart_are_enough():
             ids = [list(re.sub("\n+", "\n", t).encode()) for t in texts]
             return SimpleNamespace(input_ids=ids[0] if isinstance(text, str) else ids)
 
-    maker = PromptMaker(Merging(), "a\n\n\n\n\nb" * 400, "text")
-    assert maker.make("needle", 500, seed=1).tokens.shape == (1, 500)
+    making = PromptMaker(Merging(), "a\n\n\n\n\nb" * 400, "text")
+    assert making.make("needle", 500, seed=1).tokens.shape == (1, 500)
+
+
+@pytest.mark.parametrize("kind", ["needle", "chain", "pairs", "words"])
+def test_built_in_prompts_have_any_length(kind, monkeypatch):
+    monkeypatch.setattr(maker, "reference_text", lambda: "the quick brown fox jumps\n" * 40)
+    prompt = PromptMaker(make_tokenizer(), None).make(kind, 5000, seed=1)
+    assert prompt.tokens.shape == (1, 5000)
+    read = make_tokenizer().decode(prompt.tokens[0])
+    assert prompt.is_answered_by(read)
+    with pytest.raises(ValueError, match=r"my novel has \d+ tokens; \d+ are needed"):
+        PromptMaker(make_tokenizer(), "short\n", "my novel").make("needle", 5000, seed=1)
+
+
+def test_of_several_texts_those_are_taken_that_are_long_enough():
+    texts = {"short": "a" * 99, "just": "b" * 100, "long": "c" * 500}
+    assert [*long_enough(make_tokenizer(), texts, 100)] == ["just", "long"]
+    with pytest.raises(ValueError, match="the longest text here has 500 tokens; 501 are needed"):
+        long_enough(make_tokenizer(), texts, 501)
 
 
 def test_a_text_too_short_is_an_error():

@@ -1,5 +1,8 @@
 """Calibration on a GPU of compute capability 9.0: its tiles, the CPU's, and what it costs there."""
 
+from base64 import b64decode
+
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -9,6 +12,10 @@ from blasst.calibration import calibrate, emulation
 from blasst.calibration.curves import sparsity_at
 from blasst.calibration.memory import bytes_needed, sizes_of
 from blasst.config import parse
+from blasst.evaluation import Options, evaluate, report
+from blasst.evaluation.summary import timings
+from blasst.hf.models import Loaded
+from blasst.prompts import reference_text
 from recency_model import make_recency_model, make_tokenizer
 from test_calibration import tokens
 
@@ -84,6 +91,33 @@ def test_thresholds_for_the_cpus_tiles_reach_the_target_there_within_a_point():
     own = model_on("cpu")
     calibrate(own, make_tokenizer(), **OPTIONS)
     assert by_gpu == pytest.approx(reached(own), abs=0.015)
+
+
+def test_an_evaluation_there_shows_tiles_costs_and_times(calibrated, tmp_path):
+    loaded = Loaded("tiny", calibrated, make_tokenizer(), "")
+    options = Options(
+        targets=(0, 0.1, 0.3),
+        length=LENGTH,
+        texts={"prose": reference_text()[: 2 * LENGTH]},
+        chunk=1024,
+        timed_lengths=(2048, LENGTH),
+        repeats=2,
+    )
+    results = evaluate(loaded, options, out=tmp_path)
+    for (name, scheme, target), shown in results.all("tiles"):
+        assert shown["cells"] == 64
+        # Tiles are 64 x 128: each covers two cells of a row.
+        kept = np.frombuffer(b64decode(shown["kept"]), np.uint8).reshape(8, -1)
+        cells = np.stack([kept & 15, kept >> 4], -1).reshape(8, -1)[:, : 64 * 65 // 2]
+        assert set(np.unique(cells)) <= {0, 15}
+        assert 1 - cells.mean(1) / 15 == pytest.approx(np.array(shown["skipped"]).ravel(), abs=0.06)
+        measured = results.get("text", name, scheme, target)["sparsity"]
+        assert shown["sparsity"] == pytest.approx(measured)
+    for time in timings(results):
+        assert len(time.seconds) == 2
+        if time.setting.target:
+            assert 0 < time.attention < 10 * time.median
+    assert report.write("Title", "About", results, None, tmp_path).exists()
 
 
 def test_memory_stays_within_what_is_said_before(calibrated):

@@ -50,7 +50,6 @@ from blasst.prompts import (
     PromptMaker,
     fed_by,
     kind_at,
-    reference_text,
 )
 
 CHOSEN_FROM = ("sink_first", "reverse")
@@ -171,8 +170,7 @@ def _maker(
         documents = fed_by(forward, model, most)
     if documents is not None:
         return DocumentMaker(tokenizer, documents, most)
-    prose = reference_text() if text is None else text
-    return PromptMaker(tokenizer, prose, "the calibration text")
+    return PromptMaker(tokenizer, text, "the calibration text")
 
 
 class _Calibrating:

@@ -1,5 +1,6 @@
 """The commands. What is slow to import waits until the arguments are known to be good."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -157,7 +158,7 @@ def evaluate(
     from blasst.evaluation.options import TARGETS
     from blasst.files import check_folder
     from blasst.methods.registry import BLASST, make_methods
-    from blasst.prompts import evaluation_texts, read_text
+    from blasst.prompts import read_text
 
     names = several(method) or [BLASST]
     check_folder(out)
@@ -165,7 +166,7 @@ def evaluate(
     methods = make_methods(names, bsfa_thresholds, predictors)
     paths, others = several(text), several(other_lengths)
     asked, timed = several(needle_lengths), several(timed_lengths)
-    texts = evaluation_texts() if paths is None else {p: read_text(Path(p)) for p in paths}
+    texts = {} if paths is None else {p: read_text(Path(p)) for p in paths}
     options = Options(
         targets=several(target_sparsity) or TARGETS,
         length=length,
@@ -183,7 +184,7 @@ def evaluate(
         scores=several(scores) or ["exact"],
         with_calibrated=BLASST in names,
     )
-    _evaluate(model, loading, options, methods, out)
+    _evaluate(model, loading, options, methods, out, built_in_texts=paths is None)
 
 
 def _evaluate(
@@ -192,13 +193,21 @@ def _evaluate(
     options: "Options",
     methods: "Mapping[str, Method]",
     out: Path,
+    *,
+    built_in_texts: bool,
 ) -> None:
-    from blasst.cli.console import shown_progress
+    from blasst.cli.console import console, shown_progress
     from blasst.evaluation import evaluate, report
     from blasst.hf import models
+    from blasst.prompts import evaluation_texts, long_enough
 
     with shown_progress() as progress:
         loaded = models.load(model, loading=loading, progress=progress)
+        if built_in_texts:
+            ours = evaluation_texts()
+            options = replace(options, texts=long_enough(loaded.tokenizer, ours, options.length))
+            if short := ours.keys() - options.texts.keys():
+                console.print(f"note: too short for {options.length} tokens: {', '.join(short)}")
         results = evaluate(loaded, options, methods=methods, out=out, progress=progress)
     _show(report.publish(loaded, options, results, out))
 

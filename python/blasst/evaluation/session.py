@@ -22,7 +22,7 @@ from blasst.hf.saving import calibration_in
 from blasst.measure.results import Results, fingerprint
 from blasst.methods.registry import Method, made_by, saved_tiles
 from blasst.progress import Progress
-from blasst.prompts import Prompt, PromptMaker, kind_at, reference_text
+from blasst.prompts import Prompt, PromptMaker, kind_at
 
 ANSWER_TOKENS = 32
 NEEDLE_SEED = 10**5
@@ -159,7 +159,7 @@ class Session:
 
     @cached_property
     def _maker(self) -> PromptMaker:
-        return PromptMaker(self.tokenizer, reference_text(), "the reference text")
+        return PromptMaker(self.tokenizer, None)
 
     def prompt(self, kind: str, length: int, index: int, depth: float | None = None) -> Prompt:
         """A prompt of so many tokens."""

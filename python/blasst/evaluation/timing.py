@@ -36,22 +36,23 @@ def measure_times(session: Session) -> None:
     """
     options = session.options
     settings = [SDPA, *session.settings]
-    for place, length in enumerate(options.timed_lengths):
+    for length in options.timed_lengths:
         missing = [s for s in settings if session.results.get("time", length, *s.key) is None]
         tokens = session.prompt("needle", length, 0).tokens if missing else None
         found: dict[str, dict[str, Any]] = {}
-        for setting in missing:
-            what = f"{length} tokens, {setting.name}"
-            session.progress("Timing", place / len(options.timed_lengths), what)
+        step, passes = f"Timing {length} tokens", (1 + options.repeats) * len(missing)
+        for done, setting in enumerate(missing):
+            session.progress(step, done / passes, f"attention alone, {setting.name}")
             found[setting.name] = {"seconds": [], **_alone(session, setting, tokens)}
-        for _ in range(options.repeats if missing else 0):
-            for setting in missing:
-                with session.running(setting):
-                    _, seconds = session.prefill(tokens)
-                found[setting.name]["seconds"].append(seconds)
+        for done in range(len(missing), passes):
+            setting = missing[done % len(missing)]
+            session.progress(step, done / passes, setting.name)
+            with session.running(setting):
+                _, seconds = session.prefill(tokens)
+            found[setting.name]["seconds"].append(seconds)
         for setting in missing:
             session.results.put(found[setting.name], "time", length, *setting.key)
-    session.progress("Timing", 1.0, "")
+        session.progress(step, 1.0, "")
 
 
 def _alone(session: Session, setting: Setting, tokens: Tensor) -> dict[str, Any]:

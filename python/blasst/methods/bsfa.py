@@ -36,7 +36,7 @@ from blasst.hf.reading import read
 from blasst.ops.attention import Result
 from blasst.ops.library import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
-from blasst.prompts import PromptMaker, kind_at, reference_text
+from blasst.prompts import PromptMaker, kind_at
 
 KEEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 DEFAULT_LENGTH = 4096
@@ -299,7 +299,6 @@ def calibrate(
     tile_shape = _tile_of(model)
     most = -(-length // tile_shape[1]) - 2
     if text is None:
-        text = reference_text()
         keeps = tuple(k for k in keeps if k <= most) if keeps == KEEPS else keeps
     if not keeps or keeps[0] < 1 or keeps[-1] > most:
         raise ValueError(

@@ -7,11 +7,11 @@ source code of Python and of the packages that blasst needs.
 import argparse
 import ast
 import inspect
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import distribution
-from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -141,6 +141,26 @@ def read_text(path: Path) -> str:
     return text
 
 
+def long_enough(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], length: int
+) -> dict[str, str]:
+    """Those texts that have at least so many tokens.
+
+    Raises:
+        ValueError: none has.
+    """
+    counts = {
+        name: len(tokenizer(text[: 16 * length], add_special_tokens=False).input_ids)
+        for name, text in texts.items()
+    }
+    found = {name: text for name, text in texts.items() if counts[name] >= length}
+    if not found:
+        raise ValueError(
+            f"the longest text here has {max(counts.values())} tokens; {length} are needed"
+        )
+    return found
+
+
 def text_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, length: int, what: str, start: int = 0
 ) -> torch.Tensor:
@@ -162,10 +182,19 @@ def text_tokens(
 class PromptMaker:
     """Makes prompts of an exact length from a haystack."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> None:
-        """Tokenise the haystack `text`, which errors call `what`."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text: str | None, what: str = "the text"
+    ) -> None:
+        """Tokenise the haystack.
+
+        Args:
+            tokenizer: of the model.
+            text: prose; None: `reference_text()`, which begins anew where a prompt is longer.
+            what: errors call the text.
+        """
         self._tokenizer = tokenizer
-        self._what = what
+        self._what, self._begins_anew = what, text is None
+        text = reference_text() if text is None else text
         self._lines = [line for line in text.splitlines(keepends=True) if line]
         self._counts = [
             len(ids) for ids in tokenizer(self._lines, add_special_tokens=False).input_ids
@@ -227,9 +256,9 @@ class PromptMaker:
         # Lines tokenised together can have fewer tokens than apart: take more, as many as it needs.
         for spare in (room // 16, room // 4, room):
             wanted = room + spare + 64
-            if total < wanted:
+            if total < wanted and not self._begins_anew:
                 raise ValueError(f"{self._what} has {total} tokens; {wanted} are needed")
-            offset = int(start * (total - wanted + 1))
+            offset = int(start * (total - wanted + 1 if wanted <= total else total))
             lines = self._lines_from(offset, wanted, [*zip(places, facts, strict=True)])
             body = self._encode("".join(lines))[:room]
             if len(body) == room:
@@ -242,7 +271,7 @@ class PromptMaker:
         """Lines from the one at token `offset` on, and each fact after so many tokens of them."""
         waiting = list(places)
         skipped = count = 0
-        for line, tokens in zip(self._lines, self._counts, strict=True):
+        for line, tokens in itertools.cycle(zip(self._lines, self._counts, strict=True)):
             skipped += tokens
             if skipped <= offset:
                 continue
@@ -271,7 +300,7 @@ class PromptMaker:
         names = ["".join(rng.choices("BCDFGHKLMNPRSTVZ", k=5)) for _ in range(4)]
         value = rng.randrange(10**4, 10**5)
         facts = [f"\nVAR {names[0]} = {value}\n"]
-        facts += [f"\nVAR {right} = VAR {left}\n" for left, right in pairwise(names)]
+        facts += [f"\nVAR {right} = VAR {left}\n" for left, right in itertools.pairwise(names)]
         return facts, f"Which variables have the value {value}?", tuple(names)
 
     def _words(self, rng: random.Random, length: int) -> tuple[list[str], str, tuple[str, ...]]:
