@@ -1,7 +1,6 @@
 """Calibration for other tiles, in batches, resumed, and what it does not put into memory."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,13 +201,10 @@ def test_too_little_memory_is_said_with_the_chunk_that_would_fit(
 ):
     monkeypatch.setattr(memory, "SCORES_AT_ONCE", 1)
     model = make_recency_model()
-    setup = SimpleNamespace(
-        model=model, layers=[*attention_layers(model)], longest=1024, batch=batch, chunk=chunk
-    )
-    sizes = memory.sizes_of(model, len(setup.layers))
+    sizes = memory.sizes_of(model, len(attention_layers(model)))
     free = bytes_needed(sizes, 1024, batch, 256 if chunk is None else 64) - 1
     with pytest.raises(ValueError, match=message):
-        check_fits(setup, "cuda:0", free)
+        check_fits(sizes, 1024, batch, chunk or 1024, "cuda:0", free)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from blasst.evaluation import (
     parts_of,
     prompted,
     report,
+    runner,
     shorter_lengths,
     texts,
     timing,
@@ -172,6 +173,24 @@ def test_the_time_of_attention_alone_is_that_of_its_second_call(monkeypatch):
     alone.attention(torch.zeros(1), return_stats=True)
     assert alone.seconds == 1
     assert [options["return_stats"] for options in calls] == [True, False]
+
+
+def test_torchs_attention_is_left_out_where_a_whole_prompt_does_not_fit(
+    tmp_path, monkeypatch, caplog
+):
+    def check(model, layers, length, *, chunk=None, kept=0):
+        if (chunk or length) > 400:
+            raise ValueError("too large")
+
+    monkeypatch.setattr(timing, "check_memory", check)
+    found = run(tmp_path, texts={}, timed_lengths=(400, LENGTH), repeats=1, chunk=128)
+    timed = {(t.length, t.setting.name) for t in timings(found)}
+    assert (400, "torch sdpa") in timed
+    assert (LENGTH, "torch sdpa") not in timed
+    assert "torch sdpa is not timed at 800 tokens: too large" in caplog.text
+    monkeypatch.setattr(runner, "check_memory", check)
+    with pytest.raises(ValueError, match="too large"):
+        run(tmp_path / "other", texts={}, timed_lengths=(LENGTH,), chunk=None)
 
 
 def test_kept_tiles_are_those_of_the_tile_masks(results):

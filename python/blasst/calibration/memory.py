@@ -1,4 +1,4 @@
-"""Whether a calibration fits in a GPU's memory, said before the work."""
+"""Whether prompts fit in a GPU's memory, said before the work."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from blasst.calibration.emulation import SCORES_AT_ONCE
-from blasst.calibration.setup import Setup
 from blasst.hf.reading import TILE
 
 FLOAT = 4
@@ -71,24 +70,42 @@ def chunk_that_fits(sizes: Sizes, length: int, batch: int, chunk: int, free: int
     return next(fitting, None)
 
 
-def check_memory(setup: Setup) -> None:
-    """An error if a GPU has too little memory, with the chunk that would fit.
+def check_memory(
+    model: PreTrainedModel,
+    layers: int,
+    length: int,
+    *,
+    batch: int = 1,
+    chunk: int | None = None,
+    kept: int = 0,
+) -> None:
+    """An error if the model's GPU has too little memory, with the chunk that would fit.
+
+    Args:
+        model: where it will run.
+        layers: those that keep all keys.
+        length: tokens of a prompt.
+        batch: prompts at once.
+        chunk: tokens that are read at once; None: all.
+        kept: bytes that the caller keeps besides.
 
     Raises:
         ValueError: it has.
     """
-    device = next(setup.model.parameters()).device
+    device = next(model.parameters()).device
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        check_fits(setup, str(device), free)
+        free = free_bytes(device) - kept
+        check_fits(sizes_of(model, layers), length, batch, chunk or length, str(device), free)
 
 
-def check_fits(setup: Setup, device: str, free: int) -> None:
+def free_bytes(device: torch.device) -> int:
+    """What torch can still give out on a GPU."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def check_fits(sizes: Sizes, length: int, batch: int, chunk: int, device: str, free: int) -> None:
     """The same, of a device with so many free bytes."""
-    sizes = sizes_of(setup.model, len(setup.layers))
-    length, batch = setup.longest, setup.batch
-    chunk = setup.chunk or length
     needed = bytes_needed(sizes, length, batch, chunk)
     if needed <= free:
         return
@@ -99,5 +116,5 @@ def check_fits(setup: Setup, device: str, free: int) -> None:
     prompts = f"{batch} prompts" if batch > 1 else "a prompt"
     raise ValueError(
         f"{prompts} of {length} tokens in chunks of {chunk} need about {needed / 1e9:.1f} GB "
-        f"besides the weights; {device} has {free / 1e9:.1f} GB free: {advice}"
+        f"besides the weights; {device} has {max(free, 0) / 1e9:.1f} GB free: {advice}"
     )

@@ -138,7 +138,7 @@ def calibrate(
         operator_for(tile_shape, model),
         batch,
     )
-    check_memory(setup)
+    check_memory(model, len(setup.layers), setup.longest, batch=batch, chunk=chunk)
     asked = [lengths, target_sparsity, prompts, swept_prompts, orders, schemes]
     asked += [
         chunk,

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import torch
 
+from blasst.calibration.memory import check_memory
 from blasst.evaluation.options import Options
 from blasst.evaluation.prompted import measure_lengths, measure_needles, needle_prompt
 from blasst.evaluation.session import Session
 from blasst.evaluation.settings import Scheme
 from blasst.evaluation.texts import check_unchanged, measure_texts
 from blasst.evaluation.timing import measure_times
-from blasst.hf.models import Loaded, check_length
+from blasst.hf.models import Loaded, check_length, unwindowed_layers
+from blasst.measure.agreement import KEPT_BYTES
 from blasst.measure.results import Results
 from blasst.methods.registry import Method
 from blasst.progress import Progress, silent
@@ -37,7 +39,8 @@ def evaluate(
         progress: told what is being done: see `blasst.progress`.
 
     Raises:
-        ValueError: no calibration, a text or context too short.
+        ValueError: no calibration or another model's, a text or context too short, too little
+            memory.
     """
     session = Session(loaded, options, methods or {}, out, progress or silent)
     # Made first: what is too short or too long is found before hours of work.
@@ -45,8 +48,11 @@ def evaluate(
         name: text_tokens(loaded.tokenizer, text, options.length, name)
         for name, text in options.texts.items()
     }
-    for length in {*options.other_lengths, *options.needle_lengths, *options.timed_lengths}:
+    lengths = {*options.other_lengths, *options.needle_lengths, *options.timed_lengths}
+    for length in lengths:
         check_length(loaded.model, length, "a prompt")
+    layers, longest = len(unwindowed_layers(loaded.model)), max({options.length, *lengths})
+    check_memory(loaded.model, layers, longest, chunk=options.chunk, kept=KEPT_BYTES)
     for length in options.other_lengths:
         for index in range(options.length_prompts):
             session.any_prompt(index, length)

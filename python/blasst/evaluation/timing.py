@@ -1,15 +1,20 @@
 """Prefill by length: warm and repeated, of the whole model and of its attention alone."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from blasst.calibration.memory import check_memory
 from blasst.evaluation.clock import now
 from blasst.evaluation.session import Session
 from blasst.evaluation.settings import SDPA, Setting
 from blasst.hf import Recording
+from blasst.hf.models import unwindowed_layers
 from blasst.hf.operator import calling, current
+
+_log = logging.getLogger("blasst")
 
 
 class Alone:
@@ -35,8 +40,8 @@ def measure_times(session: Session) -> None:
     The settings take turns, so that a machine that grows slower does so for all of them.
     """
     options = session.options
-    settings = [SDPA, *session.settings]
     for length in options.timed_lengths:
+        settings = [SDPA, *session.settings] if _fits_whole(session, length) else session.settings
         missing = [s for s in settings if session.results.get("time", length, *s.key) is None]
         tokens = session.prompt("needle", length, 0).tokens if missing else None
         found: dict[str, dict[str, Any]] = {}
@@ -53,6 +58,17 @@ def measure_times(session: Session) -> None:
         for setting in missing:
             session.results.put(found[setting.name], "time", length, *setting.key)
         session.progress(step, 1.0, "")
+
+
+def _fits_whole(session: Session, length: int) -> bool:
+    """Whether a prompt can be read at once, as torch's attention needs it; says so if not."""
+    layers = len(unwindowed_layers(session.model))
+    try:
+        check_memory(session.model, layers, length)
+    except ValueError as error:
+        _log.warning("%s is not timed at %d tokens: %s", SDPA.name, length, error)
+        return False
+    return True
 
 
 def _alone(session: Session, setting: Setting, tokens: Tensor) -> dict[str, Any]:
