@@ -115,6 +115,8 @@ gpu-test: build ## kernels and operator against the reference and the CPU
 	build/release/tests/cuda/cuda_tests $(ARGS)
 	$(python) -m pytest tests/python/test_cuda.py tests/python/test_cuda_huggingface.py \
 	  tests/python/test_cuda_calibration.py
+	@if $(python) -c 'import vllm' 2>/dev/null; then $(python) -m pytest tests/vllm/test_cuda_engine.py; \
+	else echo "gpu-test: engines SKIPPED: vLLM is not installed in $(VENV)"; fi
 
 SANITIZED := PrefillRandom.*/0:DecodeRandom.*/0:Calls.*:DecodeKernels.G*
 

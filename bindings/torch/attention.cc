@@ -96,9 +96,28 @@ struct Wanted {
   bool lse, dropped_mass_bound, tiles, gaps, maxima, bits;
 };
 
+// The caller's workspace, or a tensor that is freed at the end of the call, and reused by torch
+// only behind it on the stream.
+void take_workspace(blasst::Execution& execution, const Tensor& q, OptionalTensor& workspace,
+                    std::size_t needed) {
+  const auto bytes = static_cast<int64_t>(needed);
+  if (!workspace) {
+    if (!q.is_cuda()) return;
+    workspace = torch::stable::new_empty(q, std::vector<int64_t>{bytes}, ScalarType::Byte);
+  }
+  check_devices("q", q, {{"workspace", &*workspace}});
+  check_type("workspace", *workspace, ScalarType::Byte);
+  check(workspace->dim() == 1 && workspace->is_contiguous() && workspace->numel() >= bytes,
+        "workspace is ", *workspace, "; it must be [bytes], contiguous, of at least ", bytes,
+        " for this call");
+  execution.workspace = workspace->mutable_data_ptr();
+  execution.workspace_bytes = static_cast<std::size_t>(workspace->numel());
+}
+
 // Runs the call into `out`, [..., heads, value_dim] with rows like q's; a new tensor if it is none.
 template <Phase phase>
-Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTensor& out) {
+Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTensor& out,
+             OptionalTensor workspace = {}) {
   const Place place(a.q);
   blasst::AttentionParams params{.problem = describe(a), .execution = place.execution()};
   blasst::Problem& p = params.problem;
@@ -131,14 +150,7 @@ Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTenso
                                          {tiles.tile_heads, tiles.query_tiles, tiles.key_tiles}),
                         .bits = report(wanted.bits, ScalarType::Int, {bit_words(tiles)})};
   params.report = report_of(reports, p);
-  Tensor workspace;
-  if (a.q.is_cuda()) {
-    // Freed at the end of this call, and reused by torch only behind it on the stream.
-    const auto bytes = static_cast<int64_t>(tiles.workspace_bytes);
-    workspace = torch::stable::new_empty(a.q, std::vector<int64_t>{bytes}, ScalarType::Byte);
-    params.execution.workspace = workspace.mutable_data_ptr();
-    params.execution.workspace_bytes = tiles.workspace_bytes;
-  }
+  take_workspace(params.execution, a.q, workspace, tiles.workspace_bytes);
   phase == Phase::kDecode ? blasst::decode(params) : blasst::prefill(params);
   return {reports.lse, reports.dropped_mass_bound, reports.tiles, reports.gaps, reports.maxima,
           reports.bits};
@@ -157,16 +169,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
   return std::tuple_cat(std::tuple{*out}, reported);
 }
 
-// The same into a tensor of the caller's.
+// The same into a tensor of the caller's, with the caller's workspace.
 template <Phase phase>
 Reported attention_into(Tensor out, Tensor q, Tensor k, Tensor v, BLASST_ARGUMENTS,
                         std::string order, std::string test, OptionalTensor thresholds,
                         bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
                         bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
-                        std::optional<int64_t> max_seqlen_k, std::string scores) {
+                        std::optional<int64_t> max_seqlen_k, std::string scores,
+                        OptionalTensor workspace) {
   OptionalTensor into = out;
   return run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds, scores},
-                    {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, into);
+                    {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, into,
+                    workspace);
 }
 
 // What blasst_check_pages finds, int32 [4] on the device.
@@ -216,6 +230,7 @@ std::vector<int64_t> plan_of(std::string phase, std::string device, std::string 
   params.execution.backend = choose("device", device,
                                     std::array{std::pair{Name("cpu"), BLASST_BACKEND_CPU},
                                                std::pair{Name("cuda"), BLASST_BACKEND_CUDA}});
+  params.execution.threads = static_cast<int32_t>(torch::stable::get_num_threads());
   const blasst::Plan found =
       plan(params, choose("phase", phase,
                           std::array{std::pair{Name("prefill"), Phase::kPrefill},
@@ -243,7 +258,7 @@ constexpr std::string_view kArguments =
     " Tensor? blocks, str order, str test, Tensor? thresholds, bool want_lse,"
     " bool want_dropped_mass_bound, bool want_tiles, bool want_gaps, bool want_maxima,"
     " bool want_bits, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None,"
-    " str scores='exact') -> (";
+    " str scores='exact'";
 constexpr std::string_view kReports =
     "Tensor lse, Tensor dropped_mass_bound, Tensor tiles, Tensor gaps, Tensor maxima, Tensor bits)";
 
@@ -257,8 +272,10 @@ std::string joined(std::initializer_list<std::string_view> parts) {
 
 STABLE_TORCH_LIBRARY(blasst, m) {
   for (const std::string_view phase : {"prefill", "decode"}) {
-    m.def(joined({phase, "(", kArguments, "Tensor out, ", kReports}).c_str());
-    m.def(joined({phase, "_into(Tensor(a!) out, ", kArguments, kReports}).c_str());
+    m.def(joined({phase, "(", kArguments, ") -> (Tensor out, ", kReports}).c_str());
+    m.def(joined({phase, "_into(Tensor(a!) out, ", kArguments, ", Tensor(b!)? workspace=None) -> (",
+                  kReports})
+              .c_str());
   }
   m.def("check_pages(Tensor page_table, Tensor lengths, int page_size, int pages) -> Tensor");
   m.def("prefill_tile_shape(Tensor q, Tensor k, Tensor v) -> int[]");

@@ -31,6 +31,7 @@ from blasst.ops import (
     merge,
     scaled_dot_product_attention,
     tile_shape,
+    workspace_bytes,
 )
 from blasst.versions import check_version
 
@@ -64,6 +65,7 @@ __all__ = [
     "set_policy",
     "set_target",
     "tile_shape",
+    "workspace_bytes",
 ]
 
 _LAZY = {

@@ -642,6 +642,31 @@ def test_an_output_that_does_not_fit_is_refused():
         attention(q, k, v, out=good)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_workspace_goes_with_an_output(phase):
+    q, k, v = inputs(queries=16)
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 32, "keys": k.shape[1], "query_length": 16}
+    needed, more = (
+        blasst.workspace_bytes(phase, "cpu", q.dtype, batch=batch, **shape) for batch in (2, 3)
+    )
+    assert 0 < needed <= more
+    out, enough = torch.empty_like(q), torch.empty(more, dtype=torch.uint8)
+    for workspace in (enough, enough[:needed]):
+        got = attention(q, k, v, causal=True, out=out, workspace=workspace, phase=phase)
+        assert torch.equal(got, attention(q, k, v, causal=True, phase=phase))
+    for workspace, error, message in [
+        (enough.float(), TypeError, "workspace is Float; it must be Byte"),
+        (enough[None], ValueError, rf"workspace is \[1, {more}\]; it must be \[bytes\], contig"),
+        (enough[:8], ValueError, r"workspace is \[8\]; .* of at least \d+ for this call"),
+        (enough.to("meta"), ValueError, "workspace is on meta, q on cpu"),
+        (100, TypeError, r"workspace is a int; it must be a torch\.Tensor, or None"),
+    ]:
+        with pytest.raises(error, match=message):
+            attention(q, k, v, out=out, workspace=workspace, phase=phase)
+    with pytest.raises(ValueError, match="workspace is given without out"):
+        attention(q, k, v, workspace=enough)
+
+
 def test_compiles_with_an_output_of_the_callers():
     q, k, v = inputs()
 

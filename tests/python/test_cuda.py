@@ -287,6 +287,32 @@ def test_memory_is_for_outputs_and_a_workspace_that_goes_back(phase: str) -> Non
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_workspace_of_the_callers(phase: str) -> None:
+    queries = 2 if phase == "decode" else 300
+    q, k, v = (t.cuda() for t in inputs(4, queries, 5000, 8, 2, 128))
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 128, "keys": 5000, "query_length": queries}
+    needed = [
+        blasst.workspace_bytes(phase, "cuda", q.dtype, batch=batch, **shape) for batch in (4, 6)
+    ]
+    assert 0 < needed[0] <= needed[1]
+    workspace, out = torch.empty(needed[1], dtype=torch.uint8, device="cuda"), torch.empty_like(q)
+    threshold = torch.full((1, 8, 1), 0.1, device="cuda")
+
+    def run(workspace: torch.Tensor) -> torch.Tensor:
+        options = {"causal": True, "threshold": threshold, "phase": phase}
+        return blasst.attention(q, k, v, out=out, workspace=workspace, **options)
+
+    run(workspace)
+    wanted = blasst.attention(q, k, v, causal=True, threshold=threshold, phase=phase)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    assert run(workspace) is out
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert torch.equal(out, wanted)
+    with pytest.raises(ValueError, match=rf"of at least {needed[0]} for this call"):
+        run(workspace[: needed[0] - 1])
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_compiled_and_captured(phase: str) -> None:
     queries = 1 if phase == "decode" else 100
     q, k, v = (t.cuda() for t in inputs(2, queries, 700, 8, 2, 128))

@@ -43,7 +43,8 @@ def decided(found, lengths, own=None, by_request=False):
         found.source, found.rows, max_requests=8, by_request=by_request, device=CPU
     )
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    return phase.decide(lengths, int(lengths.max()), own)
+    longest = int(lengths.max())
+    return phase.decide(lengths, longest, longest, own)
 
 
 def found_in(phase, options, calibration=None, share=None, layers=LAYERS):
@@ -190,7 +191,7 @@ def test_thresholds_stay_where_they_are():
     found = found_in("prefill", Options(), parse(ENTRY))
     phase = PhaseThresholds(found.source, found.rows, max_requests=8, by_request=True, device=CPU)
     places = {
-        phase.decide(torch.tensor([length] * 3), length, None).thresholds.data_ptr()
+        phase.decide(torch.tensor([length] * 3), length, length, None).thresholds.data_ptr()
         for length in (10, 5000)
     }
     assert len(places) == 1

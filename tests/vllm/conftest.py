@@ -26,7 +26,9 @@ SIZES = {
     "max_position_embeddings": 4096,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "initializer_range": 0.2,
 }
+FOR_GPU = {"hidden_size": 512, "head_dim": 128, "initializer_range": 0.05}
 LAW = {
     "config_groups": {
         "group_0": {
@@ -56,7 +58,7 @@ def _save(model, folder: Path) -> str:
 
 def _llama(**changes):
     torch.manual_seed(0)
-    config = LlamaConfig(**SIZES | changes, tie_word_embeddings=False, initializer_range=0.2)
+    config = LlamaConfig(**SIZES | changes, tie_word_embeddings=False)
     return LlamaForCausalLM(config)
 
 
@@ -74,20 +76,33 @@ def calibrated(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def llama_for_gpu(tmp_path_factory) -> str:
+    return _save(_llama(**FOR_GPU).bfloat16(), tmp_path_factory.mktemp("llama_for_gpu"))
+
+
+@pytest.fixture(scope="session")
 def gemma(tmp_path_factory) -> str:
+    return _save(_gemma(), tmp_path_factory.mktemp("gemma"))
+
+
+@pytest.fixture(scope="session")
+def gemma_for_gpu(tmp_path_factory) -> str:
+    return _save(_gemma(**FOR_GPU).bfloat16(), tmp_path_factory.mktemp("gemma_for_gpu"))
+
+
+def _gemma(**changes):
     """Every other layer with a window, all with a soft cap."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        **SIZES,
+        **SIZES | changes,
         sliding_window=100,
         attn_logit_softcapping=20.0,
         final_logit_softcapping=None,
         query_pre_attn_scalar=32,
-        initializer_range=0.2,
         pad_token_id=0,
     )
     model = Gemma2ForCausalLM(config)
     for name, weight in model.named_parameters():
         if "post_" in name:
             weight.data.fill_(5.0)
-    return _save(model, tmp_path_factory.mktemp("gemma"))
+    return model

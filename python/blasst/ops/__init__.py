@@ -3,6 +3,7 @@
 from blasst.ops import autograd, fakes  # noqa: F401, they register what torch must know
 from blasst.ops.attention import Result, TileCounts, TileShape, attention, merge, tile_shape
 from blasst.ops.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from blasst.ops.library import workspace_bytes
 from blasst.ops.sdpa import scaled_dot_product_attention
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "merge",
     "scaled_dot_product_attention",
     "tile_shape",
+    "workspace_bytes",
 ]

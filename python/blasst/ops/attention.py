@@ -102,6 +102,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
     return_lse: bool = False,
     return_stats: bool = False,
     return_error_bound: bool = False,
@@ -165,6 +166,8 @@ def attention(
             page table, has room for. Checked on the cpu; on cuda keys beyond it are not seen.
         out: where the output is written: its shape and type, the last dimension contiguous, sharing
             no memory with the inputs. Without a gradient.
+        workspace: beside out, so that the call allocates no more: [bytes] uint8, at least as many
+            as `workspace_bytes` says, which no other call uses meanwhile.
         return_lse: fill Result.lse.
         return_stats: fill Result.stats.
         return_error_bound: fill Result.dropped_mass_bound.
@@ -196,8 +199,11 @@ def attention(
         "page_table": page_table,
     }
     check_tensors(
-        {"q": q, "k": k, "v": v}, {"sinks": sinks, **places, "blocks": blocks, "out": out}
+        {"q": q, "k": k, "v": v},
+        {"sinks": sinks, **places, "blocks": blocks, "out": out, "workspace": workspace},
     )
+    if workspace is not None and out is None:
+        raise ValueError("workspace is given without out; the two go together")
     phase = phase_of(phase, q)
     if page_table is None:
         check_layout(q, k, tokens=1, causal=causal)
@@ -242,7 +248,7 @@ def attention(
     }
     results = call(
         phase if out is None else f"{phase}_into",
-        **({} if out is None else {"out": out}),
+        **({} if out is None else {"out": out, "workspace": workspace}),
         **{"q": q, "k": k, "v": v, **places, "sinks": sinks, "causal": causal, "order": order},
         **{"scale": scale or 0.0, "softcap": softcap or 0.0},
         **mask_of(window, bands, blocks, q.device),

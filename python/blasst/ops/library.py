@@ -107,6 +107,59 @@ def plan(
     return Plan(*numbers)
 
 
+def workspace_bytes(
+    phase: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    batch: int,
+    query_length: int = 1,
+    keys: int,
+    scores: str = "exact",
+) -> int:
+    """Bytes of `attention`'s workspace for calls of up to so many requests and positions.
+
+    Args:
+        phase: "prefill" or "decode".
+        device: where the calls run; on the cpu, with as many threads as torch has now.
+        dtype: of q.
+        heads: of q.
+        kv_heads: of k.
+        head_dim: of q and k.
+        value_dim: of v; default: head_dim.
+        batch: the most requests.
+        query_length: the most rows of a request.
+        keys: what a request has room for: of a call, max_seqlen_k, or what its page table has.
+        scores: "exact" or "int8".
+
+    Raises:
+        NotSupportedError: calls that the device does not do.
+        ValueError: numbers out of range.
+    """
+    numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+    # A decode of fewer requests is spread over more splits, each with a result of its own.
+    fewer = range(1, batch + 1) if phase == "decode" else (batch,)
+    shorter = range(1, query_length + 1) if phase == "decode" else (query_length,)
+    return max(
+        plan(
+            phase,
+            torch.device(device),
+            dtype,
+            **numbers,
+            batch=requests,
+            query_length=rows,
+            keys=keys,
+            scores=scores,
+        ).workspace_bytes
+        for requests in fewer
+        for rows in shorter
+    )
+
+
 QUERY_ROWS, KEYS = plan("prefill", torch.device("cpu"), torch.float32, head_dim=16)[:2]
 """On the CPU."""
 

@@ -1,15 +1,18 @@
 """The attention of one layer, as vLLM calls it."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.worker.workspace import current_workspace_manager
 
 from blasst.errors import NotSupportedError
-from blasst.integrations.vllm.limits import check_layer
+from blasst.integrations.vllm.limits import check_layer, most_positions
 from blasst.integrations.vllm.metadata import Metadata, Part
-from blasst.ops.library import REPORTS, call
+from blasst.ops.library import REPORTS, call, workspace_bytes
 
 _PLACES = (
     "starts",
@@ -21,6 +24,28 @@ _PLACES = (
     "max_seqlen_q",
     "max_seqlen_k",
 )
+
+
+@cache
+def workspace_of(
+    dtype: torch.dtype, shape: tuple[int, int, int], requests: int, positions: int, keys: int
+) -> int:
+    """Bytes of workspace that a layer's calls may need on a GPU, with exact scores.
+
+    Args:
+        dtype: of queries.
+        shape: heads, kv_heads and head_dim.
+        requests: the most of a step.
+        positions: the most of a request in a decode step.
+        keys: the most of a request.
+    """
+    heads, kv_heads, head_dim = shape
+    positions = min(positions, most_positions(heads // kv_heads, on_cpu=False))
+    numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "keys": keys}
+    return max(
+        workspace_bytes(phase, "cuda", dtype, **numbers, batch=requests, query_length=rows)
+        for phase, rows in (("prefill", keys), ("decode", positions))
+    )
 
 
 class Attention(AttentionImpl[Metadata]):
@@ -63,6 +88,16 @@ class Attention(AttentionImpl[Metadata]):
             "blocks": None,
         }
         self._softcap = logits_soft_cap or 0.0
+        config = get_current_vllm_config()
+        self._workspace_bytes = 0
+        if not current_platform.is_cpu():
+            self._workspace_bytes = workspace_of(
+                torch.get_default_dtype(),
+                (num_heads, self.num_kv_heads, head_size),
+                config.scheduler_config.max_num_seqs,
+                1 + getattr(config.speculative_config, "num_speculative_tokens", 0),
+                config.model_config.max_model_len,
+            )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Sinks as the operator takes them, once."""
@@ -84,34 +119,31 @@ class Attention(AttentionImpl[Metadata]):
         """Write to `output`, [tokens, heads, head_size], and return it."""
         if output_scale is not None or output_block_scale is not None:
             raise NotSupportedError("blasst: an output that is quantized by its attention")
+        workspace = self._workspace()
         if attn_metadata is None:  # memory is being measured, or the model compiled
             return output.fill_(0)
         k, v = self._pages(kv_cache)
         for part in attn_metadata.parts:
-            tiles = self._attend(
-                layer.layer_name, part, query, k, v, output, attn_metadata.statistics is not None
-            )
-            if tiles is not None:
-                attn_metadata.statistics.add(part.phase, layer.layer_name, tiles)
+            q, out = query[part.tokens], output[part.tokens]
+            if part.positions is not None:
+                by_request = (-1, part.positions)
+                q, out = q.unflatten(0, by_request), out.unflatten(0, by_request)
+            tensors = {"out": out, "q": q, "k": k, "v": v}
+            if part.scores[layer.layer_name] == "exact":  # bytes of keys have no bound worth taking
+                tensors |= workspace
+            statistics = attn_metadata.statistics
+            tiles = self._attend(layer.layer_name, part, tensors, statistics is not None)
+            if statistics is not None:
+                statistics.add(part.phase, layer.layer_name, tiles)
         return output
 
     def _attend(
-        self,
-        name: str,
-        part: Part,
-        query: Tensor,
-        k: Tensor,
-        v: Tensor,
-        output: Tensor,
-        want_tiles: bool,
+        self, name: str, part: Part, tensors: dict[str, Tensor], want_tiles: bool
     ) -> Tensor | None:
         """Attention of one phase's requests; their tiles, if they are counted."""
-        q, out = query[part.tokens], output[part.tokens]
-        if part.positions is not None:
-            q, out = q.unflatten(0, (-1, part.positions)), out.unflatten(0, (-1, part.positions))
         reports = call(
             f"{part.phase}_into",
-            **{"out": out, "q": q, "k": k, "v": v},
+            **tensors,
             **dict.fromkeys(_PLACES) | part.places,
             **{"scale": self.scale, "softcap": self._softcap, "sinks": self.sinks},
             **self._mask,
@@ -119,7 +151,15 @@ class Attention(AttentionImpl[Metadata]):
             **{f"want_{report}": report == "tiles" and want_tiles for report in REPORTS},
             scores=part.scores[name],
         )
-        return dict(zip(REPORTS, reports, strict=True))["tiles"] if want_tiles else None
+        return dict(zip(REPORTS, reports, strict=True))["tiles"]
+
+    def _workspace(self) -> dict[str, Tensor]:
+        """vLLM's, which all layers share and which it makes room for when it measures memory."""
+        if not self._workspace_bytes:
+            return {}
+        manager = current_workspace_manager()
+        [workspace] = manager.get_simultaneous(((self._workspace_bytes,), torch.uint8))
+        return {"workspace": workspace}
 
     def do_kv_cache_update(
         self,

@@ -1,7 +1,7 @@
 """What the layers of a KV cache group need to know of a step's batch."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -47,7 +47,8 @@ class Part:
     places: dict[str, Any]
     """Where queries and keys are, as the operator takes it."""
     positions: int | None
-    """Of each request, if all have as many; None: ragged."""
+    """Of each request, if all have as many, but for some at the end that pad the batch; None:
+    ragged."""
     decision: Decision
     scores: dict[str, str]
 
@@ -80,8 +81,21 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         most = most_positions(max(groups), on_cpu=self._on_cpu)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, most)
+        self._most_keys = vllm_config.model_config.max_model_len
         self._requests = Requests.of(vllm_config)
+        if self._requests is not None and self._requests.has_slots:
+            _check_slots()
         self._set_thresholds()
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> Any:
+        """Graphs of decode, with all positions that drafts make if the kernel does so many."""
+        config, drafts = vllm_config.model_config, vllm_config.speculative_config
+        heads = config.get_num_attention_heads(vllm_config.parallel_config)
+        most = most_positions(heads // kv_cache_spec.num_kv_heads, on_cpu=False)
+        if drafts is not None and 1 + drafts.num_speculative_tokens > most:
+            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return AttentionCGSupport.UNIFORM_BATCH
 
     def _set_thresholds(self) -> None:
         config = self.vllm_config
@@ -138,42 +152,39 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         _check_batch(m)
         if self._statistics is not None:
             self._statistics.tell()
-        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
+        decodes, prefills, *_ = split_decodes_and_prefills(
             m,
             decode_threshold=self.reorder_batch_threshold,
             require_uniform=not self._on_cpu,
         )
         parts = []
         if decodes:
-            parts.append(self._part("decode", m, slice(0, decodes), slice(0, decode_tokens)))
+            parts.append(self._part("decode", m, slice(0, decodes)))
         if prefills:
-            tokens = slice(decode_tokens, decode_tokens + prefill_tokens)
-            parts.append(self._part("prefill", m, slice(decodes, m.num_reqs), tokens))
+            parts.append(self._part("prefill", m, slice(decodes, m.num_reqs)))
         return Metadata(parts, self._statistics)
 
-    def _part(self, phase: str, m: CommonAttentionMetadata, requests: slice, tokens: slice) -> Part:
-        lengths, count = m.seq_lens[requests], requests.stop - requests.start
+    def _part(self, phase: str, m: CommonAttentionMetadata, requests: slice) -> Part:
+        starts = m.query_start_loc_cpu[requests.start : requests.stop + 1]
+        first, last, most = int(starts[0]), int(starts[-1]), int(starts.diff().max())
         places = {
-            "lengths": lengths,
+            "lengths": m.seq_lens[requests],
             "page_table": m.block_table_tensor[requests],
             "max_seqlen_k": m.max_seq_len,
         }
-        positions = (tokens.stop - tokens.start) // count
-        starts = m.query_start_loc_cpu[requests.start : requests.stop + 1]
-        if phase == "prefill" or (self._on_cpu and (starts.diff() != positions).any()):
+        if phase == "decode" and (not self._on_cpu or (starts.diff() == most).all()):
+            positions, last = most, first + most * (requests.stop - requests.start)
+        else:
             positions = None
-            first = m.query_start_loc[requests.start : requests.stop + 1]
-            places |= {
-                "cu_seqlens_q": first - tokens.start if tokens.start else first,
-                "max_seqlen_q": m.max_query_len,
-            }
-        decision = self._decide(phase, m, requests, lengths)
-        return Part(phase, tokens, places, positions, decision, self._scores[phase])
+            on_device = m.query_start_loc[requests.start : requests.stop + 1]
+            places |= {"cu_seqlens_q": on_device - first, "max_seqlen_q": most}
+        if phase == "decode" and not self._on_cpu:  # what a graph of it is captured for
+            places["max_seqlen_k"] = self._most_keys
+        decision = self._decide(phase, m, requests)
+        return Part(phase, slice(first, last), places, positions, decision, self._scores[phase])
 
-    def _decide(
-        self, phase: str, m: CommonAttentionMetadata, requests: slice, lengths: Tensor
-    ) -> Decision:
-        longest, own = m.max_seq_len, None
+    def _decide(self, phase: str, m: CommonAttentionMetadata, requests: slice) -> Decision:
+        lengths, longest, own = m.seq_lens[requests], m.max_seq_len, None
         if self._requests is not None:
             slots = _slots(m)[requests]
             own = self._on_device(self._requests.thresholds[phase][slots])
@@ -181,7 +192,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
                 whole = self._requests.prompt_lengths[slots]
                 longest = max(longest, int(whole.max(initial=0)))
                 lengths = torch.maximum(lengths, self._on_device(whole))
-        return self._thresholds[phase].decide(lengths, longest, own)
+        room = longest if phase == "prefill" or self._on_cpu else self._most_keys
+        return self._thresholds[phase].decide(lengths, longest, room, own)
 
     def _on_device(self, values: np.ndarray) -> Tensor:
         host = torch.from_numpy(values)
@@ -207,6 +219,15 @@ def _check_batch(m: CommonAttentionMetadata) -> None:
     for name in ("mm_req_doc_ranges", "rswa_prefix_lens", "dcp_local_seq_lens"):
         if getattr(m, name, None) is not None:
             raise NotSupportedError(f"blasst: a batch with {name}, which no kernel does")
+
+
+def _check_slots() -> None:
+    """An error if this vLLM does not say which rows of a batch are whose."""
+    if not any(field.name == "req_idx" for field in fields(CommonAttentionMetadata)):
+        raise NotSupportedError(
+            "blasst: thresholds of requests in this vLLM's second model runner: set "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
 
 
 _said: set[str] = set()

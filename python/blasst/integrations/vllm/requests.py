@@ -34,6 +34,11 @@ class Requests(LogitsProcessor, SlotProcessor):
         self._prompt_len = getattr(runner[0], "prompt_len", None) if runner else None
         Requests._newest = self
 
+    @property
+    def has_slots(self) -> bool:
+        """Whether requests keep a slot while rows change, as in the newer model runner."""
+        return self._prompt_len is not None
+
     @classmethod
     def of(cls, vllm_config: Any) -> "Requests | None":
         """The one of this engine; None: it was started without."""

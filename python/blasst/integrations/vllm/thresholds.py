@@ -128,20 +128,21 @@ class PhaseThresholds:
         into.copy_(rows.movedim(0, 1)[..., None])
         return into
 
-    def decide(self, lengths: Tensor, longest: int, own: Tensor | None) -> "Decision":
+    def decide(self, lengths: Tensor, longest: int, room: int, own: Tensor | None) -> "Decision":
         """Of one step.
 
         Args:
             lengths: [requests] keys that each has, of a prompt in chunks the whole.
             longest: at least the largest of them.
+            room: that a request may have; a call has one order, which can depend on it.
             own: [requests] float32 that requests asked for, NaN: none; None: of all requests none.
         """
         if self._source is None:
             return Decision(self._rows)
-        order = self._source.order(longest)
+        order = self._source.order(longest, room)
         if self._is_fixed:
             return Decision(self._rows, self._source.test, order, self._buffer)
-        rows = self._source.rows(lengths, longest)
+        rows = self._source.rows(lengths, room)
         if own is not None:
             asked = own[:, None, None]
             rows = torch.where(asked.isnan(), rows, asked)
@@ -162,11 +163,11 @@ class Fixed:
         """Work there from now on."""
         self.values = self.values.to(device)
 
-    def order(self, longest: int) -> str:
+    def order(self, longest: int, room: int) -> str:
         """In which tiles are visited."""
         return self._order
 
-    def rows(self, lengths: Tensor, longest: int) -> Tensor:
+    def rows(self, lengths: Tensor, room: int) -> Tensor:
         """[requests, 1, heads] thresholds."""
         values = self.values[None].expand(len(lengths), -1, -1)
         if self.is_same_for_all_lengths:
@@ -195,14 +196,14 @@ class Calibrated:
         """Work there from now on."""
         self._schedule = self._schedule.to(device)
 
-    def order(self, longest: int) -> str:
+    def order(self, longest: int, room: int) -> str:
         """In which tiles are visited."""
         self._tell(longest)
-        return self._schedule.of_call(longest).order
+        return self._schedule.of_call(room).order
 
-    def rows(self, lengths: Tensor, longest: int) -> Tensor:
+    def rows(self, lengths: Tensor, room: int) -> Tensor:
         """[requests, layers, heads] thresholds."""
-        return self._schedule.of_call(longest).at(lengths.clamp(min=1))
+        return self._schedule.of_call(room).at(lengths.clamp(min=1))
 
 
 def calibration_of(model_config: Any, options: Options) -> SparseAttention | None:
