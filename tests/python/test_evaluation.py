@@ -175,6 +175,14 @@ def test_the_time_of_attention_alone_is_that_of_its_second_call(monkeypatch):
     assert [options["return_stats"] for options in calls] == [True, False]
 
 
+def test_prompts_may_be_timed_and_asked_at_fewer_targets(tmp_path):
+    options = {"needles": 1, "timed_lengths": (400,), "needle_lengths": (400,), "repeats": 1}
+    found = run(tmp_path, texts={}, targets=(0, 0.5, 0.9), prompt_targets=(0.5,), **options)
+    names = {t.setting.name for t in timings(found)}
+    assert names == {"torch sdpa", "dense", "calibrated, 50%"}
+    assert {key[-1] for key, _ in found.all("needle")} == {0.0, 0.5}
+
+
 def test_torchs_attention_is_left_out_where_a_whole_prompt_does_not_fit(
     tmp_path, monkeypatch, caplog
 ):

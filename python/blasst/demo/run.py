@@ -19,7 +19,7 @@ from blasst.ops.attention import tile_shape
 from blasst.progress import Progress, silent
 
 TARGETS = (0.5, 0.75)
-"""Of calibration."""
+"""Of calibration, and of prompts that are timed or answered; texts are read at more."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,14 @@ def demo(
     loaded = models.load(name, loading=loading, progress=progress)
     found = _calibration(loaded, size, out / "calibration.json", progress)
     options = Options(
-        targets=EVALUATED,
+        targets=sorted({*EVALUATED, *TARGETS}),
         length=size.lengths[-1],
         texts=dict(list(prompts.evaluation_texts().items())[: size.texts]),
         every=size.every,
         needles=size.needles,
         needle_lengths=parts_of(size.lengths[-1], 2),
         timed_lengths=parts_of(size.lengths[-1], 3),
+        prompt_targets=TARGETS,
         other_lengths=size.other_lengths,
         compare_paper=True,
     )

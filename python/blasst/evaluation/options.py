@@ -35,6 +35,8 @@ class Options:
     """Of prompts whose prefill is timed, with torch's attention too."""
     repeats: int = 3
     """Of each of these."""
+    prompt_targets: Sequence[float] | None = None
+    """Those of `targets` at which these two kinds of prompts are read; None: all."""
     other_lengths: Sequence[int] = ()
     """Where only sparsity is measured."""
     length_prompts: int = 1

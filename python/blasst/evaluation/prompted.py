@@ -23,7 +23,7 @@ def measure_needles(session: Session) -> None:
         (length, index, setting)
         for length in options.needle_lengths or [options.length]
         for index in range(options.needles)
-        for setting in session.settings
+        for setting in session.prompt_settings
     ]
     for done, (length, index, setting) in enumerate(work):
         key = "needle", length, depth_of(index, options.needles), *setting.key

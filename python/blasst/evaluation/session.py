@@ -82,6 +82,12 @@ class Session:
         return [DENSELY, *alone, *(Setting(scheme, t) for scheme in schemes for t in targets)]
 
     @property
+    def prompt_settings(self) -> list[Setting]:
+        """What is timed, and asked for facts."""
+        wanted = self.options.prompt_targets
+        return [s for s in self.settings if wanted is None or not s.target or s.target in wanted]
+
+    @property
     def text_settings(self) -> list[Setting]:
         """What is compared on texts: the paper's scheme too, if that is asked for."""
         options = self.options

@@ -41,7 +41,7 @@ def measure_times(session: Session) -> None:
     """
     options = session.options
     for length in options.timed_lengths:
-        settings = [SDPA, *session.settings] if _fits_whole(session, length) else session.settings
+        settings = [SDPA] * _fits_whole(session, length) + session.prompt_settings
         missing = [s for s in settings if session.results.get("time", length, *s.key) is None]
         tokens = session.prompt("needle", length, 0).tokens if missing else None
         found: dict[str, dict[str, Any]] = {}
