@@ -411,7 +411,7 @@ def test_the_command_compares_four_cases_and_goes_on_after_a_stop(tmp_path, monk
     assert kept["training"][Way.SPARSE][-1]["target_sparsity"] == 0.2
     assert kept["training"][Way.DENSE][-1]["sparsity"] == 0
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<svg") == 3
     assert {p.name for p in out.glob("*.png")} == {"perplexity.png", "loss.png", "sparsity.png"}
     assert "Report:" in capsys.readouterr().out
 
