@@ -22,6 +22,7 @@ CUSTOM = {"attention_backend": "CUSTOM"}
 REQUESTS = {"logits_processors": ["blasst.integrations.vllm:Requests"]}
 SMALL_STEPS = {"max_num_batched_tokens": 256, "enable_chunked_prefill": True}
 PHASES = ("prefill", "decode")
+REFUSED = (ValueError, VLLMValidationError)  # the latter is none in newer versions
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,7 @@ def test_tokens_are_those_of_vllm(llama, expected, log):
     again = generate(llm, PROMPTS)
     assert tokens_of(again) == expected
     assert any(output.num_cached_tokens for output in again)
-    with pytest.raises(
-        VLLMValidationError, match=r"without --logits-processors blasst\.integrations"
-    ):
+    with pytest.raises(REFUSED, match=r"without --logits-processors blasst\.integrations"):
         generate(llm, PROMPTS[:1], extra_args={"blasst_prefill_threshold": 0.5})
     assert tokens_of(generate(llm, PROMPTS[:1])) == expected[:1]
 
@@ -87,11 +86,9 @@ def test_calibration_and_requests(calibrated, expected, log):
     dense = {"blasst_prefill_threshold": 0, "blasst_decode_threshold": 0.0}
     assert tokens_of(generate(llm, [prompt], extra_args=dense)) == [expected[3]]
     wrong = {"blasst_prefill_threshold": 1.5}
-    with pytest.raises(
-        VLLMValidationError, match=r"blasst_prefill_threshold is 1\.5; it must be a number"
-    ):
+    with pytest.raises(REFUSED, match=r"blasst_prefill_threshold is 1\.5; it must be a number"):
         generate(llm, [prompt], extra_args=wrong)
-    with pytest.raises(VLLMValidationError, match="'blasst_threshold'; of blasst it may have"):
+    with pytest.raises(REFUSED, match="'blasst_threshold'; of blasst it may have"):
         generate(llm, [prompt], extra_args={"blasst_threshold": 0.5})
     mixed = generate(llm, PROMPTS, extra_args=dense)
     assert tokens_of(mixed) == expected
@@ -138,9 +135,8 @@ def test_cpus_have_no_kernel_for_mla(monkeypatch):
 
     assert backend(AttentionBackendEnum.CUSTOM).CPU_ATTN.get_class() is CpuBackend
     with pytest.raises(NotSupportedError, match="multi-head latent attention"):
-        AttentionBackendEnum.CPU_MLA.get_class()
+        getattr(on_cpu, "CPU_MLA")  # noqa: B009, is made when it is asked for
     assert backend(None).CPU_ATTN.get_class().__module__.startswith("vllm.")
-    assert AttentionBackendEnum.CPU_MLA.get_class().__module__.startswith("vllm.")
 
 
 def test_speculation_changes_no_token(llama, expected):

@@ -13,8 +13,8 @@ from packaging.version import Version
 
 LOWEST, BELOW = "0.26", "0.34"
 """Of vLLM: the oldest and the first that is not known."""
-NAME = "BLASST"
-"""The backend's own, beside CUSTOM, where vLLM takes names of others."""
+CPU_BACKENDS = ("CPU_ATTN", "CPU_MLA", "AMX_MLA")
+"""Of vLLM; what its CPU platform takes, whatever was asked for."""
 _PLACE = "blasst.integrations.vllm"
 _log = logging.getLogger("blasst")
 
@@ -46,8 +46,8 @@ def register() -> None:
         register_backend(AttentionBackendEnum.CUSTOM, f"{_PLACE}.unknown.Backend")
         return
     register_backend(AttentionBackendEnum.CUSTOM, f"{_PLACE}.backend.Backend")
-    # On CPUs vLLM takes its own backend whatever was asked for; this one gives way to ours.
-    for name in ("CPU_ATTN", "CPU_MLA", "AMX_MLA"):
+    # These give way to ours where it was asked for.
+    for name in CPU_BACKENDS:
         if name in AttentionBackendEnum.__members__:
             register_backend(AttentionBackendEnum[name], f"{_PLACE}.on_cpu.{name}")
     import_module(f"{_PLACE}.admission").watch()

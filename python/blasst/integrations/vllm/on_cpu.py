@@ -11,6 +11,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from blasst.errors import NotSupportedError
+from blasst.integrations.vllm import CPU_BACKENDS
 from blasst.integrations.vllm.backend import CpuBackend
 
 
@@ -24,7 +25,7 @@ def _asks_for_blasst() -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in AttentionBackendEnum.__members__:
+    if name not in CPU_BACKENDS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if not _asks_for_blasst():
         return resolve_obj_by_qualname(AttentionBackendEnum[name].value)
