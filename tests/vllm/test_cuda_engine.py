@@ -77,6 +77,15 @@ def test_a_graph_reads_the_thresholds_of_its_requests(llama_for_gpu, expected):
     assert_near(generate(llm, PROMPTS, new=1, prompt_logprobs=0), expected)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks(llama_for_gpu, expected):
+    threshold = {"threshold": [0.0, 0.0, 0.9, 0.9]}  # of the second rank's heads alone
+    options = {"additional_config": {"blasst": {"decode": threshold}}, "tensor_parallel_size": 2}
+    llm = make_engine(llama_for_gpu, **ON_GPU, **CUSTOM, **options)
+    assert_near(generate(llm, PROMPTS, new=1, prompt_logprobs=0), expected)
+    assert len(generate(llm, PROMPTS)[0].outputs[0].token_ids) == 24
+
+
 def test_windows_and_soft_cap(gemma_for_gpu):
     options = ON_GPU | {"enforce_eager": True}
     prompts = PROMPTS[1:3]

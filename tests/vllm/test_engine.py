@@ -139,6 +139,18 @@ def test_cpus_have_no_kernel_for_mla(monkeypatch):
     assert backend(None).CPU_ATTN.get_class().__module__.startswith("vllm.")
 
 
+def test_each_rank_takes_the_thresholds_of_its_heads(llama):
+    threshold = {"threshold": [0.0, 0.0, 0.9, 0.5]}  # the second rank's heads drop tiles
+    options = {"additional_config": {"blasst": {phase: threshold for phase in PHASES}}}
+    prompts = PROMPTS[1:3]
+    one, two = (
+        tokens_of(generate(make_engine(llama, **CUSTOM, **options, **ranks), prompts))
+        for ranks in ({}, {"tensor_parallel_size": 2})
+    )
+    assert one == two
+    assert one != tokens_of(generate(make_engine(llama, **CUSTOM), prompts))
+
+
 def test_speculation_changes_no_token(llama, expected):
     """Requests have different numbers of drafts, so decode is ragged.
 
