@@ -11,13 +11,15 @@ mapping with a "kind", which is saved with the model.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from blasst.heads import heads_by_layer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Call(NamedTuple):
@@ -49,7 +51,7 @@ class VisitPolicy(Protocol):
     chooses_blocks: ClassVar[bool]
     """Whether it looks at keys and queries, and so must see one sequence a request."""
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: "PreTrainedModel") -> None:
         """A ValueError if it is not for such a model."""
 
     def visit(self, call: Call) -> Visit:
@@ -96,7 +98,7 @@ class Bands:
         """[heads, 2] int64: first and last distance of each head."""
         return head_bands(heads, self.length)
 
-    def check(self, model: PreTrainedModel) -> None:
+    def check(self, model: "PreTrainedModel") -> None:
         """A ValueError if the model has more heads than there are distances."""
         self.of(max(heads_by_layer(model.config.get_text_config())))
 

@@ -78,6 +78,16 @@ def found(loaded):
     return bsfa.calibrate(loaded.model, loaded.tokenizer, length=512, keeps=KEEPS, prompts=3)
 
 
+def test_prompts_that_are_read_in_chunks_ask_for_the_same(loaded, found):
+    model, tokenizer = loaded.model, loaded.tokenizer
+    options = {"length": 512, "keeps": KEEPS, "prompts": 3}
+    parts = bsfa.calibrate(model, tokenizer, **options, chunk=128)
+    torch.testing.assert_close(parts.table, found.table, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.spread, found.spread, rtol=1e-3, atol=1e-3, equal_nan=True)
+    with pytest.raises(ValueError, match="chunk is 100; it must be a multiple of 128"):
+        bsfa.calibrate(model, tokenizer, **options, chunk=100)
+
+
 def of_one_prompt(loaded, seed):
     return bsfa.calibrate(
         loaded.model, loaded.tokenizer, length=512, keeps=KEEPS, prompts=seed + 1
@@ -183,7 +193,7 @@ def test_a_file_holds_everything(loaded, found, tmp_path):
 
 def test_bad_input(loaded, found, tmp_path):
     with pytest.raises(ValueError, match="calibrate absolute thresholds in one process"):
-        bsfa._Prompts([0], (1,)).add("prefill", 0, None, share="half of the heads")
+        bsfa._Prompts([0], (1,), 64).add("prefill", 0, None, share="half of the heads")
     with pytest.raises(ValueError, match="keep is 3; it must be one of 1, 2, 4"):
         found.apply(loaded.model, 3)
     other = make_loaded().model
@@ -207,11 +217,13 @@ def test_bad_input(loaded, found, tmp_path):
 
 
 def test_unequal_prompts_are_averaged_where_they_reach():
-    sums = bsfa._Prompts([0], (1,))
+    sums = bsfa._Prompts([0], (1,), 64)
     for tiles, value in ((3, 1.0), (5, 3.0)):
         maxima = torch.full((1, 1, tiles, tiles), value).tril()
         maxima = maxima.masked_fill(torch.ones(tiles, tiles).triu(1).bool(), -math.inf)
-        sums.add("prefill", 0, blasst.Result(*[None] * 5, maxima, None), None)
+        out = torch.zeros(1, 64 * tiles, 1, 16)
+        sums.begin()
+        sums.add("prefill", 0, blasst.Result(out, *[None] * 4, maxima, None), None)
     table, spread = sums.table()
     assert table[0, 0, 0].tolist() == [-math.inf, -math.inf, 2.0, 3.0, 3.0]
     assert spread[0, 0, 0, 2] == pytest.approx(math.sqrt(2))

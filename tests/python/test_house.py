@@ -58,6 +58,23 @@ def test_no_room_needs_itself_through_others():
     assert not any({"cli", "integrations"} & others for others in needs.values())
 
 
+def test_what_hf_needs_does_not_import_transformers():
+    """Whose import brings in hf, which would find such a module half made."""
+    needs = {}
+    for path in FILES:
+        needs.setdefault(room_of(path), set()).update(rooms_imported(path))
+    beneath, waiting = set(), ["hf"]
+    while waiting:
+        new = needs[waiting.pop()] - beneath - {"", "hf"}
+        beneath |= new
+        waiting += new
+    assert "policies" in beneath
+    for path in FILES:
+        if room_of(path) in beneath:
+            top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ImportFrom)]
+            assert "transformers" not in [node.module for node in top], path
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_and_classes_are_read_in_one_sitting(path):
     for node in ast.walk(ast.parse(path.read_text())):

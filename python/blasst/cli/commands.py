@@ -300,6 +300,7 @@ def bsfa(
         int | None, Option(parser=POSITIVE, metavar="TOKENS", help="(default: 4096)")
     ] = None,
     prompts: Prompts = 16,
+    chunk: Chunk = 8192,
     text: PromptText = None,
     out: Annotated[
         Path | None,
@@ -326,6 +327,7 @@ def bsfa(
             keeps=several(keep) or method.KEEPS,
             prompts=prompts,
             text=prose,
+            chunk=chunk,
             progress=progress,
         )
     found.save(out)

@@ -32,7 +32,7 @@ from blasst.hf.models import (
     identity,
     unwindowed_layers,
 )
-from blasst.hf.reading import read
+from blasst.hf.reading import CHUNK, check_chunk, read
 from blasst.ops.attention import Result
 from blasst.ops.library import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
@@ -234,10 +234,15 @@ class _Prompts(Recording):
 
     wants_maxima = True
 
-    def __init__(self, layers: Sequence[int], keeps: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], keeps: Sequence[int], query_rows: int) -> None:
         super().__init__()
-        self._layers, self._keeps = layers, keeps
+        self._layers, self._keeps, self._query_rows = layers, keeps, query_rows
+        self._read: dict[int, int] = {}
         self._sums: dict[int, list[Tensor]] = {}
+
+    def begin(self) -> None:
+        """Another prompt, which may be read in chunks."""
+        self._read.clear()
 
     def add(self, phase: str, layer: int, result: Result, share: object | None) -> None:
         if share is not None:
@@ -248,6 +253,9 @@ class _Prompts(Recording):
         found = thresholds_of(result.tile_maxima[0], self._keeps)
         new = torch.stack([found, found.square(), torch.ones_like(found)])
         new[1] = torch.where(found.isfinite(), new[1], 0.0)
+        first = self._read.get(layer, 0)
+        self._read[layer] = first + result.out.shape[1]
+        new = torch.nn.functional.pad(new, (first // self._query_rows, 0))
         known = self._sums.get(layer)
         if known is not None:  # prompts may differ in length
             longest = max(new.shape[-1], known.shape[-1])
@@ -275,6 +283,7 @@ def calibrate(
     keeps: Sequence[int] = KEEPS,
     prompts: int = PROMPTS,
     text: str | None = None,
+    chunk: int | None = CHUNK,
     progress: Progress = silent,
 ) -> AbsoluteThresholds:
     """Thresholds of a model, from one dense pass a prompt; under the model's policy, if it has one.
@@ -287,6 +296,7 @@ def calibrate(
         keeps: numbers of tiles to keep besides the diagonal's.
         prompts: how many.
         text: prose to make prompts from; default: `prompts.reference_text()`.
+        chunk: tokens of a prompt that are read at once, a multiple of 128; None: all.
         progress: told what is being done.
 
     Raises:
@@ -305,18 +315,21 @@ def calibrate(
             f"tiles to keep are {list(keeps)}; each must be 1 to {most}, less than the last of "
             f"{length} tokens has besides its diagonal's"
         )
+    if chunk is not None:
+        check_chunk(chunk)
     if prompts < 1:
         raise ValueError(f"prompts is {prompts}; at least one is needed")
     maker = PromptMaker(tokenizer, text, "the calibration text")
     layers = unwindowed_layers(model)
     if not layers:
         raise ValueError("every layer has a sliding window; there is nothing to calibrate")
-    sums = _Prompts(layers, keeps)
+    sums = _Prompts(layers, keeps, tile_shape[0])
     with _dense(model), recording_with(sums):
         for i in range(prompts):
             progress("Absolute thresholds", i / prompts, f"prompt {i + 1} of {prompts}")
             tokens = maker.make(kind_at(i), length, seed=i).tokens
-            read(model, tokens)
+            sums.begin()
+            read(model, tokens, chunk=chunk)
     progress("Absolute thresholds", 1.0, "")
     return AbsoluteThresholds(
         identity(model), tuple(layers), keeps, *sums.table(), prompts, tile_shape
