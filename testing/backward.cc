@@ -289,9 +289,13 @@ void BackwardProblem::for_key_rows(const View& view, bool unused, const Visit& v
   }
 }
 
-void BackwardProblem::run() {
+void BackwardProblem::mark() {
   for (auto* buffer : {&dq_, &dk_, &dv_}) std::ranges::fill(*buffer, kUnused);
   std::ranges::fill(dsinks, kMark);
+}
+
+void BackwardProblem::run() {
+  mark();
   blasst::backward(params);
 }
 

@@ -24,6 +24,7 @@ class BackwardProblem {
 
   // Fills the gradients with marks and calls the library.
   void run();
+  void mark();
 
   // Whether the call wrote outside the rows of the gradients, or anything at all.
   bool wrote_elsewhere() const;

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "testing/element.h"
 
@@ -23,6 +24,24 @@ void upload(const std::vector<T>& host, void* device) {
   if (device) DeviceMemory::write(device, host.data(), host.size() * sizeof(T));
 }
 
+// The tensors and arrays that `p`, of the problem, points to.
+void copy_problem(blasst_problem& p, const Problem& problem, DeviceMemory& memory) {
+  const auto batch = static_cast<size_t>(p.batch), heads = static_cast<size_t>(p.heads);
+  for (View* view : {&p.q, &p.out, &p.kv.k, &p.kv.v}) *view = memory.copy(*view);
+  p.cu_seqlens_q = memory.copy(p.cu_seqlens_q, batch + 1);
+  p.kv.cu_seqlens = memory.copy(p.kv.cu_seqlens, batch + 1);
+  p.query_lengths = memory.copy(p.query_lengths, batch);
+  p.kv.starts = memory.copy(p.kv.starts, batch);
+  p.kv.lengths = memory.copy(p.kv.lengths, batch);
+  p.kv.page_table = memory.copy(p.kv.page_table, problem.page_table.size());
+  p.sinks = memory.copy(p.sinks, heads);
+  p.mask.bands = memory.copy(p.mask.bands, 2 * heads);
+}
+
+size_t bytes_of(const View& view) {
+  return static_cast<size_t>(view.elements * element_bytes(view.dtype));
+}
+
 }  // namespace
 
 Case for_gpu(Case c) {
@@ -39,6 +58,12 @@ Case for_gpu(Case c) {
   c.bands = c.ragged_queries = c.padded = false;
   const int64_t most = std::min<int64_t>(c.requests[0].queries, 64 / (c.heads / c.kv_heads));
   for (Lengths& r : c.requests) r.queries = std::max<int64_t>(1, most);
+  return c;
+}
+
+Case differentiable_on_gpu(Case c) {
+  c = for_gpu(differentiable(c));
+  if (c.layout == Layout::kPaged) c.layout = Layout::kRagged;
   return c;
 }
 
@@ -80,22 +105,12 @@ void synchronize() { must(cudaDeviceSynchronize()); }
 
 DeviceProblem::DeviceProblem(Problem& problem, Reports reports)
     : params(gpu_params(problem)), problem_(problem) {
-  blasst_problem& p = params.problem;
   Report& report = params.report;
   const bool decode = problem.description.decode;
-  const auto batch = static_cast<size_t>(p.batch), heads = static_cast<size_t>(p.heads);
   const auto copy = [&](const auto& host) { return memory_.copy(host.data(), host.size()); };
-  for (View* view : {&p.q, &p.out, &p.kv.k, &p.kv.v}) *view = memory_.copy(*view);
-  p.cu_seqlens_q = memory_.copy(p.cu_seqlens_q, batch + 1);
-  p.kv.cu_seqlens = memory_.copy(p.kv.cu_seqlens, batch + 1);
-  p.query_lengths = memory_.copy(p.query_lengths, batch);
-  p.kv.starts = memory_.copy(p.kv.starts, batch);
-  p.kv.lengths = memory_.copy(p.kv.lengths, batch);
-  p.kv.page_table = memory_.copy(p.kv.page_table, problem.page_table.size());
+  copy_problem(params.problem, problem, memory_);
   TileTest& test = params.decision.test;
   test.values = memory_.copy(test.values, problem.thresholds.size());
-  p.sinks = memory_.copy(p.sinks, heads);
-  p.mask.bands = memory_.copy(p.mask.bands, 2 * heads);
   report = {};
   problem.params.report.tile_maxima = nullptr;
   const Plan tiles = plan(params, decode);
@@ -156,6 +171,45 @@ void DeviceProblem::download() {
   check::download(problem_.gap_histogram, r.gap_histogram);
   check::download(problem_.tile_maxima, r.tile_maxima);
   check::download(problem_.tile_bits, r.tile_bits);
+}
+
+DeviceBackward::DeviceBackward(BackwardProblem& problem)
+    : params(problem.params), problem_(problem) {
+  const auto rows = problem.forward.lse.size();
+  copy_problem(params.problem, problem.forward, memory_);
+  Gradients& g = params.gradients;
+  for (View* view : {&g.dout, &g.dq, &g.dk, &g.dv}) *view = memory_.copy(*view);
+  g.lse = memory_.copy(g.lse, rows);
+  g.dlse = memory_.copy(g.dlse, rows);
+  g.tile_bits = memory_.copy(g.tile_bits, problem.forward.tile_bits.size());
+  g.dsinks = memory_.copy(g.dsinks, problem.dsinks.size());
+  params.execution = {.backend = BLASST_BACKEND_CUDA};
+  const Plan plan = backward_plan(params);
+  params.execution.workspace_bytes = plan.workspace_bytes;
+  params.execution.workspace = memory_.allocate(plan.workspace_bytes);
+  must(cudaMemset(params.execution.workspace, 0xff, plan.workspace_bytes));
+}
+
+void DeviceBackward::mark() {
+  problem_.mark();
+  const Gradients &on_host = problem_.params.gradients, &on_device = params.gradients;
+  for (const auto& [host, device] :
+       {std::pair{&on_host.dq, &on_device.dq}, std::pair{&on_host.dk, &on_device.dk},
+        std::pair{&on_host.dv, &on_device.dv}})
+    DeviceMemory::write(device->data, host->data, bytes_of(*host));
+  upload(problem_.dsinks, on_device.dsinks);
+}
+
+void DeviceBackward::launch() { backward(params); }
+
+void DeviceBackward::download() {
+  synchronize();
+  const Gradients &on_host = problem_.params.gradients, &on_device = params.gradients;
+  for (const auto& [host, device] :
+       {std::pair{&on_host.dq, &on_device.dq}, std::pair{&on_host.dk, &on_device.dk},
+        std::pair{&on_host.dv, &on_device.dv}})
+    DeviceMemory::read(host->data, device->data, bytes_of(*host));
+  check::download(problem_.dsinks, on_device.dsinks);
 }
 
 }  // namespace blasst::check

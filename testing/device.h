@@ -6,12 +6,16 @@
 #include <memory>
 #include <vector>
 
+#include "testing/backward.h"
 #include "testing/problem.h"
 
 namespace blasst::check {
 
 // A problem like `c` that the GPU takes: its types, dimensions, pages, strides, query rows.
 Case for_gpu(Case c);
+
+// The same of case `c` as one that has a backward there.
+Case differentiable_on_gpu(Case c);
 
 // Parameters of the problem as the GPU is called with, host pointers still.
 AttentionParams gpu_params(const Problem& problem);
@@ -68,6 +72,23 @@ class DeviceProblem {
 
  private:
   Problem& problem_;
+  DeviceMemory memory_;
+};
+
+// The same of a backward, whose forward has run on the GPU.
+class DeviceBackward {
+ public:
+  explicit DeviceBackward(BackwardProblem& problem);
+
+  BackwardParams params;  // pointers into the device; a test may change what it wants
+
+  void mark();
+  void launch();
+  void download();
+  void run() { mark(), launch(), download(); }
+
+ private:
+  BackwardProblem& problem_;
   DeviceMemory memory_;
 };
 

@@ -230,7 +230,8 @@ std::vector<int64_t> plan_of(std::string phase, std::string device, std::string 
   params.execution.backend = choose("device", device,
                                     std::array{std::pair{Name("cpu"), BLASST_BACKEND_CPU},
                                                std::pair{Name("cuda"), BLASST_BACKEND_CUDA}});
-  params.execution.threads = static_cast<int32_t>(torch::stable::get_num_threads());
+  if (params.execution.backend == BLASST_BACKEND_CPU)
+    params.execution.threads = static_cast<int32_t>(torch::stable::get_num_threads());
   const blasst::Plan found =
       plan(params, choose("phase", phase,
                           std::array{std::pair{Name("prefill"), Phase::kPrefill},

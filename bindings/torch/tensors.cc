@@ -49,6 +49,13 @@ Tensor readable(const Tensor& t) {
   return t.numel() == 0 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
 
+Tensor aligned(const Tensor& t) {
+  const int64_t pieces = 16 / element_bytes(dtype_of("tensor", t));
+  bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) fits = fits && t.stride(i) % pieces == 0;
+  return fits ? readable(t) : torch::stable::clone(torch::stable::contiguous(t));
+}
+
 View view_of(const Tensor& t) {
   const int64_t dims = t.dim();
   std::vector<int64_t> strides(t.strides().begin(), t.strides().end());

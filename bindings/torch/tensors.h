@@ -114,6 +114,9 @@ Enum choose(std::string_view name, std::string_view value,
 // Tensors whose last dimension is not contiguous are copied; everything else is read in place.
 Tensor readable(const Tensor& t);
 
+// The same for the GPU, which reads whole 16 bytes: for what torch lays out, not the caller.
+Tensor aligned(const Tensor& t);
+
 // [request, token, head, element] of a 4-d tensor, [token, head, element] of a 3-d one. The last
 // dimension must be contiguous; a dimension of one element may have any stride.
 View view_of(const Tensor& t);

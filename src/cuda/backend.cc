@@ -11,6 +11,7 @@
 #include "cuda/core/runtime.h"
 #include "cuda/merge.h"
 #include "cuda/pages.h"
+#include "cuda/sm90/backward/plan.h"
 #include "cuda/sm90/decode/plan.h"
 #include "cuda/sm90/prefill/plan.h"
 #include "cuda/usable.h"
@@ -84,10 +85,7 @@ void check_memory(const Report& report, const MemoryCheck& check_array) {
   check_array("report.tile_maxima", report.tile_maxima);
 }
 
-void check_device(const AttentionParams& params) {
-  check_usable();
-  const blasst_problem& p = params.problem;
-  const MemoryCheck check_array;
+void check_memory(const blasst_problem& p, const MemoryCheck& check_array) {
   check_array("q.data", p.q.data);
   check_array("out.data", p.out.data);
   check_memory(p.kv, check_array);
@@ -95,6 +93,31 @@ void check_device(const AttentionParams& params) {
   check_array("query_lengths", p.query_lengths);
   check_array("sinks", p.sinks);
   check_array("mask.bands", p.mask.bands);
+}
+
+void check_memory(const Gradients& g, const MemoryCheck& check_array) {
+  check_array("dout.data", g.dout.data);
+  check_array("lse", g.lse);
+  check_array("dlse", g.dlse);
+  check_array("tile_bits", g.tile_bits);
+  check_array("dq.data", g.dq.data);
+  check_array("dk.data", g.dk.data);
+  check_array("dv.data", g.dv.data);
+  check_array("dsinks", g.dsinks);
+}
+
+void check_device(const BackwardParams& params) {
+  check_usable();
+  const MemoryCheck check_array;
+  check_memory(params.problem, check_array);
+  check_memory(params.gradients, check_array);
+  check_array("workspace", params.execution.workspace);
+}
+
+void check_device(const AttentionParams& params) {
+  check_usable();
+  const MemoryCheck check_array;
+  check_memory(params.problem, check_array);
   check_array("test.values", params.decision.test.values);
   check_memory(params.report, check_array);
   check_array("workspace", params.execution.workspace);
@@ -126,9 +149,7 @@ class Cuda : public api::Backend {
     return phase == Phase::kDecode ? decode::plan(params) : prefill::plan(params);
   }
 
-  Plan plan(const BackwardParams&) const override {
-    refuse("there is no backward; the cpu (1) has one");
-  }
+  Plan plan(const BackwardParams& params) const override { return backward::plan(params); }
 
   void run(const AttentionParams& params, Phase phase) const override {
     if (phase == Phase::kDecode) {
@@ -142,7 +163,11 @@ class Cuda : public api::Backend {
     }
   }
 
-  void run(const BackwardParams& params) const override { plan(params); }
+  void run(const BackwardParams& params) const override {
+    const backward::Launch launch = backward::plan_launch(params);
+    check_device(params);
+    backward::launch(launch);
+  }
 
   void merge(const MergeParams& params) const override {
     problem::check_merge(params);

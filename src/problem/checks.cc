@@ -285,6 +285,38 @@ void check_not_shared(std::string_view out_name, const View& out, std::string_vi
     fail("{} and {} share memory; {} needs a buffer of its own", out_name, name, out_name);
 }
 
+void check_gradients(const BackwardParams& params) {
+  const blasst_problem& p = params.problem;
+  const Gradients& g = params.gradients;
+  if (!g.lse && all_rows(p) > 0) fail("lse is null; backward needs what prefill reported");
+  if (g.dsinks && !p.sinks) fail("dsinks is set but sinks is null");
+  const RowTensor rows = query_tensor(p), keys = key_tensor(p);
+  check_view("dout", g.dout, rows.outer, rows.tokens, p.heads, p.value_dim);
+
+  struct Gradient {
+    std::string_view name;
+    const View& view;
+    RowTensor rows;
+    int64_t heads, dim;
+  };
+  const std::array gradients{Gradient{"dq", g.dq, rows, p.heads, p.head_dim},
+                             Gradient{"dk", g.dk, keys, p.kv_heads, p.head_dim},
+                             Gradient{"dv", g.dv, keys, p.kv_heads, p.value_dim}};
+  const std::array<std::pair<std::string_view, const View*>, 5> inputs{
+      {{"q", &p.q}, {"k", &p.kv.k}, {"v", &p.kv.v}, {"out", &p.out}, {"dout", &g.dout}}};
+  for (size_t i = 0; i < gradients.size(); ++i) {
+    const Gradient& gradient = gradients[i];
+    const auto [outer, tokens] = gradient.rows;
+    check_view(gradient.name, gradient.view, outer, tokens, gradient.heads, gradient.dim);
+    if (outer > 0 && tokens > 0)
+      check_no_overlap(gradient.name, gradient.view, outer, tokens, gradient.heads, gradient.dim);
+    for (const auto& [name, input] : inputs)
+      check_not_shared(gradient.name, gradient.view, name, *input);
+    for (size_t other = 0; other < i; ++other)
+      check_not_shared(gradient.name, gradient.view, gradients[other].name, gradients[other].view);
+  }
+}
+
 void check_merge(const MergeParams& p) {
   check_struct_size("params", p.struct_size, sizeof p);
   check_execution(p.execution);

@@ -74,6 +74,10 @@ void check_no_overlap(std::string_view name, const View& view, int64_t outer, in
 void check_not_shared(std::string_view out_name, const View& out, std::string_view name,
                       const View& input);
 
+// What backward has beside the forward's problem: LSE, and views in which no gradient shares
+// memory.
+void check_gradients(const BackwardParams& params);
+
 // Everything about a merge.
 void check_merge(const MergeParams& params);
 

@@ -237,33 +237,8 @@ BackwardProblem make_problem(const BackwardParams& params) {
                     .dlse = given.dlse,
                     .tile_bits = given.tile_bits,
                     .dsinks = given.dsinks};
-  const Problem& p = b.forward;
-  check_no_shared_page(p);
-  if (!b.lse && p.rows > 0) fail("lse is null; backward needs what prefill reported");
-  if (b.dsinks && !p.sinks) fail("dsinks is set but sinks is null");
-  const RowTensor rows = p.query_tensor(), keys = p.key_tensor();
-  check_view("dout", b.dout, rows.outer, rows.tokens, p.heads, p.value_dim);
-
-  struct Gradient {
-    std::string_view name;
-    const View& view;
-    RowTensor rows;
-    int64_t heads, dim;
-  };
-  const std::array gradients{Gradient{"dq", b.dq, rows, p.heads, p.head_dim},
-                             Gradient{"dk", b.dk, keys, p.kv_heads, p.head_dim},
-                             Gradient{"dv", b.dv, keys, p.kv_heads, p.value_dim}};
-  const std::array<std::pair<std::string_view, const View*>, 5> inputs{
-      {{"q", &p.q}, {"k", &p.kv.k}, {"v", &p.kv.v}, {"out", &p.out}, {"dout", &b.dout}}};
-  for (size_t i = 0; i < gradients.size(); ++i) {
-    const Gradient& g = gradients[i];
-    const auto [outer, tokens] = g.rows;
-    check_view(g.name, g.view, outer, tokens, g.heads, g.dim);
-    if (outer > 0 && tokens > 0) check_no_overlap(g.name, g.view, outer, tokens, g.heads, g.dim);
-    for (const auto& [name, input] : inputs) check_not_shared(g.name, g.view, name, *input);
-    for (size_t other = 0; other < i; ++other)
-      check_not_shared(g.name, g.view, gradients[other].name, gradients[other].view);
-  }
+  check_no_shared_page(b.forward);
+  check_gradients(params);
   return b;
 }
 

@@ -234,8 +234,6 @@ def test_wrong_tensors_are_errors() -> None:
         blasst.attention(q, odd, v)
     with pytest.raises(NotImplementedError, match="float32; it does bfloat16 and float16"):
         blasst.attention(q.float(), k.float(), v.float())
-    with pytest.raises(NotImplementedError, match="no backward pass on cuda"):
-        blasst.attention(q.requires_grad_(), k, v).sum().backward()
 
 
 @pytest.mark.parametrize("paged", [False, True])

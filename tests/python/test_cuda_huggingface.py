@@ -51,6 +51,22 @@ def test_logits_of_padded_batches(name: str, side: str) -> None:
     assert ours < 2 * own
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2_softcap"])
+def test_gradients_of_training(name: str, checkpointed: bool) -> None:
+    ids = tokens(2, 300)
+
+    def run(model: PreTrainedModel) -> torch.Tensor:
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    own, ours = errors(name, run)
+    assert ours < 2 * own
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @torch.inference_mode()
 def test_decode_with_a_static_cache(compiled: bool) -> None:

@@ -510,5 +510,5 @@ def test_several_processes_are_sent_to_the_trainer(tmp_path, monkeypatch, capsys
 def test_another_device_than_the_cpu_is_refused(options, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(models.Loading, "__post_init__", lambda self: None)  # finds no GPU here
     plan, loading = TrainingPlan(), models.Loading(**options)
-    with pytest.raises(ValueError, match=f"runs on the CPU, not on {wanted}: the backward pass"):
+    with pytest.raises(ValueError, match=f"runs on the CPU, not on {wanted}"):
         finetune.fine_tune("smollm2", plan, out=tmp_path / "out", loading=loading)

@@ -187,8 +187,8 @@ def attention(
         ValueError: shapes, numbers or names out of range, arguments that contradict each other,
             tensors on different devices; the message says what was passed and what is accepted.
         NotSupportedError: what this build or device does not do; thresholds that require a
-            gradient; in the backward pass of a decode, of int8 scores, of pages that requests
-            share, on cuda, or of a backward pass.
+            gradient; in the backward pass of a decode, of int8 scores, of pages (on cuda: all; on
+            the CPU: those that requests share), or of a backward pass.
     """
     places = {
         "starts": starts,
@@ -235,16 +235,17 @@ def attention(
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with_gradient = _with_gradient(out, (q, k, v, sinks))
-    # A backward pass needs the forward's lse and its decisions.
-    has_backward = phase == "prefill" and q.device.type == "cpu" and scores == "exact"
-    differentiable = with_gradient and has_backward
+    decision = decision_of(threshold, threshold_scale_factor, absolute_threshold, q.device)
+    # A backward pass needs the forward's lse and, where tiles may be skipped, its decisions.
+    differentiable = with_gradient and phase == "prefill" and scores == "exact"
+    may_skip = decision["test"] != "none"
     wanted = {
         "lse": return_lse or differentiable,
         "dropped_mass_bound": return_error_bound,
         "tiles": return_stats,
         "gaps": return_gaps,
         "maxima": return_tile_maxima,
-        "bits": differentiable or return_tile_mask,
+        "bits": (differentiable and may_skip) or return_tile_mask,
     }
     results = call(
         phase if out is None else f"{phase}_into",
@@ -252,7 +253,7 @@ def attention(
         **{"q": q, "k": k, "v": v, **places, "sinks": sinks, "causal": causal, "order": order},
         **{"scale": scale or 0.0, "softcap": softcap or 0.0},
         **mask_of(window, bands, blocks, q.device),
-        **decision_of(threshold, threshold_scale_factor, absolute_threshold, q.device),
+        **decision,
         **{f"want_{name}": want for name, want in wanted.items()},
         **{"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scores": scores},
     )

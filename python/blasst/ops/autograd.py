@@ -18,6 +18,7 @@ def _save_for_backward(
     saved = {name: arguments[name] for name in names("prefill_backward") if name in arguments}
     saved |= {"out": out, "lse": reported.pop("lse"), "bits": reported["bits"]}
     ctx.scores = arguments["scores"] or "exact"
+    ctx.may_skip = arguments["test"] != "none"
     ctx.others = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
     ctx.names = [name for name in saved if name not in ctx.others]
     ctx.save_for_backward(*(saved[name] for name in ctx.names))
@@ -29,20 +30,15 @@ def _backward(
     ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
-    device = saved["q"].device
-    if device.type != "cpu":
-        raise NotSupportedError(
-            f"blasst.attention has no backward pass on {device}; it has one on: cpu"
-        )
     if ctx.scores != "exact":
         raise NotSupportedError(
             f"blasst.attention with scores={ctx.scores!r} has no backward pass: run it under "
             "torch.no_grad(), or pass scores='exact'"
         )
-    if saved["lse"] is None or saved["bits"] is None:
+    if saved["lse"] is None or (ctx.may_skip and saved["bits"] is None):
         raise NotSupportedError(
-            "torch.ops.blasst.prefill has a backward pass only with want_lse=True and "
-            "want_bits=True"
+            "torch.ops.blasst.prefill has a backward pass only with want_lse=True and, where tiles "
+            "may be skipped, want_bits=True"
         )
     dout = torch.zeros_like(saved["out"]) if dout is None else dout
     dq, dk, dv, dsinks = call("prefill_backward", dout=dout, dlse=dlse, **saved)

@@ -95,8 +95,8 @@ class _Run:
         if loading.device not in (None, "cpu") or loading.device_map is not None:
             wanted = loading.device or f"device_map={loading.device_map!r}"
             raise ValueError(
-                f"fine-tuning runs on the CPU, not on {wanted}: the backward pass has no kernels "
-                "for a GPU"
+                f"fine_tune runs on the CPU, not on {wanted}; on a GPU train with Transformers' "
+                "Trainer and blasst.training.SparsitySchedule"
             )
         self.name, self.plan, self.out, self.progress = name, plan, out, progress
         self.loading = loading

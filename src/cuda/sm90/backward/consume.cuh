@@ -1,0 +1,493 @@
+// A warpgroup that multiplies: scores, their weights and gradients, and the sums of 64 rows or
+// keys.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/core/fragment.cuh"
+#include "cuda/core/math.cuh"
+#include "cuda/sm90/backward/work.cuh"
+#include "cuda/sm90/core/ring.cuh"
+#include "cuda/sm90/core/wgmma.cuh"
+
+namespace blasst::cuda::backward {
+
+using Scores = float[kBlock / 2];      // a thread's share of 64 x 64
+using Weights = uint32_t[kBlock / 4];  // the same, in the element type
+
+// A block that passes by, where it is and how it is seen.
+struct Visit {
+  int first_stage, second_stage;
+  bool masked;  // some of its scores may not be seen
+};
+
+template <typename L, typename T>
+class Consumer {
+  using Block = typename L::Block;
+  using Shared = typename L::Shared;
+  using Sums = float[L::kDim / 2];
+  using Square = ptx::Wgmma<T, kBlock>;
+  static constexpr bool kKeys = L::kSide == Side::kKeys;
+
+ public:
+  __device__ Consumer(const Params& b, Shared& s)
+      : b_(b),
+        p_(b.forward),
+        s_(s),
+        w_(s.work),
+        base_(ptx::opaque(ptx::shared_address(&s))),
+        warpgroup_(ptx::warp_uniform(threadIdx.x / 128) - 1) {
+    const int block = L::kByGradient ? 0 : warpgroup_;
+    if constexpr (kKeys) {
+      first_ = w_.tile * L::kTileKeys + block * kBlock;
+      count_ = w_.spans.keys.count - first_;
+    } else {
+      const int row = (w_.tile + block) * kQueryTileRows;
+      first_ = row + w_.spans.offset;
+      count_ = w_.spans.rows.count - row;
+    }
+    first_ = ptx::warp_uniform(first_), count_ = ptx::warp_uniform(count_);
+  }
+
+  __device__ void run() {
+    ptx::mbarrier_wait(address(s_.barriers.fixed_full), 0);
+    if constexpr (!L::kByGradient)
+      find_all();
+    else if (warpgroup_ == 0)
+      find_values_gradient();
+    else
+      find_keys_gradient();
+  }
+
+ private:
+  // --- the loops --------------------------------------------------------------------------------
+
+  // dk and dv, or dq. Products of the tensor cores are started in this order and end in it:
+  // scores and weights' gradients of a block, dv of it, scores of the next, dk or dq of it,
+  // weights' gradients of the next. What threads compute meanwhile stands between.
+  __device__ __forceinline__ void find_all() {
+    if constexpr (!kKeys) load_rows();
+    Sums dk, dv;  // dq is in dk
+    clear(dk);
+    if constexpr (kKeys) clear(dv);
+    Scores s, dp;
+    Weights p, ds;
+    Visit at, before;
+    // Blocks that follow each other; those in between are another warpgroup's.
+#pragma unroll 1
+    while (take(at)) {
+      start_scores(s, at);
+      ptx::wgmma_commit();  // where a later block has sums
+      start_dweights(dp, at);
+#pragma unroll 1
+      for (bool is_first = true;; is_first = false) {
+        // 1. Weights, under the sums of the block before and this one's gradients of weights.
+        ptx::wgmma_wait<2>();
+        ptx::fence_registers(s);
+        weigh(s, p, at);
+        if constexpr (kKeys) {
+          start_dv(dv, p, at);
+          // 2. Gradients of scores, under dv.
+          ptx::wgmma_wait<1>();
+        } else {
+          ptx::wgmma_wait<0>();
+        }
+        ptx::fence_registers(dp);
+        if (!is_first) release_first(before);
+        if constexpr (!kKeys) release_second(at);
+        differentiate(s, dp, at);
+        if constexpr (kKeys) {
+          ptx::wgmma_wait<0>();  // p's registers are needed
+          ptx::fence_registers(dv);
+          ptx::fence_registers(s);
+          release_second(at);
+        }
+        pack(s, ds);
+        before = at;
+        if (!next_is_wanted()) break;
+        take(at);
+        // 3. The next scores come before the sums that nobody waits for.
+        start_scores(s, at);
+        start_sums(dk, ds, before);
+        start_dweights(dp, at);
+      }
+      start_sums(dk, ds, before);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(dk);
+      // Who waits for a later block must not hold this one: the blocks between need its room.
+      release_first(before);
+    }
+    if constexpr (kKeys) {
+      store(dk, b_.scale, b_.dk);
+      store(dv, 1, b_.dv);
+    } else {
+      store(dk, b_.scale, b_.dq);
+    }
+  }
+
+  // dv, where the other warpgroup finds dk.
+  __device__ __forceinline__ void find_values_gradient() {
+    Sums dv;
+    clear(dv);
+    Visit at;
+    if (take(at)) {
+      Scores s;
+      Weights p;
+      Ring<L::kHandovers> handover;
+      start_scores(s, at);
+      Visit before = at;
+      bool any_before = false;
+#pragma unroll 1
+      for (;;) {
+        // 1. Weights, under the other warpgroup's products. Those in registers are read until the
+        // product is waited for.
+        ptx::wgmma_wait<0>();
+        ptx::fence_registers(s);
+        ptx::fence_registers(dv);
+        if (any_before) release_second(before);
+        weigh(s, p, at);
+        release_first(at);
+        // 2. The other warpgroup goes on with them.
+        ptx::mbarrier_wait(address(s_.barriers.weights_empty[handover.stage]), handover.phase ^ 1);
+#pragma unroll
+        for (int i = 0; i < kBlock / 2; ++i)
+          s_.weights[handover.stage][i][threadIdx.x % 128] = s[i];
+        arrive(address(s_.barriers.weights_full[handover.stage]));
+        handover.next();
+        before = at;
+        any_before = true;
+        if (!take(at)) break;
+        start_scores(s, at);
+        start_dv(dv, p, before);
+      }
+      start_dv(dv, p, before);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(dv);
+    }
+    store(dv, 1, b_.dv);
+  }
+
+  // dk, from the other warpgroup's weights.
+  __device__ __forceinline__ void find_keys_gradient() {
+    Sums dk;
+    clear(dk);
+    Visit at;
+    if (take(at)) {
+      Scores dp;
+      Weights ds;
+      Ring<L::kHandovers> handover;
+      start_dweights(dp, at);
+      ptx::wgmma_commit();
+      Visit before = at;
+      bool any_before = false;
+#pragma unroll 1
+      for (;;) {
+        ptx::wgmma_wait<1>();
+        ptx::fence_registers(dp);
+        release_second(at);
+        Scores s;
+        ptx::mbarrier_wait(address(s_.barriers.weights_full[handover.stage]), handover.phase);
+#pragma unroll
+        for (int i = 0; i < kBlock / 2; ++i)
+          s[i] = s_.weights[handover.stage][i][threadIdx.x % 128];
+        arrive(address(s_.barriers.weights_empty[handover.stage]));
+        handover.next();
+        differentiate(s, dp, at);
+        ptx::wgmma_wait<0>();
+        ptx::fence_registers(dk);
+        ptx::fence_registers(s);
+        if (any_before) release_first(before);
+        pack(s, ds);
+        before = at;
+        any_before = true;
+        if (!take(at)) break;
+        start_dweights(dp, at);
+        start_sums(dk, ds, before);
+      }
+      start_sums(dk, ds, before);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(dk);
+    }
+    store(dk, b_.scale, b_.dk);
+  }
+
+  // --- blocks that pass by ----------------------------------------------------------------------
+
+  // The next block that this warpgroup wants; false: there is none.
+  __device__ __forceinline__ bool take(Visit& at) {
+#pragma unroll 1
+    for (;;) {
+      ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.first_full) + 8 * first_ring_.stage,
+                         first_ring_.phase);
+      const Step& step = s_.step[first_ring_.stage];
+      const unsigned wanted = ptx::warp_uniform(step.wanted);
+      if (wanted == 0) return false;
+      at = {first_ring_.stage, second_ring_.stage, false};
+      second_phase_ = second_ring_.phase;
+      first_ring_.next();
+      second_ring_.next();
+      if (wanted >> warpgroup_ & 1) {
+        at.masked = ptx::warp_uniform(!all_seen(step));
+        if (at.masked && step.count < kBlock) [[unlikely]]
+          clear(at, step.count);
+        return true;
+      }
+      // The barriers of its second operand must be in this phase, too.
+      wait_second(at);
+      release_first(at);
+      release_second(at);
+    }
+  }
+
+  __device__ __forceinline__ bool next_is_wanted() const {
+    ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.first_full) + 8 * first_ring_.stage,
+                       first_ring_.phase);
+    return ptx::warp_uniform(s_.step[first_ring_.stage].wanted) >> warpgroup_ & 1;
+  }
+
+  // Whether every row sees every key, and all that passes by exists.
+  __device__ __forceinline__ bool all_seen(const Step& step) const {
+    const int row = kKeys ? step.first : first_, key = kKeys ? first_ : step.first;
+    return step.count >= kBlock && step.least <= row - (key + kBlock - 1) &&
+           row + kBlock - 1 - key <= step.most;
+  }
+
+  // What is behind the last row or key may be anything, NaN too, and 0 * NaN is not 0.
+  __device__ __forceinline__ void clear(const Visit& at, int valid) {
+    wait_second(at);
+    const int vectors = (kBlock - valid) * (kPanelRowBytes / 16);
+    for (const uint32_t block : {first_block(at), second_block(at)}) {
+#pragma unroll 1
+      for (int panel = 0; panel < Block::kCount; ++panel) {
+        const uint32_t from = block + panel * Block::kPanelBytes + valid * kPanelRowBytes;
+#pragma unroll 1
+        for (int i = threadIdx.x % 128; i < vectors; i += 128)
+          asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(from + 16 * i), "r"(0)
+                       : "memory");
+      }
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(1 + warpgroup_, 128);
+  }
+
+  __device__ __forceinline__ uint32_t first_block(const Visit& at) const {
+    return base_ + offsetof(Shared, first) + at.first_stage * Block::kBytes;
+  }
+  __device__ __forceinline__ uint32_t second_block(const Visit& at) const {
+    return base_ + offsetof(Shared, second) + at.second_stage * Block::kBytes;
+  }
+  __device__ __forceinline__ void wait_second(const Visit& at) const {
+    ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.second_full) + 8 * at.second_stage,
+                       second_phase_);
+  }
+  __device__ __forceinline__ void release_first(const Visit& at) const {
+    arrive(base_ + offsetof(Shared, barriers.first_empty) + 8 * at.first_stage);
+  }
+  __device__ __forceinline__ void release_second(const Visit& at) const {
+    arrive(base_ + offsetof(Shared, barriers.second_empty) + 8 * at.second_stage);
+  }
+  // For all of the warp, when all of it is done.
+  __device__ __forceinline__ void arrive(uint32_t barrier) const {
+    __syncwarp();
+    ptx::mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
+  }
+
+  // --- products ---------------------------------------------------------------------------------
+
+  // 64 x 64: what stays times what passes by.
+  __device__ __forceinline__ void start_square(Scores& t, int operand, uint32_t passing) const {
+    const int block = L::kByGradient ? 0 : warpgroup_;
+    const uint64_t fixed = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, fixed)),
+                                        (operand * L::kFixedBlocks + block) * Block::kBytes);
+    const uint64_t other = ptx::wgmma_descriptor(passing);
+    ptx::fence_registers(t);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < L::kDim / 16; ++step) {
+      const int offset = step / 4 * Block::kPanelBytes + step % 4 * 32;
+      const uint64_t x = ptx::advance(fixed, offset), y = ptx::advance(other, offset);
+      step == 0 ? Square::first(t, x, y) : Square::add(t, x, y);
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void start_scores(Scores& s, const Visit& at) const {
+    start_square(s, 0, first_block(at));
+  }
+  __device__ __forceinline__ void start_dweights(Scores& dp, const Visit& at) const {
+    wait_second(at);
+    start_square(dp, 1, second_block(at));
+  }
+
+  // Here, not later: the assembler serialises products among which sums are first written.
+  __device__ __forceinline__ static void clear(Sums& sums) {
+#pragma unroll
+    for (float& x : sums) x = 0;
+    ptx::fence_registers(sums);
+  }
+
+  // sums += weights * block.
+  __device__ __forceinline__ void add(Sums& sums, const Weights& weights, uint32_t block) const {
+    const uint64_t rows = ptx::wgmma_descriptor(block, Block::kPanelBytes);
+    ptx::fence_registers(sums);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kBlock / 16; ++step) {
+      ptx::Wgmma<T, L::kDim>::add_registers_by_columns(
+          sums, weights + 4 * step, ptx::advance(rows, 16 * step * kPanelRowBytes));
+    }
+    ptx::wgmma_commit();
+  }
+  __device__ __forceinline__ void start_dv(Sums& dv, const Weights& p, const Visit& at) const {
+    add(dv, p, second_block(at));
+  }
+  __device__ __forceinline__ void start_sums(Sums& sums, const Weights& ds, const Visit& at) const {
+    add(sums, ds, first_block(at));
+  }
+
+  // --- weights ----------------------------------------------------------------------------------
+
+  // The thread's rows of its fragment, and its columns of every 8 (core/fragment.cuh).
+  __device__ __forceinline__ static int fragment_row(int r) {
+    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+  }
+  __device__ __forceinline__ static int fragment_column() { return 2 * (threadIdx.x % 4); }
+
+  // Of the rows whose gradients these are.
+  __device__ __forceinline__ void load_rows() {
+    const RowBlock& rows =
+        b_.rows[int64_t{w_.head} * b_.query_tiles + first_query_tile(p_, w_.request) + w_.tile +
+                (count_ > 0 ? warpgroup_ : 0)];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      lse_[r] = rows.lse[fragment_row(r)], delta_[r] = rows.delta[fragment_row(r)];
+  }
+
+  // x(i, j) of the fragment's elements; of each the LSE's or delta's row.
+  template <typename Each>
+  __device__ __forceinline__ void for_pairs(const float* of_rows, const float (&mine)[2],
+                                            const Each& each) const {
+#pragma unroll
+    for (int j = 0; j < kBlock / 8; ++j) {
+      float2 row = {};
+      if constexpr (kKeys)
+        row = *reinterpret_cast<const float2*>(of_rows + 8 * j + fragment_column());
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if constexpr (!kKeys) row = {mine[r], mine[r]};
+        each(4 * j + 2 * r, row);
+      }
+    }
+  }
+
+  // Scores become weights, p the same in the element type. With a soft cap, s is then d weight / d
+  // (scale * q.k), which has the cap's slope.
+  __device__ __forceinline__ void weigh(Scores& s, Weights& p, const Visit& at) const {
+    if (at.masked) [[unlikely]]
+      mask(s, at, -INFINITY);
+    const float* lse = s_.rows[kKeys ? at.first_stage : 0].lse;
+    if constexpr (L::kCapped) {
+      for_pairs(lse, lse_, [&](int i, float2 row) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          // tanh and its slope, both without cancellation.
+          const float raw = s[i + e];
+          const float u = exp2_approx(-2 * kLog2e * fabsf(raw * p_.softcap_scale));
+          const float part = __fdividef(1, 1 + u);
+          const float tanh = copysignf((1 - u) * part, raw);
+          const float log2 = fmaf(tanh, p_.score_to_log2, e == 0 ? -row.x : -row.y);
+          x[e] = raw == -INFINITY ? 0 : exp2_approx(log2);
+          s[i + e] = x[e] * (4 * u * part * part);
+        }
+        p[i / 2] = pack2<T>(x[0], x[1]);
+      });
+    } else {
+      for_pairs(lse, lse_, [&](int i, float2 row) {
+        s[i] = exp2_approx(fmaf(s[i], p_.score_to_log2, -row.x));
+        s[i + 1] = exp2_approx(fmaf(s[i + 1], p_.score_to_log2, -row.y));
+        p[i / 2] = pack2<T>(s[i], s[i + 1]);
+      });
+    }
+  }
+
+  // Weights and their gradients become gradients of scores.
+  __device__ __forceinline__ void differentiate(Scores& s, const Scores& dp,
+                                                const Visit& at) const {
+    for_pairs(s_.rows[kKeys ? at.first_stage : 0].delta, delta_, [&](int i, float2 row) {
+      s[i] *= dp[i] - row.x;
+      s[i + 1] *= dp[i + 1] - row.y;
+    });
+    // A gradient may be NaN or infinite where the row does not see the key.
+    if (at.masked) [[unlikely]]
+      mask(s, at, 0);
+  }
+
+  __device__ __forceinline__ static void pack(const Scores& s, Weights& p) {
+#pragma unroll
+    for (int i = 0; i < kBlock / 4; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ void mask(Scores& s, const Visit& at, float masked) const {
+    const Step& step = s_.step[at.first_stage];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // Rows that see a key, or keys that a row sees, among those that pass by.
+      const int i = first_ + fragment_row(r);
+      const int begin = kKeys ? i + step.least : i - step.most;
+      const int end = (kKeys ? i + step.most : i - step.least) + 1;
+      const Range seen = {max(begin, step.first), min(end, step.first + step.count)};
+      mask_row(s, r, seen, step.first + fragment_column(), masked);
+    }
+  }
+
+  // --- gradients --------------------------------------------------------------------------------
+
+  // Writes the 64 rows or keys.
+  __device__ __forceinline__ void store(const Sums& sums, float factor,
+                                        const OutputRows& to) const {
+    T* first = static_cast<T*>(to.data);
+    if constexpr (kKeys) {
+      first += w_.kv_head * to.stride_head + (w_.spans.keys.first + first_) * to.stride_token;
+      if (!p_.keys.cu_seqlens) first += w_.request * to.stride_request;
+    } else {
+      const int row = w_.spans.rows.first + first_ - w_.spans.offset;
+      first +=
+          w_.head * to.stride_head + prefill::row_in_tensor(p_, w_.request, row) * to.stride_token;
+      if (!p_.cu_seqlens_q) first += w_.request * to.stride_request;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = fragment_row(r);
+      T* at = first + row * to.stride_token + 8 * (threadIdx.x % 4);
+      // The four threads of a row trade pairs, so that each has eight elements side by side.
+#pragma unroll
+      for (int j = 0; j < L::kDim / 32; ++j) {
+        uint32_t x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float* pair = &sums[16 * j + 4 * e + 2 * r];
+          x[e] = pack2<T>(pair[0] * factor, pair[1] * factor);
+        }
+        transpose_in_quad(x);
+        if (row < count_)
+          *reinterpret_cast<uint4*>(at + 32 * j) = make_uint4(x[0], x[1], x[2], x[3]);
+      }
+    }
+  }
+
+  const Params& b_;
+  const prefill::Params& p_;
+  Shared& s_;
+  const Work& w_;
+  const uint32_t base_;  // address of s_
+  const int warpgroup_;
+  int first_,
+      count_;  // what stays: position of its first row, or its first key; how many there are
+  Ring<L::kFirstStages> first_ring_;  // the next to take
+  Ring<L::kSecondStages> second_ring_;
+  uint32_t second_phase_ = 0;          // of the block taken last
+  float lse_[2] = {}, delta_[2] = {};  // kQueries: of the thread's rows
+};
+
+}  // namespace blasst::cuda::backward
