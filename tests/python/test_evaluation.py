@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from base64 import b64decode
 
 import numpy as np
@@ -393,6 +394,14 @@ def test_the_report_is_one_page_with_its_plots_inside(results, out):
         "heads.png",
     }
     kept = json.loads((out / "results.json").read_text())
+    about = kept["environment"]
+    assert about["versions"]["blasst"] == blasst.__version__
+    torchs = (about["versions"]["torch"], torch.__version__)
+    assert len({version.partition("+")[0] for version in torchs}) == 1
+    assert (about["dtype"], about["device"]) == (
+        *("float32", f"{torch.get_num_threads()} CPU threads"),
+    )
+    assert re.match(r"[0-9a-f]{40}", about["commit"] or 40 * "0")
     assert kept["tables"]["Perplexity and agreement with dense"][0]["setting"] == Scheme.DENSE
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from blasst.files import write_json
-from blasst.pages import Table, tables_to_dict, write_page
+from blasst.pages import Table, environment, tables_to_dict, write_page
 from blasst.training.plan import TRAINED, Case, TrainingPlan, Way
 from blasst.training.trainer import read_log
 
@@ -76,6 +76,7 @@ def write(title: str, about: str, cases: Sequence[Case], plan: TrainingPlan, out
         {
             "title": title,
             "about": about,
+            "environment": environment(),
             "plan": asdict(plan),
             "cost_of_sparsity": costs(cases),
             "cases": [asdict(case) for case in cases],

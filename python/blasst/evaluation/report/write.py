@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from blasst.calibration import Calibration
 from blasst.evaluation.options import Options
 from blasst.evaluation.report.panels import panels_of
@@ -12,7 +14,7 @@ from blasst.evaluation.report.verdict import verdict
 from blasst.files import write_json
 from blasst.hf.models import Loaded
 from blasst.measure.results import Results
-from blasst.pages import Table, about_run, tables_to_dict, write_page
+from blasst.pages import Table, about_run, environment, tables_to_dict, write_page
 
 RESULT_KINDS = ("text", "time", "needle", "length", "task")
 
@@ -36,12 +38,17 @@ def publish(
     compared = f", compared at every {every} positions" if every > 1 else ""
     about = about_run(f"Texts: {texts}{compared}." if texts else "", loaded.model)
     title = f"{loaded.title} at {options.length} tokens"
-    path = write(title, about, results, calibration, out)
+    path = write(title, about, results, calibration, out, loaded.model)
     return Written(path, tables(results, calibration))
 
 
 def write(
-    title: str, subtitle: str, results: Results, calibration: Calibration | None, out: Path
+    title: str,
+    subtitle: str,
+    results: Results,
+    calibration: Calibration | None,
+    out: Path,
+    model: nn.Module | None = None,
 ) -> Path:
     """Write report.html, its plots as PNG and results.json into a folder; the report's path."""
     every = tables(results, calibration)
@@ -51,6 +58,7 @@ def write(
             "title": title,
             "verdict": verdict(results),
             "about": subtitle,
+            "environment": environment(model),
             "tables": tables_to_dict(every),
             "results": [
                 {"key": [kind, *key], "value": value}
