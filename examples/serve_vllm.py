@@ -12,6 +12,7 @@ file of several thousand tokens. Needs `pip install 'blasst[vllm]'`. The same by
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ def server(model: str, threshold: float | None, port: int, more: list[str]) -> I
                 time.sleep(1)
             yield address
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
 
 
 def answers(address: str) -> bool:

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from blasst.config import parse
+from blasst.config import PHASES, parse
 from blasst.errors import NotSupportedError
 from blasst.integrations import vllm
 from blasst.integrations.vllm import statistics as module
@@ -155,6 +155,13 @@ def test_a_scale_factor_is_divided_by_each_length():
     options = options_of({"blasst": {"decode": {"threshold_scale_factor": 50}}})
     rule = decided(found_in("decode", options), [100, 25]).of_layer(LAYERS[0].name, 4)
     assert rule["thresholds"][:, 0, 0].tolist() == [0.5, 1.0]
+
+
+def test_scores_in_int8():
+    options = options_of({"blasst": {p: {"threshold": 0.1, "scores": "int8"} for p in PHASES}})
+    assert set(found_in("prefill", options).scores.values()) == {"int8"}
+    with pytest.raises(NotSupportedError, match="int8 are asked for in decode"):
+        found_in("decode", options)
 
 
 def test_a_calibration_and_what_it_leaves_out():

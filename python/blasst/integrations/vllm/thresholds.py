@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blasst.config import Schedule, SparseAttention, parse
+from blasst.errors import NotSupportedError
 from blasst.hf import Threshold
 from blasst.hf.saving import CONFIG_KEY, beside
 from blasst.integrations.vllm.options import REQUESTS, Options
@@ -251,7 +252,29 @@ def thresholds_of(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Found:
-    """Where these layers' thresholds come from."""
+    """Where these layers' thresholds come from.
+
+    Raises:
+        NotSupportedError: scores that the phase does not have.
+        ValueError: thresholds for another number of heads or layers, or a layer that `targets` of
+            the calibration leaves out.
+    """
+    found = _found(phase, layers, options, calibration, share, device=device, dtype=dtype)
+    if phase == "decode" and "int8" in found.scores.values():
+        raise NotSupportedError("blasst: scores in int8 are asked for in decode, which has none")
+    return found
+
+
+def _found(
+    phase: str,
+    layers: Sequence[Layer],
+    options: Options,
+    calibration: SparseAttention | None,
+    share: Share,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Found:
     one_for_all = {layer.name: 0 for layer in layers}
     given = options.thresholds.get(phase)
     if given is not None:
