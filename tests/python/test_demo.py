@@ -46,6 +46,14 @@ def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     assert main(["demo", "--out", str(tmp_path)]) == 0, "from what the first run kept"
 
 
+def test_every_model_has_a_demo_on_a_gpu_within_its_context():
+    contexts = {"smollm2": 8192, "gemma3": 32768}
+    assert demo.ON_A_GPU.keys() == demo.SIZES.keys() == contexts.keys() == models.PACKAGED.keys()
+    for name, size in demo.ON_A_GPU.items():
+        assert demo.SIZES[name].lengths[-1] < size.lengths[-1] <= contexts[name]
+        assert max(*size.held_out, *size.other_lengths) < size.lengths[-1]
+
+
 @pytest.mark.parametrize(
     ("there", "has_kernels", "expected"),
     [(False, True, None), (True, True, "cuda"), (True, False, None)],

@@ -24,7 +24,7 @@ TARGETS = (0.5, 0.75)
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does with a model, chosen to take minutes on two cores."""
+    """How much the demo does with a model, chosen to take minutes."""
 
     lengths: tuple[int, ...]
     """Of calibration; the evaluation is at the longest."""
@@ -64,6 +64,28 @@ SIZES = {
 }
 
 
+ON_A_GPU = {
+    "smollm2": replace(
+        SIZES["smollm2"],
+        lengths=(2048, 4096, 8192),
+        held_out=(6144,),
+        other_lengths=(1024, 2048, 4096),
+        prompts=2,
+        texts=5,
+        every=1,
+    ),
+    "gemma3": replace(
+        SIZES["gemma3"],
+        lengths=(8192, 16384),
+        held_out=(12288,),
+        other_lengths=(4096, 8192),
+        prompts=2,
+        texts=4,
+    ),
+}
+"""The same, at lengths where attention takes most of the time."""
+
+
 def demo(
     name: str, out: Path, progress: Progress = silent, loading: models.Loading | None = None
 ) -> Written:
@@ -84,17 +106,18 @@ def demo(
     """
     if name not in SIZES:
         raise ValueError(f"no demo of {name!r}; there is one of {', '.join(SIZES)}")
-    size = SIZES[name]
     check_folder(out)
     loading = loading or models.Loading()
     if loading.device is None and loading.device_map is None:
         loading = replace(loading, device=usable_gpu())
     loaded = models.load(name, loading=loading, progress=progress)
+    size = (ON_A_GPU if loaded.model.device.type == "cuda" else SIZES)[name]
+    texts = prompts.long_enough(loaded.tokenizer, prompts.evaluation_texts(), size.lengths[-1])
     found = _calibration(loaded, size, out / "calibration.json", progress)
     options = Options(
         targets=sorted({*EVALUATED, *TARGETS}),
         length=size.lengths[-1],
-        texts=dict(list(prompts.evaluation_texts().items())[: size.texts]),
+        texts=dict(list(texts.items())[: size.texts]),
         every=size.every,
         needles=size.needles,
         needle_lengths=parts_of(size.lengths[-1], 2),
