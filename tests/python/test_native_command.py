@@ -67,7 +67,7 @@ def test_cuda_without_a_gpu_is_an_error(arguments):
     assert not result.stdout
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("phase", ["prefill", "decode", "backward"])
 def test_verify_and_bench_on_a_gpu(phase):
     if not on_gpu():
         pytest.skip("needs a GPU of compute capability 9.0")
@@ -79,7 +79,6 @@ def test_verify_and_bench_on_a_gpu(phase):
     row = json.loads(result.stdout)
     assert BENCH_FIELDS | ({"gb_per_s"} if phase == "decode" else set()) <= row.keys()
     assert 0.6 < row["sparsity"] < 0.9
-    assert run("bench", "backward", "--backend", "cuda").returncode == 2
 
 
 def test_bench_does_what_every_option_says():

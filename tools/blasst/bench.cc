@@ -302,8 +302,6 @@ Run add_bench(CLI::App& app) {
         *std::ranges::find_if(*choices, [](const Choice& c) { return c.app->parsed(); });
     BenchOptions& options = chosen.options;
     check_usable(options.backend);
-    if (options.phase == Phase::kBackward && options.backend != BLASST_BACKEND_CPU)
-      throw Error(BLASST_UNSUPPORTED, "there is no backward on a GPU; --backend must be cpu");
     if (options.backend != BLASST_BACKEND_CPU && chosen.app->count("--dtype") == 0)
       options.dtype = BLASST_BFLOAT16;
     return bench(options);

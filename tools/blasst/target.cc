@@ -43,7 +43,38 @@ class OnCpu : public Target {
   volatile unsigned long long sink_ = 0;
 };
 
+class BackwardOnCpu : public BackwardTarget {
+ public:
+  BackwardOnCpu(check::Problem& forward, bool with_bits) {
+    forward.run();
+    problem = std::make_unique<check::BackwardProblem>(forward);
+    if (!with_bits) problem->params.gradients.tile_bits = nullptr;
+  }
+
+  void run() override { problem->run(); }
+  void call() override { backward(problem->params); }
+  void finish() override {}
+};
+
 #if BLASST_CUDA
+class BackwardOnGpu : public BackwardTarget {
+ public:
+  BackwardOnGpu(check::Problem& forward, bool with_bits) {
+    check::DeviceProblem(forward).run();
+    problem = std::make_unique<check::BackwardProblem>(forward);
+    problem->params.execution = {.backend = BLASST_BACKEND_CUDA};
+    if (!with_bits) problem->params.gradients.tile_bits = nullptr;
+    device_ = std::make_unique<check::DeviceBackward>(*problem);
+  }
+
+  void run() override { device_->run(); }
+  void call() override { device_->launch(); }
+  void finish() override { check::synchronize(); }
+
+ private:
+  std::unique_ptr<check::DeviceBackward> device_;
+};
+
 class OnGpu : public Target {
  public:
   OnGpu(check::Problem& problem, bool everything)
@@ -87,6 +118,15 @@ std::unique_ptr<Target> make_target(check::Problem& problem, Backend backend,
 #endif
   problem.params.execution.backend = backend;
   return std::make_unique<OnCpu>(problem);
+}
+
+std::unique_ptr<BackwardTarget> make_backward_target(check::Problem& forward, Backend backend,
+                                                     bool with_bits) {
+#if BLASST_CUDA
+  if (backend == BLASST_BACKEND_CUDA) return std::make_unique<BackwardOnGpu>(forward, with_bits);
+#endif
+  forward.params.execution.backend = backend;
+  return std::make_unique<BackwardOnCpu>(forward, with_bits);
 }
 
 check::Case case_for(check::Case c, [[maybe_unused]] Backend backend) {

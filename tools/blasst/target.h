@@ -7,6 +7,7 @@
 #include <string>
 
 #include "blasst/blasst.hpp"
+#include "testing/backward.h"
 #include "testing/problem.h"
 
 namespace blasst::command {
@@ -25,6 +26,22 @@ class Target {
 
 // On a GPU the call reports everything that the problem has room for, or only LSE and statistics.
 std::unique_ptr<Target> make_target(check::Problem& problem, Backend backend, bool everything);
+
+// A forward that has run there, and its backward.
+class BackwardTarget {
+ public:
+  virtual ~BackwardTarget() = default;
+
+  std::unique_ptr<check::BackwardProblem> problem;
+
+  virtual void run() = 0;     // calls, and leaves the gradients in the problem
+  virtual void call() = 0;    // calls
+  virtual void finish() = 0;  // waits for calls
+};
+
+// Along the forward's tile bits, or without them: as if it had kept every tile.
+std::unique_ptr<BackwardTarget> make_backward_target(check::Problem& forward, Backend backend,
+                                                     bool with_bits);
 
 check::Case case_for(check::Case c, Backend backend);  // like `c`, within what the backend does
 Plan plan_on(const check::Problem& problem, Backend backend);
