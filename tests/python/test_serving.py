@@ -10,7 +10,13 @@ from blasst.errors import NotSupportedError
 from blasst.integrations import vllm
 from blasst.integrations.vllm import statistics as module
 from blasst.integrations.vllm.limits import check_layer, most_positions
-from blasst.integrations.vllm.options import Options, options_of, thresholds_of_request
+from blasst.integrations.vllm.options import (
+    REQUESTS,
+    Options,
+    options_of,
+    passes_requests_on,
+    thresholds_of_request,
+)
 from blasst.integrations.vllm.statistics import Statistics, summary
 from blasst.integrations.vllm.thresholds import (
     Layer,
@@ -102,6 +108,11 @@ def test_thresholds_of_a_request():
             thresholds_of_request({"blasst_prefill_threshold": wrong})
     with pytest.raises(ValueError, match="'blasst_threshold'; of blasst it may have"):
         thresholds_of_request({"blasst_threshold": 0.5})
+
+
+def test_engines_that_hear_of_their_requests():
+    assert passes_requests_on(["a:B", REQUESTS])
+    assert not any(passes_requests_on(processors) for processors in (None, [], ["a:B"], [int]))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from blasst.integrations.vllm.options import REQUEST_KEYS, REQUESTS
+from blasst.integrations.vllm.options import REQUEST_KEYS, REQUESTS, passes_requests_on
 
 
 def watch() -> None:
@@ -44,15 +44,9 @@ def _asked(params: SamplingParams) -> dict[str, Any]:
 
 def _check(asked: dict[str, Any], processors: Sequence[str | type] | None) -> None:
     """An error if thresholds are asked for and no `Requests` would pass them on."""
-    if not asked or any(_is_ours(one) for one in processors or ()):
+    if not asked or passes_requests_on(processors):
         return
     raise VLLMValidationError(
         f"extra_args has {', '.join(asked)}, but the engine was started without "
         f"--logits-processors {REQUESTS}, which passes {' and '.join(REQUEST_KEYS.values())} on"
     )
-
-
-def _is_ours(processor: str | type) -> bool:
-    if isinstance(processor, str):
-        return processor == REQUESTS
-    return processor.__module__.startswith("blasst.")

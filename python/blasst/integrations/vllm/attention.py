@@ -88,14 +88,15 @@ class Attention(AttentionImpl[Metadata]):
             "blocks": None,
         }
         self._softcap = logits_soft_cap or 0.0
-        config = get_current_vllm_config()
         self._workspace_bytes = 0
         if not current_platform.is_cpu():
+            config = get_current_vllm_config()
+            drafts = getattr(config.speculative_config, "num_speculative_tokens", None) or 0
             self._workspace_bytes = workspace_of(
                 torch.get_default_dtype(),
                 (num_heads, self.num_kv_heads, head_size),
                 config.scheduler_config.max_num_seqs,
-                1 + getattr(config.speculative_config, "num_speculative_tokens", 0),
+                1 + drafts,
                 config.model_config.max_model_len,
             )
 

@@ -62,7 +62,12 @@ class Backend(AttentionBackend):
         """Of the GPU."""
         return capability.major == 9
 
-    # vLLM 0.26 to 0.28 ask for the shape of the cache; later ones build it themselves, and it is
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Steps are planned by what the host knows of their lengths."""
+        return False
+
+    # vLLM 0.26 asks for the shape of the cache; later versions build it themselves, and it is
     # the same: keys and values of a token and head side by side.
     @staticmethod
     def get_kv_cache_shape(

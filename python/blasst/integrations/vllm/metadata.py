@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from blasst.config import PHASES
 from blasst.errors import NotSupportedError
 from blasst.integrations.vllm.limits import most_positions
-from blasst.integrations.vllm.options import REQUESTS, options_of
+from blasst.integrations.vllm.options import REQUESTS, options_of, passes_requests_on
 from blasst.integrations.vllm.requests import Requests
 from blasst.integrations.vllm.statistics import Statistics
 from blasst.integrations.vllm.thresholds import (
@@ -83,8 +83,8 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, most)
         self._most_keys = vllm_config.model_config.max_model_len
         self._requests = Requests.of(vllm_config)
-        if self._requests is not None and self._requests.has_slots:
-            _check_slots()
+        if passes_requests_on(vllm_config.model_config.logits_processors):
+            _check_requests(self._requests)
         self._set_thresholds()
 
     @classmethod
@@ -93,7 +93,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         config, drafts = vllm_config.model_config, vllm_config.speculative_config
         heads = config.get_num_attention_heads(vllm_config.parallel_config)
         most = most_positions(heads // kv_cache_spec.num_kv_heads, on_cpu=False)
-        if drafts is not None and 1 + drafts.num_speculative_tokens > most:
+        if drafts is not None and 1 + (drafts.num_speculative_tokens or 0) > most:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return AttentionCGSupport.UNIFORM_BATCH
 
@@ -221,11 +221,17 @@ def _check_batch(m: CommonAttentionMetadata) -> None:
             raise NotSupportedError(f"blasst: a batch with {name}, which no kernel does")
 
 
-def _check_slots() -> None:
-    """An error if this vLLM does not say which rows of a batch are whose."""
-    if not any(field.name == "req_idx" for field in fields(CommonAttentionMetadata)):
+def _check_requests(requests: Requests | None) -> None:
+    """An error if this process does not hear of requests, or cannot tell whose a row is."""
+    if requests is None:
         raise NotSupportedError(
-            "blasst: thresholds of requests in this vLLM's second model runner: set "
+            f"blasst: --logits-processors {REQUESTS} with pipeline parallelism, of whose stages "
+            "only the last has logits processors"
+        )
+    known = {field.name for field in fields(CommonAttentionMetadata)}
+    if requests.has_slots and "req_idx" not in known:
+        raise NotSupportedError(
+            f"blasst: --logits-processors {REQUESTS} in this vLLM's second model runner; set "
             "VLLM_USE_V2_MODEL_RUNNER=0"
         )
 

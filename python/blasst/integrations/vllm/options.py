@@ -1,6 +1,6 @@
 """`--additional-config '{"blasst": {...}}'`, and the thresholds of one request."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +11,14 @@ REQUESTS = "blasst.integrations.vllm:Requests"
 """What `--logits-processors` is given, so that requests can have thresholds."""
 REQUEST_KEYS = {phase: f"blasst_{phase}_threshold" for phase in PHASES}
 """Of `SamplingParams.extra_args`, over HTTP `vllm_xargs`."""
+
+
+def passes_requests_on(processors: Sequence[str | type] | None) -> bool:
+    """Whether an engine with these logits processors hears of its requests' thresholds."""
+    return any(
+        one == REQUESTS or getattr(one, "__module__", "").startswith("blasst.")
+        for one in processors or ()
+    )
 
 
 @dataclass(frozen=True)
