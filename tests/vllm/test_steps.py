@@ -4,9 +4,11 @@ import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import registry
 
 import blasst
 from blasst.errors import NotSupportedError
+from blasst.integrations import vllm as plugin
 from blasst.integrations.vllm.attention import Attention
 from blasst.integrations.vllm.metadata import Builder, Metadata
 from blasst.integrations.vllm.thresholds import PhaseThresholds
@@ -106,3 +108,12 @@ def test_sinks_window_and_soft_cap_of_a_layer():
             sinks=sinks.bfloat16(),
         )
         assert torch.equal(out[start:stop], wanted[0])
+
+
+def test_an_unknown_version_is_refused_when_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(plugin, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    plugin.register()
+    with pytest.raises(ImportError, match=r"vllm 0\.99\.0 is installed; blasst serves vllm 0\.26"):
+        registry.AttentionBackendEnum.CUSTOM.get_class()
+    assert registry.AttentionBackendEnum.CPU_ATTN.get_class().__module__.startswith("vllm.")
