@@ -466,6 +466,8 @@ def sparse_layers(model, **group) -> list[bool]:
         ({"ignore": ["model.layers.1.self_attn"]}, [True, False]),
         ({"ignore": ["layers.0"]}, [False, True]),
         ({"ignore": ["*.layers.[01].self_attn"]}, [False, False]),
+        ({"ignore": [r"re:.*\.layers\.[1-9]\d*\."]}, [True, False]),
+        ({"ignore": ["re:layers"]}, [True, True]),  # a name begins so
         ({"ignore": ["model.layers.11.self_attn", "lm_head"]}, [True, True]),
         ({"ignore": ["LlamaAttention"]}, [False, False]),
         ({"targets": ["model.layers.1.self_attn"]}, [False, True]),
@@ -477,6 +479,11 @@ def test_ignore_and_targets_match_names_of_modules(group, expected):
     assert sparse_layers(model, **group) == expected
     headless = make_model("llama").model
     assert sparse_layers(headless, **group) == expected, "a model without a head has the same names"
+
+
+def test_a_wrong_regular_expression_is_named():
+    with pytest.raises(ValueError, match=r"'re:layers\.\(' among targets or ignore"):
+        sparse_layers(make_model("llama"), ignore=["re:layers.("])
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ class SparseAttention:
 
     `targets` and `ignore` hold class names of attention layers or names of modules, as
     `named_modules` gives them, in whole or in part ("layers.0.self_attn", "model.visual"), with the
-    wildcards of fnmatch. A module's name covers all that is inside it.
+    wildcards of fnmatch, or "re:" and a regular expression for its beginning. A module's name
+    covers all that is inside it.
     """
 
     targets: tuple[str, ...]
@@ -262,7 +263,14 @@ def is_listed(names: tuple[str, ...], attention_class: str, name: str) -> bool:
 
 @cache
 def _pattern(entry: str) -> re.Pattern[str]:
-    """Finds a module name with its wildcards, from a dot to a dot."""
+    """Finds a module name with its wildcards, from a dot to a dot; "re:" from its beginning."""
+    if entry.startswith("re:"):
+        try:
+            return re.compile(rf"\A(?:{entry[3:]})")
+        except re.error as error:
+            raise ValueError(
+                f"{entry!r} among targets or ignore is no regular expression: {error}"
+            ) from None
     anchored = fnmatch.translate(entry)  # ends in \Z, or \z from Python 3.14 on
     return re.compile(rf"(?:^|\.){anchored[:-2]}(?:\.|$)")
 
