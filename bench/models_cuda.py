@@ -3,8 +3,8 @@
     python bench/models_cuda.py --shape 8b --lengths 8192 32768 131072
     python bench/models_cuda.py --shape 8b --layers 8 --lengths 131072
 
-Random weights have nothing to skip, so sparsity is planted: every tile gets the keys of the first,
-in some tiles scaled down, and the threshold drops just those. A line is a length and a share of
+Random weights have nothing to skip, so sparsity is planted: the keys are the same in every tile, in
+some scaled down, and the threshold drops just those. A line is a length and a share of
 skipped tiles (by `blasst.record`): time to the first token, the median of warm repeats with the
 lowest and highest; attention's share of it, from the calls alone; the time that attention alone
 predicts, and how much of the predicted gain over dense is there. Then milliseconds a token of 32
@@ -14,7 +14,7 @@ decode steps, captured in a CUDA graph.
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -64,23 +64,28 @@ class Line:
 
 
 class Planted:
-    """`blasst.attention` with the same keys in every tile, quiet in some."""
+    """`blasst.attention` on keys of its own: the same in every tile, quiet in some.
+
+    So no row's best score in a loud tile is below another's. Made once, for all layers: a call
+    copies nothing. Dense calls get the same keys, whose products cost the same power.
+    """
 
     tile_of = staticmethod(KERNELS.tile_of)
 
-    def __init__(self, sparsity: float, longest: int, like: Tensor) -> None:
-        generator = torch.Generator().manual_seed(0)
-        tiles = -(-longest // KEYS)
-        loud = torch.rand(tiles, generator=generator) >= sparsity
+    def __init__(self, sparsity: float, longest: int, model: PreTrainedModel) -> None:
+        config, tiles = model.config, -(-longest // KEYS)
+        generator = torch.Generator("cuda").manual_seed(0)
+        loud = torch.rand(tiles, generator=generator, device="cuda") >= sparsity
         loud[0] = True
-        scale = torch.where(loud, 1.0, QUIET).repeat_interleave(KEYS)
-        self._scale = scale.to(like.device, like.dtype)[:, None, None]
+        tile = torch.randn(KEYS, config.num_key_value_heads, config.head_dim,
+                           generator=generator, device="cuda")  # fmt: skip
+        scale = torch.where(loud, 1.0, QUIET)[:, None, None, None]
+        self._keys = (tile * scale).flatten(0, 1)[None].to(model.dtype)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """Loud tiles hold the same keys, so that no row's best score in one is below another's."""
-        keys = k.shape[1]
-        tile = k[:, :KEYS].repeat(1, -(-keys // KEYS), 1, 1)[:, :keys]
-        return attention(16 * q, tile * self._scale[:keys], v, **options)
+        """As `blasst.attention`, of which it takes everything but the keys."""
+        scale = 16 * q.shape[-1] ** -0.5  # apart enough for a small threshold
+        return attention(q, self._keys[:, : k.shape[1]], v, **{**options, "scale": scale})
 
 
 def make_model(shape: str, layers: int | None, longest: int) -> PreTrainedModel:
@@ -143,7 +148,7 @@ def measure(model: PreTrainedModel, length: int, chunk: int, repeats: int) -> li
     model.set_attn_implementation("blasst")
     dense = dense_alone = 0.0
     for sparsity in (0.0, *SPARSITIES):
-        operator = Planted(sparsity, length, ids.new_empty(0, dtype=model.dtype))
+        operator = Planted(sparsity, length, model)
         limit = LIMIT if sparsity else None
         blasst.configure(model, prefill=Threshold(limit))
         with calling(operator):
@@ -165,38 +170,54 @@ def measure(model: PreTrainedModel, length: int, chunk: int, repeats: int) -> li
     return lines
 
 
-def decode(model: PreTrainedModel, length: int, sparsity: float, repeats: int) -> Line:
+def decode(model: PreTrainedModel, length: int, repeats: int) -> Iterator[Line]:
     """A token after a prompt, captured in a graph."""
-    blasst.configure(model, decode=Threshold(LIMIT if sparsity else None))
-    cache = StaticCache(config=model.config, max_cache_len=length + STEPS)
-    name = cache_name(type(model))
     token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
-    operator = Planted(sparsity, length + STEPS, token.new_empty(0, dtype=model.dtype))
     position = torch.full((1, 1), length, device="cuda")
-    with calling(operator):
-        model(token, position_ids=position, **{name: cache})  # makes the cache's tensors
-        for layer in cache.layers:
-            layer.keys.normal_()
-            layer.values.normal_()
-            layer.cumulative_length.fill_(length)
-        with blasst.record() as recording:
-            model(token, position_ids=position, **{name: cache})
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            model(token, position_ids=position, **{name: cache})
-            position.add_(1)
+    name = cache_name(type(model))
+    model.set_attn_implementation("sdpa")
+    cache = StaticCache(config=model.config, max_cache_len=length + STEPS)
+    model(token, **{name: cache})  # makes the cache's tensors
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
 
-    def steps() -> None:
+    def start() -> None:
         position.fill_(length)
         for layer in cache.layers:
             layer.cumulative_length.fill_(length)
-        for _ in range(STEPS - 1):
-            graph.replay()
 
-    times = [t / (STEPS - 1) for t in seconds(steps, repeats)]
-    what = "decode, a token" if sparsity else "decode, a token, dense"
-    skipped = recording.sparsity("decode")
-    return Line(length, what, skipped, statistics.median(times), times[0], times[-1])
+    def step() -> None:
+        model(token, position_ids=position, **{name: cache})
+        position.add_(1)
+
+    def measured(what: str, skipped: float) -> Line:
+        start()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            step()  # what is made once, before the capture
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+
+        def steps() -> None:
+            start()
+            for _ in range(STEPS):
+                graph.replay()
+
+        times = [t / STEPS for t in seconds(steps, repeats)]
+        return Line(length, what, skipped, statistics.median(times), times[0], times[-1])
+
+    yield measured("decode, torch sdpa", 0.0)
+    model.set_attn_implementation("blasst")
+    for sparsity in (0.0, *SPARSITIES):
+        blasst.configure(model, decode=Threshold(LIMIT if sparsity else None))
+        with calling(Planted(sparsity, length + STEPS, model)):
+            start()
+            with blasst.record() as recording:
+                step()
+            what = "decode, blasst" if sparsity else "decode, blasst, dense"
+            yield measured(what, recording.sparsity("decode"))
 
 
 def shown(line: Line) -> str:
@@ -231,9 +252,9 @@ def main() -> None:
             print(shown(line), flush=True)
             lines.append(line)
     for length in given.decode_lengths:
-        for sparsity in (0.0, *SPARSITIES):
-            lines.append(decode(model, length, sparsity, given.repeats))
-            print(shown(lines[-1]), flush=True)
+        for line in decode(model, length, given.repeats):
+            print(shown(line), flush=True)
+            lines.append(line)
     if given.out is not None:
         about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         given.out.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}))

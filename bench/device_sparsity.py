@@ -1,0 +1,75 @@
+"""Sparsity of a calibrated model on a GPU, beside the same tiles worked out on the CPU.
+
+    python bench/device_sparsity.py FOLDER --length 2048 --target-sparsity 0.5 0.75
+
+A model that `blasst calibrate` wrote reads a text and decodes its last tokens, twice: on the GPU in
+bfloat16, by the kernel, and on the CPU in float32, in torch's own operations on the kernel's tile
+shape. A line is a target and a phase: the share of tiles skipped on each, and the largest
+difference of a layer, in points.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+import blasst
+from blasst.calibration.emulation import Emulation
+from blasst.hf.layers import PHASES
+from blasst.hf.models import Loading, load
+from blasst.hf.operator import KERNELS, Operator, calling
+from blasst.hf.recording import Recording
+from blasst.ops.library import tile_of
+from blasst.prompts.maker import evaluation_texts
+from blasst.versions import cache_name
+
+STEPS = 16
+
+
+def read(model: PreTrainedModel, ids: Tensor, operator: Operator) -> Recording:
+    """A prefill of all but the last tokens, which are decoded."""
+    cache = DynamicCache(config=model.config)
+    name, ids = cache_name(type(model)), ids.to(model.device)
+    with calling(operator), blasst.record() as recording:
+        model(ids[:, :-STEPS], **{name: cache})
+        for i in range(ids.shape[1] - STEPS, ids.shape[1]):
+            model(ids[:, i : i + 1], **{name: cache})
+    return recording
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Prints the lines."""
+    options = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    options.add_argument("folder", type=Path)
+    options.add_argument("--length", type=int, default=2048)
+    options.add_argument("--target-sparsity", type=float, nargs="+", default=[0.5, 0.75])
+    given = options.parse_args()
+    gpu = load(str(given.folder), loading=Loading(device="cuda"))
+    on_cpu = load(str(given.folder), loading=Loading(dtype="float32")).model
+    config = gpu.model.config
+    size = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    tiles = {phase: tile_of(phase, gpu.model.device, gpu.model.dtype, size) for phase in PHASES}
+    name, text = next(iter(evaluation_texts().items()))
+    ids = gpu.tokenizer(text, return_tensors="pt").input_ids[:, : given.length]
+    print(f"{ids.shape[1]} tokens of {name}; tiles: {tiles}")
+    for target in given.target_sparsity:
+        runs = []
+        for model, operator in ((gpu.model, KERNELS), (on_cpu, Emulation(tiles))):
+            with blasst.set_target(model, prefill=target, decode=target):
+                runs.append(read(model, ids, operator))
+        for phase in PHASES:
+            shares = [100 * run.sparsity(phase) for run in runs]
+            layers = [100 * run.by_layer(phase).cpu() for run in runs]
+            most = (layers[0] - layers[1]).abs().max()
+            print(
+                f"target {target:.0%}, {phase}: GPU {shares[0]:.2f} %, CPU {shares[1]:.2f} %, "
+                f"{shares[0] - shares[1]:+.2f} points; of a layer at most {most:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
