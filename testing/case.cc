@@ -30,7 +30,22 @@ int64_t random_length(Choices& choose, int64_t most) {
 }
 
 int64_t random_dim(Choices& choose) {
+  if (choose.one_in(12)) return 8 * choose.between(33, 72);
   return choose.one_in(3) ? 8 * choose.between(2, 32) : choose.pick<int64_t>({16, 32, 64, 64, 128});
+}
+
+// Latent attention (MLA): values are the first elements of the keys of one KV head; expanded, or of
+// any other model, the two have sizes of their own.
+void choose_dims(Case& c, Choices& choose) {
+  if (choose.one_in(8)) {
+    c.values_in_keys = true;
+    c.heads = choose.pick<int64_t>({8, 16, 16, 64, 128}), c.kv_heads = 1;
+    c.head_dim = choose.one_in(2) ? 576 : random_dim(choose);
+    c.value_dim = c.head_dim == 576 ? 512 : 8 * choose.between(2, c.head_dim / 8);
+    return;
+  }
+  c.head_dim = random_dim(choose);
+  c.value_dim = choose.one_in(2) ? c.head_dim : random_dim(choose);
 }
 
 void choose_lengths(Case& c, Choices& choose, int64_t budget) {
@@ -89,8 +104,7 @@ Case random_case(Choices& choose, int64_t budget) {
   c.dtype = choose.pick({BLASST_FLOAT32, BLASST_FLOAT16, BLASST_BFLOAT16});
   c.kv_heads = choose.between(1, 3);
   c.heads = c.kv_heads * choose.pick<int64_t>({1, 1, 2, 3, 4, 5, 8, 16});
-  c.head_dim = random_dim(choose);
-  c.value_dim = choose.one_in(2) ? c.head_dim : random_dim(choose);
+  choose_dims(c, choose);
   c.inputs = choose.pick({Inputs::kGaussian, Inputs::kDrift, Inputs::kDrift, Inputs::kPlanted});
   c.density = static_cast<double>(choose.between(0, 10)) / 10;
   c.layout = choose.pick({Layout::kDense, Layout::kRagged, Layout::kPaged});
@@ -117,11 +131,12 @@ std::string describe(const Case& c) {
   for (const Lengths& r : c.requests) lengths.push_back(fmt::format("{}x{}", r.queries, r.keys));
   const auto option = [](bool on, std::string text) { return on ? " " + text : std::string(); };
   return fmt::format(
-      "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{} inputs {} layout "
+      "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{}{} inputs {} layout "
       "{}{}{}{}{}{}{}{}{}{}{}{}{} "
       "order {} test {} threshold {}{}{}{}{} threads {} numbers {}",
       c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), fmt::join(lengths, ", "), c.heads,
-      c.kv_heads, c.head_dim, c.value_dim, static_cast<int>(c.inputs), static_cast<int>(c.layout),
+      c.kv_heads, c.head_dim, c.value_dim, option(c.values_in_keys, "values in keys"),
+      static_cast<int>(c.inputs), static_cast<int>(c.layout),
       option(c.layout == Layout::kPaged, fmt::format("page {}", c.page_size)),
       option(c.ragged_queries, "ragged queries"), option(c.padded, "padded"),
       option(c.head_major, "head major"),

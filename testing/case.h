@@ -28,6 +28,7 @@ struct Case {
   int64_t kv_heads = 1;
   int64_t head_dim = 64;
   int64_t value_dim = 64;
+  bool values_in_keys = false;  // v is the first value_dim elements of k, in its memory
 
   Inputs inputs = Inputs::kDrift;
   double density = 0.25;  // planted inputs: share of tiles that match

@@ -49,6 +49,7 @@ Case for_gpu(Case c) {
   constexpr int64_t pages[] = {16, 32, 64, 128, 256};
   if (c.dtype == BLASST_FLOAT32) c.dtype = BLASST_BFLOAT16;
   c.head_dim = c.value_dim = dims[c.seed % 3];
+  c.values_in_keys = false;
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
@@ -56,6 +57,7 @@ Case for_gpu(Case c) {
   c.scores = BLASST_SCORES_EXACT;
   c.places = 1;
   c.bands = c.ragged_queries = c.padded = false;
+  c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
   const int64_t most = std::min<int64_t>(c.requests[0].queries, 64 / (c.heads / c.kv_heads));
   for (Lengths& r : c.requests) r.queries = std::max<int64_t>(1, most);
   return c;

@@ -236,7 +236,9 @@ void Problem::lay_out_keys() {
     }
   }
   kv.k = allocate(k_, outer, tokens, params.problem.kv_heads, params.problem.head_dim);
-  kv.v = allocate(v_, outer, tokens, params.problem.kv_heads, params.problem.value_dim);
+  kv.v = description.values_in_keys
+             ? kv.k
+             : allocate(v_, outer, tokens, params.problem.kv_heads, params.problem.value_dim);
 }
 
 void Problem::fill() {
@@ -267,6 +269,7 @@ void Problem::fill() {
         row.resize(params.problem.head_dim);
         numbers.key(b, j, h, row);
         store(access.key(b, j, h));
+        if (description.values_in_keys) continue;
         row.resize(params.problem.value_dim);
         numbers.value(b, j, h, row);
         store(access.value(b, j, h));

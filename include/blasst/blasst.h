@@ -168,7 +168,7 @@ typedef struct blasst_problem {
   int64_t batch BLASST_DEFAULT(1);
   int64_t heads BLASST_DEFAULT(0); /* query heads, a multiple of kv_heads */
   int64_t kv_heads BLASST_DEFAULT(0);
-  int64_t head_dim BLASST_DEFAULT(0);  /* of q and k: 16 to 256, a multiple of 8 */
+  int64_t head_dim BLASST_DEFAULT(0);  /* of q and k: 16 to 576, a multiple of 8 */
   int64_t value_dim BLASST_DEFAULT(0); /* of v and out: the same range */
   blasst_layout query_layout BLASST_DEFAULT(BLASST_LAYOUT_DENSE);
   /* Dense: rows a request; ragged: no request has more; 0: rows. Decode: 1 to 16. */

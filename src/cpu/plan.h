@@ -20,7 +20,7 @@ inline constexpr int kKeys = 64;        // keys of a key tile
 inline constexpr int kUnitTiles = 8;    // query tiles that share one staged key tile
 inline constexpr int kUnitHeads = 8;    // decode: most KV heads a unit
 inline constexpr int kSplitTiles = 64;  // decode: visited tiles a split
-inline constexpr int kMaxDim = 256;
+inline constexpr int kMaxDim = problem::kMaxDim;
 inline constexpr int kRowArrays = 9;  // floats that softmax keeps of a row
 
 TileShape prefill_shape();

@@ -12,8 +12,8 @@ namespace blasst::problem {
 namespace {
 
 void check_dim(std::string_view name, int64_t value) {
-  if (value < 16 || value > 256 || value % 8 != 0)
-    fail("{} is {}; it must be a multiple of 8 from 16 to 256", name, value);
+  if (value < 16 || value > kMaxDim || value % 8 != 0)
+    fail("{} is {}; it must be a multiple of 8 from 16 to {}", name, value, kMaxDim);
 }
 
 void check_dtype(std::string_view name, DType dtype) {

@@ -9,6 +9,9 @@
 
 namespace blasst::problem {
 
+// Of a row of q, k, v and out: the latent of multi-head latent attention (MLA), 512 and 64.
+constexpr int64_t kMaxDim = 576;
+
 enum class Phase {
   kPrefill,
   kDecode,  // the query heads of a KV head form one query tile

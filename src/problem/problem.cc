@@ -279,6 +279,19 @@ const std::byte* Problem::value(int64_t request, int64_t token, int64_t kv_head)
   return key_row(kv.v, request, token, kv_head);
 }
 
+bool Problem::values_lie_in_keys() const {
+  const View &k = kv.k, &v = kv.v;
+  if (!k.data || k.dtype != v.dtype) return false;
+  const auto bytes = static_cast<std::byte*>(v.data) - static_cast<std::byte*>(k.data);
+  const RowTensor rows = key_tensor();
+  const auto steps_alike = [](int64_t count, int64_t a, int64_t b) { return count <= 1 || a == b; };
+  return bytes >= 0 &&
+         bytes + value_dim * element_bytes(v.dtype) <= head_dim * element_bytes(k.dtype) &&
+         steps_alike(rows.outer, k.stride_request, v.stride_request) &&
+         steps_alike(rows.tokens, k.stride_token, v.stride_token) &&
+         steps_alike(kv_heads, k.stride_head, v.stride_head);
+}
+
 void Problem::rows_of(const View& view, int64_t request, Range tokens, int64_t kv_head,
                       const std::byte** rows) const {
   const int64_t stride = view.stride_token * element_bytes(view.dtype);

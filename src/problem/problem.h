@@ -81,6 +81,10 @@ struct Problem {
   const std::byte* key(int64_t request, int64_t token, int64_t kv_head) const;
   const std::byte* value(int64_t request, int64_t token, int64_t kv_head) const;
 
+  // Whether every value row is a part of its key's row, as in the latents of MLA: whoever has read
+  // the keys has the values at hand.
+  bool values_lie_in_keys() const;
+
   // Addresses of the rows of `tokens` in kv.k or kv.v.
   void rows_of(const View& view, int64_t request, Range tokens, int64_t kv_head,
                const std::byte** rows) const;

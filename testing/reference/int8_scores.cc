@@ -105,7 +105,7 @@ Int8Scores::Score Int8Scores::at(int64_t request, int64_t position, int64_t head
   const int64_t row = query_index(request, position, head), dim = p_.head_dim;
   const Keys& of_head = keys(request, head / p_.group());
   const int8_t *q = &queries_.elements[row * dim], *k = &of_head.elements[key * dim];
-  int32_t product = 0;  // of at most 256 elements
+  int32_t product = 0;  // of at most 576 elements
   for (int64_t d = 0; d < dim; ++d) product += q[d] * k[d];
   const double one = 127 * std::sqrt(static_cast<double>(rotated_block(dim)));
   const double unit = queries_.largest[row] / one * (of_head.largest[key / tile_keys_] / one);

@@ -926,7 +926,7 @@ BAD = {
             {"q": Q[..., :20], "k": K[..., :20]},
             "head_dim is 20; it must be a multiple of 8 from 16 to",
         ),
-        ({"v": V[..., :12]}, "value_dim is 12; it must be a multiple of 8 from 16 to 256"),
+        ({"v": V[..., :12]}, "value_dim is 12; it must be a multiple of 8 from 16 to 576"),
         ({"k": K.to("meta")}, "k is on meta, q on cpu; they must share a device"),
         ({"lengths": i32(3, 3).to("meta")}, "lengths is on meta, q on cpu"),
         (

@@ -306,7 +306,7 @@ def test_a_model_that_blasst_cannot_run_is_said_before_the_work(command, tmp_pat
     assert main([command, str(folder), "--out", str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
     assert message.endswith(
-        " cannot run with blasst: head_dim is 20; it must be a multiple of 8 from 16 to 256\n"
+        " cannot run with blasst: head_dim is 20; it must be a multiple of 8 from 16 to 576\n"
     )
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

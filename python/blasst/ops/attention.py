@@ -122,7 +122,7 @@ def attention(
 
     Args:
         q: [batch, query_length, heads, head_dim], or ragged [rows, heads, head_dim]. float32,
-            float16 or bfloat16, any strides. head_dim: a multiple of 8 from 16 to 256. On a
+            float16 or bfloat16, any strides. head_dim: a multiple of 8 from 16 to 576. On a
             processor with AVX512_BF16, bfloat16 numbers below 1.2e-38 (subnormal) count as 0.
         k: [batch, keys, kv_heads, head_dim]; ragged [total keys, kv_heads, head_dim]; paged
             [pages, page_size, kv_heads, head_dim]. heads must be a multiple of kv_heads.

@@ -61,7 +61,7 @@ struct Int8 {
   }
 };
 #else
-// A float32 an element: sums of 256 products of bytes are less than 2^24.
+// A float32 an element: sums of kMaxDim products of bytes are less than 2^24.
 template <DType kStored>
 struct Int8 {
   static constexpr DType kDType = kStored;

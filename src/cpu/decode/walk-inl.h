@@ -75,6 +75,7 @@ class DecodeHead {
         key_tiles_(key_tiles),
         totals_(totals),
         queue_(queue),
+        values_are_at_hand_(p.values_lie_in_keys()),
         tile_(DecodeTile::Make<S>(p, query, scratch)),
         outputs_(query.rows(), p.value_dim, scratch),
         scores_(std::exchange(scratch, scratch + query.rows() * kKeys)),
@@ -151,7 +152,7 @@ class DecodeHead {
       pending_ = j;
       const Range keys = tile_.KeysOf(j);
       FindValues(j, tile_.rows_differ ? keys : intersect(keys, tile_.ranges[0]));
-      queue_.Push(v_rows_);
+      if (!values_are_at_hand_) queue_.Push(v_rows_);
     } else if (p_.report.dropped_mass_bound) {
       AddSkipped(tile_.rows);
     }
@@ -206,6 +207,7 @@ class DecodeHead {
   const Range key_tiles_;  // of the whole visit
   Totals& totals_;
   ValueQueue& queue_;
+  const bool values_are_at_hand_;  // in the cache, since their keys were scored
   DecodeTile tile_;
   RowOutputs<A> outputs_;
   float *scores_, *probabilities_;  // [rows][kKeys]
