@@ -37,7 +37,17 @@ from blasst.versions import check_version
 
 if TYPE_CHECKING:
     from blasst.calibration import Calibration, calibrate
-    from blasst.hf import Recording, Threshold, configure, record, reset, set_policy, set_target
+    from blasst.hf import (
+        Recording,
+        Threshold,
+        absorb,
+        configure,
+        latent_cache,
+        record,
+        reset,
+        set_policy,
+        set_target,
+    )
     from blasst.methods.dhsa import Dhsa
     from blasst.policies import Bands
 
@@ -52,12 +62,14 @@ __all__ = [
     "TileCounts",
     "TileShape",
     "__version__",
+    "absorb",
     "attention",
     "calibrate",
     "configure",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "latent_cache",
     "merge",
     "record",
     "reset",
@@ -74,8 +86,10 @@ _LAZY = {
     "Dhsa": "blasst.methods.dhsa",
     "Recording": "blasst.hf",
     "Threshold": "blasst.hf",
+    "absorb": "blasst.hf",
     "calibrate": "blasst.calibration",
     "configure": "blasst.hf",
+    "latent_cache": "blasst.hf",
     "record": "blasst.hf",
     "reset": "blasst.hf",
     "set_policy": "blasst.hf",

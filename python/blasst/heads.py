@@ -1,4 +1,4 @@
-"""How many heads the layers of a model have, which may differ from layer to layer."""
+"""How many heads the layers of a model have, which may differ from layer to layer; their size."""
 
 from typing import Any
 
@@ -14,6 +14,15 @@ def heads_of_layer(config: Any, layer: int) -> int | None:
     if by_layer:
         return by_layer[layer]
     return getattr(config_of_layer(config, layer), "num_attention_heads", None)
+
+
+def query_size(config: Any) -> int:
+    """Elements of a head's query and key.
+
+    `head_dim` of a model with multi-head latent attention is that of the rotary part alone.
+    """
+    whole = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    return whole or config.hidden_size // config.num_attention_heads
 
 
 def heads_by_layer(config: Any) -> list[int]:

@@ -170,7 +170,7 @@ def test_a_cache_is_put_back_without_a_copy(name):
         assert torch.equal(layer.values, old.values)
 
 
-EIGHT_B = Sizes(32, 4096, 14336, 32, 8, 128, 2)
+EIGHT_B = Sizes(32, 4096, 14336, 32, 8, 128, 2048, 2)
 
 
 def test_memory_grows_with_prompt_batch_and_chunk():

@@ -17,10 +17,9 @@ from blasst.calibration.emulation import gaps
 from blasst.calibration.measurement import DECODE_SWEEP, LAW, SWEEP, Measurement, Measurements
 from blasst.calibration.setup import Setup
 from blasst.config import ECOSYSTEM_TILE_SHAPE
+from blasst.hf.latents import CALIBRATION, Taken, take
 from blasst.ops.attention import Result
 from blasst.policies import Call
-
-OWN_ATTENTION = "blasst_calibration"
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class _Asked:
     phase: str
     inputs: list[Tensor]
     """q, k, v as `blasst.attention` takes them."""
+    taken: Taken
+    """What they are of."""
     options: dict[str, Any]
     """What else it takes, but for the order."""
 
@@ -54,12 +55,12 @@ class Collector:
             sweep: whether to measure what dropping costs, too.
         """
         self._length, self._sweeps = length, sweep
-        AttentionInterface.register(OWN_ATTENTION, self._forward)
-        AttentionMaskInterface.register(OWN_ATTENTION, hf.key_ranges)
+        AttentionInterface.register(CALIBRATION, self._forward)
+        AttentionMaskInterface.register(CALIBRATION, hf.key_ranges)
         with ExitStack() as stack:
             for layer, module in self._setup.modules.items():
                 stack.callback(self._noting_residual(layer, module).remove)
-            stack.enter_context(_running(self._setup.model, OWN_ATTENTION))
+            stack.enter_context(_running(self._setup.model, CALIBRATION))
             yield
         for array, index, values in self._sums.values():
             array[index][: len(values)] += values.cpu().numpy()
@@ -96,10 +97,11 @@ class Collector:
         if module.layer_idx not in self._setup.layers or phase not in self._setup.targets:
             return hf.attention_forward(module, query, key, value, attention_mask, **kwargs)
         scores = self._setup.scores_of(phase)
-        inputs = [t.transpose(1, 2) for t in (query, key, value)]
-        asked = _asked(module, phase, inputs, kwargs, scores)
+        taken = take(module, phase, query, key, value)
+        asked = _asked(module, phase, taken, kwargs, scores)
+        inputs = asked.inputs
         self._into.tile_shapes[phase] = _tile_of(self._setup.operator, phase, *inputs[:2])
-        return self._measure(asked), None
+        return taken.finish(self._measure(asked)), None
 
     def _measure(self, asked: _Asked) -> Tensor:
         """Measure a call in every order; its output."""
@@ -121,7 +123,7 @@ class Collector:
             into = self._place_for(asked, order)
             self._add(into.gaps, asked.module.layer_idx, dense.gaps)
             if sweeps:
-                self._sweep(into, asked.module, needed, options, dense)
+                self._sweep(into, asked, needed, options, dense)
         self._measure_law(asked)
         return out
 
@@ -143,13 +145,14 @@ class Collector:
     def _sweep(
         self,
         into: Measurement,
-        module: nn.Module,
+        asked: _Asked,
         inputs: list[Tensor],
         options: dict[str, Any],
         dense: Result,
     ) -> None:
         """Repeat a call at several thresholds and add up what each costs."""
-        layer, query = module.layer_idx, inputs[0]
+        module, query = asked.module, inputs[0]
+        layer = module.layer_idx
         if layer == self._setup.layers[0]:
             into.rows += query.shape[0] * query.shape[1]
         for point in range(into.swept.shape[0]):
@@ -165,7 +168,8 @@ class Collector:
             dropped = -torch.expm1((sparse.lse - dense.lse).clamp(max=0))
             self._add(into.mass, (point, layer), dropped.sum((0, 2), dtype=torch.float64))
             if self._setup.needs_error:
-                squared = _squared_change(sparse.out - dense.out, self._gram(module, query))
+                change = asked.taken.finish(sparse.out - dense.out)
+                squared = _squared_change(change, self._gram(module, query))
                 residual = self._residuals[layer].clamp(min=1e-30)
                 self._add(into.error, (point, layer), (squared / residual).double())
         self._add(into.visitable, layer, sparse.stats.visitable.sum(0))
@@ -178,8 +182,9 @@ class Collector:
 
 
 def _asked(
-    module: nn.Module, phase: str, inputs: list[Tensor], kwargs: dict[str, Any], scores: str
+    module: nn.Module, phase: str, taken: Taken, kwargs: dict[str, Any], scores: str
 ) -> _Asked:
+    inputs = [t.transpose(1, 2) for t in (taken.query, taken.key, taken.value)]
     call = Call(module.layer_idx, phase, inputs[0], inputs[1], None)
     visit = hf.visit_of(module, call, causal=True)
     options = {
@@ -192,7 +197,7 @@ def _asked(
         "bands": visit.bands,
         "blocks": visit.blocks,
     }
-    return _Asked(module, phase, inputs, options)
+    return _Asked(module, phase, inputs, taken, options)
 
 
 def _tile_of(operator: hf.operator.Operator, phase: str, q: Tensor, k: Tensor) -> tuple[int, int]:

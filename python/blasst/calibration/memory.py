@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from blasst.calibration.emulation import SCORES_AT_ONCE
+from blasst.heads import query_size
 from blasst.hf.reading import TILE
 
 FLOAT = 4
@@ -22,6 +23,8 @@ class Sizes(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+    cached: int
+    """Elements of a token in a layer's cache."""
     bytes: int
     """Of a number of the model's type."""
 
@@ -30,13 +33,16 @@ def sizes_of(model: PreTrainedModel, layers: int) -> Sizes:
     """Of a model of which so many layers keep all keys."""
     config = model.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
+    kv_heads, size = getattr(config, "num_key_value_heads", None) or heads, query_size(config)
+    rank = getattr(config, "kv_lora_rank", None)  # of latents, from which keys are made anew
     return Sizes(
         layers,
         hidden,
         getattr(config, "intermediate_size", None) or 4 * hidden,
         heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        getattr(config, "head_dim", None) or hidden // heads,
+        kv_heads,
+        size,
+        rank + config.qk_rope_head_dim if rank else 2 * kv_heads * size,
         next(model.parameters()).element_size(),
     )
 
@@ -52,8 +58,13 @@ def bytes_needed(sizes: Sizes, length: int, batch: int, chunk: int) -> int:
     """
     s = sizes
     keys = 2 * s.kv_heads * s.head_dim * s.bytes
-    # The cache, a layer of it that grows, the hidden states of all chunks and all in one.
-    whole = (s.layers + 1) * keys + 2 * s.hidden * s.bytes + s.kv_heads * s.head_dim * FLOAT
+    # The cache, a layer of it that grows expanded, the hidden states of all chunks and all in one.
+    whole = (
+        s.layers * s.cached * s.bytes
+        + keys
+        + 2 * s.hidden * s.bytes
+        + s.kv_heads * s.head_dim * FLOAT
+    )
     # A layer's: the residual stream and what is made of it, two attention outputs and their
     # difference in float32 twice, the row results, the gate and what it multiplies.
     row = 4 * s.hidden * s.bytes + 2 * keys + s.heads * s.head_dim * (3 * s.bytes + 2 * FLOAT)

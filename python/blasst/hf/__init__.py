@@ -2,6 +2,7 @@
 
 from blasst.hf import register  # noqa: F401, makes the name known
 from blasst.hf.forward import attention_forward
+from blasst.hf.latents import absorb, latent_cache
 from blasst.hf.layers import NAME, PHASES
 from blasst.hf.masks import key_ranges
 from blasst.hf.recording import Recording, record, recording_with
@@ -16,11 +17,13 @@ __all__ = [
     "PHASES",
     "Recording",
     "Threshold",
+    "absorb",
     "attention_forward",
     "configure",
     "dense_on_purpose",
     "is_sharded",
     "key_ranges",
+    "latent_cache",
     "record",
     "recording_with",
     "reset",

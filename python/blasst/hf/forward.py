@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from blasst.errors import NotSupportedError
 from blasst.hf import operator, packed, recording
+from blasst.hf.latents import take
 from blasst.hf.layers import NAME, tower_and_layer
 from blasst.hf.masks import KeyRanges, noted, require, with_facts
 from blasst.hf.packed import Sequences
@@ -64,6 +65,8 @@ def attention_forward(
     says_causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     ranges, causal, window = _pattern(module, mask, says_causal, layer_window, queries, keys)
     phase = _phase(queries, query, key, value)
+    taken = take(module, phase, query, key, value)
+    query, key, value = taken[:3]
     sequences = packed.find(mask, causal, query, key, kwargs)
     inputs = tuple(t.transpose(1, 2) for t in (query, key, value))
     lengths = _Lengths(mask, ranges, sequences, batch, keys, query.device)
@@ -89,7 +92,9 @@ def attention_forward(
         for active in recording.active:
             active.of(tower).add(phase, layer, result, share)
         result = result.out
-    return result if sequences is None else sequences.spread(result, batch, queries), None
+    if sequences is not None:
+        result = sequences.spread(result, batch, queries)
+    return taken.finish(result), None
 
 
 def _test(

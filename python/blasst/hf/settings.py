@@ -10,8 +10,8 @@ from blasst.hf.layers import entry_of, modules_of_layers
 from blasst.hf.saving import CONFIG_KEY
 from blasst.hf.thresholds import Threshold, calibration_read
 
-SETTINGS = ("blasst_thresholds", "blasst_targets", "blasst_policy")
-"""What modules carry of `configure`, `set_target` and `set_policy`."""
+SETTINGS = ("blasst_thresholds", "blasst_targets", "blasst_policy", "blasst_absorbs", "expand_kv")
+"""What modules carry of `configure`, `set_target`, `set_policy` and `absorb`."""
 
 
 class Setting:
@@ -133,7 +133,7 @@ def set_target(
 
 
 def reset(model: nn.Module) -> None:
-    """Undo `configure`, `set_target` and `set_policy`: what the configuration says holds again."""
+    """Undo `configure`, `set_target`, `set_policy` and `absorb`: the configuration holds again."""
     for module in modules_of_layers(model, None):
         for name in SETTINGS:
             module.__dict__.pop(name, None)

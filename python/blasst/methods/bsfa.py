@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.files import open_tensors, replace_file
+from blasst.heads import query_size
 from blasst.hf import DENSE, Recording, Threshold, configure, recording_with
 from blasst.hf.models import (
     check_length,
@@ -224,9 +225,7 @@ class AbsoluteThresholds:
 
 def _tile_of(model: PreTrainedModel) -> tuple[int, int]:
     """The tile on which the model's prefill decides where it is now."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return prefill_tile(model.device, head_dim)
+    return prefill_tile(model.device, query_size(model.config.get_text_config()))
 
 
 class _Prompts(Recording):
