@@ -208,9 +208,9 @@ class LatentLayer(DynamicLayer):
         return self.keys, self.values
 
     def reset(self) -> None:
-        """Empty, as at first."""
-        self._both = None
-        super().reset()
+        """Empty, as at first; Transformers 5.6 would keep the length, and zeros."""
+        self._both = self.keys = self.values = None
+        self.is_initialized = False
 
     def _has_room(self, begin: int, end: int) -> bool:
         own = begin > 0 and self._both is not None
