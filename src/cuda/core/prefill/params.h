@@ -76,6 +76,7 @@ enum class Variant {
 enum class Scores { kExact, kInt8 };
 
 inline constexpr int kQueryTileRows = 64;  // rows that decide together
+inline constexpr int kMostQueryTiles = 3;  // of an item
 
 // Whether requests differ in their number of rows, which only the device knows.
 constexpr bool rows_differ(const Params& p) {

@@ -6,9 +6,9 @@
 
 #include "cuda/core/checks.h"
 #include "cuda/core/plan.h"
+#include "cuda/core/prefill/launch.h"
 #include "cuda/core/prefill/order.h"
 #include "cuda/sm90/backward/shape.h"
-#include "cuda/sm90/prefill/launch.h"
 #include "cuda/sm90/prefill/shape.h"
 #include "problem/checks.h"
 #include "problem/element.h"

@@ -1,4 +1,5 @@
-// Thin wrappers over the PTX of sm_90a: mbarriers, bulk tensor copies, named barriers.
+// Thin wrappers over the PTX that sm_90a has beside core/ptx.cuh: mbarriers, bulk tensor copies,
+// named barriers.
 //
 // Shared-memory addresses are 32-bit (shared_address). Nothing here knows about attention.
 #pragma once
@@ -9,11 +10,9 @@
 
 #include <cstdint>
 
-namespace blasst::cuda::ptx {
+#include "cuda/core/ptx.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+namespace blasst::cuda::ptx {
 
 // The same value, of which the compiler knows nothing: it is kept, not computed again.
 __device__ __forceinline__ uint32_t opaque(uint32_t x) {
@@ -159,11 +158,6 @@ __device__ __forceinline__ bool named_barrier_all(int id, int threads, bool vote
   return all != 0;
 }
 
-// A value that is the same in all lanes, in a form that the assembler knows to be so.
-__device__ __forceinline__ int warp_uniform(int value) {
-  return __shfl_sync(0xffffffffu, value, 0);
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -175,13 +169,6 @@ __device__ __forceinline__ void lower_registers() {
 }
 
 // --- matrices in shared memory ----------------------------------------------------------------
-
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address));
-}
 
 // Stores transposed 8 x 8 blocks of 2-byte elements; lane 8 * b + i gives the address of row i of
 // block b. A block's fragment is one register a thread.

@@ -3,6 +3,7 @@
 
 #include "cuda/core/prefill/params.h"
 #include "cuda/sm90/prefill/layout.cuh"
+#include "cuda/sm90/prefill/place.cuh"
 
 namespace blasst::cuda::prefill {
 
@@ -11,9 +12,11 @@ struct Config {
   using Element = T;
   using Layout = prefill::Layout<kQkDim_, kValueDim_, kScores_>;
   using Shared = typename Layout::Shared;
+  using Place = ThreadPlace;
   static constexpr int kQkDim = kQkDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kKeys = Layout::kKeys;
+  static constexpr int kRowsPerBlock = Layout::kRowsPerBlock;
   static constexpr bool kInt8 = kScores_ == Scores::kInt8;
   static constexpr Variant kVariant = kVariant_;
   static constexpr bool kTests = kVariant_ != Variant::kDense;

@@ -6,15 +6,16 @@
 
 #include "cuda/core/fragment.cuh"
 #include "cuda/core/online_softmax.cuh"
+#include "cuda/core/prefill/output.cuh"
+#include "cuda/core/prefill/reports.cuh"
 #include "cuda/core/prefill/rows.cuh"
+#include "cuda/core/prefill/visit.cuh"
 #include "cuda/core/tile_test.h"
 #include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/core/wgmma.cuh"
 #include "cuda/sm90/prefill/config.cuh"
 #include "cuda/sm90/prefill/exact_scores.cuh"
 #include "cuda/sm90/prefill/int8_scores.cuh"
-#include "cuda/sm90/prefill/reports.cuh"
-#include "cuda/sm90/prefill/visit.cuh"
 
 namespace blasst::cuda::prefill {
 
@@ -356,26 +357,7 @@ class Consumer {
       }
     }
     reports_.finish(work);
-    auto* out = static_cast<Element*>(p_.out.data) + work.head * p_.out.stride_head +
-                row_in_tensor(p_, work.request, output_row) * p_.out.stride_token;
-    if (!p_.cu_seqlens_q) out += work.request * p_.out.stride_request;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = at_.row(r);
-      Element* to = out + row * p_.out.stride_token + 8 * (at_.lane() % 4);
-      // The four threads of a row trade pairs, so that each has eight elements side by side.
-#pragma unroll
-      for (int j = 0; j < C::kValueDim / 32; ++j) {
-        uint32_t x[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const float* pair = &o[16 * j + 4 * e + 2 * r];
-          x[e] = pack2<Element>(pair[0] * weight[r], pair[1] * weight[r]);
-        }
-        transpose_in_quad(x);
-        if (row < rows) *reinterpret_cast<uint4*>(to + 32 * j) = make_uint4(x[0], x[1], x[2], x[3]);
-      }
-    }
+    write_rows<Element>(p_, work, at_, output_row, rows, weight, o);
   }
 
   // --- shared memory ----------------------------------------------------------------------------

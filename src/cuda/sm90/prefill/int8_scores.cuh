@@ -12,7 +12,6 @@
 #include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/core/wgmma.cuh"
 #include "cuda/sm90/prefill/config.cuh"
-#include "cuda/sm90/prefill/visit.cuh"
 
 namespace blasst::cuda::prefill {
 

@@ -5,12 +5,6 @@
 
 namespace blasst::cuda::prefill {
 
-struct Kernel {
-  const void* function;
-  int shared_bytes;
-  int threads;  // of a block
-};
-
 // Of queries and keys with qk_dim elements and values with value_dim; supported by plan.h.
 Kernel find_kernel(Element element, int qk_dim, int value_dim, Scores scores, Variant variant);
 

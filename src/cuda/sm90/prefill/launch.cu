@@ -4,10 +4,8 @@
 #include <cstdint>
 
 #include "cuda/core/prefill/batch.h"
-#include "cuda/core/prefill/order.h"
 #include "cuda/core/prefill/rows.cuh"
 #include "cuda/core/runtime.h"
-#include "cuda/core/tiles.h"
 #include "cuda/sm90/core/tensor_map.h"
 #include "cuda/sm90/prefill/kernels.h"
 #include "cuda/sm90/prefill/launch.h"
@@ -16,9 +14,6 @@
 
 namespace blasst::cuda::prefill {
 namespace {
-
-// Of the L2's 50 to 60 MB, what the keys and values of one section may take.
-constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
 // Boxes of one panel by `tokens`.
 CUtensorMap map_of(const Tensor& t, Element element, int tokens) {
@@ -36,27 +31,14 @@ Tensor quantized_keys(const Params& p, int dim, int keys) {
           tokens * p.kv_heads * dim, dim, tokens * dim};
 }
 
-// The parts of the parameters that say who does what. Returns the most items that there can be.
-int plan_work(Params& p, const Launch& l) {
-  const int block_rows = rows_per_block(l.qk_dim);
-  p.next_item = l.workspace;
-  p.row_blocks = ceil_div(p.query_length, block_rows);
-  if (rows_differ(p)) {
-    p.first_block = l.workspace + 4;
-    p.first_query_tile = p.first_block + p.batch + 1;
-  }
-  p.section_heads = section_heads(p.keys.length, l.qk_dim + l.value_dim,
-                                  p.first_block ? 1 : p.batch, p.heads, p.kv_heads, kSectionBytes);
-  return static_cast<int>(p.heads * most_blocks(p.rows, p.batch, p.query_length, block_rows));
-}
-
 }  // namespace
 
 // All that can fail on the host comes before the first write.
 void launch(const Launch& l) {
   Params p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
-  const int items = p.rows == 0 ? 0 : plan_work(p, l);
+  const int block_rows = rows_per_block(l.qk_dim);
+  const int items = p.rows == 0 ? 0 : plan_work(p, l, block_rows);
   if (items == 0) return clear_report(p, stream);
 
   const int keys = tile_keys(l.qk_dim);
@@ -74,7 +56,7 @@ void launch(const Launch& l) {
 
   clear_report(p, stream);
   if (p.first_block)
-    list_blocks(p, rows_per_block(l.qk_dim), stream);
+    list_blocks(p, block_rows, stream);
   else
     clear(p.next_item, sizeof(int), stream);
   if (int8) quantize_keys(p, l.k, l.element, l.qk_dim, stream);

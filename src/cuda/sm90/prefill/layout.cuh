@@ -5,37 +5,11 @@
 #include <type_traits>
 
 #include "cuda/core/prefill/params.h"
+#include "cuda/core/prefill/work.cuh"
 #include "cuda/sm90/core/panels.cuh"
 #include "cuda/sm90/prefill/shape.h"
 
 namespace blasst::cuda::prefill {
-
-// What a block of threads works on: a block of query rows of one head. Written by the producer,
-// read by everyone.
-struct Work {
-  int request, head;
-  int first_row;  // of the block, within the request
-  int rows;       // left in the request from there on; 0: no more work
-  int offset;     // position of query 0
-  int keys;
-  Distances distances;
-  int tile_begin, tile_end;
-  int output_row;                    // of first_row, among the rows of all requests
-  float threshold[kMostWarpgroups];  // of the tile test, as scores are kept
-  // Reports only: the query tile of first_row, among those of all requests, and their number.
-  int query_tile, query_tiles;
-};
-
-// The 64 query rows of a warpgroup.
-struct QueryTile {
-  int position;  // of its first row
-  int rows;      // that exist; may be negative
-};
-
-__device__ __forceinline__ QueryTile query_tile_of(const Work& work, int warpgroup) {
-  return {work.first_row + work.offset + warpgroup * kQueryTileRows,
-          min(kQueryTileRows, work.rows - warpgroup * kQueryTileRows)};
-}
 
 // A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64]. Queries and keys have kQkDim
 // elements, values and outputs kValueDim. With scores in int8 keys are bytes.

@@ -8,6 +8,7 @@
 #include "cuda/core/checks.h"
 #include "cuda/core/plan.h"
 #include "cuda/core/prefill/order.h"
+#include "cuda/core/prefill/plan.h"
 #include "cuda/sm90/prefill/quantize.h"
 #include "cuda/sm90/prefill/shape.h"
 #include "problem/checks.h"
@@ -27,31 +28,6 @@ void plan_scores(Params& p, const blasst_problem& problem, Scores scores) {
   p.score_to_log2 = softcap > 0 ? softcap * kLog2e : int8 ? 1 : scale * kLog2e;
   p.quantized.dot_to_log2 = scale * kLog2e;
   p.bands = problem.mask.bands;
-}
-
-void plan_rows(Params& p, const blasst_problem& problem) {
-  p.rows = static_cast<int>(problem::all_rows(problem));
-  p.cu_seqlens_q = problem.cu_seqlens_q;
-  p.query_lengths = problem.query_lengths;
-}
-
-void plan_places(Params& p, const TileTest& test) {
-  p.test.places = static_cast<int>(std::min<int64_t>(test.places, kUnlimited));
-  p.test.stride_place = test.stride_place;
-}
-
-void plan_maxima(Params& p, const Report& report, const problem::Geometry& geometry) {
-  problem::check_tile_maxima(report, geometry);
-  p.report.tile_maxima = report.tile_maxima;
-  p.report.tile_maxima_stride = report.tile_maxima_stride;
-}
-
-Variant variant_of(const Params& p) {
-  const ReportArrays& r = p.report;
-  if (r.tile_bits || r.gap_histogram || r.dropped_mass_bound || r.tile_maxima)
-    return Variant::kReport;
-  const bool counts = r.visitable || r.skipped;
-  return p.test.kind != BLASST_TEST_NONE || counts ? Variant::kSparse : Variant::kDense;
 }
 
 Scores scores_of(const Decision& decision) {

@@ -5,83 +5,13 @@
 #include "cuda/core/prefill/key_tiles.cuh"
 #include "cuda/core/prefill/order.h"
 #include "cuda/core/prefill/rows.cuh"
+#include "cuda/core/prefill/work.cuh"
 #include "cuda/core/tensor.h"
-#include "cuda/core/tile_test.h"
 #include "cuda/core/tiles.h"
 #include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/prefill/config.cuh"
 
 namespace blasst::cuda::prefill {
-
-// What the test compares with, for the query tile of a warpgroup: of a tile's largest score, or
-// (relative tests) of its distance to the running maximum.
-__device__ __forceinline__ float threshold_of(const Params& p, const Work& w, int warpgroup) {
-  if (p.test.kind == BLASST_TEST_NONE) return -INFINITY;
-  const int position = query_tile_of(w, warpgroup).position;
-  const int place = min(max(position, 0) / kQueryTileRows, p.test.places - 1);
-  const float value = p.test.values[w.request * p.test.stride_request +
-                                    w.head * p.test.stride_head + place * p.test.stride_place];
-  return log_threshold(p.test.kind, value, w.keys) * kLog2e / p.score_to_log2;
-}
-
-// The distances that a head looks across.
-__device__ __forceinline__ Distances distances_of(const Params& p, int head) {
-  Distances d = p.distances;
-  if (p.bands) {
-    const int64_t limit = kUnlimited;
-    d.least = max(d.least, static_cast<int>(max(-limit, min(limit, p.bands[2 * head]))));
-    d.most = min(d.most, static_cast<int>(max(-limit, min(limit, p.bands[2 * head + 1]))));
-  }
-  return d;
-}
-
-// Reads where an item's rows and keys are.
-template <typename C>
-__device__ Work describe(const Params& p, const Item& item) {
-  Work w;
-  w.request = item.request;
-  w.head = item.head;
-  w.first_row = item.block * C::Layout::kRowsPerBlock;
-  const Span keys = keys_of_request(p.keys, item.request);
-  const Span rows = rows_of_request(p, item.request, keys.count);
-  w.rows = max(0, rows.count - w.first_row);
-  w.output_row = rows.first + w.first_row;
-  w.keys = keys.count;
-  w.offset = keys.count - rows.count;
-  w.distances = distances_of(p, item.head);
-  if constexpr (C::kTests) {
-    for (int wg = 0; wg < C::Layout::kWarpgroups; ++wg) w.threshold[wg] = threshold_of(p, w, wg);
-  }
-  if constexpr (C::kVariant == Variant::kReport) {
-    const int tiles = ceil_div(p.query_length, kQueryTileRows);
-    w.query_tile = w.first_row / kQueryTileRows +
-                   (p.cu_seqlens_q ? p.first_query_tile[item.request] : item.request * tiles);
-    w.query_tiles = p.report.query_tiles;
-  }
-  const int first = w.first_row + w.offset;
-  const int last = first + min(w.rows, C::Layout::kRowsPerBlock) - 1;
-  const Range seen = keys_seen(first, last, w.distances, w.keys);
-  const bool any = seen.begin < seen.end && w.distances.least <= w.distances.most;
-  w.tile_begin = any ? seen.begin / C::kKeys : 0;
-  w.tile_end = any ? ceil_div(seen.end, C::kKeys) : 0;
-  return w;
-}
-
-// Where the keys and values that a block's work reads lie in the tensor that the copy engine sees.
-struct KeySource {
-  int kv_head;
-  int first_token, outer;  // where not paged
-  const int* pages;        // null: not paged
-  int page_count;          // of the request
-
-  __device__ KeySource(const Params& p, const Work& w)
-      : kv_head(w.head / (p.heads / p.kv_heads)),
-        first_token(keys_of_request(p.keys, w.request).first),
-        outer(p.keys.cu_seqlens ? 0 : w.request),
-        pages(p.keys.page_table ? p.keys.page_table + w.request * p.keys.page_table_stride
-                                : nullptr),
-        page_count(p.keys.page_table ? ceil_div(w.keys, p.keys.page_size) : 0) {}
-};
 
 // Starts the copy of one key or value tile, of `Tile`'s panels. Rows past the last page or the
 // tensor become zero.

@@ -7,7 +7,6 @@ namespace blasst::cuda::prefill {
 
 // Warpgroups of a block that own rows. Where the softmax is the longer part of a tile, three hide
 // it better.
-inline constexpr int kMostWarpgroups = 3;
 constexpr int warpgroups(int qk_dim) { return qk_dim > 64 ? 2 : 3; }
 constexpr int rows_per_block(int qk_dim) { return warpgroups(qk_dim) * kQueryTileRows; }
 

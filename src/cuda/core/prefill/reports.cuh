@@ -1,18 +1,22 @@
 // What a kernel reports of its tiles, beside outputs and LSE. One of three policies, so that the
 // loop over tiles need not know what is wanted. Their calls, in order:
 //   begin     before an item's first tile
-//   offer     a tile has scores, before the warpgroup votes on it
+//   offer     a tile has scores, before the query tile's warps vote on it
 //   decided   after the vote
 //   row       one of the thread's rows is finished
 //   finish    an item is
+//
+// C::Place says where the thread's two rows are: tile() of the item's query tiles, strip() of the
+// tile's four times 16 rows, rank() among the 128 threads that would have one strip a warp. Rank 0
+// speaks for its tile.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/core/online_softmax.cuh"
+#include "cuda/core/prefill/visit.cuh"
 #include "cuda/core/skipped_mass.cuh"
 #include "cuda/core/tiles.h"
-#include "cuda/sm90/prefill/visit.cuh"
 
 namespace blasst::cuda::prefill {
 
@@ -21,10 +25,12 @@ struct TileMaxima {
   float of_row[2];
 };
 
+inline constexpr int kRanks = 128;  // of a query tile
+
 // Nothing.
 template <typename C>
 struct NoReports {
-  __device__ __forceinline__ NoReports(const Params&, typename C::Shared&, ThreadPlace) {}
+  __device__ __forceinline__ NoReports(const Params&, typename C::Shared&, typename C::Place) {}
   __device__ __forceinline__ void begin(const Work&) {}
   __device__ __forceinline__ void offer(const Visit&, const float (&)[2], TileMaxima,
                                         const OnlineSoftmax&) {}
@@ -38,7 +44,8 @@ struct NoReports {
 template <typename C>
 class CountReports {
  public:
-  __device__ __forceinline__ CountReports(const Params& p, typename C::Shared&, ThreadPlace at)
+  __device__ __forceinline__ CountReports(const Params& p, typename C::Shared&,
+                                          typename C::Place at)
       : p_(p), at_(at) {}
   __device__ __forceinline__ void begin(const Work&) { kept_ = 0; }
   __device__ __forceinline__ void offer(const Visit&, const float (&)[2], TileMaxima,
@@ -49,8 +56,8 @@ class CountReports {
   }
   __device__ __forceinline__ void row(const Work&, int, int64_t, const RowEnd&) {}
   __device__ __forceinline__ void finish(const Work& work) {
-    const QueryTile q = query_tile_of(work, at_.warpgroup);
-    if (threadIdx.x % 128 != 0 || q.rows <= 0) return;
+    const QueryTile q = query_tile_of(work, at_.tile());
+    if (at_.rank() != 0 || q.rows <= 0) return;
     const Range visible = visible_tiles<C::kKeys>(work, q);
     const int64_t cell = int64_t{work.request} * p_.heads + work.head;
     const int visitable = visible.end - visible.begin;
@@ -60,7 +67,7 @@ class CountReports {
 
  protected:
   const Params& p_;
-  const ThreadPlace at_;
+  const typename C::Place at_;
   int kept_;  // tiles of this item
 };
 
@@ -71,22 +78,23 @@ class TileReports : public CountReports<C> {
   using Counts::at_, Counts::p_;
 
  public:
-  __device__ __forceinline__ TileReports(const Params& p, typename C::Shared& s, ThreadPlace at)
+  __device__ __forceinline__ TileReports(const Params& p, typename C::Shared& s,
+                                         typename C::Place at)
       : Counts(p, s, at), s_(s) {}
 
   __device__ __forceinline__ void begin(const Work& work) {
     Counts::begin(work);
-    const QueryTile q = query_tile_of(work, at_.warpgroup);
-    if (p_.report.tile_bits && threadIdx.x % 128 == 0 && q.rows > 0)
+    const QueryTile q = query_tile_of(work, at_.tile());
+    if (p_.report.tile_bits && at_.rank() == 0 && q.rows > 0)
       for (int word = 0; word < p_.report.tile_words; ++word) bits_of(work)[word] = 0;
     if (p_.report.tile_maxima && q.rows > 0)
-      for (int64_t tile = threadIdx.x % 128; tile < p_.report.tile_maxima_stride; tile += 128)
+      for (int64_t tile = at_.rank(); tile < p_.report.tile_maxima_stride; tile += kRanks)
         maxima_of(work)[tile] = -INFINITY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) mass_[r] = SkippedMass::none();
   }
 
-  // Each warp leaves its rows' largest gap, in natural logarithms, and their largest score.
+  // Each strip leaves its rows' largest gap, in natural logarithms, and their largest score.
   __device__ __forceinline__ void offer(const Visit& visit, const float (&tile_maximum)[2],
                                         TileMaxima leveled, const OnlineSoftmax& softmax) {
     const float to_natural = softmax.score_to_log2 * kLn2;
@@ -107,9 +115,8 @@ class TileReports : public CountReports<C> {
       maximum = max_nan(maximum, __shfl_xor_sync(kAllLanes, maximum, lanes));
     }
     if (at_.lane() != 0) return;
-    const int warp = threadIdx.x % 128 / 32;
-    s_.gap[visit.index % 2][at_.warpgroup][warp] = gap;
-    s_.maximum[visit.index % 2][at_.warpgroup][warp] = maximum * to_natural;
+    s_.gap[visit.index % 2][at_.tile()][at_.strip()] = gap;
+    s_.maximum[visit.index % 2][at_.tile()][at_.strip()] = maximum * to_natural;
   }
 
   __device__ __forceinline__ void decided(const Work& work, const Visit& visit, bool keep,
@@ -124,9 +131,9 @@ class TileReports : public CountReports<C> {
   }
 
  private:
-  // Where this warpgroup's rows stand among the query tiles of all heads and requests.
+  // Where this query tile's rows stand among the query tiles of all heads and requests.
   __device__ __forceinline__ int64_t tile_row(const Work& work) const {
-    return int64_t{work.head} * work.query_tiles + work.query_tile + at_.warpgroup;
+    return int64_t{work.head} * work.query_tiles + work.query_tile + at_.tile();
   }
   __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
     return p_.report.tile_bits + tile_row(work) * p_.report.tile_words;
@@ -138,19 +145,20 @@ class TileReports : public CountReports<C> {
   __device__ __forceinline__ void report_tile(const Work& work, const Visit& visit, bool keep,
                                               TileMaxima leveled, const OnlineSoftmax& softmax) {
     const int tile = visit.tile;
-    const QueryTile q = query_tile_of(work, at_.warpgroup);
+    const QueryTile q = query_tile_of(work, at_.tile());
     const Range visible = visible_tiles<C::kKeys>(work, q);
     if (tile < visible.begin || tile >= visible.end) return;
-    if (threadIdx.x % 128 == 0) {
+    if (at_.rank() == 0) {
       if (p_.report.tile_bits && keep) atomicOr(bits_of(work) + tile / 32, 1u << tile % 32);
       if (p_.report.gap_histogram) {
-        const float(&warps)[4] = s_.gap[visit.index % 2][at_.warpgroup];
-        const float gap = fmaxf(fmaxf(warps[0], warps[1]), fmaxf(warps[2], warps[3]));
+        const float(&strips)[4] = s_.gap[visit.index % 2][at_.tile()];
+        const float gap = fmaxf(fmaxf(strips[0], strips[1]), fmaxf(strips[2], strips[3]));
         atomicAdd(p_.report.gap_histogram + work.head * BLASST_GAP_BINS + gap_bin(gap), 1ull);
       }
       if (p_.report.tile_maxima) {
-        const float(&warps)[4] = s_.maximum[visit.index % 2][at_.warpgroup];
-        maxima_of(work)[tile] = max_nan(max_nan(warps[0], warps[1]), max_nan(warps[2], warps[3]));
+        const float(&strips)[4] = s_.maximum[visit.index % 2][at_.tile()];
+        maxima_of(work)[tile] =
+            max_nan(max_nan(strips[0], strips[1]), max_nan(strips[2], strips[3]));
       }
     }
     if (keep) return;

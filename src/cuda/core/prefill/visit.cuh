@@ -1,21 +1,10 @@
-// What a consumer warpgroup knows of its rows and of the tile at hand.
+// What the rows of a query tile see, and the tile at hand.
 #pragma once
 
+#include "cuda/core/prefill/work.cuh"
 #include "cuda/core/tiles.h"
-#include "cuda/sm90/core/ptx.cuh"
-#include "cuda/sm90/prefill/config.cuh"
 
 namespace blasst::cuda::prefill {
-
-// Where a thread's scores are (core/fragment.cuh): rows of its warp's 16, columns of every 8.
-struct ThreadPlace {
-  const int warpgroup = ptx::warp_uniform(threadIdx.x / 128) - 1;
-  __device__ __forceinline__ int lane() const { return threadIdx.x % 32; }
-  __device__ __forceinline__ int row(int r) const {
-    return threadIdx.x % 128 / 32 * 16 + lane() / 4 + 8 * r;
-  }
-  __device__ __forceinline__ int column() const { return 2 * (lane() % 4); }
-};
 
 // Tiles that a row of the query tile sees.
 template <int kKeys>
@@ -39,7 +28,7 @@ __device__ __forceinline__ Range whole_tiles(const Work& work, QueryTile q) {
 
 // The tile at hand, and the way to the next.
 struct Visit {
-  int index;  // among all tiles that this warpgroup has visited: says which stages are its own
+  int index;  // among all tiles that were visited: says which stages are its own
   int tile, next_tile, step;
   bool masked;  // its scores were capped or masked, or may have been
 
