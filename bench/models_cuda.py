@@ -85,7 +85,11 @@ class Planted:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """As `blasst.attention`, of which it takes everything but the keys."""
         scale = 16 * q.shape[-1] ** -0.5  # apart enough for a small threshold
-        return attention(q, self._keys[:, : k.shape[1]], v, **{**options, "scale": scale})
+        return attention(q, self.keys(k), v, **{**options, "scale": scale})
+
+    def keys(self, k: Tensor) -> Tensor:
+        """In place of the model's."""
+        return self._keys[:, : k.shape[1]]
 
 
 def make_model(shape: str, layers: int | None, longest: int) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 import inspect
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -43,3 +44,12 @@ def cache_name(model_class: type) -> str:
         f"{model_class.__name__}.forward takes no cache; it must have one of the arguments "
         f"{' or '.join(CACHE_NAMES)}"
     )
+
+
+def checkpoint_layers(model: Any, *, wanted: bool) -> None:
+    """Turn gradient checkpointing on or off, which newer versions call activation checkpointing."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()

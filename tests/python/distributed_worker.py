@@ -1,22 +1,27 @@
 """One of the processes that test_distributed.py starts: distributed_worker.py JOB FOLDER."""
 
+import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import (
-    AutoModelForCausalLM,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback
 
 import blasst
-from blasst.training import SparsitySchedule
+from blasst.prompts import reference_text
+from blasst.training import SparsitySchedule, finetune
+from blasst.training.plan import TrainingPlan
+from blasst.training.trainer import OneDevice
 
 NEW_TOKENS = 8
+PLAN = TrainingPlan(
+    target=0.2, start=0.1, ramp=2, steps=4, length=512, batch=4, accumulate=2, learning_rate=1e-3,
+    save_every=2,
+)  # fmt: skip
+TEXT = reference_text()[:40000]
 
 
 class Gradients(TrainerCallback):
@@ -27,12 +32,14 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **_):
         if self.first is None:
-            self.first = {n: p.grad.clone() for n, p in model.named_parameters()}
+            grads = ((n, p.grad) for n, p in model.named_parameters())
+            whole = ((n, g.full_tensor() if hasattr(g, "full_tensor") else g) for n, g in grads)
+            self.first = {n: g.detach().cpu().clone() for n, g in whole}
 
 
 def fine_tune(model, samples, batch, folder, **options):
     """Two steps; gradients of the first, and the log."""
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(folder),
         max_steps=2,
         per_device_train_batch_size=batch,
@@ -41,10 +48,9 @@ def fine_tune(model, samples, batch, folder, **options):
         max_grad_norm=0.0,
         logging_steps=1,
         save_strategy="no",
-        use_cpu=True,
         disable_tqdm=True,
         report_to="none",
-        **options,
+        **{"use_cpu": True} | options,
     )
     kept = Gradients()
     schedule = SparsitySchedule(0.1, 0.2, ramp=1)
@@ -54,12 +60,36 @@ def fine_tune(model, samples, batch, folder, **options):
     return kept.first, [line for line in trainer.state.log_history if "loss" in line]
 
 
-def data_parallel(folder):
+ON_GPUS = {"use_cpu": False, "bf16": True}
+SHARDED = {
+    "fsdp": "full_shard",
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+def data_parallel(folder, **options):
     model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="blasst")
     tokens = torch.load(folder / "tokens.pt")
     samples = [{"input_ids": sample, "labels": sample} for sample in tokens]
-    gradients, log = fine_tune(model, samples, 1, folder, ddp_backend="gloo")
-    torch.save((gradients, log), folder / f"rank{dist.get_rank()}.pt")
+    found = fine_tune(model, samples, 1, folder, **{"ddp_backend": "gloo"} | options)
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+
+
+def data_parallel_on_gpus(folder):
+    data_parallel(folder, ddp_backend="nccl", **ON_GPUS)
+
+
+def fully_sharded_on_gpus(folder):
+    data_parallel(folder, ddp_backend="nccl", **ON_GPUS, **SHARDED)
+
+
+def whole_run(folder):
+    """The four cases of `fine_tune`; the first process's alone."""
+    cases = finetune.fine_tune(str(folder / "model"), PLAN, text=TEXT, out=folder / "out")
+    torch.save(
+        json.loads(json.dumps([asdict(case) for case in cases])),
+        folder / f"rank{dist.get_rank()}.pt",
+    )
 
 
 def generated(model, tokens):
@@ -133,6 +163,14 @@ def message_of(call):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job, place = sys.argv[1:]
-    dist.init_process_group("gloo")
-    {"data_parallel": data_parallel, "tensor_parallel": tensor_parallel}[job](Path(place))
+    if job.endswith("on_gpus"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    elif job != "whole_run":  # which makes its own
+        dist.init_process_group("gloo")
+    jobs = (
+        *(data_parallel, data_parallel_on_gpus, fully_sharded_on_gpus),
+        *(tensor_parallel, whole_run),
+    )
+    {run.__name__: run for run in jobs}[job](Path(place))
     dist.destroy_process_group()

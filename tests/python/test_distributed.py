@@ -12,8 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import distributed_worker
 from blasst.config import Law, Measured, SparseAttention, ThresholdTable
-from distributed_worker import cases, fine_tune
-from recency_model import make_recency_model
+from blasst.training import finetune
+from blasst.training.trainer import read_log
+from distributed_worker import ON_GPUS, PLAN, TEXT, cases, fine_tune
+from recency_model import make_recency_model, make_tokenizer
 
 SECONDS = 300
 LENGTH = 400
@@ -38,8 +40,11 @@ def run(job: str, processes: int, folder: Path) -> list:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
-def configuration(heads: int, decoding: int | None = None) -> SparseAttention:
-    """A threshold of its own for every head of two layers; `decoding` heads decide together."""
+def configuration(heads: int, decoding: int | None = None, keys: int = 64) -> SparseAttention:
+    """A threshold of its own for every head of two layers; `decoding` heads decide together.
+
+    keys: of a tile.
+    """
     generator = torch.Generator().manual_seed(3)
     low = torch.rand((1, 1, 2, heads), generator=generator) * 6 - 7
     table = torch.cat([low, low + 1], 1)  # of targets 0.1 and 0.2
@@ -47,7 +52,7 @@ def configuration(heads: int, decoding: int | None = None) -> SparseAttention:
         "sink_first", "water_filling", Law(9.0, 2.0, 1.0), (LENGTH,), (0.1, 0.2), table
     )
     rows = {"prefill": 64, "decode": decoding}
-    measured = {phase: Measured((n, 64), (policy,)) for phase, n in rows.items() if n}
+    measured = {phase: Measured((n, keys), (policy,)) for phase, n in rows.items() if n}
     return SparseAttention(
         targets=("LlamaAttention",),
         laws={},
@@ -56,15 +61,22 @@ def configuration(heads: int, decoding: int | None = None) -> SparseAttention:
     )
 
 
-def test_data_parallel_gradients_are_those_of_the_joined_batch(tmp_path):
-    model = make_recency_model()
-    model.config.sparse_attention_config = configuration(4).to_dict()
-    model.save_pretrained(tmp_path / "model")
+def model_and_samples(
+    folder: Path, head_dim: int, keys: int
+) -> tuple[LlamaForCausalLM, list[dict]]:
+    """What the processes find in the folder, too."""
+    model = make_recency_model(head_dim=head_dim)
+    model.config.sparse_attention_config = configuration(4, keys=keys).to_dict()
+    model.save_pretrained(folder / "model")
     tokens = torch.randint(1, 257, (4, LENGTH), generator=torch.Generator().manual_seed(5))
-    torch.save(tokens, tmp_path / "tokens.pt")
+    torch.save(tokens, folder / "tokens.pt")
+    return model, [{"input_ids": sample, "labels": sample} for sample in tokens]
+
+
+def test_data_parallel_gradients_are_those_of_the_joined_batch(tmp_path):
+    model, samples = model_and_samples(tmp_path, head_dim=16, keys=64)
     ranks = run("data_parallel", 2, tmp_path)
 
-    samples = [{"input_ids": sample, "labels": sample} for sample in tokens]
     gradients, log = fine_tune(model, samples, 2, tmp_path)
     for found, found_log in ranks:
         assert found.keys() == gradients.keys()
@@ -75,6 +87,42 @@ def test_data_parallel_gradients_are_those_of_the_joined_batch(tmp_path):
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert found_log[0]["sparsity"] == log[0]["sparsity"] > 0, "tiles of both processes"
         assert found_log[1]["sparsity"] == pytest.approx(log[1]["sparsity"], abs=0.01)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("job", ["data_parallel_on_gpus", "fully_sharded_on_gpus"])
+def test_gradients_of_two_gpus_are_those_of_one_on_the_joined_batch(job, tmp_path):
+    model, samples = model_and_samples(tmp_path, head_dim=64, keys=128)
+    ranks = run(job, 2, tmp_path)
+    gradients, log = fine_tune(model, samples, 2, tmp_path, **ON_GPUS)
+    for found, found_log in ranks:
+        for name, gradient in gradients.items():
+            error = (found[name] - gradient).norm() / gradient.norm()
+            assert error < 0.02, f"{name}: {error}, bfloat16's rounding is 0.004"
+        for line, expected in zip(found_log, log, strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+        assert found_log[0]["sparsity"] == pytest.approx(log[0]["sparsity"], abs=0.01)
+        assert found_log[0]["sparsity"] > 0
+
+
+def test_fine_tuning_in_two_processes_is_that_of_one(tmp_path):
+    model = make_recency_model()
+    for folder in (tmp_path / "two", tmp_path / "one"):
+        model.save_pretrained(folder / "model")
+        make_tokenizer().save_pretrained(folder / "model")
+    first, second = run("whole_run", 2, tmp_path / "two")
+    assert second == [], "the first measures and tells"
+    one = tmp_path / "one"
+    cases = finetune.fine_tune(str(one / "model"), PLAN, text=TEXT, out=one / "out")
+    for way in ("dense", "sparse"):
+        logs = [read_log(tmp_path / n / "out" / way / "log.jsonl") for n in ("two", "one")]
+        for line, expected in zip(*logs, strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+            assert line["sparsity"] == pytest.approx(expected["sparsity"], abs=0.01)
+    for case, expected in zip(first, cases, strict=True):
+        assert (case["trained"], case["measured"]) == (expected.trained, expected.measured)
+        assert case["perplexity"] == pytest.approx(expected.perplexity, rel=1e-2)
+    assert not list((tmp_path / "two" / "out").glob("*/checkpoint-*"))
 
 
 def llama(heads: int, kv_heads: int) -> LlamaForCausalLM:

@@ -496,19 +496,44 @@ def test_a_text_too_short_is_one_clear_message(tmp_path, capsys):
     assert "end of the text has" in capsys.readouterr().err
 
 
-def test_several_processes_are_sent_to_the_trainer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command(tmp_path, tmp_path / "out") == 1
-    assert "one of 2 processes; fine_tune runs in one" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda:1"}, "'cuda', with CUDA_VISIBLE_DEVICES=1 in the environment"),
+        ({"device_map": "auto"}, "device_map is 'auto'; a model that is trained is on one device"),
+    ],
+)
+def test_a_device_that_the_trainer_would_not_take(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(models.Loading, "__post_init__", lambda self: None)  # finds no GPU here
+    plan, loading = TrainingPlan(), models.Loading(**options)
+    with pytest.raises(ValueError, match=message):
+        finetune.fine_tune("smollm2", plan, out=tmp_path / "out", loading=loading)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [({"device": "cuda"}, "cuda"), ({"device_map": "auto"}, "device_map='auto'")],
-)
-def test_another_device_than_the_cpu_is_refused(options, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(models.Loading, "__post_init__", lambda self: None)  # finds no GPU here
-    plan, loading = TrainingPlan(), models.Loading(**options)
-    with pytest.raises(ValueError, match=f"runs on the CPU, not on {wanted}"):
-        finetune.fine_tune("smollm2", plan, out=tmp_path / "out", loading=loading)
+def test_samples_that_passes_and_processes_cannot_share(tmp_path, capsys):
+    folder = saved_model(tmp_path / "model")
+    assert command(folder, tmp_path / "out", "--batch", 3, "--accumulate", 2) == 1
+    assert "batch is 3 for 2 passes; it must be a multiple of 2" in capsys.readouterr().err
+    plan = TrainingPlan(batch=8, accumulate=2)
+    assert plan.samples_a_pass(4) == 1
+    with pytest.raises(ValueError, match=r"batch is 8 for 3 processes of 2 passes; .* of 6"):
+        plan.samples_a_pass(3)
+
+
+def test_passes_and_checkpointing_train_the_same(tmp_path):
+    def trained(folder, **changes):
+        plan = TrainingPlan(**{**vars(PLAN), "steps": 2, "batch": 2, **changes})
+        model, schedule = calibrated_model(), SparsitySchedule(0.2, 0.2, ramp=0)
+        data = samples(4)
+        trainer.train(model, data, plan, schedule, tmp_path / folder, lambda *_: None)
+        return read_log(tmp_path / folder / "log.jsonl"), model
+
+    whole, model = trained("whole")
+    for name, changes in (("passes", {"accumulate": 2}), ("kept", {"checkpointing": True})):
+        log, other = trained(name, **changes)
+        for line, expected in zip(log, whole, strict=True):
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert line["sparsity"] == expected["sparsity"], "tiles are counted once"
+        for a, b in zip(other.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

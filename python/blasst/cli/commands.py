@@ -224,13 +224,20 @@ def finetune(
     steps: Annotated[int, Option(parser=POSITIVE, metavar="N", help="of training")] = 30,
     length: Annotated[int, Option(parser=POSITIVE, metavar="N", help="tokens of a sample")] = 2048,
     batch: Annotated[int, Option(parser=POSITIVE, metavar="N", help="samples a step")] = 1,
+    accumulate: Annotated[
+        int, Option(parser=POSITIVE, metavar="N", help="passes that a step's samples are read in")
+    ] = 1,
+    checkpointing: Annotated[
+        bool, Option("--checkpointing", help="keep a layer's inputs alone: less memory, slower")
+    ] = False,
     learning_rate: Annotated[float, Option(parser=RATE, metavar="N", help="at its highest")] = 1e-4,
     save_every: Annotated[
         int, Option(parser=POSITIVE, metavar="N", help="steps between checkpoints")
     ] = 5,
     distill: Distill = False,
     bf16: Annotated[
-        bool, Option("--bf16", help="compute in bfloat16 (weights stay float32)")
+        bool,
+        Option("--bf16", help="compute in bfloat16, on a GPU always (weights stay float32)"),
     ] = False,
     text: TrainingText = None,
     out: Folder = Path("blasst-finetuning"),
@@ -250,6 +257,8 @@ def finetune(
         steps=steps,
         length=length,
         batch=batch,
+        accumulate=accumulate,
+        checkpointing=checkpointing,
         learning_rate=learning_rate,
         distill=distill,
         bf16=bf16,
@@ -258,6 +267,8 @@ def finetune(
     prose = None if text is None else read_text(text)
     with shown_progress() as progress:
         cases = fine_tune(model, plan, text=prose, out=out, progress=progress, loading=loading)
+    if not cases:  # another process shows them
+        return
     show(report.table(cases, plan))
     title = f"{model}: {plan.steps} steps dense and sparse"
     path = report.write(title, about_run(report.about(plan)), cases, plan, out)

@@ -144,7 +144,9 @@ ConfigOnly = Annotated[
     bool, Option("--config-only", help="write the configuration without the weights")
 ]
 Device = Annotated[
-    str | None, Option(metavar="DEVICE", help="where the model runs: cpu (default), cuda, cuda:N")
+    # Named: typer before 0.29 takes a metavar that is the argument's name in capitals for its name.
+    str | None,
+    Option("--device", metavar="DEVICE", help="where the model runs: cpu (default), cuda, cuda:N"),
 ]
 Dtype = Annotated[
     str,

@@ -19,9 +19,26 @@ class Results:
         Raises:
             ValueError: the file is of an evaluation of something else.
         """
-        self._path = path
-        self._known: dict[str, Any] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self._open(path, fingerprint)
+        # Written anew without a line that a killed run left half-written.
+        working = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            working.write_text("".join(json.dumps(line) + "\n" for line in whole))
+            working.replace(path)
+        finally:
+            working.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path, fingerprint: str) -> "Results":
+        """What another process keeps in the file; this one must not add to it."""
+        results = cls.__new__(cls)
+        results._open(path, fingerprint)
+        return results
+
+    def _open(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
+        """The lines of the file, which is of this run, or begins now."""
+        self._path = path
         begun = {"fingerprint": fingerprint}
         whole = self._read() if path.exists() else []
         if not whole or [set(line) for line in whole] == [{"fingerprint"}]:
@@ -31,15 +48,8 @@ class Results:
                 f"{path} holds results of another model, calibration or length; choose another "
                 "folder or remove it"
             )
-        for line in whole[1:]:
-            self._known[line["key"]] = line["value"]
-        # Written anew without a line that a killed run left half-written.
-        working = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            working.write_text("".join(json.dumps(line) + "\n" for line in whole))
-            working.replace(path)
-        finally:
-            working.unlink(missing_ok=True)
+        self._known: dict[str, Any] = {line["key"]: line["value"] for line in whole[1:]}
+        return whole
 
     def _read(self) -> list[dict[str, Any]]:
         found = []

@@ -8,7 +8,6 @@ for each measurement.
 
 import hashlib
 import math
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from blasst.progress import Progress, silent
 from blasst.training.callbacks import PHASE, SparsitySchedule
 from blasst.training.data import held_out_windows, split_text, training_samples
 from blasst.training.plan import TRAINED, Case, TrainingPlan, Way
+from blasst.training.processes import processes_of
 from blasst.training.trainer import checkpoints, train
 
 ORDERS = ("sink_first", "reverse")
@@ -63,12 +63,19 @@ def fine_tune(
             `evaluation_texts()` are held out.
         out: folder; what it holds of an earlier run is continued.
         progress: told what is being done: see `blasst.progress`.
-        loading: how the model is loaded, onto the CPU; default: `models.Loading()`.
+        loading: how the model is loaded, and onto which device; default: `models.Loading()`. Its
+            weights are float32 unless another type is asked for.
+
+    Several processes, as torchrun starts them, share the samples of a step; on GPUs each has one.
+    The first calibrates, writes and measures.
+
+    Returns:
+        The four cases; of several processes the first's, the others' is empty.
 
     Raises:
-        ValueError: another device, a folder of another run, a length beyond the model's context, a
-            text too short, a target that cannot be reached, gradients that are not finite, a
-            process of several, too little room on the disk.
+        ValueError: a device that cannot be had, a folder of another run, a length beyond the
+            model's context, a text too short, a target that cannot be reached, gradients that are
+            not finite, samples that processes cannot share evenly, too little room on the disk.
         OSError: the disk is full nevertheless.
     """
     return _Run(name, plan, text, out, progress or silent, loading or models.Loading()).run()
@@ -86,21 +93,12 @@ class _Run:
         progress: Progress,
         loading: models.Loading,
     ) -> None:
-        processes = os.environ.get("WORLD_SIZE", "1")
-        if processes != "1":
-            raise ValueError(
-                f"started as one of {processes} processes; fine_tune runs in one (for more, use "
-                "Transformers' Trainer with blasst.training.SparsitySchedule)"
-            )
-        if loading.device not in (None, "cpu") or loading.device_map is not None:
-            wanted = loading.device or f"device_map={loading.device_map!r}"
-            raise ValueError(
-                f"fine_tune runs on the CPU, not on {wanted}; on a GPU train with Transformers' "
-                "Trainer and blasst.training.SparsitySchedule"
-            )
+        self.processes, self.loading = processes_of(loading)
+        if self.processes.device.type == "cuda":
+            plan = replace(plan, bf16=True)
+        plan.samples_a_pass(self.processes.count)
         self.name, self.plan, self.out, self.progress = name, plan, out, progress
-        self.loading = loading
-        loaded = models.load(name, loading=loading)
+        loaded = self._load(name)
         is_new = not (out / "results.jsonl").exists()
         check_folder(out, ROOM + is_new * PEAK * models.weights_size(loaded.model))
         models.check_length(loaded.model, plan.length, "a sample")
@@ -109,40 +107,56 @@ class _Run:
         self.windows = held_out_windows(self.tokenizer, held_out, plan)
         mark = hashlib.sha256(self.prose.encode()).hexdigest()
         made_of = fingerprint(loaded.model, asdict(plan), mark)
-        self.results = Results(out / "results.jsonl", made_of)
-        self._calibration(Way.UNTRAINED, loaded.model)
+
+        def begin() -> None:
+            self.results = Results(out / "results.jsonl", made_of)
+            self._calibration(Way.UNTRAINED, loaded.model)
+
+        self.processes.first(begin)
+        if not self.processes.is_first:
+            self.results = Results.read(out / "results.jsonl", made_of)
+        self.processes.wait()
 
     def run(self) -> list[Case]:
         for way in TRAINED:
             if not (self.out / way / "model").exists():
                 self._train(way)
+            self.processes.wait()
+        if not self.processes.is_first:
+            return []
         return [case for way in TRAINED for case in self._measure(way)]
+
+    def _load(self, name: str, **how: Any) -> models.Loaded:
+        """A model, which a GPU's kernels read in bfloat16."""
+        with self.processes.autocast(self.plan.bf16):
+            return models.load(name, **{"loading": self.loading} | how)
 
     def _calibration(self, way: str, model: PreTrainedModel) -> SparseAttention:
         """Thresholds for a model: the one that training starts from, or one it has made."""
         if self.results.get("calibration", way) is None:
             model.config.__dict__.pop("sparse_attention_config", None)
-            found = calibrate(
-                model,
-                self.tokenizer,
-                lengths=[self.plan.length],
-                target_sparsity={PHASE: self.plan.target},
-                text=self.prose,
-                prompts=CALIBRATION_PROMPTS,
-                held_out=[],
-                orders=ORDERS,
-                schemes=SCHEMES,
-                progress=lambda step, share, what: self.progress(f"{step}, {way}", share, what),
-            )
+            with self.processes.autocast(self.plan.bf16 and self.processes.device.type == "cuda"):
+                found = calibrate(
+                    model,
+                    self.tokenizer,
+                    lengths=[self.plan.length],
+                    target_sparsity={PHASE: self.plan.target},
+                    text=self.prose,
+                    prompts=CALIBRATION_PROMPTS,
+                    held_out=[],
+                    orders=ORDERS,
+                    schemes=SCHEMES,
+                    progress=lambda step, share, what: self.progress(f"{step}, {way}", share, what),
+                )
             self.results.put(found.config.to_dict(), "calibration", way)
         return parse(self.results.get("calibration", way))
 
     def _train(self, way: str) -> None:
-        model = models.load(self.name, loading=self.loading).model
+        model = self._load(self.name).model
         model.config.sparse_attention_config = self.results.get("calibration", Way.UNTRAINED)
         plan, folder = self.plan, self.out / way / "model"
         if plan.distill and way == Way.DENSE:
-            models.save_config(model, self.tokenizer, folder)
+            self.processes.first(lambda: models.save_config(model, self.tokenizer, folder))
             return
         sparse = way == Way.SPARSE
         schedule = SparsitySchedule(
@@ -151,7 +165,7 @@ class _Run:
         teacher = None
         if plan.distill:
             # With another attention, so that the schedule records the student's alone.
-            teacher = models.load(self.name, attention="sdpa", loading=self.loading).model
+            teacher = self._load(self.name, attention="sdpa").model
         samples = training_samples(self.tokenizer, self.prose, plan)
         train(
             model,
@@ -161,10 +175,15 @@ class _Run:
             self.out / way,
             lambda share, what: self.progress(f"Training, {way}", share, what),
             teacher,
+            self.processes,
         )
-        models.save_config(model, self.tokenizer, folder)
-        for checkpoint in checkpoints(self.out / way):
-            shutil.rmtree(checkpoint)
+
+        def keep() -> None:
+            models.save_config(model, self.tokenizer, folder)
+            for checkpoint in checkpoints(self.out / way):
+                shutil.rmtree(checkpoint)
+
+        self.processes.first(keep)
 
     # Measuring
 
@@ -172,7 +191,7 @@ class _Run:
         """The two cases of one trained model; it is left configured as measured sparse."""
         folder = self.out / way / "model"
         of_folder = replace(self.loading, revision=None)
-        model = models.load(str(folder), loading=of_folder).model
+        model = self._load(str(folder), loading=of_folder).model
         # The thresholds that a model was trained with are its own, if they reach so far.
         trained_with_them = way == Way.SPARSE or self.plan.distill
         for made in (Way.UNTRAINED, way) if trained_with_them else (way,):
@@ -226,7 +245,9 @@ class _Run:
             for done, (name, tokens) in enumerate(self.windows):
                 step = f"Measuring, {way} at target {target:.1%}"
                 self.progress(step, done / len(self.windows), name)
-                losses.setdefault(name, []).append(loss_of(model, tokens, self.plan.bf16))
+                with self.processes.autocast(self.plan.bf16):
+                    hidden = read(model, tokens)[0].float()
+                losses.setdefault(name, []).append(loss_of(model, hidden, tokens[0]))
             self.progress(step, 1.0, "")
         by_text = {name: sum(some) / len(some) for name, some in losses.items()}
         found = {
@@ -237,12 +258,10 @@ class _Run:
         return self.results.put(found, "measured", way, made, target)
 
 
-def loss_of(model: PreTrainedModel, tokens: Tensor, bf16: bool) -> float:
-    """Mean negative log-likelihood of [1, length] tokens, nats; the last layer is float32."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        hidden = read(model, tokens)[0].float()
-    total = 0.0
-    for piece in torch.arange(tokens.shape[1] - 1).split(PIECE):
+def loss_of(model: PreTrainedModel, hidden: Tensor, tokens: Tensor) -> float:
+    """Mean negative log-likelihood of [length] tokens with [length, hidden] last states, nats."""
+    total, tokens = 0.0, tokens.to(hidden.device)
+    for piece in torch.arange(len(tokens) - 1).split(PIECE):
         found = log_probabilities(model, hidden[piece])
-        total -= found.gather(1, tokens[0, piece + 1][:, None]).sum().item()
-    return total / (tokens.shape[1] - 1)
+        total -= found.gather(1, tokens[piece + 1][:, None]).sum().item()
+    return total / (len(tokens) - 1)

@@ -29,14 +29,19 @@ class TrainingPlan:
     length: int = 2048
     """Tokens of a sample."""
     batch: int = 1
-    """Samples a step."""
+    """Samples a step, of all processes."""
+    accumulate: int = 1
+    """Passes, one after the other, that a step's samples are read in."""
+    checkpointing: bool = False
+    """Gradient checkpointing: keep what goes into a layer alone, and read it again backward."""
     learning_rate: float = 1e-4
     """At its highest; it falls to 0 along a cosine."""
     distill: bool = False
     """Sparse training learns what the untrained model predicts densely, in place of the samples'
     own tokens. Trained densely so, a model stays as it is: it is its own dense-trained model."""
     bf16: bool = False
-    """Compute in bfloat16; weights, optimizer and, measuring, the last layer stay float32."""
+    """Compute in bfloat16, on a GPU always; weights, optimizer and, measuring, the last layer stay
+    float32."""
     save_every: int = 5
     """Steps between checkpoints."""
     windows: int = 1
@@ -52,6 +57,22 @@ class TrainingPlan:
             )
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning rate is {self.learning_rate}; it must be between 0 and 1")
+        self.samples_a_pass(1)
+
+    def samples_a_pass(self, processes: int) -> int:
+        """Samples that a process reads at once.
+
+        Raises:
+            ValueError: a step's samples cannot be shared out evenly.
+        """
+        parts = processes * self.accumulate
+        if self.accumulate < 1 or self.batch % parts:
+            shared = f"{processes} processes of " if processes > 1 else ""
+            raise ValueError(
+                f"batch is {self.batch} for {shared}{self.accumulate} passes; it must be a "
+                f"multiple of {max(parts, 1)}"
+            )
+        return self.batch // parts
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from blasst.files import replace_file
 from blasst.hf import models
 from blasst.training.callbacks import FiniteGradients, SparsitySchedule
 from blasst.training.plan import TrainingPlan
+from blasst.training.processes import Processes
+from blasst.versions import checkpoint_layers
 
 TORCH_SAVE = "inline_container.cc"
 """In the message of torch.save's RuntimeError where a file cannot be written."""
@@ -38,6 +40,7 @@ def train(
     out: Path,
     progress: Callable[[float, str], None],
     teacher: PreTrainedModel | None = None,
+    processes: Processes | None = None,
 ) -> None:
     """Train, from the last checkpoint in `out` if there is one.
 
@@ -51,14 +54,18 @@ def train(
         out: folder of log.jsonl and of the checkpoint.
         progress: told the share that is done, and the last step's loss.
         teacher: whose predictions are learned in place of the samples' own tokens.
+        processes: that train together; default: this one alone.
     """
+    processes = processes or Processes(1, 0, model.device)
     working = out / ".working"
-    shutil.rmtree(working, ignore_errors=True)  # what a run that was killed left half-written
+    # What a run that was killed left half-written.
+    processes.first(lambda: shutil.rmtree(working, ignore_errors=True))
     found = checkpoints(out)
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(working),
         max_steps=plan.steps,
-        per_device_train_batch_size=plan.batch,
+        per_device_train_batch_size=plan.samples_a_pass(processes.count),
+        gradient_accumulation_steps=plan.accumulate,
         train_sampling_strategy="sequential",
         learning_rate=plan.learning_rate,
         lr_scheduler_type="cosine",
@@ -68,15 +75,20 @@ def train(
         save_steps=plan.save_every,
         seed=plan.seed,
         bf16=plan.bf16,
-        use_cpu=True,
+        use_cpu=processes.device.type == "cpu",
+        ddp_backend=None if processes.device.type == "cuda" or processes.count == 1 else "gloo",
         disable_tqdm=True,
         report_to="none",
     )
-    callbacks = [schedule, FiniteGradients(), _Log(out / "log.jsonl", progress), _Checkpoints(out)]
+    callbacks = [schedule, FiniteGradients(), _Checkpoints(out, processes)]
+    if processes.is_first:
+        callbacks.append(_Log(out / "log.jsonl", progress))
     kind = Trainer if teacher is None else partial(_Distillation, teacher)
     trainer = kind(model, arguments, train_dataset=samples, callbacks=callbacks)
     trainer.remove_callback(PrinterCallback)
     cached, model.config.use_cache = model.config.use_cache, False
+    if plan.checkpointing:
+        checkpoint_layers(model, wanted=True)
     try:
         with models.quiet():
             trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
@@ -86,7 +98,18 @@ def train(
         raise OSError(f"a checkpoint could not be written into {out}: is the disk full?") from None
     model.config.use_cache = cached
     model.eval()
-    shutil.rmtree(working)
+    if plan.checkpointing:
+        checkpoint_layers(model, wanted=False)
+    processes.first(lambda: shutil.rmtree(working))
+
+
+class OneDevice(TrainingArguments):
+    """Of a process with one device: the Trainer would split a batch over all GPUs that it sees."""
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process."""
+        return min(1, super().n_gpu)
 
 
 class _Distillation(Trainer):
@@ -101,7 +124,8 @@ class _Distillation(Trainer):
     ) -> Tensor:
         """Mean KL divergence of the next token's distribution from the teacher's, nats."""
         tokens = inputs["input_ids"]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self.args.bf16):
+        autocast = torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.args.bf16)
+        with torch.no_grad(), autocast:
             wanted = self._teacher(tokens, use_cache=False).logits[:, :-1]
         found = model(tokens, use_cache=False).logits[:, :-1]
         wanted, found = (logits.float().log_softmax(-1) for logits in (wanted, found))
@@ -117,16 +141,20 @@ def checkpoints(folder: Path) -> list[Path]:
 class _Checkpoints(TrainerCallback):
     """Gives a checkpoint its place when it is whole, and then removes the one before."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        self._folder, self._processes = folder, processes
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Called when the Trainer has written all files of a checkpoint."""
+        """Called when the Trainer has written all files of a checkpoint that are this process's."""
+        self._processes.wait()
+        self._processes.first(lambda: self._keep(Path(args.output_dir), state.global_step))
+
+    def _keep(self, written: Path, step: int) -> None:
         before = checkpoints(self._folder)
-        name = f"checkpoint-{state.global_step}"
-        (Path(args.output_dir) / name).rename(self._folder / name)
+        name = f"checkpoint-{step}"
+        (written / name).rename(self._folder / name)
         for older in before:
             shutil.rmtree(older)
 
