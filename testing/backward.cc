@@ -216,6 +216,7 @@ GradientError measure(const std::vector<double>& wanted, const std::vector<float
 
 Case differentiable(Case c) {
   c.scores = BLASST_SCORES_EXACT;
+  c.k_dtype = c.v_dtype = {};
   if (c.decode) {
     c.decode = false;
     for (Lengths& r : c.requests)

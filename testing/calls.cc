@@ -69,8 +69,7 @@ class KeyPart {
   KeyPart(const Problem& problem, bool is_first, int64_t last_keys) : params(problem.params) {
     const Access access(problem.params);
     blasst_problem& p = params.problem;
-    const DType dtype = p.q.dtype;
-    const int64_t bytes = element_bytes(dtype);
+    const DType dtype = p.q.dtype, k_dtype = p.kv.k.dtype, v_dtype = p.kv.v.dtype;
     cu_keys_ = {0};
     for (int64_t b = 0; b < p.batch; ++b) {
       const int64_t cut = access.requests()[b].keys - last_keys;
@@ -79,29 +78,29 @@ class KeyPart {
         for (int64_t h = 0; h < p.kv_heads; ++h) {
           const std::byte* k = access.key(b, j, h);
           const std::byte* v = access.value(b, j, h);
-          k_.insert(k_.end(), k, k + p.head_dim * bytes);
-          v_.insert(v_.end(), v, v + p.value_dim * bytes);
+          k_.insert(k_.end(), k, k + p.head_dim * element_bytes(k_dtype));
+          v_.insert(v_.end(), v, v + p.value_dim * element_bytes(v_dtype));
         }
       }
       cu_keys_.push_back(cu_keys_.back() + static_cast<int32_t>(end - begin));
     }
-    const auto view = [&](std::vector<std::byte>& rows, int64_t heads, int64_t dim) {
-      const int64_t elements = std::ssize(rows) / bytes;
+    const auto view = [&](std::vector<std::byte>& rows, DType type, int64_t heads, int64_t dim) {
+      const int64_t bytes = element_bytes(type), elements = std::ssize(rows) / bytes;
       rows.resize(rows.size() + bytes);  // never an empty buffer, so never a null pointer
       return View{.data = rows.data(),
-                  .dtype = dtype,
+                  .dtype = type,
                   .elements = elements,
                   .stride_request = p.query_length * heads * dim,  // not used of keys
                   .stride_token = heads * dim,
                   .stride_head = dim};
     };
     p.kv = {.layout = BLASST_LAYOUT_RAGGED,
-            .k = view(k_, p.kv_heads, p.head_dim),
-            .v = view(v_, p.kv_heads, p.value_dim),
+            .k = view(k_, k_dtype, p.kv_heads, p.head_dim),
+            .v = view(v_, v_dtype, p.kv_heads, p.value_dim),
             .tokens = cu_keys_.back(),
             .cu_seqlens = cu_keys_.data()};
-    out_.resize(access.rows() * p.heads * p.value_dim * bytes);
-    p.out = view(out_, p.heads, p.value_dim);
+    out_.resize(access.rows() * p.heads * p.value_dim * element_bytes(dtype));
+    p.out = view(out_, dtype, p.heads, p.value_dim);
     lse.resize(access.rows() * p.heads);
     params.decision = {};
     params.report = {.lse = lse.data()};
@@ -144,7 +143,7 @@ double norm(DType dtype, const std::byte* row, int64_t dim) {
 }
 
 struct Sizes {
-  double query = 0, key = 0, value = 0;  // largest norm of a row
+  double query = 0, key = 0, value = 0;  // largest norm of a row, of its scale
 };
 
 Sizes sizes_of(const Problem& problem) {
@@ -158,8 +157,11 @@ Sizes sizes_of(const Problem& problem) {
         most.query = std::max(most.query, norm(dtype, access.query(b, i, h), p.head_dim));
     for (int64_t j = 0; j < access.requests()[b].keys; ++j) {
       for (int64_t h = 0; h < p.kv_heads; ++h) {
-        most.key = std::max(most.key, norm(dtype, access.key(b, j, h), p.head_dim));
-        most.value = std::max(most.value, norm(dtype, access.value(b, j, h), p.value_dim));
+        most.key = std::max(
+            most.key, access.key_scale(b, h) * norm(p.kv.k.dtype, access.key(b, j, h), p.head_dim));
+        most.value =
+            std::max(most.value, access.value_scale(b, h) *
+                                     norm(p.kv.v.dtype, access.value(b, j, h), p.value_dim));
       }
     }
   }
@@ -285,7 +287,9 @@ std::string check_choice(const RandomKeys& keys, const Chunks& chunks, int64_t b
 }  // namespace
 
 bool has_gradients(const Problem& problem) {
-  return !problem.description.decode && problem.params.decision.scores == BLASST_SCORES_EXACT;
+  const Case& c = problem.description;
+  return !c.decode && problem.params.decision.scores == BLASST_SCORES_EXACT && !c.k_dtype &&
+         !c.v_dtype;
 }
 
 std::string check_gradients(Problem& problem) {

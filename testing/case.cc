@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "problem/element.h"
+
 namespace blasst::check {
 namespace {
 
@@ -69,6 +71,19 @@ void choose_lengths(Case& c, Choices& choose, int64_t budget) {
   }
 }
 
+// A quantised cache: of keys, values or both. Values that lie in keys are as these.
+void choose_cache(Case& c, Choices& choose) {
+  if (!choose.one_in(3)) return;
+  const auto in_8_bits = [&] {
+    return choose.one_in(4) ? std::optional<DType>()
+                            : choose.pick({BLASST_INT8, BLASST_FLOAT8_E4M3});
+  };
+  c.k_dtype = in_8_bits();
+  c.v_dtype = c.values_in_keys ? c.k_dtype : in_8_bits();
+  c.scales_per_request = choose.one_in(3);
+  c.scales_per_head = choose.one_in(2);
+}
+
 void choose_mask(Case& c, Choices& choose) {
   if (choose.one_in(4)) c.window_left = choose.pick<int64_t>({0, choose.between(1, 300)});
   if (choose.one_in(6)) c.window_right = choose.pick<int64_t>({0, choose.between(1, 300)});
@@ -123,6 +138,7 @@ Case random_case(Choices& choose, int64_t budget) {
   choose_mask(c, choose);
   choose_test(c, choose);
   if (!c.decode && choose.one_in(4)) c.scores = BLASST_SCORES_INT8;
+  choose_cache(c, choose);
   return c;
 }
 
@@ -132,10 +148,15 @@ std::string describe(const Case& c) {
   const auto option = [](bool on, std::string text) { return on ? " " + text : std::string(); };
   return fmt::format(
       "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{}{} inputs {} layout "
-      "{}{}{}{}{}{}{}{}{}{}{}{}{} "
+      "{}{}{}{}{}{}{}{}{}{}{}{}{}{} "
       "order {} test {} threshold {}{}{}{}{} threads {} numbers {}",
       c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), fmt::join(lengths, ", "), c.heads,
       c.kv_heads, c.head_dim, c.value_dim, option(c.values_in_keys, "values in keys"),
+      option(c.k_dtype || c.v_dtype,
+             fmt::format("cache {}/{}{}{}", problem::dtype_name(c.k_dtype.value_or(c.dtype)),
+                         problem::dtype_name(c.v_dtype.value_or(c.dtype)),
+                         option(c.scales_per_request, "per request"),
+                         option(c.scales_per_head, "per head"))),
       static_cast<int>(c.inputs), static_cast<int>(c.layout),
       option(c.layout == Layout::kPaged, fmt::format("page {}", c.page_size)),
       option(c.ragged_queries, "ragged queries"), option(c.padded, "padded"),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,9 @@ struct Case {
   int64_t head_dim = 64;
   int64_t value_dim = 64;
   bool values_in_keys = false;  // v is the first value_dim elements of k, in its memory
+  // Of k and v, if they are of other types than dtype: int8 and float8_e4m3, with scales.
+  std::optional<DType> k_dtype = {}, v_dtype = {};
+  bool scales_per_request = false, scales_per_head = false;
 
   Inputs inputs = Inputs::kDrift;
   double density = 0.25;  // planted inputs: share of tiles that match

@@ -135,6 +135,7 @@ class Comparer {
       }
     }
     if (scores.empty()) return;
+    const DType v_dtype = p_.problem.kv.v.dtype;
     float l = p_.problem.sinks ? std::exp(p_.problem.sinks[head] - m) : 0;
     std::vector<float> o(p_.problem.value_dim);
     for (const auto& [j, s] : scores) {
@@ -143,10 +144,10 @@ class Comparer {
       const float stored = rounded(p_.problem.q.dtype, probability);
       const std::byte* v = access_.value(request, j, head / group());
       for (int64_t d = 0; d < p_.problem.value_dim; ++d)
-        o[d] += stored * static_cast<float>(load_element(
-                             p_.problem.q.dtype, v + d * element_bytes(p_.problem.q.dtype)));
+        o[d] += stored * static_cast<float>(load_element(v_dtype, v + d * element_bytes(v_dtype)));
     }
-    for (float& x : o) x = rounded(p_.problem.q.dtype, x / l);
+    const float v_scale = access_.value_scale(request, head / group());
+    for (float& x : o) x = rounded(p_.problem.q.dtype, x / l * v_scale);
     const double error = row_error(head, row, o);
     if (std::isfinite(error)) result_.plain_error = std::max(result_.plain_error, error);
     const double lse = std::abs(m + std::log(l) - reference_.lse[head * access_.rows() + row]);
@@ -154,17 +155,18 @@ class Comparer {
   }
 
   float plain_score(int64_t request, int64_t position, int64_t head, int64_t key) {
-    const DType dtype = p_.problem.q.dtype;
-    const float scale = p_.problem.scale > 0
-                            ? p_.problem.scale
-                            : 1 / std::sqrt(static_cast<float>(p_.problem.head_dim));
+    const DType dtype = p_.problem.q.dtype, k_dtype = p_.problem.kv.k.dtype;
+    const float scale =
+        access_.key_scale(request, head / group()) *
+        (p_.problem.scale > 0 ? p_.problem.scale
+                              : 1 / std::sqrt(static_cast<float>(p_.problem.head_dim)));
     const std::byte* q = access_.query(request, position, head);
     const std::byte* k = access_.key(request, key, head / group());
     float dot = 0;
     double exact = 0, size = 0;
     for (int64_t d = 0; d < p_.problem.head_dim; ++d) {
       const double other = int8_ ? int8_->mean(request, head / group())[d]
-                                 : load_element(dtype, k + d * element_bytes(dtype));
+                                 : load_element(k_dtype, k + d * element_bytes(k_dtype));
       const double product = load_element(dtype, q + d * element_bytes(dtype)) * other;
       dot += static_cast<float>(product);
       exact += product;

@@ -35,6 +35,8 @@ void copy_problem(blasst_problem& p, const Problem& problem, DeviceMemory& memor
   p.kv.lengths = memory.copy(p.kv.lengths, batch);
   p.kv.page_table = memory.copy(p.kv.page_table, problem.page_table.size());
   p.sinks = memory.copy(p.sinks, heads);
+  p.k_scales.values = memory.copy(p.k_scales.values, problem.k_scales.size());
+  p.v_scales.values = memory.copy(p.v_scales.values, problem.v_scales.size());
   p.mask.bands = memory.copy(p.mask.bands, 2 * heads);
 }
 
@@ -50,6 +52,7 @@ Case for_gpu(Case c) {
   if (c.dtype == BLASST_FLOAT32) c.dtype = BLASST_BFLOAT16;
   c.head_dim = c.value_dim = dims[c.seed % 3];
   c.values_in_keys = false;
+  c.k_dtype = c.v_dtype = {};
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "problem/element.h"
 #include "testing/element.h"
 
 namespace blasst::check {
@@ -105,6 +106,23 @@ std::byte* Access::value(int64_t request, int64_t token, int64_t kv_head) const 
   return key_row(problem_.kv.v, request, token, kv_head);
 }
 
+namespace {
+
+float scale_at(const Scales& scales, int64_t request, int64_t kv_head) {
+  if (!scales.values) return 1;
+  return scales.values[request * scales.stride_request + kv_head * scales.stride_head];
+}
+
+}  // namespace
+
+float Access::key_scale(int64_t request, int64_t kv_head) const {
+  return scale_at(problem_.k_scales, request, kv_head);
+}
+
+float Access::value_scale(int64_t request, int64_t kv_head) const {
+  return scale_at(problem_.v_scales, request, kv_head);
+}
+
 bool Access::sees(int64_t request, int64_t position, int64_t head, int64_t key) const {
   const Request& r = requests_[request];
   const int64_t distance = position + r.keys - r.rows - key;
@@ -137,13 +155,13 @@ Problem::Problem(const Case& c) : description(c) {
   params.decision.scores = c.scores;  // on which no plan above depends
 }
 
-View Problem::allocate(std::vector<std::byte>& buffer, int64_t outer, int64_t tokens, int64_t heads,
-                       int64_t dim) {
+View Problem::allocate(std::vector<std::byte>& buffer, DType dtype, int64_t outer, int64_t tokens,
+                       int64_t heads, int64_t dim) {
   const int64_t row = dim + description.padding;
   const int64_t elements = outer * tokens * heads * row;
-  const DType dtype = description.dtype;
   const int64_t bytes = element_bytes(dtype);
-  buffer.assign((elements + description.padding) * bytes, kUnused);
+  buffer.assign((elements + description.padding) * bytes,
+                dtype == BLASST_INT8 ? std::byte{0x80} : kUnused);
   View view{.data = buffer.data() + description.padding * bytes,
             .dtype = dtype,
             .elements = elements,
@@ -178,9 +196,11 @@ void Problem::lay_out_queries() {
     }
     params.problem.query_length = longest;
   }
-  params.problem.q = allocate(q_, outer, tokens, params.problem.heads, params.problem.head_dim);
+  const DType dtype = description.dtype;
+  params.problem.q =
+      allocate(q_, dtype, outer, tokens, params.problem.heads, params.problem.head_dim);
   params.problem.out =
-      allocate(out_, outer, tokens, params.problem.heads, params.problem.value_dim);
+      allocate(out_, dtype, outer, tokens, params.problem.heads, params.problem.value_dim);
 }
 
 void Problem::lay_out_keys() {
@@ -235,10 +255,31 @@ void Problem::lay_out_keys() {
       outer = kv.pages, tokens = size;
     }
   }
-  kv.k = allocate(k_, outer, tokens, params.problem.kv_heads, params.problem.head_dim);
-  kv.v = description.values_in_keys
-             ? kv.k
-             : allocate(v_, outer, tokens, params.problem.kv_heads, params.problem.value_dim);
+  const DType k_dtype = description.k_dtype.value_or(description.dtype);
+  const DType v_dtype = description.v_dtype.value_or(description.dtype);
+  if (description.values_in_keys && k_dtype != v_dtype)
+    throw std::logic_error("values that lie in keys are of their type");
+  kv.k = allocate(k_, k_dtype, outer, tokens, params.problem.kv_heads, params.problem.head_dim);
+  kv.v = description.values_in_keys ? kv.k
+                                    : allocate(v_, v_dtype, outer, tokens, params.problem.kv_heads,
+                                               params.problem.value_dim);
+  params.problem.k_scales = make_scales(k_scales, k_dtype, 107);
+  params.problem.v_scales = make_scales(v_scales, v_dtype, 108);
+}
+
+// With which the numbers, 16 at most but for a few, use half of what 8 bits have or more.
+Scales Problem::make_scales(std::vector<float>& values, DType dtype, uint64_t part) const {
+  if (!problem::is_8_bits(dtype)) return {};
+  const Case& c = description;
+  const int64_t heads = c.scales_per_head ? c.kv_heads : 1;
+  const int64_t requests = c.scales_per_request ? std::ssize(c.requests) : 1;
+  const double largest = dtype == BLASST_INT8 ? 127 : 448;
+  for (int64_t i = 0; i < std::max<int64_t>(requests, 1) * heads; ++i)
+    values.push_back(
+        static_cast<float>(16 / largest * (1 + uniform(hash(description.seed, part, i)))));
+  return {.values = values.data(),
+          .stride_request = c.scales_per_request ? heads : 0,
+          .stride_head = c.scales_per_head ? 1 : 0};
 }
 
 void Problem::fill() {
@@ -252,27 +293,28 @@ void Problem::fill() {
                         .density = description.density};
   const Access access(params);
   std::vector<float> row;
-  const auto store = [&](std::byte* address) {
+  const auto store = [&](DType dtype, std::byte* address, float scale) {
     for (size_t i = 0; i < row.size(); ++i)
-      store_element(description.dtype, address + i * element_bytes(description.dtype), row[i]);
+      store_element(dtype, address + i * element_bytes(dtype), row[i] / scale);
   };
+  const KeysValues& kv = params.problem.kv;
   for (int64_t b = 0; b < params.problem.batch; ++b) {
     for (int64_t i = 0; i < access.requests()[b].rows; ++i) {
       for (int64_t h = 0; h < params.problem.heads; ++h) {
         row.resize(params.problem.head_dim);
         numbers.query(b, i, h, row);
-        store(access.query(b, i, h));
+        store(description.dtype, access.query(b, i, h), 1);
       }
     }
     for (int64_t j = 0; j < access.requests()[b].keys; ++j) {
       for (int64_t h = 0; h < params.problem.kv_heads; ++h) {
         row.resize(params.problem.head_dim);
         numbers.key(b, j, h, row);
-        store(access.key(b, j, h));
+        store(kv.k.dtype, access.key(b, j, h), access.key_scale(b, h));
         if (description.values_in_keys) continue;
         row.resize(params.problem.value_dim);
         numbers.value(b, j, h, row);
-        store(access.value(b, j, h));
+        store(kv.v.dtype, access.value(b, j, h), access.value_scale(b, h));
       }
     }
   }

@@ -42,6 +42,10 @@ class Access {
   std::byte* key(int64_t request, int64_t token, int64_t kv_head) const;
   std::byte* value(int64_t request, int64_t token, int64_t kv_head) const;
 
+  // What the elements of keys and values in 8 bits are multiples of; 1 of others.
+  float key_scale(int64_t request, int64_t kv_head) const;
+  float value_scale(int64_t request, int64_t kv_head) const;
+
   // By everything but the block mask.
   bool sees(int64_t request, int64_t position, int64_t head, int64_t key) const;
 
@@ -55,7 +59,8 @@ class Access {
   int64_t max_keys_ = 0;
 };
 
-// Elements that belong to no row are NaN: what a kernel reads beyond its rows shows in its output.
+// Elements that belong to no row are NaN, in int8 -128: what a kernel reads beyond its rows shows
+// in its output.
 class Problem {
  public:
   explicit Problem(const Case& c);
@@ -83,16 +88,17 @@ class Problem {
 
   // Input buffers, for tests that bend them.
   std::vector<int32_t> lengths, starts, query_lengths, cu_keys, cu_queries, page_table;
-  std::vector<float> thresholds, sinks;
+  std::vector<float> thresholds, sinks, k_scales, v_scales;
   std::vector<int64_t> bands;
   std::vector<uint8_t> blocks;
 
  private:
   // A tensor [outer, tokens, heads, dim] of NaN; `paddings` unused elements after every row.
-  View allocate(std::vector<std::byte>& buffer, int64_t outer, int64_t tokens, int64_t heads,
-                int64_t dim);
+  View allocate(std::vector<std::byte>& buffer, DType dtype, int64_t outer, int64_t tokens,
+                int64_t heads, int64_t dim);
   void lay_out_queries();
   void lay_out_keys();
+  Scales make_scales(std::vector<float>& values, DType dtype, uint64_t part) const;
   void fill();
   void set_mask();
   void set_thresholds();

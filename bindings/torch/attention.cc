@@ -161,10 +161,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention(
     Tensor q, Tensor k, Tensor v, BLASST_ARGUMENTS, std::string order, std::string test,
     OptionalTensor thresholds, bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
     bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
-    std::optional<int64_t> max_seqlen_k, std::string scores) {
+    std::optional<int64_t> max_seqlen_k, std::string scores, OptionalTensor k_scale,
+    OptionalTensor v_scale) {
   OptionalTensor out;
+  Arguments given = BLASST_ARGUMENTS_GIVEN;
+  given.k_scale = k_scale, given.v_scale = v_scale;
   const Reported reported =
-      run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds, scores},
+      run<phase>(given, {order, test, thresholds, scores},
                  {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, out);
   return std::tuple_cat(std::tuple{*out}, reported);
 }
@@ -176,9 +179,11 @@ Reported attention_into(Tensor out, Tensor q, Tensor k, Tensor v, BLASST_ARGUMEN
                         bool want_lse, bool want_bound, bool want_tiles, bool want_gaps,
                         bool want_maxima, bool want_bits, std::optional<int64_t> max_seqlen_q,
                         std::optional<int64_t> max_seqlen_k, std::string scores,
-                        OptionalTensor workspace) {
+                        OptionalTensor k_scale, OptionalTensor v_scale, OptionalTensor workspace) {
   OptionalTensor into = out;
-  return run<phase>(BLASST_ARGUMENTS_GIVEN, {order, test, thresholds, scores},
+  Arguments given = BLASST_ARGUMENTS_GIVEN;
+  given.k_scale = k_scale, given.v_scale = v_scale;
+  return run<phase>(given, {order, test, thresholds, scores},
                     {want_lse, want_bound, want_tiles, want_gaps, want_maxima, want_bits}, into,
                     workspace);
 }
@@ -210,12 +215,16 @@ Tensor check_pages(Tensor page_table, Tensor lengths, int64_t page_size, int64_t
 std::vector<int64_t> plan_of(std::string phase, std::string device, std::string dtype,
                              int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                              int64_t value_dim, int64_t query_length, int64_t keys,
-                             std::optional<int64_t> rows, std::string scores) {
+                             std::optional<int64_t> rows, std::string scores,
+                             std::optional<std::string> k_dtype,
+                             std::optional<std::string> v_dtype) {
   using Name = std::string_view;
-  const auto type = choose("dtype", dtype,
-                           std::array{std::pair{Name("float32"), BLASST_FLOAT32},
-                                      std::pair{Name("float16"), BLASST_FLOAT16},
-                                      std::pair{Name("bfloat16"), BLASST_BFLOAT16}});
+  const auto of_queries = std::array{std::pair{Name("float32"), BLASST_FLOAT32},
+                                     std::pair{Name("float16"), BLASST_FLOAT16},
+                                     std::pair{Name("bfloat16"), BLASST_BFLOAT16}};
+  const auto of_keys =
+      std::array{of_queries[0], of_queries[1], of_queries[2], std::pair{Name("int8"), BLASST_INT8},
+                 std::pair{Name("float8_e4m3fn"), BLASST_FLOAT8_E4M3}};
   blasst::AttentionParams params{.problem = {.batch = batch,
                                              .heads = heads,
                                              .kv_heads = kv_heads,
@@ -225,7 +234,9 @@ std::vector<int64_t> plan_of(std::string phase, std::string device, std::string 
                                              .kv = {.key_length = keys}},
                                  .decision = {.scores = scores_of(scores)}};
   blasst::Problem& p = params.problem;
-  p.q.dtype = p.out.dtype = p.kv.k.dtype = p.kv.v.dtype = type;
+  p.q.dtype = p.out.dtype = choose("dtype", dtype, of_queries);
+  p.kv.k.dtype = choose("k_dtype", k_dtype.value_or(dtype), of_keys);
+  p.kv.v.dtype = choose("v_dtype", v_dtype.value_or(dtype), of_keys);
   if (rows) p.query_layout = BLASST_LAYOUT_RAGGED, p.rows = *rows;
   params.execution.backend = choose("device", device,
                                     std::array{std::pair{Name("cpu"), BLASST_BACKEND_CPU},
@@ -259,7 +270,7 @@ constexpr std::string_view kArguments =
     " Tensor? blocks, str order, str test, Tensor? thresholds, bool want_lse,"
     " bool want_dropped_mass_bound, bool want_tiles, bool want_gaps, bool want_maxima,"
     " bool want_bits, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None,"
-    " str scores='exact'";
+    " str scores='exact', Tensor? k_scale=None, Tensor? v_scale=None";
 constexpr std::string_view kReports =
     "Tensor lse, Tensor dropped_mass_bound, Tensor tiles, Tensor gaps, Tensor maxima, Tensor bits)";
 
@@ -284,7 +295,7 @@ STABLE_TORCH_LIBRARY(blasst, m) {
   m.def(
       "plan(str phase, str device, str dtype, int batch, int heads, int kv_heads, int head_dim,"
       " int value_dim, int query_length, int keys, int? rows=None,"
-      " str scores='exact') -> int[]");
+      " str scores='exact', str? k_dtype=None, str? v_dtype=None) -> int[]");
 }
 
 #define BLASST_IMPLEMENT(m)                                                           \

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 namespace blasst::binding {
@@ -37,12 +38,19 @@ void check_tensors(const Arguments& a) {
                  {"page_table", pointer(a.page_table)},
                  {"sinks", pointer(a.sinks)},
                  {"bands", pointer(a.bands)},
-                 {"blocks", pointer(a.blocks)}});
+                 {"blocks", pointer(a.blocks)},
+                 {"k_scale", pointer(a.k_scale)},
+                 {"v_scale", pointer(a.v_scale)}});
   dtype_of("q", a.q);
-  for (const auto& [name, t] : {std::pair{"k", &a.k}, std::pair{"v", &a.v}}) {
-    if (t->scalar_type() != a.q.scalar_type())
+  for (const auto& [name, t, scale] :
+       {std::tuple{"k", &a.k, &a.k_scale}, std::tuple{"v", &a.v, &a.v_scale}}) {
+    const bool in_8_bits =
+        t->scalar_type() == ScalarType::Char || t->scalar_type() == ScalarType::Float8_e4m3fn;
+    if (!in_8_bits && t->scalar_type() != a.q.scalar_type())
       raise("TypeError", name, " is ", t->scalar_type(), ", but q is ", a.q.scalar_type(),
-            "; they must be of one type");
+            "; they must be of one type, or ", name, " int8 or float8_e4m3fn");
+    check(in_8_bits || !*scale, name, "_scale is given, but ", name, " is ", t->scalar_type(),
+          "; it goes with int8 and float8_e4m3fn");
   }
   check(!a.starts || (!a.cu_seqlens_k && !a.page_table),
         "starts is given; it needs k as [batch, keys, kv_heads, head_dim], without cu_seqlens_k "
@@ -184,6 +192,19 @@ void describe_mask(Problem& p, Arguments& a) {
   p.mask.blocks_stride_head = a.blocks->size(1) * a.blocks->size(2);
 }
 
+// [1 or batch, 1 or kv_heads].
+Scales scales_of(std::string_view name, OptionalTensor& t, const Problem& p) {
+  if (!t) return {};
+  check(t->dim() == 2 && (t->size(0) == 1 || t->size(0) == p.batch) &&
+            (t->size(1) == 1 || t->size(1) == p.kv_heads),
+        name, " is ", *t, "; it must be [1 or batch, 1 or kv_heads] with batch ", p.batch,
+        " and kv_heads ", p.kv_heads);
+  const int64_t requests = t->size(0), heads = t->size(1);
+  return {.values = floats(name, t, "[requests, kv_heads]", shape_of(*t)),
+          .stride_request = requests == 1 ? 0 : heads,
+          .stride_head = heads == 1 ? 0 : 1};
+}
+
 // Where nothing is padding, the batch is not padded. CUDA's arrays are not read here.
 void describe_padding(Problem& p, Arguments& a) {
   p.kv.starts = indices("starts", a.starts, "[batch]", {p.batch});
@@ -224,6 +245,8 @@ Problem describe(Arguments& a) {
   p.softcap = static_cast<float>(a.softcap);
   p.sinks = floats("sinks", a.sinks, "[heads]", {p.heads});
   describe_mask(p, a);
+  p.k_scales = scales_of("k_scale", a.k_scale, p);
+  p.v_scales = scales_of("v_scale", a.v_scale, p);
   p.out.dtype = p.q.dtype;
   return p;
 }

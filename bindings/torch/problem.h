@@ -22,6 +22,7 @@ struct Arguments {
   bool causal = false;
   int64_t window_left = -1, window_right = -1;
   OptionalTensor bands = {}, blocks = {};
+  OptionalTensor k_scale = {}, v_scale = {};  // of k and v in 8 bits
 
   int64_t rows() const { return cu_seqlens_q ? q.size(0) : q.size(0) * q.size(1); }
 };

@@ -45,6 +45,17 @@ DType dtype_of(std::string_view name, const Tensor& t) {
   }
 }
 
+DType cache_dtype_of(std::string_view name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Char:
+      return BLASST_INT8;
+    case ScalarType::Float8_e4m3fn:
+      return BLASST_FLOAT8_E4M3;
+    default:
+      return dtype_of(name, t);
+  }
+}
+
 Tensor readable(const Tensor& t) {
   return t.numel() == 0 || t.stride(t.dim() - 1) == 1 ? t : torch::stable::contiguous(t);
 }
@@ -65,7 +76,7 @@ View view_of(const Tensor& t) {
     if (elements > 0) elements += (t.size(i) - 1) * strides[i];
   }
   return {.data = t.data_ptr(),
-          .dtype = dtype_of("a tensor", t),
+          .dtype = cache_dtype_of("a tensor", t),
           .elements = elements,
           .stride_request = dims == 4 ? strides[0] : 0,
           .stride_token = strides[dims - 3],

@@ -98,6 +98,9 @@ inline const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr
 
 DType dtype_of(std::string_view name, const Tensor& t);
 
+// Of keys and values, which may be in 8 bits.
+DType cache_dtype_of(std::string_view name, const Tensor& t);
+
 inline int64_t element_bytes(DType dtype) { return dtype == BLASST_FLOAT32 ? 4 : 2; }
 
 template <typename Enum, size_t n>

@@ -20,11 +20,11 @@
  * call, too.
  *
  * Pointers are to host memory, or, on the CUDA backend, all to memory of the current device:
- * tensors, index arrays, thresholds, sinks, bands, reports, workspace. A call then enqueues its
- * work on `stream`, allocates nothing and can be captured in a graph; each launch reads the arrays
- * anew. Values in device arrays are not checked: index arrays must be valid, and a threshold that
- * is none (NaN, below 0) skips nothing, one above 1 counts as 1. What a backend does not do is
- * BLASST_UNSUPPORTED, with a message.
+ * tensors, index arrays, thresholds, scales, sinks, bands, reports, workspace. A call then enqueues
+ * its work on `stream`, allocates nothing and can be captured in a graph; each launch reads the
+ * arrays anew. Values in device arrays are not checked: index arrays and scales must be valid, and
+ * a threshold that is none (NaN, below 0) skips nothing, one above 1 counts as 1. What a backend
+ * does not do is BLASST_UNSUPPORTED, with a message.
  */
 #ifndef BLASST_BLASST_H_
 #define BLASST_BLASST_H_
@@ -68,9 +68,11 @@ typedef BLASST_ENUM(blasst_backend){
 /* On the cpu, processors' bfloat16 dot products (instruction set avx512_bf16) take subnormal
  * numbers, those below 1.2e-38, as 0. */
 typedef BLASST_ENUM(blasst_dtype){
-    BLASST_FLOAT32 = 0,
-    BLASST_FLOAT16 = 1,
-    BLASST_BFLOAT16 = 2,
+    BLASST_FLOAT32 = 0, BLASST_FLOAT16 = 1, BLASST_BFLOAT16 = 2,
+    /* Of keys and values only, see blasst_scales. */
+    BLASST_INT8 = 3,        /* -128 to 127 */
+    BLASST_FLOAT8_E4M3 = 4, /* 1 bit of sign, 4 of exponent, 3 of mantissa: up to 448 and NaN, no
+                               infinity ("e4m3fn") */
 } blasst_dtype;
 
 /* How the rows of the requests lie in a tensor. */
@@ -146,6 +148,15 @@ typedef struct blasst_keys_values {
   int64_t page_table_stride BLASST_DEFAULT(0);       /* page ids from one request to the next */
 } blasst_keys_values;
 
+/* What the elements of keys or values in 8 bits are multiples of: of a request and KV head
+ * values[request * stride_request + kv_head * stride_head], positive and finite; a stride of 0
+ * shares a value. */
+typedef struct blasst_scales {
+  const float* values BLASST_DEFAULT(nullptr); /* null: 1 */
+  int64_t stride_request BLASST_DEFAULT(0);
+  int64_t stride_head BLASST_DEFAULT(0);
+} blasst_scales;
+
 /* Which keys a query may see. Query i of a request with Lq queries and Lk keys stands at position
  * p = i + Lk - Lq (bottom-right aligned) and sees key j if all that is set allows the distance p -
  * j. */
@@ -162,7 +173,12 @@ typedef struct blasst_mask {
 } blasst_mask;
 
 /* What attends to what. Queries are dense q [batch, query_length, heads, head_dim], or ragged
- * q [rows, heads, head_dim]; out is laid out alike. */
+ * q [rows, heads, head_dim]; out is laid out alike.
+ *
+ * k and v are of the type of q, or each of 8 bits (a quantised cache): exact in every type of q, so
+ * that they give what the same numbers in that type give. A score is scale * k_scale * q.k, an
+ * output row v_scale times the sum over v. A backend that has no kernel for a pair of types says
+ * so. */
 typedef struct blasst_problem {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_problem));
   int64_t batch BLASST_DEFAULT(1);
@@ -187,6 +203,8 @@ typedef struct blasst_problem {
   float softcap BLASST_DEFAULT(0);            /* c > 0: score = c * tanh(scale * q.k / c); 0: off */
   const float* sinks BLASST_DEFAULT(nullptr); /* [heads] logits that join the denominator */
   blasst_mask mask BLASST_DEFAULT({});        /* decode: causal among the query positions */
+  blasst_scales k_scales BLASST_DEFAULT({});  /* of k in 8 bits */
+  blasst_scales v_scales BLASST_DEFAULT({});  /* of v in 8 bits */
 } blasst_problem;
 
 /* The tile test's thresholds: values[request * stride_request + head * stride_head + place *
@@ -298,7 +316,7 @@ typedef struct blasst_gradients {
  * once, from float32 sums; the sums' order does not depend on the number of threads.
  *
  * `problem` is the forward's, with out as prefill wrote it. A page that is used twice has no
- * gradient (BLASST_UNSUPPORTED). */
+ * gradient, nor have keys and values in 8 bits (BLASST_UNSUPPORTED). */
 typedef struct blasst_backward_params {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_backward_params));
   blasst_problem problem BLASST_DEFAULT({});

@@ -27,6 +27,7 @@ using TestKind = blasst_test;
 using Scores = blasst_scores;
 using View = blasst_view;
 using KeysValues = blasst_keys_values;
+using Scales = blasst_scales;
 using Mask = blasst_mask;
 using TileTest = blasst_tile_test;
 using Problem = blasst_problem;

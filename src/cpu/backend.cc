@@ -298,7 +298,7 @@ class Cpu : public api::Backend {
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
     const Problem p = problem::make_scalar_problem(params, phase);
-    problem::check_one_type("cpu", params.problem);
+    problem::check_types("cpu", "attention", problem::Caches::kOfQueriesOr8Bits, params.problem);
     check_supported(params.execution);
     const int threads = threads_of(params.execution.threads);
     const bool decode = phase == Phase::kDecode;
@@ -312,7 +312,7 @@ class Cpu : public api::Backend {
 
   Plan plan(const BackwardParams& params) const override {
     problem::check_scalars(params);
-    problem::check_one_type("cpu", params.problem);
+    problem::check_types("cpu", "backward", problem::Caches::kOfQueries, params.problem);
     check_supported(params.execution);
     const Problem p = problem::make_scalar_problem(problem::forward_of(params), Phase::kPrefill);
     return plan_of(p, prefill_shape(),

@@ -60,8 +60,7 @@ Kernels BLASST_ISA_KERNELS() {
           &Backward<Stored>,
           &BackwardFinish<Stored>,
           AllChunkKernels<BLASST_ISA_DTYPE>(),
-          {&MeanKey<BLASST_ISA_DTYPE>, &QuantizeKeys<BLASST_ISA_DTYPE>,
-           &PrefillInt8<Int8<BLASST_ISA_DTYPE>, A>}};
+          {&MeanKey, &QuantizeKeys, &PrefillInt8<Int8<BLASST_ISA_DTYPE>, A>}};
 }
 #endif
 

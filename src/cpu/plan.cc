@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "problem/element.h"
+
 namespace blasst::cpu {
 
 using problem::ceil_div;
@@ -114,7 +116,10 @@ size_t prefill_scratch_floats(const Problem& p) {
 
 size_t decode_scratch_floats(const Problem& p) {
   const int64_t rows = decode_shape(p).query_rows;
-  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + kRowArrays * padded(rows);
+  const int64_t wide = (problem::is_8_bits(p.kv.k.dtype) ? padded(p.head_dim) : 0) +
+                       (problem::is_8_bits(p.kv.v.dtype) ? padded(p.value_dim) : 0);
+  return rows * (2 * kKeys + padded(p.head_dim) + padded(p.value_dim)) + kRowArrays * padded(rows) +
+         kKeys * wide;
 }
 
 size_t decode_partial_floats(const Problem& p) {

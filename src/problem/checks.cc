@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <tuple>
 #include <utility>
 
 #include "problem/element.h"
@@ -20,6 +21,22 @@ void check_dtype(std::string_view name, DType dtype) {
   if (dtype < BLASST_FLOAT32 || dtype > BLASST_BFLOAT16)
     fail("{}.dtype is {}; it must be a blasst_dtype: float32 (0), float16 (1) or bfloat16 (2)",
          name, static_cast<int>(dtype));
+}
+
+void check_cache(std::string_view name, DType dtype, const Scales& scales,
+                 const blasst_problem& p) {
+  if (dtype < BLASST_FLOAT32 || dtype > BLASST_FLOAT8_E4M3)
+    fail(
+        "{}.dtype is {}; it must be a blasst_dtype: float32 (0), float16 (1), bfloat16 (2), int8 "
+        "(3) or float8_e4m3 (4)",
+        name, static_cast<int>(dtype));
+  if (scales.values && !is_8_bits(dtype))
+    fail("{}_scales.values is set, but {} is {}; scales go with int8 (3) and float8_e4m3 (4)", name,
+         name, dtype_name(dtype));
+  check_range(fmt::format("{}_scales.stride_request", name), scales.stride_request, 0,
+              most_stride(p.batch));
+  check_range(fmt::format("{}_scales.stride_head", name), scales.stride_head, 0,
+              most_stride(p.kv_heads));
 }
 
 // What one layout has and another does not.
@@ -61,9 +78,10 @@ void check_problem(const blasst_problem& p, Phase phase) {
   check_queries(p, phase);
   check_keys(p.kv);
   check_range("the most keys of a request", most_keys(p), 0, kMaxCount);
-  for (const auto& [name, view] : {std::pair{"q", &p.q}, std::pair{"k", &p.kv.k},
-                                   std::pair{"v", &p.kv.v}, std::pair{"out", &p.out}})
-    check_dtype(name, view->dtype);
+  check_dtype("q", p.q.dtype);
+  check_dtype("out", p.out.dtype);
+  check_cache("k", p.kv.k.dtype, p.k_scales, p);
+  check_cache("v", p.kv.v.dtype, p.v_scales, p);
   if (!(p.scale >= 0 && std::isfinite(p.scale)))
     fail("scale is {}; it must be positive and finite, or 0 for 1 / sqrt(head_dim)", p.scale);
   if (!(p.softcap >= 0 && std::isfinite(p.softcap)))
@@ -202,13 +220,17 @@ void check_exact_scores(std::string_view backend, std::string_view what, const D
                 fmt::format("{}: scores is int8 (1); {} has exact scores (0) only", backend, what));
 }
 
-void check_one_type(std::string_view backend, const blasst_problem& p) {
-  for (const auto& [name, view] :
-       {std::pair{"k", &p.kv.k}, std::pair{"v", &p.kv.v}, std::pair{"out", &p.out}}) {
-    if (view->dtype != p.q.dtype)
-      throw Error(BLASST_UNSUPPORTED,
-                  fmt::format("{}: q is {} and {} {}; it does tensors of one type", backend,
-                              dtype_name(p.q.dtype), name, dtype_name(view->dtype)));
+void check_types(std::string_view backend, std::string_view what, Caches caches,
+                 const blasst_problem& p) {
+  const bool takes_8_bits = caches == Caches::kOfQueriesOr8Bits;
+  for (const auto& [name, view, may_be_8_bits] :
+       {std::tuple{"k", &p.kv.k, takes_8_bits}, std::tuple{"v", &p.kv.v, takes_8_bits},
+        std::tuple{"out", &p.out, false}}) {
+    if (view->dtype == p.q.dtype || (may_be_8_bits && is_8_bits(view->dtype))) continue;
+    throw Error(BLASST_UNSUPPORTED,
+                fmt::format("{}: q is {} and {} {}; {} does tensors of one type{}", backend,
+                            dtype_name(p.q.dtype), name, dtype_name(view->dtype), what,
+                            takes_8_bits ? ", and keys and values in int8 and float8_e4m3" : ""));
   }
 }
 

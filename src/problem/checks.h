@@ -53,8 +53,13 @@ void check_tiles(std::string_view backend, const Decision& decision, TileShape s
 // otherwise.
 void check_exact_scores(std::string_view backend, std::string_view what, const Decision& decision);
 
-// Queries, keys, values and output are of one type. Unsupported otherwise.
-void check_one_type(std::string_view backend, const blasst_problem& problem);
+// What a backend takes as keys and values in `what`.
+enum class Caches { kOfQueries, kOfQueriesOr8Bits };
+
+// Queries, keys, values and output are of one type, but for caches in 8 bits. Unsupported
+// otherwise.
+void check_types(std::string_view backend, std::string_view what, Caches caches,
+                 const blasst_problem& problem);
 
 // The strides of the block mask cover so many tiles: those that requests have, for the mask is read
 // there only.

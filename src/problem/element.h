@@ -1,6 +1,7 @@
 // One stored element to and from floating point, for code where speed does not matter.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -11,11 +12,35 @@
 
 namespace blasst::problem {
 
-inline int64_t element_bytes(DType dtype) { return dtype == BLASST_FLOAT32 ? 4 : 2; }
+// Keys and values of a quantised cache.
+inline bool is_8_bits(DType dtype) { return dtype == BLASST_INT8 || dtype == BLASST_FLOAT8_E4M3; }
+
+inline int64_t element_bytes(DType dtype) {
+  return dtype == BLASST_FLOAT32 ? 4 : is_8_bits(dtype) ? 1 : 2;
+}
 
 inline const char* dtype_name(DType dtype) {
-  constexpr const char* names[] = {"float32", "float16", "bfloat16"};
+  constexpr const char* names[] = {"float32", "float16", "bfloat16", "int8", "float8_e4m3"};
   return names[dtype];
+}
+
+inline double load_e4m3(uint8_t bits) {
+  const int exponent = (bits >> 3) & 15, mantissa = bits & 7;
+  const double sign = bits >> 7 ? -1.0 : 1.0;
+  if ((bits & 0x7f) == 0x7f) return std::nan("");
+  if (exponent == 0) return sign * std::ldexp(mantissa, -9);
+  return sign * std::ldexp(8 + mantissa, exponent - 10);
+}
+
+// Rounds to the nearest float8_e4m3, ties to even; what is beyond 448 becomes 448.
+inline uint8_t e4m3_bits(float value) {
+  const auto sign = static_cast<uint8_t>(std::bit_cast<uint32_t>(value) >> 24 & 0x80);
+  if (std::isnan(value)) return sign | 0x7f;
+  const double size = std::min(std::abs(static_cast<double>(value)), 448.0);
+  if (size < 0x1p-6) return sign | static_cast<uint8_t>(std::nearbyint(size * 0x1p9));
+  const int exponent = std::ilogb(size);
+  const double mantissa = std::nearbyint(std::ldexp(size, 3 - exponent));  // 8 to 16
+  return sign | static_cast<uint8_t>((exponent + 6) * 8 + mantissa);
 }
 
 inline double load_half(uint16_t bits) {
@@ -45,6 +70,8 @@ inline double load_element(DType dtype, const std::byte* address) {
     std::memcpy(&value, address, sizeof value);
     return value;
   }
+  if (dtype == BLASST_INT8) return static_cast<int8_t>(*address);
+  if (dtype == BLASST_FLOAT8_E4M3) return load_e4m3(static_cast<uint8_t>(*address));
   uint16_t bits;
   std::memcpy(&bits, address, sizeof bits);
   if (dtype == BLASST_FLOAT16) return load_half(bits);
@@ -61,6 +88,14 @@ inline uint16_t bfloat16_bits(float value) {
 inline void store_element(DType dtype, std::byte* address, float value) {
   if (dtype == BLASST_FLOAT32) {
     std::memcpy(address, &value, sizeof value);
+    return;
+  }
+  if (dtype == BLASST_INT8) {
+    *address = std::byte(static_cast<int8_t>(std::nearbyint(std::clamp(value, -128.0f, 127.0f))));
+    return;
+  }
+  if (dtype == BLASST_FLOAT8_E4M3) {
+    *address = std::byte{e4m3_bits(value)};
     return;
   }
   const uint16_t bits = dtype == BLASST_FLOAT16 ? half_bits(value) : bfloat16_bits(value);

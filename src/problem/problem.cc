@@ -64,6 +64,32 @@ void check_thresholds(const TileTest& test, int64_t batch, int64_t heads) {
   }
 }
 
+float scale_at(const Scales& scales, int64_t request, int64_t kv_head) {
+  if (!scales.values) return 1;
+  return scales.values[request * scales.stride_request + kv_head * scales.stride_head];
+}
+
+bool is_scale(float x) { return x > 0 && std::isfinite(x); }
+
+void check_scales(const Problem& p) {
+  for (const auto& [name, scales] :
+       {std::pair{"k_scales", &p.k_scales}, std::pair{"v_scales", &p.v_scales}}) {
+    const int64_t requests = scales->stride_request == 0 ? std::min<int64_t>(p.batch, 1) : p.batch;
+    const int64_t heads = scales->stride_head == 0 ? 1 : p.kv_heads;
+    for (int64_t b = 0; b < requests; ++b) {
+      for (int64_t h = 0; h < heads; ++h) {
+        if (const float x = scale_at(*scales, b, h); !is_scale(x))
+          fail("{} of request {}, KV head {} is {}; it must be positive and finite", name, b, h, x);
+        if (const float x = p.score_scale(b, h); !is_scale(x))
+          fail(
+              "scale {} times k_scales of request {}, KV head {} is {}; it must be positive and "
+              "finite",
+              p.scale, b, h, x);
+      }
+    }
+  }
+}
+
 // Fills requests' keys; checks lengths, starts, cu_seqlens, page table, and the K and V views.
 void resolve_keys(Problem& p) {
   const KeysValues& kv = p.kv;
@@ -197,6 +223,8 @@ Problem make_scalar_problem(const AttentionParams& params, Phase phase) {
       .kv = given.kv,
       .scale = given.scale > 0 ? given.scale : 1 / std::sqrt(static_cast<float>(given.head_dim)),
       .softcap = given.softcap,
+      .k_scales = given.k_scales,
+      .v_scales = given.v_scales,
       .sinks = given.sinks,
       .mask = given.mask,
       .order = params.decision.order,
@@ -216,6 +244,7 @@ Problem make_problem(const AttentionParams& params, Phase phase) {
   check_not_shared("out", p.out, "v", p.kv.v);
   check_mask(p);
   check_thresholds(p.test, p.batch, p.heads);
+  check_scales(p);
   if (p.sinks) {
     for (int64_t h = 0; h < p.heads; ++h) {
       if (!(p.sinks[h] < std::numeric_limits<float>::infinity()))
@@ -261,6 +290,14 @@ std::byte* Problem::key_row(const View& view, int64_t request, int64_t token,
   if (kv.layout == BLASST_LAYOUT_RAGGED) return row_at(view, 0, token, kv_head);
   if (kv.layout == BLASST_LAYOUT_DENSE) return row_at(view, request, token, kv_head);
   return row_at(view, page_of(request, token), token % kv.page_size, kv_head);
+}
+
+float Problem::score_scale(int64_t request, int64_t kv_head) const {
+  return scale * scale_at(k_scales, request, kv_head);
+}
+
+float Problem::value_scale(int64_t request, int64_t kv_head) const {
+  return scale_at(v_scales, request, kv_head);
 }
 
 const std::byte* Problem::query(int64_t request, int64_t position, int64_t head) const {

@@ -55,6 +55,7 @@ struct Problem {
   View q, out;
   KeysValues kv;
   float scale, softcap;
+  Scales k_scales, v_scales;
   const float* sinks;
   Mask mask;
   Order order;
@@ -75,6 +76,10 @@ struct Problem {
   RowTensor query_tensor() const { return problem::query_tensor(given); }
   RowTensor key_tensor() const { return problem::key_tensor(given); }
   std::byte* key_row(const View& view, int64_t request, int64_t token, int64_t kv_head) const;
+
+  // What q.k, and a sum over v, are multiplied by.
+  float score_scale(int64_t request, int64_t kv_head) const;
+  float value_scale(int64_t request, int64_t kv_head) const;
 
   const std::byte* query(int64_t request, int64_t position, int64_t head) const;
   std::byte* output(int64_t request, int64_t position, int64_t head) const;

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "problem/element.h"
+#include "testing/reference/scales.h"
 
 namespace blasst::reference {
 namespace {
@@ -52,7 +53,7 @@ void Int8Scores::quantize_keys(int64_t request, int64_t kv_head) {
   std::vector<std::vector<float>> rows;
   std::vector<double> sums(dim);
   for (int64_t key = 0; key < count; ++key) {
-    rows.push_back(row_of(p_.dtype, p_.key(request, key, kv_head), dim));
+    rows.push_back(row_of(p_.kv.k.dtype, p_.key(request, key, kv_head), dim));
     for (int64_t d = 0; d < dim; ++d)
       if (std::isfinite(rows[key][d])) sums[d] += rows[key][d];
   }
@@ -89,7 +90,7 @@ void Int8Scores::quantize_queries() {
         const std::span<const float> mean_key = mean(b, h / p_.group());
         double shift = 0;
         for (int64_t d = 0; d < dim; ++d) shift += static_cast<double>(row[d]) * mean_key[d];
-        shifts_[at] = shift * p_.scale;
+        shifts_[at] = shift * score_scale_of(p_, b, h / p_.group());
         rotate(row);
         float& largest = queries_.largest[at];
         for (const float x : row) largest = larger(largest, x);
@@ -110,7 +111,7 @@ Int8Scores::Score Int8Scores::at(int64_t request, int64_t position, int64_t head
   const double one = 127 * std::sqrt(static_cast<double>(rotated_block(dim)));
   const double unit = queries_.largest[row] / one * (of_head.largest[key / tile_keys_] / one);
   if (of_head.broken[key]) return {product, NAN, shifts_[row]};
-  return {product, unit * p_.scale, shifts_[row]};
+  return {product, unit * score_scale_of(p_, request, head / p_.group()), shifts_[row]};
 }
 
 std::span<const float> Int8Scores::mean(int64_t request, int64_t kv_head) const {

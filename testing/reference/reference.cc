@@ -11,6 +11,7 @@
 #include "problem/float_environment.h"
 #include "problem/problem.h"
 #include "testing/reference/int8_scores.h"
+#include "testing/reference/scales.h"
 
 namespace blasst::reference {
 namespace {
@@ -104,12 +105,12 @@ class Attend {
   double exact_score(int64_t row, int64_t key) const {
     const std::byte* q = p_.query(tile_.request, tile_.position_of(row), tile_.head_of(row));
     const std::byte* k = p_.key(tile_.request, key, tile_.head / p_.group());
-    const int64_t bytes = problem::element_bytes(p_.dtype);
+    const DType k_type = p_.kv.k.dtype;
     double dot = 0;
     for (int64_t d = 0; d < p_.head_dim; ++d)
-      dot += problem::load_element(p_.dtype, q + d * bytes) *
-             problem::load_element(p_.dtype, k + d * bytes);
-    return dot * static_cast<double>(p_.scale);
+      dot += problem::load_element(p_.dtype, q + d * problem::element_bytes(p_.dtype)) *
+             problem::load_element(k_type, k + d * problem::element_bytes(k_type));
+    return dot * score_scale_of(p_, tile_.request, tile_.head / p_.group());
   }
 
   // Scores of a row's visible keys in a tile.
@@ -161,6 +162,7 @@ class Attend {
   }
 
   void keep(Row& row, std::span<const double> s, Range keys) const {
+    const DType v_type = p_.kv.v.dtype;
     row.rescale(maximum(s));
     for (size_t i = 0; i < s.size(); ++i) {
       if (s[i] == -kInf) continue;
@@ -169,7 +171,7 @@ class Attend {
       const std::byte* v =
           p_.value(tile_.request, keys.begin + static_cast<int64_t>(i), tile_.head / p_.group());
       for (int64_t d = 0; d < p_.value_dim; ++d)
-        row.o[d] += p * problem::load_element(p_.dtype, v + d * problem::element_bytes(p_.dtype));
+        row.o[d] += p * problem::load_element(v_type, v + d * problem::element_bytes(v_type));
     }
   }
 
@@ -217,6 +219,7 @@ class Attend {
       const int64_t position = p_.requests[tile_.request].first_row + tile_.position_of(r);
       const int64_t head_row = head * p_.rows + position;
       const double sink = p_.sinks ? p_.sinks[head] : -kInf;
+      const double v_scale = scale_of(p_.v_scales, tile_.request, head / p_.group());
       row.rescale(sink);
       row.l += sink == -kInf ? 0 : std::exp(sink - row.m);
       if (row.m == -kInf && row.l == 0) {  // neither a valid key nor a sink
@@ -224,7 +227,7 @@ class Attend {
         continue;
       }
       for (int64_t d = 0; d < p_.value_dim; ++d)
-        result_.out[(position * p_.heads + head) * p_.value_dim + d] = row.o[d] / row.l;
+        result_.out[(position * p_.heads + head) * p_.value_dim + d] = row.o[d] / row.l * v_scale;
       const double lse = row.m + std::log(row.l);
       result_.lse[head_row] = lse;
       result_.dropped_mass_bound[head_row] = row.bound.share(lse);

@@ -47,15 +47,17 @@ Textbook textbook(const Problem& problem) {
         double l = 0;
         for (int64_t j = 0; j < request.keys; ++j) {
           if (!access.sees(b, i, h, j)) continue;
-          const auto k = load_row(p.problem.q.dtype, access.key(b, j, kv_head), p.problem.head_dim);
-          const auto v =
-              load_row(p.problem.q.dtype, access.value(b, j, kv_head), p.problem.value_dim);
+          const KeysValues& kv = p.problem.kv;
+          const auto k = load_row(kv.k.dtype, access.key(b, j, kv_head), p.problem.head_dim);
+          const auto v = load_row(kv.v.dtype, access.value(b, j, kv_head), p.problem.value_dim);
           double score = 0;
-          for (int64_t d = 0; d < p.problem.head_dim; ++d) score += scale * q[d] * k[d];
+          for (int64_t d = 0; d < p.problem.head_dim; ++d)
+            score += scale * q[d] * access.key_scale(b, kv_head) * k[d];
           if (p.problem.softcap > 0)
             score = p.problem.softcap * std::tanh(score / p.problem.softcap);
           l += std::exp(score);
-          for (int64_t d = 0; d < p.problem.value_dim; ++d) out[d] += std::exp(score) * v[d];
+          for (int64_t d = 0; d < p.problem.value_dim; ++d)
+            out[d] += std::exp(score) * access.value_scale(b, kv_head) * v[d];
         }
         if (p.problem.sinks) l += std::exp(static_cast<double>(p.problem.sinks[h]));
         if (l == 0) continue;
@@ -223,8 +225,9 @@ TEST(Reference, TheBoundHoldsForMassAndError) {
     for (int64_t b = 0; b < problem.params.problem.batch; ++b)
       for (int64_t j = 0; j < access.requests()[b].keys; ++j)
         for (int64_t h = 0; h < c.kv_heads; ++h)
-          for (const double x : load_row(c.dtype, access.value(b, j, h), c.value_dim))
-            value = std::max(value, std::abs(x));
+          for (const double x :
+               load_row(problem.params.problem.kv.v.dtype, access.value(b, j, h), c.value_dim))
+            value = std::max(value, access.value_scale(b, h) * std::abs(x));
     for (int64_t h = 0; h < c.heads; ++h) {
       for (int64_t row = 0; row < access.rows(); ++row) {
         const int64_t at = h * access.rows() + row;

@@ -48,6 +48,13 @@ Case ragged() {
   return c;
 }
 
+Case in_8_bits() {
+  Case c = dense();
+  c.k_dtype = BLASST_INT8, c.v_dtype = BLASST_FLOAT8_E4M3;
+  c.scales_per_request = c.scales_per_head = true;
+  return c;
+}
+
 Case decode() {
   Case c = dense();
   c.decode = true;
@@ -95,6 +102,57 @@ std::vector<Bad> bad_inputs() {
        all,
        [](Problem& p) { p.params.problem.kv.page_table = nullptr; },
        {"kv.page_table is null"}},
+
+      // Caches in 8 bits.
+      {"QueryIn8Bits",
+       dense(),
+       [](Problem& p) { p.params.problem.q.dtype = BLASST_INT8; },
+       {"q.dtype is 3", "bfloat16 (2)"}},
+      {"OutIn8Bits",
+       dense(),
+       [](Problem& p) { p.params.problem.out.dtype = BLASST_FLOAT8_E4M3; },
+       {"out.dtype is 4", "bfloat16 (2)"}},
+      {"KeysOfAnotherType",
+       dense(),
+       [](Problem& p) { p.params.problem.kv.k.dtype = BLASST_BFLOAT16; },
+       {"q is float32 and k bfloat16", "int8 and float8_e4m3"},
+       BLASST_UNSUPPORTED},
+      {"ScalesOfKeysIn32Bits",
+       dense(),
+       [](Problem& p) { p.params.problem.k_scales.values = p.params.report.lse; },
+       {"k_scales.values is set, but k is float32", "int8"}},
+      {"ScalesOfValuesIn32Bits",
+       dense(),
+       [](Problem& p) { p.params.problem.v_scales.values = p.params.report.lse; },
+       {"v_scales.values is set, but v is float32", "float8_e4m3"}},
+      {"ScaleOfZero",
+       in_8_bits(),
+       [](Problem& p) { p.k_scales[1] = 0; },
+       {"k_scales of request 0, KV head 1 is 0", "positive and finite"}},
+      {"ScaleBelowZero",
+       in_8_bits(),
+       [](Problem& p) { p.v_scales[2] = -0.5f; },
+       {"v_scales of request 1, KV head 0 is -0.5", "positive and finite"}},
+      {"ScaleOfNaN",
+       in_8_bits(),
+       [](Problem& p) { p.v_scales[3] = std::nanf(""); },
+       {"v_scales of request 1, KV head 1 is nan", "positive and finite"}},
+      {"InfiniteScale",
+       in_8_bits(),
+       [](Problem& p) { p.k_scales[0] = kInf; },
+       {"k_scales of request 0, KV head 0 is inf", "positive and finite"}},
+      {"ScaleThatVanishesInTheProblems",
+       in_8_bits(),
+       [](Problem& p) { p.k_scales[0] = 1e-40f, p.params.problem.scale = 1e-10f; },
+       {"scale 1e-10 times k_scales of request 0, KV head 0 is 0"}},
+      {"ScaleStrideRequest",
+       in_8_bits(),
+       [](Problem& p) { p.params.problem.k_scales.stride_request = -1; },
+       {"k_scales.stride_request is -1", "0 to"}},
+      {"ScaleStrideHead",
+       in_8_bits(),
+       [](Problem& p) { p.params.problem.v_scales.stride_head = kHuge; },
+       {"v_scales.stride_head is", "0 to"}},
 
       // Layouts.
       {"QueryLayout",
@@ -237,8 +295,8 @@ std::vector<Bad> bad_inputs() {
        {"q.dtype is 9", "float32"}},
       {"DTypeOfKeys",
        all,
-       [](Problem& p) { p.params.problem.kv.k.dtype = static_cast<DType>(3); },
-       {"k.dtype is 3", "float32"}},
+       [](Problem& p) { p.params.problem.kv.k.dtype = static_cast<DType>(5); },
+       {"k.dtype is 5", "float32", "float8_e4m3 (4)"}},
       {"MixedDTypes",
        all,
        [](Problem& p) {  // a smaller type: the buffer is large enough

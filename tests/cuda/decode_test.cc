@@ -38,6 +38,7 @@ Case device_case(uint64_t seed, int64_t budget) {
   c.dtype = choose.pick({BLASST_FLOAT16, BLASST_BFLOAT16});
   c.head_dim = c.value_dim = choose.pick<int64_t>({64, 128, 128, 256});
   c.values_in_keys = false;
+  c.k_dtype = c.v_dtype = {};
   c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
   c.page_size = choose.pick<int64_t>({16, 32, 64, 128, 256});
   c.padding = 8 * choose.between(0, 2);

@@ -39,6 +39,12 @@ int64_t odd_number(check::Choices& choose) {
                                int64_t{1} << 40, kMost, -kMost, choose.between(-300, 300)});
 }
 
+float odd_scale(check::Choices& choose) {
+  using Float = std::numeric_limits<float>;
+  return choose.pick({0.0f, -1.0f, Float::quiet_NaN(), Float::infinity(), Float::max(),
+                      Float::min(), Float::denorm_min(), 1.0f});
+}
+
 // Any entry of an index array, if it has one.
 void bend(std::vector<int32_t>& indices, check::Choices& choose) {
   if (indices.empty()) return;
@@ -59,7 +65,7 @@ void bend(Problem& problem, check::Choices& choose) {
   View* const views[] = {&p.problem.q, &p.problem.out, &p.problem.kv.k, &p.problem.kv.v};
   View& view = *views[choose.between(0, 3)];
   const auto number = static_cast<float>(odd_number(choose));
-  switch (choose.between(0, 30)) {
+  switch (choose.between(0, 33)) {
     case 0:
       view.stride_request = odd_number(choose);
       break;
@@ -151,6 +157,18 @@ void bend(Problem& problem, check::Choices& choose) {
       break;
     case 29:
       p.decision.scores = static_cast<Scores>(odd_number(choose));
+      break;
+    case 30:  // of 8 bits, or none
+      (choose.one_in(2) ? p.problem.kv.k : p.problem.kv.v).dtype = static_cast<DType>(
+          choose.pick<int64_t>({BLASST_INT8, BLASST_FLOAT8_E4M3, odd_number(choose) | 8}));
+      break;
+    case 31:
+      if (!problem.k_scales.empty()) problem.k_scales[0] = odd_scale(choose);
+      if (!problem.v_scales.empty()) problem.v_scales[0] = odd_scale(choose);
+      break;
+    case 32:
+      (choose.one_in(2) ? p.problem.k_scales : p.problem.v_scales).stride_head =
+          choose.pick<int64_t>({0, -1, std::numeric_limits<int64_t>::max()});
       break;
     default:
       if (!problem.thresholds.empty())

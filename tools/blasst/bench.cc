@@ -35,6 +35,8 @@ Problem make_problem(const BenchOptions& options, int64_t length, double sparsit
                 .kv_heads = options.kv_heads,
                 .head_dim = options.head_dim,
                 .value_dim = options.head_dim,
+                .k_dtype = options.cache,
+                .v_dtype = options.cache,
                 .inputs = check::Inputs::kPlanted,
                 .causal = true,
                 .order = options.order,
@@ -79,6 +81,7 @@ nlohmann::ordered_json common_fields(const Problem& problem, const BenchOptions&
           {"dtype", name_of(kDTypes, options.dtype)},
           {"order", name_of(kOrders, options.order)},
           {"scores", name_of(kScores, options.scores)},
+          {"cache", name_of(kCaches, options.cache)},
           {"batch", p.batch},
           {"length", length},
           {"heads", p.heads},
@@ -121,7 +124,7 @@ double relative_error(const Problem& problem, TileShape shape) {
     // From an element on, the rest of the buffer; the reference only reads.
     const auto from = [&](View& view, std::byte* address) {
       view.elements -=
-          (address - static_cast<std::byte*>(view.data)) / check::element_bytes(p.q.dtype);
+          (address - static_cast<std::byte*>(view.data)) / check::element_bytes(view.dtype);
       view.data = address;
     };
     from(p.q, access.query(request, first_row, kv_head * group));
@@ -200,8 +203,9 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
                  {"workspace_mb", static_cast<double>(plan.workspace_bytes) / 1e6},
                  {"peak_rss_mb", peak_rss_mb()}});
   if (decode) {
-    const auto bytes = static_cast<double>((p.problem.kv.k.elements + p.problem.kv.v.elements) *
-                                           check::element_bytes(p.problem.q.dtype));
+    double bytes = 0;
+    for (const View& view : {p.problem.kv.k, p.problem.kv.v})
+      bytes += static_cast<double>(view.elements * check::element_bytes(view.dtype));
     fields["gb_per_s"] = bytes / ms[0] / 1e6;  // dense reads all of K and V
     // Of the same buffers, by a plain loop; on a GPU by a copy, reads and writes.
     fields["read_gb_per_s"] = static_cast<double>(moved) / ms[2] / 1e6;
@@ -267,6 +271,8 @@ void add_options(CLI::App& app, BenchOptions& options) {
   add_choice(app, "--order", options.order, kOrders, "of the key tiles");
   if (options.phase == Phase::kPrefill)
     add_choice(app, "--scores", options.scores, kScores, "the arithmetic of q.k");
+  if (options.phase != Phase::kBackward)
+    add_choice(app, "--cache", options.cache, kCaches, "of k and v; dtype: of q's");
   count("--batch", options.batch, "requests");
   count("--length", options.lengths, "tokens; several give a row each");
   count("--heads", options.heads, "query heads");

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,10 @@
 namespace blasst::command {
 
 enum class Phase { kPrefill, kDecode, kBackward };
+inline const std::map<std::string, std::optional<DType>> kCaches = {{"dtype", std::nullopt},
+                                                                    {"bf16", BLASST_BFLOAT16},
+                                                                    {"int8", BLASST_INT8},
+                                                                    {"fp8", BLASST_FLOAT8_E4M3}};
 inline const std::map<std::string, Phase> kPhases = {
     {"prefill", Phase::kPrefill}, {"decode", Phase::kDecode}, {"backward", Phase::kBackward}};
 
@@ -22,6 +27,7 @@ struct BenchOptions {
   DType dtype = BLASST_FLOAT32;
   Order order = BLASST_SINK_FIRST;
   Scores scores = BLASST_SCORES_EXACT;
+  std::optional<DType> cache = {};  // type of k and v
   int64_t batch = 1;
   std::vector<int64_t> lengths = {8192};
   int64_t heads = 8;

@@ -1,5 +1,6 @@
 #include "target.h"
 
+#include <algorithm>
 #include <span>
 
 #include "measure.h"
@@ -90,9 +91,10 @@ class OnGpu : public Target {
 
   size_t move_keys_and_values(int) override {
     size_t moved = 0;
-    for (const View& view : {params.problem.kv.k, params.problem.kv.v}) {
+    const View &k = params.problem.kv.k, &v = params.problem.kv.v;
+    if (!copy_) copy_ = memory_.allocate(std::max(bytes_of(k), bytes_of(v)));
+    for (const View& view : {k, v}) {
       const size_t bytes = bytes_of(view);
-      if (!copy_) copy_ = memory_.allocate(bytes);
       if (const cudaError_t status =
               cudaMemcpyAsync(copy_, view.data, bytes, cudaMemcpyDeviceToDevice);
           status != cudaSuccess)

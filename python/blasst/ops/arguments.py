@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.ops.library import call
+from blasst.ops.library import CACHES, call
 
 _INTEGERS = (numbers.Integral, torch.SymInt)
 _NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
@@ -139,6 +139,40 @@ def sinks_of(sinks: Tensor | None) -> Tensor | None:
     if not sinks.is_floating_point():
         raise TypeError(f"sinks is {sinks.dtype}; it must be of a floating-point type")
     return sinks.to(torch.float32)
+
+
+def scales_of(
+    given: dict[str, tuple[Tensor, float | Tensor | None]],
+) -> dict[str, Tensor | None]:
+    """The operator's scales by name, of the keys or values that are given with each."""
+    return {name: _scale_of(name, cache, value) for name, (cache, value) in given.items()}
+
+
+def _scale_of(name: str, cache: Tensor, value: float | Tensor | None) -> Tensor | None:
+    """What the elements of a cache in 8 bits are multiples of, as [1 or batch, 1 or kv_heads]."""
+    if value is None:
+        return None
+    accepted = "it must be a number, or a tensor of them: [], [kv_heads] or [batch, kv_heads]"
+    if cache.dtype not in CACHES:
+        raise ValueError(
+            f"{name} is given, but {name[0]} is {cache.dtype}; it goes with "
+            f"{' and '.join(map(str, CACHES))}"
+        )
+    if isinstance(value, bool) or not isinstance(value, (*_NUMBERS, Tensor)):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if not isinstance(value, Tensor):
+        check_positive(name, value, "1")
+        return torch.full((1, 1), value, dtype=torch.float32, device=cache.device)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} is {value.dtype}; it must be of a floating-point type")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise NotSupportedError(
+            f"{name} requires a gradient, and keys and values in 8 bits have none: pass "
+            f"{name}.detach()"
+        )
+    if value.dim() > 2 or not value.numel():
+        raise ValueError(f"{name} is {list(value.shape)}; {accepted}")
+    return value.to(torch.float32).reshape((1,) * (2 - value.dim()) + value.shape)
 
 
 def _sides(window: tuple[int | None, int | None] | None) -> tuple[int, int]:

@@ -19,10 +19,11 @@ from blasst.ops.arguments import (
     mask_of,
     phase_of,
     places_on_cuda,
+    scales_of,
     sinks_of,
 )
 from blasst.ops.layouts import check_layout
-from blasst.ops.library import REPORTS, call, key_tiles
+from blasst.ops.library import CACHES, REPORTS, call, key_tiles
 
 
 class TileCounts(NamedTuple):
@@ -92,6 +93,8 @@ def attention(
     blocks: Tensor | None = None,
     order: str = "sink_first",
     scores: str = "exact",
+    k_scale: float | Tensor | None = None,
+    v_scale: float | Tensor | None = None,
     phase: str | None = None,
     starts: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -126,6 +129,8 @@ def attention(
             processor with AVX512_BF16, bfloat16 numbers below 1.2e-38 (subnormal) count as 0.
         k: [batch, keys, kv_heads, head_dim]; ragged [total keys, kv_heads, head_dim]; paged
             [pages, page_size, kv_heads, head_dim]. heads must be a multiple of kv_heads.
+            k and v are of q's type, or each of them int8 or float8_e4m3fn, with scales: a quantised
+            cache. Then without a backward pass, and on the cpu only.
         v: like k; its last dimension may differ (the same range).
         causal: a query sees no key after its own position.
         scale: score = scale * q.k; default 1 / sqrt(head_dim).
@@ -149,6 +154,10 @@ def attention(
         scores: "exact", or "int8": q.k from bytes, queries in units of each row, keys in units of
             each key tile, after the keys' mean is taken off and both are rotated. Thresholds and
             results mean the same, to the rounding. Prefill only, without a backward pass.
+        k_scale: of k in 8 bits: its elements are multiples of it, so that score = scale * k_scale *
+            q.k. A number, or a tensor of them: [], [kv_heads] or [1 or batch, 1 or kv_heads];
+            positive and finite. Default: 1.
+        v_scale: of v in 8 bits, likewise: the output is v_scale times the sum over v.
         phase: "prefill", or "decode" (1 to 16 queries a request, dense; the query heads of a KV
             head decide together). Default: decode if query_length is 1.
         starts: [batch] first key in use of each request: padding on the left. For k of 4 dimensions
@@ -187,8 +196,8 @@ def attention(
         ValueError: shapes, numbers or names out of range, arguments that contradict each other,
             tensors on different devices; the message says what was passed and what is accepted.
         NotSupportedError: what this build or device does not do; thresholds that require a
-            gradient; in the backward pass of a decode, of int8 scores, of pages (on cuda: all; on
-            the CPU: those that requests share), or of a backward pass.
+            gradient; in the backward pass of a decode, of int8 scores, of keys or values in 8 bits,
+            of pages (on cuda: all; on the CPU: those that requests share), or of a backward pass.
     """
     places = {
         "starts": starts,
@@ -202,6 +211,7 @@ def attention(
         {"q": q, "k": k, "v": v},
         {"sinks": sinks, **places, "blocks": blocks, "out": out, "workspace": workspace},
     )
+    scales = scales_of({"k_scale": (k, k_scale), "v_scale": (v, v_scale)})
     if workspace is not None and out is None:
         raise ValueError("workspace is given without out; the two go together")
     phase = phase_of(phase, q)
@@ -231,13 +241,12 @@ def attention(
         if check_pages:
             check_page_table(k, places["lengths"], places["page_table"])
     sinks = sinks_of(sinks)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _autocast(q, k, v)
     with_gradient = _with_gradient(out, (q, k, v, sinks))
     decision = decision_of(threshold, threshold_scale_factor, absolute_threshold, q.device)
     # A backward pass needs the forward's lse and, where tiles may be skipped, its decisions.
-    differentiable = with_gradient and phase == "prefill" and scores == "exact"
+    cached = k.dtype in CACHES or v.dtype in CACHES
+    differentiable = with_gradient and phase == "prefill" and scores == "exact" and not cached
     may_skip = decision["test"] != "none"
     wanted = {
         "lse": return_lse or differentiable,
@@ -255,7 +264,7 @@ def attention(
         **mask_of(window, bands, blocks, q.device),
         **decision,
         **{f"want_{name}": want for name, want in wanted.items()},
-        **{"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scores": scores},
+        **{"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k, "scores": scores, **scales},
     )
     out, *reports = results if out is None else (out, *results)
     if not any(asked.values()):
@@ -348,6 +357,15 @@ def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
     check_tensors({"q": q, "k": k, "v": v}, {})
     phase = phase_of(phase, q)
     return TileShape(*call(f"{phase}_tile_shape", q=q, k=k, v=v))
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast in its type, but for keys and values in 8 bits."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype in CACHES else t.to(dtype) for t in tensors)
 
 
 def _with_gradient(out: Tensor | None, inputs: tuple[Tensor | None, ...]) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.ops.library import REPORTS, arguments_of, call, names
+from blasst.ops.library import CACHES, REPORTS, arguments_of, call, names
 
 
 def _save_for_backward(
@@ -18,6 +18,7 @@ def _save_for_backward(
     saved = {name: arguments[name] for name in names("prefill_backward") if name in arguments}
     saved |= {"out": out, "lse": reported.pop("lse"), "bits": reported["bits"]}
     ctx.scores = arguments["scores"] or "exact"
+    ctx.cache = next((n for n in ("k", "v") if arguments[n].dtype in CACHES), None)
     ctx.may_skip = arguments["test"] != "none"
     ctx.others = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
     ctx.names = [name for name in saved if name not in ctx.others]
@@ -34,6 +35,11 @@ def _backward(
         raise NotSupportedError(
             f"blasst.attention with scores={ctx.scores!r} has no backward pass: run it under "
             "torch.no_grad(), or pass scores='exact'"
+        )
+    if ctx.cache is not None:
+        raise NotSupportedError(
+            f"{ctx.cache} is {saved[ctx.cache].dtype}; blasst.attention over keys or values in 8 "
+            "bits has no backward pass: run it under torch.no_grad()"
         )
     if saved["lse"] is None or (ctx.may_skip and saved["bits"] is None):
         raise NotSupportedError(

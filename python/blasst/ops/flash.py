@@ -16,7 +16,6 @@ Threshold = float | Sequence[float] | Tensor | None
 
 _LATER = {
     "attention_chunk": (0,),
-    "k_descale": (None,),
     "num_splits": (0, 1),
     "pack_gqa": (None, False, True),  # how it is computed, not what
     "q_descale": (None,),
@@ -24,7 +23,6 @@ _LATER = {
     "scheduler_metadata": (None,),
     "seqused_q": (None,),
     "sm_margin": (0,),
-    "v_descale": (None,),
 }
 """Arguments of FlashAttention-3 that its second version has not, and the values that are taken."""
 
@@ -45,6 +43,8 @@ def flash_attn_func(
     skip_softmax_threshold: Threshold = None,
     skip_softmax_threshold_scale_factor: Threshold = None,
     scores: str = "exact",
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     **others: object,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention with FlashAttention's arguments; `blasst.attention` says more about each.
@@ -64,6 +64,8 @@ def flash_attn_func(
         skip_softmax_threshold: blasst.attention's `threshold`; None: dense, 0: the same bits.
         skip_softmax_threshold_scale_factor: blasst.attention's `threshold_scale_factor`.
         scores: blasst.attention's `scores`.
+        k_descale: [batch, kv_heads] of keys in 8 bits: blasst.attention's `k_scale`.
+        v_descale: of values in 8 bits: blasst.attention's `v_scale`.
         others: what FlashAttention-3 takes beside these, at its defaults.
 
     Returns:
@@ -87,6 +89,8 @@ def flash_attn_func(
         threshold=skip_softmax_threshold,
         threshold_scale_factor=skip_softmax_threshold_scale_factor,
         scores=scores,
+        k_scale=k_descale,
+        v_scale=v_descale,
         phase=_phase(q, k, v),
         return_lse=return_attn_probs,
     )
@@ -115,6 +119,8 @@ def flash_attn_varlen_func(
     skip_softmax_threshold: Threshold = None,
     skip_softmax_threshold_scale_factor: Threshold = None,
     scores: str = "exact",
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     **others: object,
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention over requests of different lengths; see `flash_attn_func` for what is not here.
@@ -141,6 +147,8 @@ def flash_attn_varlen_func(
         skip_softmax_threshold: blasst.attention's `threshold`; None: dense, 0: the same bits.
         skip_softmax_threshold_scale_factor: blasst.attention's `threshold_scale_factor`.
         scores: blasst.attention's `scores`.
+        k_descale: [batch, kv_heads] of keys in 8 bits: blasst.attention's `k_scale`.
+        v_descale: of values in 8 bits: blasst.attention's `v_scale`.
         others: what FlashAttention-3 takes beside these, at its defaults.
 
     Returns:
@@ -179,6 +187,8 @@ def flash_attn_varlen_func(
         threshold=skip_softmax_threshold,
         threshold_scale_factor=skip_softmax_threshold_scale_factor,
         scores=scores,
+        k_scale=k_descale,
+        v_scale=v_descale,
         phase="prefill",
         cu_seqlens_q=cu_seqlens_q,
         **keys,
@@ -213,6 +223,8 @@ def flash_attn_with_kvcache(
     skip_softmax_threshold: Threshold = None,
     skip_softmax_threshold_scale_factor: Threshold = None,
     scores: str = "exact",
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     **others: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache, which takes up new keys and values first if they are given.
@@ -247,6 +259,8 @@ def flash_attn_with_kvcache(
         skip_softmax_threshold: blasst.attention's `threshold`; None: dense, 0: the same bits.
         skip_softmax_threshold_scale_factor: blasst.attention's `threshold_scale_factor`.
         scores: blasst.attention's `scores`.
+        k_descale: [batch, kv_heads] of keys in 8 bits: blasst.attention's `k_scale`.
+        v_descale: of values in 8 bits: blasst.attention's `v_scale`.
         others: what FlashAttention-3 takes beside these, at its defaults.
 
     Returns:
@@ -296,6 +310,8 @@ def flash_attn_with_kvcache(
         threshold=skip_softmax_threshold,
         threshold_scale_factor=skip_softmax_threshold_scale_factor,
         scores=scores,
+        k_scale=k_descale,
+        v_scale=v_descale,
         starts=cache_leftpad,
         lengths=lengths,
         page_table=block_table,

@@ -55,6 +55,10 @@ def arguments_of(operator: str, inputs: tuple[object, ...]) -> dict[str, object]
     return dict(zip_longest(names(operator), inputs))
 
 
+CACHES = (torch.int8, torch.float8_e4m3fn)
+"""Types that keys and values may have beside that of the queries."""
+
+
 class Plan(NamedTuple):
     """What a call decides on and needs, whatever its tensors hold."""
 
@@ -83,17 +87,21 @@ def plan(
     keys: int = 1,
     rows: int | None = None,
     scores: str = "exact",
+    k_dtype: torch.dtype | None = None,
+    v_dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan of a call of these numbers, on this kind of device.
 
     keys: that a request has room for. rows: of all requests, of ragged queries. scores: "exact" or
-    "int8".
+    "int8". k_dtype, v_dtype: of k and v, if they are in 8 bits.
     """
     numbers = call(
         "plan",
         phase=phase,
         device="cuda" if device.type == "cuda" else "cpu",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=_name(dtype),
+        k_dtype=None if k_dtype is None else _name(k_dtype),
+        v_dtype=None if v_dtype is None else _name(v_dtype),
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,
@@ -105,6 +113,10 @@ def plan(
         scores=scores,
     )
     return Plan(*numbers)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def workspace_bytes(
@@ -120,6 +132,8 @@ def workspace_bytes(
     query_length: int = 1,
     keys: int,
     scores: str = "exact",
+    k_dtype: torch.dtype | None = None,
+    v_dtype: torch.dtype | None = None,
 ) -> int:
     """Bytes of `attention`'s workspace for calls of up to so many requests and positions.
 
@@ -135,6 +149,8 @@ def workspace_bytes(
         query_length: the most rows of a request.
         keys: what a request has room for: of a call, max_seqlen_k, or what its page table has.
         scores: "exact" or "int8".
+        k_dtype: of k; default: dtype.
+        v_dtype: of v; default: dtype.
 
     Raises:
         NotSupportedError: calls that the device does not do.
@@ -154,6 +170,8 @@ def workspace_bytes(
             query_length=rows,
             keys=keys,
             scores=scores,
+            k_dtype=k_dtype,
+            v_dtype=v_dtype,
         ).workspace_bytes
         for requests in fewer
         for rows in shorter

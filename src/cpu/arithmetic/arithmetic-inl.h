@@ -4,6 +4,9 @@
 //   values: StageValues, LoadValues, Lane, Pack, PackRow, MulAdd: probabilities of kPack
 //     neighbouring keys a word, and as many value rows beside each other
 // A kernel takes one for its scores and one for its values. They may differ.
+//
+// Keys and values in 8 bits are first widened, without rounding, to elements whose rows are words
+// as they are: what Wide, an arithmetic of the same words, reads.
 #if defined(BLASST_CPU_ARITHMETIC_ARITHMETIC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef BLASST_CPU_ARITHMETIC_ARITHMETIC_INL_H_
 #undef BLASST_CPU_ARITHMETIC_ARITHMETIC_INL_H_
@@ -16,7 +19,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/arithmetic/convert-inl.h"
 #include "cpu/arithmetic/float32-inl.h"
+#include "cpu/plan.h"
 #ifdef BLASST_ISA_BF16_DOT
 #include "cpu/arithmetic/bf16-inl.h"
 #endif
@@ -36,6 +41,19 @@ using Arithmetic = Float32<kStored>;
 // Bytes of a stored element.
 template <typename A>
 inline constexpr int64_t kElementBytes = A::kDType == BLASST_FLOAT32 ? 4 : 2;
+
+// `count` elements of 8 bits (a multiple of 8) to as many of A::Wide.
+template <typename A>
+HWY_INLINE void Widen(DType stored, const std::byte* row, int64_t count, float* HWY_RESTRICT to) {
+  using Wide = typename A::Wide;
+  if constexpr (Wide::kDType == BLASST_FLOAT32) {
+    LoadFloats(stored, row, count, to);
+  } else {
+    alignas(64) float floats[kMaxDim];
+    LoadFloats(stored, row, count, floats);
+    StoreFloats(Wide::kDType, floats, count, reinterpret_cast<std::byte*>(to));
+  }
+}
 
 // `most` or the larger magnitudes among `count` words (a multiple of kLanes), a lane each.
 template <typename A>

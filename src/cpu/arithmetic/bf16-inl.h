@@ -20,6 +20,7 @@ namespace blasst::cpu::BLASST_ISA {
 struct BFloat16Dot {
   static constexpr DType kDType = BLASST_BFLOAT16;
   static constexpr int kPack = 2;
+  using Wide = BFloat16Dot;
 
   static HWY_INLINE V MulAdd(V a, V b, V sum) {
     return V{_mm512_dpbf16_ps(sum.raw, (__m512bh)a.raw, (__m512bh)b.raw)};

@@ -23,6 +23,7 @@ template <DType kStored>
 struct Float32 {
   static constexpr DType kDType = kStored;
   static constexpr int kPack = 1;  // elements a word
+  using Wide = Float32<BLASST_FLOAT32>;
 
   static HWY_INLINE V MulAdd(V a, V b, V sum) { return hn::MulAdd(a, b, sum); }
 

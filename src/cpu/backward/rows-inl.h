@@ -51,7 +51,7 @@ class FindLse {
       Score(j);
       for (int64_t r = 0; r < query.rows(); ++r) Add(j, r, rows[r]);
     }
-    for (int64_t r = 0; r < query.rows(); ++r) lse[r] = TotalOf(p_, query.head, rows[r]).lse;
+    for (int64_t r = 0; r < query.rows(); ++r) lse[r] = TotalOf(p_, unit_, query.head, rows[r]).lse;
   }
 
  private:
@@ -71,7 +71,7 @@ class FindLse {
                     p_.head_dim, sums);
         for (int b = 0; b < kBroadcasts; ++b) {
           for (int v = 0; v < kPanelVectors; ++v) {
-            const V score = CapScore(p_, sums[b][v]);
+            const V score = CapScore(unit_, sums[b][v]);
             hn::Store(score, f, scores_ + (row + b) * kKeys + panel + v * kLanes);
           }
         }
@@ -97,7 +97,7 @@ class FindLse {
   const Problem& p_;
   const BackwardTile& tile_;
   const int64_t stride_;  // of staged queries
-  const ScoreUnit unit_{p_};
+  const ScoreUnit unit_{p_.scale, p_.softcap};
   float *q_, *columns_, *scores_, *k_;
 };
 

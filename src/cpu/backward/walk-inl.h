@@ -157,7 +157,7 @@ class BackwardWalk {
   // where slope is d score / d (q . k). Both exactly zero where a row does not see a key.
   template <bool kMasked>
   HWY_NOINLINE void Weigh() {
-    const V unit = hn::Set(f, ScoreUnit(p_).scale), scale = hn::Set(f, p_.scale);
+    const V unit = hn::Set(f, ScoreUnit(p_.scale, p_.softcap).scale), scale = hn::Set(f, p_.scale);
     for (int64_t panel = 0; panel < kKeys; panel += kPanel) {
       for (int64_t row = 0; row < rows_; row += kBroadcasts) {
         Accumulators sums;

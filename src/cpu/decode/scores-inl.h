@@ -84,7 +84,7 @@ HWY_NOINLINE void Products(const DecodeTile& tile, const Rows& keys, const Betwe
 
 // Soft cap, mask, then each row's maximum, NaN left aside. Whether a row that counts has a NaN.
 inline HWY_NOINLINE bool Maxima(const DecodeTile& tile, Range keys, float* all_scores) {
-  const Problem& p = tile.p;
+  const ScoreUnit& unit = tile.rows.unit;
   const bool boundary = tile.Boundary(keys);
   bool nan = false;
   for (int64_t r = 0; r < tile.rows.count; ++r) {
@@ -92,7 +92,7 @@ inline HWY_NOINLINE bool Maxima(const DecodeTile& tile, Range keys, float* all_s
     const Range seen = intersect(tile.ranges[r], keys);
     V most = hn::Set(f, -kInf);
     for (int64_t key = 0; key < kKeys; key += kLanes) {
-      V s = CapScore(p, hn::LoadU(f, scores + key));
+      V s = CapScore(unit, hn::LoadU(f, scores + key));
       if (boundary) {
         const auto index = hn::Iota(i32, static_cast<int32_t>(keys.begin + key));
         const auto inside =
@@ -105,7 +105,7 @@ inline HWY_NOINLINE bool Maxima(const DecodeTile& tile, Range keys, float* all_s
         nan = true;
         s = hn::IfThenElse(is_nan, hn::Set(f, std::numeric_limits<float>::quiet_NaN()), s);
       }
-      if (boundary || p.softcap > 0 || nan) hn::StoreU(s, f, scores + key);
+      if (boundary || unit.softcap > 0 || nan) hn::StoreU(s, f, scores + key);
       most = hn::IfThenElse(hn::Gt(s, most), s, most);
     }
     tile.rows.t[r] = hn::GetLane(hn::MaxOfLanes(f, most));

@@ -23,7 +23,7 @@ namespace blasst::cpu::BLASST_ISA {
 inline constexpr int kValueVectors =
     HWY_TARGET == HWY_AVX3 ? 4 : 2;  // output vectors of a row in registers
 
-// Outputs lie as A adds them: element e of a block of kBlock in lane A::Lane(e).
+// Outputs lie as A adds them, and A::Wide: element e of a block of kBlock in lane A::Lane(e).
 template <typename A>
 struct RowOutputs {
   static constexpr int64_t kBlock = A::kPack * kLanes;
@@ -60,7 +60,7 @@ void LoadValuesTail(const std::byte* const* rows, int64_t d, int64_t dim, V* wor
 // o[row][d..] = rescale * o + sum over keys of p * v, for kBlocks blocks of elements; kTail: a
 // last, short one. `rescale` and `probabilities` begin at the first row.
 template <typename A, int kRows, int kBlocks, bool kTail>
-HWY_INLINE void AddBlocks(const RowOutputs<A>& outputs, int64_t first, int64_t d,
+HWY_INLINE void AddBlocks(const RowOutputs<typename A::Wide>& outputs, int64_t first, int64_t d,
                           const float* rescale, const float* probabilities, const Rows& values,
                           ValueQueue& queue) {
   constexpr int kVectors = kBlocks * A::kPack;
@@ -95,9 +95,10 @@ HWY_INLINE void AddBlocks(const RowOutputs<A>& outputs, int64_t first, int64_t d
 }
 
 template <typename A, int kRows>
-HWY_NOINLINE void AddValues(const RowOutputs<A>& outputs, int64_t first, const float* rescale,
-                            const float* probabilities, const Rows& values, ValueQueue& queue) {
-  constexpr int64_t kBlock = RowOutputs<A>::kBlock;
+HWY_NOINLINE void AddValues(const RowOutputs<typename A::Wide>& outputs, int64_t first,
+                            const float* rescale, const float* probabilities, const Rows& values,
+                            ValueQueue& queue) {
+  constexpr int64_t kBlock = RowOutputs<typename A::Wide>::kBlock;
   constexpr int kBlocks = kValueVectors / A::kPack;
   int64_t d = 0;
   for (; d + kBlocks * kBlock <= outputs.dim; d += kBlocks * kBlock)

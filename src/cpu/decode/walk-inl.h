@@ -25,6 +25,7 @@
 #include "cpu/decode/query_tile-inl.h"
 #include "cpu/decode/scores-inl.h"
 #include "cpu/decode/values-inl.h"
+#include "cpu/decode/wide_rows-inl.h"
 #include "cpu/plan.h"
 #include "cpu/tile/rows-inl.h"
 #include "cpu/tile/score-inl.h"
@@ -77,6 +78,8 @@ class DecodeHead {
         queue_(queue),
         values_are_at_hand_(p.values_lie_in_keys()),
         tile_(DecodeTile::Make<S>(p, query, scratch)),
+        wide_k_(p.kv.k.dtype, p.head_dim, scratch),
+        wide_v_(p.kv.v.dtype, p.value_dim, scratch),
         outputs_(query.rows(), p.value_dim, scratch),
         scores_(std::exchange(scratch, scratch + query.rows() * kKeys)),
         probabilities_(scratch) {}
@@ -105,8 +108,7 @@ class DecodeHead {
         if (!Visits(j)) continue;
         ++seeds;
         FindRows(p_.kv.k, j, k_rows_);
-        Products<S>(
-            tile_, k_rows_, [](int64_t, int64_t) {}, scores_);
+        Score([](int64_t, int64_t) {});
         Maxima(tile_, tile_.KeysOf(j), scores_);
         for (int64_t r = 0; r < rows.count; ++r) rows.seed[r] = std::max(rows.seed[r], rows.t[r]);
       }
@@ -128,16 +130,13 @@ class DecodeHead {
     }
     next_key_tile_ = next;
     if (next >= 0) FindRows(p_.kv.k, next, next_k_rows_);
-    Products<S>(
-        tile_, k_rows_,
-        [&](int64_t first_row, int64_t key) {
-          if (first_row == 0 && next >= 0) {
-            for (int i = 0; i < kKeyGroup; ++i)
-              Fetch(next_k_rows_[key + i], 0, p_.head_dim * kElementBytes<S>);
-          }
-          queue_.AskWhileScoring();
-        },
-        scores_);
+    const int64_t k_bytes = p_.head_dim * problem::element_bytes(p_.kv.k.dtype);
+    Score([&](int64_t first_row, int64_t key) {
+      if (first_row == 0 && next >= 0) {
+        for (int i = 0; i < kKeyGroup; ++i) Fetch(next_k_rows_[key + i], 0, k_bytes);
+      }
+      queue_.AskWhileScoring();
+    });
     const bool nan = Maxima(tile_, tile_.KeysOf(j), scores_);
 
     // 2. The test.
@@ -151,7 +150,8 @@ class DecodeHead {
       Softmax<A>(tile_.rows, scores_, probabilities_);
       pending_ = j;
       const Range keys = tile_.KeysOf(j);
-      FindValues(j, tile_.rows_differ ? keys : intersect(keys, tile_.ranges[0]));
+      FindRows(p_.kv.v, j, v_rows_);
+      if (!tile_.rows_differ) v_rows_ = SeenOf(v_rows_, keys, tile_.ranges[0]);
       if (!values_are_at_hand_) queue_.Push(v_rows_);
     } else if (p_.report.dropped_mass_bound) {
       AddSkipped(tile_.rows);
@@ -161,18 +161,21 @@ class DecodeHead {
   // Adds the values of the tile that was kept last.
   void AddPending() {
     if (pending_ < 0) return;
-    const int64_t j = std::exchange(pending_, -1);
-    const auto add = [&](auto size, int64_t first) {
-      AddValues<A, size()>(outputs_, first, tile_.rows.rescale + first,
-                           probabilities_ + first * kKeys, v_rows_, queue_);
-    };
-    if (tile_.rows_differ && tile_.Boundary(tile_.KeysOf(j))) {
-      for (int64_t r = 0; r < tile_.rows.count; ++r) {
-        FindValues(j, intersect(tile_.KeysOf(j), tile_.ranges[r]));
-        add(std::integral_constant<int, 1>(), r);
+    const Range keys = tile_.KeysOf(std::exchange(pending_, -1));
+    if (wide_v_.is_needed()) v_rows_ = wide_v_.Of(v_rows_);
+    const auto add = [&](auto size, int64_t first, const Rows& values) {
+      const float *rescale = tile_.rows.rescale + first, *p = probabilities_ + first * kKeys;
+      if (wide_v_.is_needed()) {
+        AddValues<typename A::Wide, size()>(outputs_, first, rescale, p, values, queue_);
+      } else {
+        AddValues<A, size()>(outputs_, first, rescale, p, values, queue_);
       }
+    };
+    if (tile_.rows_differ && tile_.Boundary(keys)) {
+      for (int64_t r = 0; r < tile_.rows.count; ++r)
+        add(std::integral_constant<int, 1>(), r, SeenOf(v_rows_, keys, tile_.ranges[r]));
     } else {
-      ForRowGroups(tile_.rows.count, add);
+      ForRowGroups(tile_.rows.count, [&](auto size, int64_t first) { add(size, first, v_rows_); });
     }
   }
 
@@ -194,12 +197,22 @@ class DecodeHead {
     std::fill(rows.begin() + keys.size(), rows.end(), ZeroRow());
   }
 
-  // Values of tile j; zeros for keys not in `seen`, so that NaN in a masked value stays out.
-  void FindValues(int64_t j, Range seen) {
-    const Range keys = tile_.KeysOf(j);
-    FindRows(p_.kv.v, j, v_rows_);
+  // The rows of a tile's keys; zeros for keys not in `seen`, so that NaN in a masked value stays
+  // out.
+  static Rows SeenOf(Rows rows, Range keys, Range seen) {
     for (int64_t i = 0; i < keys.size(); ++i) {
-      if (keys.begin + i < seen.begin || keys.begin + i >= seen.end) v_rows_[i] = ZeroRow();
+      if (keys.begin + i < seen.begin || keys.begin + i >= seen.end) rows[i] = ZeroRow();
+    }
+    return rows;
+  }
+
+  // Products of k_rows_.
+  template <typename Between>
+  void Score(const Between& between) {
+    if (wide_k_.is_needed()) {
+      Products<typename S::Wide>(tile_, wide_k_.Of(k_rows_), between, scores_);
+    } else {
+      Products<S>(tile_, k_rows_, between, scores_);
     }
   }
 
@@ -209,7 +222,9 @@ class DecodeHead {
   ValueQueue& queue_;
   const bool values_are_at_hand_;  // in the cache, since their keys were scored
   DecodeTile tile_;
-  RowOutputs<A> outputs_;
+  WideRows<S> wide_k_;
+  WideRows<A> wide_v_;
+  RowOutputs<typename A::Wide> outputs_;
   float *scores_, *probabilities_;  // [rows][kKeys]
   int64_t next_key_tile_ = -1;
   int64_t pending_ = -1;                // kept tile whose values are still to be added
@@ -229,7 +244,7 @@ void DecodeSeeds(const Problem& p, const DecodeUnit& unit, Totals& totals, float
 template <typename S, typename A>
 void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scratch,
             const Partial* partials) {
-  ValueQueue queue(p.value_dim * problem::element_bytes(p.dtype), std::ssize(unit.tiles));
+  ValueQueue queue(p.value_dim * problem::element_bytes(p.kv.v.dtype), std::ssize(unit.tiles));
   std::vector<DecodeHead<S, A>> heads;
   heads.reserve(unit.tiles.size());
   const bool seeded = unit.split > 0 && takes_seeds(p);
@@ -251,7 +266,7 @@ void Decode(const Problem& p, const DecodeUnit& unit, Totals& totals, float* scr
 
 // Joins the splits of a query tile, in their order, and writes its output rows.
 inline void Combine(const Problem& p, const QueryTile& tile, const Partial* splits, int64_t count) {
-  const ScoreUnit unit(p);
+  const ScoreUnit unit(p, tile);
   std::array<float, kMaxDim> out;
   for (int64_t r = 0; r < tile.rows(); ++r) {
     RowSum row;

@@ -78,8 +78,7 @@ HWY_INLINE void RoundToInt8(const float* HWY_RESTRICT x, int64_t dim, float larg
 }
 
 // The mean of the finite elements of a request's keys.
-template <DType kStored>
-void MeanKey(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv_head) {
+inline void MeanKey(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv_head) {
   const int64_t count = p.requests[request].keys, dim = p.head_dim;
   std::array<double, kMaxDim> sums{};
   std::array<const std::byte*, kKeys> rows;
@@ -88,7 +87,7 @@ void MeanKey(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv
     const Range tile{first, std::min(count, first + kKeys)};
     p.rows_of(p.kv.k, request, tile, kv_head, rows.data());
     for (int64_t key = 0; key < tile.size(); ++key) {
-      LoadFloats(kStored, rows[key], dim, row);
+      LoadFloats(p.kv.k.dtype, rows[key], dim, row);
       for (int64_t d = 0; d < dim; ++d) sums[d] += std::isfinite(row[d]) ? row[d] : 0;
     }
   }
@@ -98,9 +97,8 @@ void MeanKey(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv
 }
 
 // Key tile j of a request, whose mean is there. `scratch`: prefill_scratch_floats.
-template <DType kStored>
-void QuantizeKeys(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv_head,
-                  int64_t j, float* scratch) {
+inline void QuantizeKeys(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv_head,
+                         int64_t j, float* scratch) {
   const int64_t dim = p.head_dim, stride = hwy::RoundUpTo(dim, kLanes);
   const Range range{j * kKeys, std::min(p.requests[request].keys, (j + 1) * kKeys)};
   const float* mean = keys.mean(request, kv_head);
@@ -111,7 +109,7 @@ void QuantizeKeys(const Problem& p, const Int8Keys& keys, int64_t request, int64
   float largest = 0;
   for (int64_t key = 0; key < range.size(); ++key) {
     float* row = scratch + key * stride;
-    LoadFloats(kStored, rows[key], dim, row);
+    LoadFloats(p.kv.k.dtype, rows[key], dim, row);
     std::fill(row + dim, row + stride, 0.0f);
     for (int64_t d = 0; d < dim; ++d) row[d] -= mean[d];
     Rotate(row, dim);

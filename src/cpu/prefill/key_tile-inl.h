@@ -84,12 +84,12 @@ class KeyTile {
 
   // Asks for row i, counted over keys and then steps of values.
   HWY_INLINE void Fetch(int64_t i) const {
-    const int64_t element = problem::element_bytes(p_.dtype);
-    if (i < keys_.size()) return FetchRow(k_rows_[i], p_.head_dim * (kIsInt8<S> ? 1 : element));
+    const int64_t k_element = kIsInt8<S> ? 1 : problem::element_bytes(p_.kv.k.dtype);
+    if (i < keys_.size()) return FetchRow(k_rows_[i], p_.head_dim * k_element);
     const int64_t step = i - keys_.size();
     if (step >= steps()) return;
     for (int64_t key = step * A::kPack; key < (step + 1) * A::kPack; ++key)
-      FetchRow(v_rows_[key], p_.value_dim * element);
+      FetchRow(v_rows_[key], p_.value_dim * problem::element_bytes(p_.kv.v.dtype));
   }
 
   static HWY_INLINE void FetchRow(const std::byte* row, int64_t bytes) {
@@ -99,8 +99,15 @@ class KeyTile {
   HWY_INLINE void CopyKey() {
     const int64_t key = keys_copied_++;
     Fetch(key + kAhead);
-    S::Stage(k_rows_[key], p_.head_dim, k_ + key * depth_);
-    if constexpr (!kIsInt8<S>) {
+    float* to = k_ + key * depth_;
+    if constexpr (kIsInt8<S>) {
+      S::Stage(k_rows_[key], p_.head_dim, to);
+    } else {
+      if (problem::is_8_bits(p_.kv.k.dtype)) {
+        Widen<S>(p_.kv.k.dtype, k_rows_[key], p_.head_dim, to);
+      } else {
+        S::Stage(k_rows_[key], p_.head_dim, to);
+      }
       if ((key + 1) % kBroadcasts == 0 || key + 1 == keys_.size())
         k_most_ = Largest<S>(k_most_, k_ + key / kBroadcasts * kBroadcasts * depth_,
                              kBroadcasts * depth_);
@@ -110,10 +117,21 @@ class KeyTile {
   HWY_INLINE void CopyValues() {
     const int64_t step = value_steps_copied_++;
     Fetch(keys_.size() + step + kAhead);
-    A::StageValues(v_rows_.data() + step * A::kPack, p_.value_dim, words_);
+    StageValues(v_rows_.data() + step * A::kPack);
     for (int64_t d = 0; d < p_.value_dim; d += kBroadcasts)
       std::memcpy(v_ + d * steps() + step * kBroadcasts, words_ + d, kBroadcasts * sizeof(float));
     v_most_ = Largest<A>(v_most_, words_, hwy::RoundUpTo(p_.value_dim, kLanes));
+  }
+
+  HWY_INLINE void StageValues(const std::byte* const* rows) {
+    if (!problem::is_8_bits(p_.kv.v.dtype)) return A::StageValues(rows, p_.value_dim, words_);
+    alignas(64) float wide[A::kPack][kMaxDim];
+    const std::byte* wide_rows[A::kPack];
+    for (int i = 0; i < A::kPack; ++i) {
+      Widen<A>(p_.kv.v.dtype, rows[i], p_.value_dim, wide[i]);
+      wide_rows[i] = reinterpret_cast<const std::byte*>(wide[i]);
+    }
+    A::Wide::StageValues(wide_rows, p_.value_dim, words_);
   }
 
   const Problem& p_;

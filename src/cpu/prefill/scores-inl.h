@@ -122,20 +122,19 @@ HWY_NOINLINE void FinishInt8(const PrefillTile& tile, const Int8Scores<S>& from,
   }
 }
 
-inline HWY_NOINLINE void CapScores(const Problem& p, const PrefillTile& tile, int64_t keys,
-                                   float* scores) {
+inline HWY_NOINLINE void CapScores(const PrefillTile& tile, int64_t keys, float* scores) {
   for (int64_t key = 0; key < keys; ++key) {
     for (int64_t r = 0; r < tile.panels * kPanel; r += kLanes) {
       float* at = scores + key * kQueryRows + r;
-      hn::Store(CapScore(p, hn::Load(f, at)), f, at);
+      hn::Store(CapScore(tile.rows.unit, hn::Load(f, at)), f, at);
     }
   }
 }
 
 // The largest score of each row, where no score is masked or NaN.
-inline void CapMaxima(const Problem& p, const PrefillTile& tile) {
+inline void CapMaxima(const PrefillTile& tile) {
   for (int64_t r = 0; r < tile.rows.count; r += kLanes)
-    hn::Store(CapScore(p, hn::Load(f, tile.rows.t + r)), f, tile.rows.t + r);
+    hn::Store(CapScore(tile.rows.unit, hn::Load(f, tile.rows.t + r)), f, tile.rows.t + r);
 }
 
 // Sets what a row does not see to -inf and takes the row maxima anew, NaN left aside. Whether a row

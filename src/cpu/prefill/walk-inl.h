@@ -147,8 +147,8 @@ class PrefillWalk {
       const Int8Tile& int8 = now_->int8();
       if (mask) FinishInt8<S>(tile, {tile, *int8.unit}, now_->padded(), *int8.broken, scores_);
     }
-    if (capped && !mask) CapMaxima(p_, tile);
-    if (capped && mask) CapScores(p_, tile, now_->padded(), scores_);
+    if (capped && !mask) CapMaxima(tile);
+    if (capped && mask) CapScores(tile, now_->padded(), scores_);
     const bool nan = mask && MaskScores(tile, keys, now_->padded(), scores_);
 
     // 2. The test.
@@ -181,7 +181,7 @@ class PrefillWalk {
         return Softmax<A>(tile, scores, scores_, now_->padded(), probabilities_);
       if (!masked) FinishInt8<S>(tile, scores, now_->padded(), 0, scores_);
     }
-    if (capped && !masked) CapScores(p_, tile, now_->padded(), scores_);
+    if (capped && !masked) CapScores(tile, now_->padded(), scores_);
     Softmax<A>(tile, PlainScores(), scores_, now_->padded(), probabilities_);
   }
 

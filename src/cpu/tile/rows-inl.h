@@ -38,7 +38,7 @@ struct TileRows {
 
   // Takes kRowArrays * `room` floats of the scratch; `room`: whole vectors.
   TileRows(const Problem& p, int64_t room, float* scratch)
-      : unit(p), absolute(p.test.kind == BLASST_TEST_ABSOLUTE), room_(room) {
+      : absolute(p.test.kind == BLASST_TEST_ABSOLUTE), room_(room) {
     for (float** array : {&t, &seen, &m, &l, &rescale, &skipped_m, &skipped, &seed, &skip_below}) {
       *array = scratch;
       scratch += room;
@@ -48,6 +48,7 @@ struct TileRows {
   // Before the first key tile.
   void Begin(const Problem& p, const QueryTile& tile, TileShape shape) {
     count = tile.rows();
+    unit = ScoreUnit(p, tile);
     for (float* array : {t, m, skipped_m, seed}) std::fill_n(array, room_, -kInf);
     for (float* array : {seen, l, skipped}) std::fill_n(array, room_, 0.0f);
     std::fill_n(skip_below, room_, kInf);

@@ -64,8 +64,7 @@ struct RowTotal {
 };
 
 // The head's sink joins the denominator.
-inline RowTotal TotalOf(const Problem& p, int64_t head, const RowSum& row) {
-  const ScoreUnit unit(p);
+inline RowTotal TotalOf(const Problem& p, ScoreUnit unit, int64_t head, const RowSum& row) {
   const double sink = p.sinks ? p.sinks[head] : -kInf;
   if (row.l == 0) return {0, sink, 0};
   const double m = double{row.m} * unit.scale;
@@ -78,13 +77,15 @@ inline RowTotal TotalOf(const Problem& p, int64_t head, const RowSum& row) {
           row.skipped == 0 ? 0 : static_cast<float>(1 / (1 + std::exp(lse - skipped)))};
 }
 
-// Divides a row's outputs by the denominator and stores them and what the report asks of the row.
+// Divides a row's outputs by the denominator, in the values' scale, and stores them and what the
+// report asks of the row.
 inline void FinishRow(const Problem& p, const QueryTile& tile, int64_t row, const RowSum& sum,
                       float* out) {
   const int64_t head = tile.head_of(row), position = tile.position_of(row);
-  const RowTotal total = TotalOf(p, head, sum);
+  const RowTotal total = TotalOf(p, ScoreUnit(p, tile), head, sum);
+  const float value_scale = p.value_scale(tile.request, tile.head / p.group());
   for (int64_t d = 0; d < p.value_dim; ++d)
-    out[d] = total.inverse == 0 ? 0 : out[d] * total.inverse;
+    out[d] = total.inverse == 0 ? 0 : out[d] * total.inverse * value_scale;
   StoreFloats(p.dtype, out, p.value_dim, p.output(tile.request, position, head));
   const int64_t at = head * p.rows + p.requests[tile.request].first_row + position;
   if (p.report.lse) p.report.lse[at] = static_cast<float>(total.lse);

@@ -19,9 +19,9 @@ namespace blasst::cuda {
 inline void check_supported(const AttentionParams& params, problem::Phase phase) {
   problem::check_scalars(params, phase);
   const blasst_problem& p = params.problem;
-  problem::check_one_type("cuda", p);
-  if (phase == problem::Phase::kDecode)
-    problem::check_exact_scores("cuda", "decode", params.decision);
+  const bool decode = phase == problem::Phase::kDecode;
+  problem::check_types("cuda", decode ? "decode" : "prefill", problem::Caches::kOfQueries, p);
+  if (decode) problem::check_exact_scores("cuda", "decode", params.decision);
   if (p.q.dtype == BLASST_FLOAT32) refuse("q is float32; it does bfloat16 and float16");
   if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256))
     refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", p.head_dim,
