@@ -67,6 +67,8 @@ TEST(PrefillPlan, ChoosesTheKernelByWhatIsAsked) {
   EXPECT_EQ(plan_launch(p).variant, Variant::kDense);
   p.decision.test = {.kind = BLASST_TEST_RELATIVE, .values = buffer};
   EXPECT_EQ(plan_launch(p).variant, Variant::kSparse);
+  p.report.tile_bits = static_cast<uint32_t*>(device(0x60000000));
+  EXPECT_EQ(plan_launch(p).variant, Variant::kSparse) << "what a backward pass needs";
   p.report.dropped_mass_bound = buffer;
   EXPECT_EQ(plan_launch(p).variant, Variant::kReport);
   p = dense();

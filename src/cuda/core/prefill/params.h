@@ -68,8 +68,8 @@ struct Params {
 // What is compiled into a kernel.
 enum class Variant {
   kDense,   // no tile test: V comes with K
-  kSparse,  // tile test; V only for tiles that are kept
-  kReport,  // the same with tile bits, maxima, gaps and dropped mass
+  kSparse,  // tile test; V only for tiles that are kept; counts and tile bits
+  kReport,  // the same with maxima, gaps and dropped mass
 };
 
 // The arithmetic of q.k.

@@ -31,9 +31,8 @@ inline void plan_maxima(Params& p, const Report& report, const problem::Geometry
 
 inline Variant variant_of(const Params& p) {
   const ReportArrays& r = p.report;
-  if (r.tile_bits || r.gap_histogram || r.dropped_mass_bound || r.tile_maxima)
-    return Variant::kReport;
-  const bool counts = r.visitable || r.skipped;
+  if (r.gap_histogram || r.dropped_mass_bound || r.tile_maxima) return Variant::kReport;
+  const bool counts = r.visitable || r.skipped || r.tile_bits;
   return p.test.kind != BLASST_TEST_NONE || counts ? Variant::kSparse : Variant::kDense;
 }
 

@@ -40,19 +40,26 @@ struct NoReports {
   __device__ __forceinline__ void finish(const Work&) {}
 };
 
-// How many tiles could be visited, and how many of them were skipped.
+// How many tiles could be visited, how many of them were skipped, and the bits of those that were
+// kept: next to free, and all that a backward pass needs.
 template <typename C>
 class CountReports {
  public:
   __device__ __forceinline__ CountReports(const Params& p, typename C::Shared&,
                                           typename C::Place at)
       : p_(p), at_(at) {}
-  __device__ __forceinline__ void begin(const Work&) { kept_ = 0; }
+  __device__ __forceinline__ void begin(const Work& work) {
+    kept_ = 0;
+    if (p_.report.tile_bits && at_.rank() == 0 && query_tile_of(work, at_.tile()).rows > 0)
+      for (int word = 0; word < p_.report.tile_words; ++word) bits_of(work)[word] = 0;
+  }
   __device__ __forceinline__ void offer(const Visit&, const float (&)[2], TileMaxima,
                                         const OnlineSoftmax&) {}
-  __device__ __forceinline__ void decided(const Work&, const Visit&, bool keep, TileMaxima,
-                                          const OnlineSoftmax&) {
+  __device__ __forceinline__ void decided(const Work& work, const Visit& visit, bool keep,
+                                          TileMaxima, const OnlineSoftmax&) {
     kept_ += keep;
+    if (keep && p_.report.tile_bits && at_.rank() == 0 && is_visible(work, visit.tile))
+      atomicOr(bits_of(work) + visit.tile / 32, 1u << visit.tile % 32);
   }
   __device__ __forceinline__ void row(const Work&, int, int64_t, const RowEnd&) {}
   __device__ __forceinline__ void finish(const Work& work) {
@@ -66,16 +73,32 @@ class CountReports {
   }
 
  protected:
+  // Where this query tile's rows stand among the query tiles of all heads and requests.
+  __device__ __forceinline__ int64_t tile_row(const Work& work) const {
+    return int64_t{work.head} * work.query_tiles + work.query_tile + at_.tile();
+  }
+  // Whether a row of the query tile sees it; the item's other rows may see more.
+  __device__ __forceinline__ bool is_visible(const Work& work, int tile) const {
+    const Range visible = visible_tiles<C::kKeys>(work, query_tile_of(work, at_.tile()));
+    return tile >= visible.begin && tile < visible.end;
+  }
+
   const Params& p_;
   const typename C::Place at_;
+
+ private:
+  __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
+    return p_.report.tile_bits + tile_row(work) * p_.report.tile_words;
+  }
+
   int kept_;  // tiles of this item
 };
 
-// That, and tile bits, maxima, gaps and the dropped-mass bound.
+// That, and maxima, gaps and the dropped-mass bound.
 template <typename C>
 class TileReports : public CountReports<C> {
   using Counts = CountReports<C>;
-  using Counts::at_, Counts::p_;
+  using Counts::at_, Counts::p_, Counts::is_visible, Counts::tile_row;
 
  public:
   __device__ __forceinline__ TileReports(const Params& p, typename C::Shared& s,
@@ -85,8 +108,6 @@ class TileReports : public CountReports<C> {
   __device__ __forceinline__ void begin(const Work& work) {
     Counts::begin(work);
     const QueryTile q = query_tile_of(work, at_.tile());
-    if (p_.report.tile_bits && at_.rank() == 0 && q.rows > 0)
-      for (int word = 0; word < p_.report.tile_words; ++word) bits_of(work)[word] = 0;
     if (p_.report.tile_maxima && q.rows > 0)
       for (int64_t tile = at_.rank(); tile < p_.report.tile_maxima_stride; tile += kRanks)
         maxima_of(work)[tile] = -INFINITY;
@@ -131,13 +152,6 @@ class TileReports : public CountReports<C> {
   }
 
  private:
-  // Where this query tile's rows stand among the query tiles of all heads and requests.
-  __device__ __forceinline__ int64_t tile_row(const Work& work) const {
-    return int64_t{work.head} * work.query_tiles + work.query_tile + at_.tile();
-  }
-  __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
-    return p_.report.tile_bits + tile_row(work) * p_.report.tile_words;
-  }
   __device__ __forceinline__ float* maxima_of(const Work& work) const {
     return p_.report.tile_maxima + tile_row(work) * p_.report.tile_maxima_stride;
   }
@@ -145,11 +159,8 @@ class TileReports : public CountReports<C> {
   __device__ __forceinline__ void report_tile(const Work& work, const Visit& visit, bool keep,
                                               TileMaxima leveled, const OnlineSoftmax& softmax) {
     const int tile = visit.tile;
-    const QueryTile q = query_tile_of(work, at_.tile());
-    const Range visible = visible_tiles<C::kKeys>(work, q);
-    if (tile < visible.begin || tile >= visible.end) return;
+    if (!is_visible(work, tile)) return;
     if (at_.rank() == 0) {
-      if (p_.report.tile_bits && keep) atomicOr(bits_of(work) + tile / 32, 1u << tile % 32);
       if (p_.report.gap_histogram) {
         const float(&strips)[4] = s_.gap[visit.index % 2][at_.tile()];
         const float gap = fmaxf(fmaxf(strips[0], strips[1]), fmaxf(strips[2], strips[3]));
@@ -162,6 +173,7 @@ class TileReports : public CountReports<C> {
       }
     }
     if (keep) return;
+    const QueryTile q = query_tile_of(work, at_.tile());
     float(&tile_maximum)[2] = leveled.of_row;
     quad_maxima(tile_maximum);
 #pragma unroll

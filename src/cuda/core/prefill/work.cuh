@@ -78,8 +78,6 @@ __device__ Work describe(const Params& p, const Item& item) {
   if constexpr (C::kTests) {
     for (int tile = 0; tile < C::kRowsPerBlock / kQueryTileRows; ++tile)
       w.threshold[tile] = threshold_of(p, w, tile);
-  }
-  if constexpr (C::kVariant == Variant::kReport) {
     const int tiles = ceil_div(p.query_length, kQueryTileRows);
     w.query_tile = w.first_row / kQueryTileRows +
                    (p.cu_seqlens_q ? p.first_query_tile[item.request] : item.request * tiles);
