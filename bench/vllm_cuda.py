@@ -75,12 +75,16 @@ def main() -> None:
     lines = []
     for engine in arguments.engines:
         command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine]
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        lines += [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
-        if arguments.out:
-            arguments.out.write_text(json.dumps(lines, indent=1))
-        if found.returncode:
-            print(f"{engine} ended with {found.returncode}", flush=True)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as measured:
+            for line in measured.stdout:
+                if not line.startswith("{"):
+                    continue
+                lines.append(json.loads(line))
+                print(line, end="", file=sys.stderr, flush=True)
+                if arguments.out:
+                    arguments.out.write_text(json.dumps(lines, indent=1))
+        if measured.returncode:
+            print(f"{engine} ended with {measured.returncode}", flush=True)
     tell(lines)
 
 
