@@ -1,7 +1,8 @@
-"""Prefill on a GPU of compute capability 9.0, dense and sparse.
+"""Prefill on a GPU, dense and sparse.
 
-FlashAttention-3 (fa3-fwd) is measured beside it if it is installed, and FlashInfer's fmha_v2 with
-skip-softmax if --fmha-v2 names its compiled module and tvm_ffi is installed. Every line checks the
+FlashAttention-2, which torch has, is measured beside it, FlashAttention-3 (fa3-fwd) if it is
+installed, and FlashInfer's fmha_v2 with skip-softmax if --fmha-v2 names its compiled module and
+tvm_ffi is installed. Every line checks the
 output first. Rates are the operations of dense attention divided by the time of one call, in steady
 state: the contenders take turns, each warm, in another order every round.
 
@@ -13,6 +14,7 @@ the recorded tensors of a real model (bench/record_qkv.py makes the file).
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -140,6 +142,13 @@ def error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool) -> float:
     return worst
 
 
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """torch's own, which takes fewer heads of keys, too."""
+    lengths = q.shape[1], k.shape[1]
+    attend = torch.ops.aten._flash_attention_forward
+    return attend(q, k, v, None, None, *lengths, 0.0, causal, False)[0]
+
+
 def milliseconds(
     runs: dict[str, Callable[[], object]], rounds: int, turn: float
 ) -> dict[str, float]:
@@ -235,6 +244,8 @@ class Table:
                 raise SystemExit(f"{work.name}: with scores in int8 the output is off by {off[2]}")
             runs["dense int8"] = lambda: attend(scores="int8")
             runs["sparse int8"] = lambda: attend(threshold, "int8")
+        off.append(error(q, k, v, flash_attention_2(q, k, v, causal), causal))
+        runs["FA2"] = lambda: flash_attention_2(q, k, v, causal)
         if flash_attn_func:
             runs["FA3"] = lambda: flash_attn_func(q, k, v, causal=causal)
         if self.fmha_v2 and causal and work.batch == 1 and work.dim == 128:
@@ -248,9 +259,10 @@ class Table:
             + ", ".join(f"{x:.1e}" for x in off)
             + f" | {rate['sparse'] / rate['dense']:4.2f}x"
         )
-        if flash_attn_func:
-            own = [name for name in rate if name not in ("FA3", "fmha_v2")]
-            line += ", of FA3 " + " ".join(f"{rate[name] / rate['FA3']:4.2f}x" for name in own)
+        peers = [name for name in rate if name in ("FA2", "FA3")]
+        own = [name for name in rate if name not in (*peers, "fmha_v2")]
+        for peer in peers:
+            line += f", of {peer} " + " ".join(f"{rate[name] / rate[peer]:4.2f}x" for name in own)
         print(line, flush=True)
         row = {"work": work.name, "sparsity": sparse.stats.sparsity, "tflops": rate}
         self.rows.append(row)
@@ -348,6 +360,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=100, help="least milliseconds of a turn")
+    parser.add_argument("--backend", choices=("cuda-sm90", "cuda-sm80"), help="default: the first")
     parser.add_argument(
         "--scores", choices=("exact", "int8"), default="int8", help="int8 (default): beside exact"
     )
@@ -357,7 +370,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.fmha_v2 and not tvm_ffi:
         parser.error("--fmha-v2 needs tvm_ffi (PyPI: apache-tvm-ffi)")
-    print(torch.cuda.get_device_name(), flush=True)
+    if arguments.backend:
+        os.environ["BLASST_CUDA_BACKEND"] = arguments.backend  # read at the first call
+    print(torch.cuda.get_device_name(), arguments.backend or "", flush=True)
     fmha_v2 = FmhaV2(arguments.fmha_v2) if arguments.fmha_v2 else None
     table = Table(arguments.rounds, arguments.turn, fmha_v2, arguments.scores == "int8")
     if "long" in arguments.groups:

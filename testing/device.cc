@@ -46,16 +46,36 @@ size_t bytes_of(const View& view) {
 
 }  // namespace
 
+const GpuKernels& gpu_kernels() {
+  static const GpuKernels kernels = [] {
+    AttentionParams params{.problem = {.batch = 1,
+                                       .heads = 1,
+                                       .kv_heads = 1,
+                                       .head_dim = 64,
+                                       .value_dim = 64,
+                                       .query_length = 1,
+                                       .kv = {.key_length = 1}},
+                           .execution = {.backend = BLASST_BACKEND_CUDA}};
+    blasst::Problem& p = params.problem;
+    for (View* view : {&p.q, &p.kv.k, &p.kv.v, &p.out}) view->dtype = BLASST_BFLOAT16;
+    if (plan(params, false).backend == BLASST_BACKEND_CUDA_SM80)
+      return GpuKernels{false, false, false, {64, 128}};
+    return GpuKernels{true, true, true, {64, 128, 256}};
+  }();
+  return kernels;
+}
+
 Case for_gpu(Case c) {
-  constexpr int64_t dims[] = {64, 128, 256};
+  const std::vector<int64_t>& dims = gpu_kernels().head_dims;
   constexpr int64_t pages[] = {16, 32, 64, 128, 256};
   if (c.dtype == BLASST_FLOAT32) c.dtype = BLASST_BFLOAT16;
-  c.head_dim = c.value_dim = dims[c.seed % 3];
+  c.head_dim = c.value_dim = dims[c.seed % dims.size()];
   c.values_in_keys = false;
   c.k_dtype = c.v_dtype = {};
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
+  if (!gpu_kernels().int8_scores) c.scores = BLASST_SCORES_EXACT;
   if (!c.decode) return c;
   c.scores = BLASST_SCORES_EXACT;
   c.places = 1;

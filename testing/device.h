@@ -11,6 +11,13 @@
 
 namespace blasst::check {
 
+// What the library runs here on a GPU (BLASST_CUDA_BACKEND may choose).
+struct GpuKernels {
+  bool decode, backward, int8_scores;
+  std::vector<int64_t> head_dims;
+};
+const GpuKernels& gpu_kernels();
+
 // A problem like `c` that the GPU takes: its types, dimensions, pages, strides, query rows.
 Case for_gpu(Case c);
 

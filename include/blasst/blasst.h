@@ -62,7 +62,13 @@ typedef BLASST_ENUM(blasst_backend){
      * memory. */
     BLASST_BACKEND_AUTO = 0,
     BLASST_BACKEND_CPU = 1,
+    /* The first of the next two that runs on the current device and takes the problem. The
+     * environment variable BLASST_CUDA_BACKEND=cuda-sm90 or cuda-sm80 leaves one of them. */
     BLASST_BACKEND_CUDA = 2,
+    /* Compute capability 9.0. */
+    BLASST_BACKEND_CUDA_SM90 = 3,
+    /* Compute capability 8.0 and later; prefill with exact scores only. */
+    BLASST_BACKEND_CUDA_SM80 = 4,
 } blasst_backend;
 
 /* On the cpu, processors' bfloat16 dot products (instruction set avx512_bf16) take subnormal
@@ -383,9 +389,9 @@ typedef BLASST_ENUM(blasst_page_fault){
 typedef struct blasst_backend_info {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_backend_info));
   blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_AUTO);
-  const char* name BLASST_DEFAULT(nullptr);         /* "cpu", "cuda" */
-  const char* architecture BLASST_DEFAULT(nullptr); /* its kernels are for: "sm90"; cpu: the
-                                                       instruction set in use */
+  const char* name BLASST_DEFAULT(nullptr);         /* "cpu", "cuda-sm90", "cuda-sm80" */
+  const char* architecture BLASST_DEFAULT(nullptr); /* its kernels are for: "sm90", "sm80";
+                                                       cpu: the instruction set in use */
   int32_t usable BLASST_DEFAULT(0);                 /* 1: on this machine */
   const char* detail BLASST_DEFAULT(nullptr);       /* the device; or why it is not usable */
 } blasst_backend_info;

@@ -1,10 +1,14 @@
 #include "api/choose.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <functional>
 #include <iterator>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/backend.h"
@@ -15,17 +19,50 @@
 namespace blasst::api {
 namespace {
 
+constexpr const char* kNames[] = {"auto", "cpu", "cuda", "cuda-sm90", "cuda-sm80"};
+
 std::string name_of(blasst_backend backend) {
-  constexpr const char* names[] = {"auto", "cpu", "cuda"};
-  return fmt::format("{} ({})", names[backend], static_cast<int>(backend));
+  return fmt::format("{} ({})", kNames[backend], static_cast<int>(backend));
+}
+
+bool is_for_gpus(blasst_backend backend) {
+  return backend == BLASST_BACKEND_CUDA_SM90 || backend == BLASST_BACKEND_CUDA_SM80;
+}
+
+// Whether a caller who wants `wanted` means this one.
+bool is_meant(blasst_backend wanted, blasst_backend backend) {
+  if (wanted == backend) return true;
+  if (wanted != BLASST_BACKEND_AUTO && wanted != BLASST_BACKEND_CUDA) return false;
+  if (!is_for_gpus(backend)) return wanted == BLASST_BACKEND_AUTO;
+  static const blasst_backend by_environment =
+      cuda_backend_named(std::getenv("BLASST_CUDA_BACKEND"));
+  return by_environment == BLASST_BACKEND_CUDA || by_environment == backend;
+}
+
+// Of those for GPUs, the ones that run on this machine's; all, where none does: one that is named
+// says itself what is in its way, and plans without a device, too.
+void keep_runnable(std::vector<const Backend*>& asked) {
+  const auto runs = [](const Backend* backend) {
+    return backend->obstacle({.host = false, .gpu = true}).empty();
+  };
+  if (std::ranges::any_of(asked, runs)) std::erase_if(asked, std::not_fn(runs));
 }
 
 }  // namespace
 
+blasst_backend cuda_backend_named(const char* name) {
+  if (!name || !*name) return BLASST_BACKEND_CUDA;
+  for (const blasst_backend backend : {BLASST_BACKEND_CUDA_SM90, BLASST_BACKEND_CUDA_SM80})
+    if (std::string_view(name) == kNames[backend]) return backend;
+  throw Error(BLASST_UNSUPPORTED,
+              fmt::format("BLASST_CUDA_BACKEND is '{}'; it must be {} or {}", name,
+                          kNames[BLASST_BACKEND_CUDA_SM90], kNames[BLASST_BACKEND_CUDA_SM80]));
+}
+
 std::span<const Backend* const> backends() {
   static const std::vector<const Backend*> all {
 #if BLASST_CUDA
-    &cuda::backend(),
+    &cuda::sm90_backend(), &cuda::sm80_backend(),
 #endif
         &cpu::backend(),
   };
@@ -43,9 +80,8 @@ Memory memory_of([[maybe_unused]] const void* data) {
 void choose(std::span<const Backend* const> candidates, blasst_backend wanted, Memory memory,
             const std::function<void(const Backend&)>& ask) {
   std::vector<const Backend*> asked;
-  std::ranges::copy_if(candidates, std::back_inserter(asked), [&](const Backend* backend) {
-    return wanted == BLASST_BACKEND_AUTO || backend->id() == wanted;
-  });
+  std::ranges::copy_if(candidates, std::back_inserter(asked),
+                       [&](const Backend* backend) { return is_meant(wanted, backend->id()); });
   if (asked.empty()) {
     std::string built;
     for (const Backend* backend : candidates)
@@ -53,9 +89,9 @@ void choose(std::span<const Backend* const> candidates, blasst_backend wanted, M
     throw Error(BLASST_UNSUPPORTED,
                 fmt::format("backend {} is not in this build; it has: {}", name_of(wanted), built));
   }
-  std::string reasons;
+  if (wanted == BLASST_BACKEND_CUDA) keep_runnable(asked);
+  std::vector<std::string> reasons;  // each once: backends share checks
   for (const Backend* backend : asked) {
-    // One that is named says itself what is in its way, and plans without a device, too.
     std::string why = wanted == BLASST_BACKEND_AUTO ? backend->obstacle(memory) : "";
     if (why.empty()) {
       try {
@@ -67,10 +103,10 @@ void choose(std::span<const Backend* const> candidates, blasst_backend wanted, M
     } else {
       why.insert(0, backend->info().name + ": ");
     }
-    reasons += (reasons.empty() ? "" : "; ") + why;
+    if (std::ranges::find(reasons, why) == reasons.end()) reasons.push_back(why);
   }
-  throw Error(BLASST_UNSUPPORTED,
-              asked.size() == 1 ? reasons : "no backend takes this call: " + reasons);
+  throw Error(BLASST_UNSUPPORTED, (reasons.size() == 1 ? "" : "no backend takes this call: ") +
+                                      fmt::format("{}", fmt::join(reasons, "; ")));
 }
 
 }  // namespace blasst::api

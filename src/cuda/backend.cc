@@ -11,6 +11,8 @@
 #include "cuda/core/runtime.h"
 #include "cuda/merge.h"
 #include "cuda/pages.h"
+#include "cuda/sm80/prefill/launch.h"
+#include "cuda/sm80/prefill/plan.h"
 #include "cuda/sm90/backward/plan.h"
 #include "cuda/sm90/decode/plan.h"
 #include "cuda/sm90/prefill/plan.h"
@@ -38,8 +40,8 @@ Machine this_machine() {
   return m;
 }
 
-void check_usable() {
-  if (const std::string why = obstacle(this_machine()); !why.empty())
+void check_usable(const Capabilities& kernels) {
+  if (const std::string why = obstacle(this_machine(), kernels); !why.empty())
     throw Error(BLASST_UNSUPPORTED, "cuda is not usable: " + why);
 }
 
@@ -106,16 +108,14 @@ void check_memory(const Gradients& g, const MemoryCheck& check_array) {
   check_array("dsinks", g.dsinks);
 }
 
-void check_device(const BackwardParams& params) {
-  check_usable();
+void check_memory(const BackwardParams& params) {
   const MemoryCheck check_array;
   check_memory(params.problem, check_array);
   check_memory(params.gradients, check_array);
   check_array("workspace", params.execution.workspace);
 }
 
-void check_device(const AttentionParams& params) {
-  check_usable();
+void check_memory(const AttentionParams& params) {
   const MemoryCheck check_array;
   check_memory(params.problem, check_array);
   check_array("test.values", params.decision.test.values);
@@ -123,12 +123,16 @@ void check_device(const AttentionParams& params) {
   check_array("workspace", params.execution.workspace);
 }
 
+// What the backends have in common: the device, and what is done to outputs.
 class Cuda : public api::Backend {
  public:
-  blasst_backend id() const override { return BLASST_BACKEND_CUDA; }
+  Cuda(blasst_backend id, const char* architecture, const Capabilities& kernels)
+      : id_(id), architecture_(architecture), kernels_(kernels) {}
+
+  blasst_backend id() const override { return id_; }
 
   BackendInfo info() const override {
-    BackendInfo info{id(), "cuda", "sm90", false, cuda::obstacle(this_machine())};
+    BackendInfo info{id(), name(), architecture_, false, cuda::obstacle(this_machine(), kernels_)};
     if (!info.detail.empty()) return info;
     int device = 0;
     cudaDeviceProp properties;
@@ -142,8 +146,53 @@ class Cuda : public api::Backend {
 
   std::string obstacle(api::Memory memory) const override {
     if (!memory.gpu) return "the tensors are in host memory";
-    return cuda::obstacle(this_machine());
+    return cuda::obstacle(this_machine(), kernels_);
   }
+
+  void merge(const MergeParams& params) const override {
+    problem::check_merge(params);
+    const std::pair<std::string_view, const View*> views[] = {
+        {"out_a", &params.out_a}, {"out_b", &params.out_b}, {"out", &params.out}};
+    for (const auto& [name, view] : views) {
+      if (view->dtype != params.out.dtype)
+        refuse("{} is {} and out {}; it does tensors of one type", name,
+               problem::dtype_name(view->dtype), problem::dtype_name(params.out.dtype));
+      if (view->dtype == BLASST_FLOAT32)
+        refuse("{} is float32; it does bfloat16 and float16", name);
+      check_aligned(name, *view);
+    }
+    if (params.execution.threads != 0)
+      refuse("threads is {}; it must be 0", params.execution.threads);
+    if (params.batch * params.query_length * params.heads > problem::kMaxCount)
+      refuse("merge of {} rows of {} heads; it does {} rows times heads at most",
+             params.batch * params.query_length, params.heads, problem::kMaxCount);
+    check_usable(kernels_);
+    const MemoryCheck check_array;
+    for (const auto& [name, view] : views) check_array(name, view->data);
+    check_array("lse_a", params.lse_a);
+    check_array("lse_b", params.lse_b);
+    check_array("lse", params.lse);
+    launch_merge(params);
+  }
+
+ protected:
+  std::string name() const { return std::string("cuda-") + architecture_; }
+
+  template <typename CallParams>
+  void check_device(const CallParams& params) const {
+    check_usable(kernels_);
+    check_memory(params);
+  }
+
+ private:
+  const blasst_backend id_;
+  const char* const architecture_;
+  const Capabilities kernels_;
+};
+
+class Sm90 : public Cuda {
+ public:
+  Sm90() : Cuda(BLASST_BACKEND_CUDA_SM90, "sm90", kSm90) {}
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
     return phase == Phase::kDecode ? decode::plan(params) : prefill::plan(params);
@@ -168,39 +217,44 @@ class Cuda : public api::Backend {
     check_device(params);
     backward::launch(launch);
   }
+};
 
-  void merge(const MergeParams& params) const override {
-    problem::check_merge(params);
-    const std::pair<std::string_view, const View*> views[] = {
-        {"out_a", &params.out_a}, {"out_b", &params.out_b}, {"out", &params.out}};
-    for (const auto& [name, view] : views) {
-      if (view->dtype != params.out.dtype)
-        refuse("{} is {} and out {}; it does tensors of one type", name,
-               problem::dtype_name(view->dtype), problem::dtype_name(params.out.dtype));
-      if (view->dtype == BLASST_FLOAT32)
-        refuse("{} is float32; it does bfloat16 and float16", name);
-      check_aligned(name, *view);
-    }
-    if (params.execution.threads != 0)
-      refuse("threads is {}; it must be 0", params.execution.threads);
-    if (params.batch * params.query_length * params.heads > problem::kMaxCount)
-      refuse("merge of {} rows of {} heads; it does {} rows times heads at most",
-             params.batch * params.query_length, params.heads, problem::kMaxCount);
-    check_usable();
-    const MemoryCheck check_array;
-    for (const auto& [name, view] : views) check_array(name, view->data);
-    check_array("lse_a", params.lse_a);
-    check_array("lse_b", params.lse_b);
-    check_array("lse", params.lse);
-    launch_merge(params);
+class Sm80 : public Cuda {
+ public:
+  Sm80() : Cuda(BLASST_BACKEND_CUDA_SM80, "sm80", kSm80) {}
+
+  Plan plan(const AttentionParams& params, Phase phase) const override {
+    if (phase == Phase::kDecode) refuse_phase("decode");
+    return prefill::sm80::plan(params);
+  }
+
+  Plan plan(const BackwardParams&) const override { refuse_phase("backward"); }
+
+  void run(const AttentionParams& params, Phase phase) const override {
+    if (phase == Phase::kDecode) refuse_phase("decode");
+    const prefill::Launch launch = prefill::sm80::plan_launch(params);
+    check_device(params);
+    prefill::sm80::launch(launch);
+  }
+
+  void run(const BackwardParams&) const override { refuse_phase("backward"); }
+
+ private:
+  [[noreturn]] static void refuse_phase(const char* phase) {
+    throw Error(BLASST_UNSUPPORTED, fmt::format("cuda-sm80: it has no {}; it does prefill", phase));
   }
 };
 
 }  // namespace
 
-const api::Backend& backend() {
-  static const Cuda cuda;
-  return cuda;
+const api::Backend& sm90_backend() {
+  static const Sm90 backend;
+  return backend;
+}
+
+const api::Backend& sm80_backend() {
+  static const Sm80 backend;
+  return backend;
 }
 
 api::Memory memory_of(const void* data) {
@@ -213,7 +267,7 @@ api::Memory memory_of(const void* data) {
 
 void check_pages(const blasst_problem& problem, int32_t* found, void* stream) {
   const PageCheck call = plan_page_check(problem, found, stream);
-  check_usable();
+  check_usable(kSm80);
   const MemoryCheck check_array;
   check_array("kv.page_table", problem.kv.page_table);
   check_array("kv.lengths", problem.kv.lengths);

@@ -1,4 +1,4 @@
-// The backend for NVIDIA GPUs; its kernels are for compute capability 9.0. No CUDA types here.
+// The backends for NVIDIA GPUs. No CUDA types here.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace blasst::cuda {
 
-const api::Backend& backend();
+const api::Backend& sm90_backend();  // compute capability 9.0
+const api::Backend& sm80_backend();  // 8.0 and later
 
 // Where a pointer's memory is.
 api::Memory memory_of(const void* data);

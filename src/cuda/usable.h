@@ -17,17 +17,25 @@ struct Machine {
   std::string error;  // of asking
 };
 
+// Compute capabilities that kernels run on: 10 * major + minor.
+struct Capabilities {
+  int least, most;
+  const char* name;
+};
+inline constexpr Capabilities kSm90{90, 90, "9.0"}, kSm80{80, 9999, "8.0 and later"};
+
 // What keeps the current device from being used; empty: nothing.
-inline std::string obstacle(const Machine& m) {
+inline std::string obstacle(const Machine& m, const Capabilities& kernels) {
   if (m.driver == 0) return "no NVIDIA driver";
   if (m.driver / 1000 < m.runtime / 1000)
     return fmt::format("the driver does CUDA {}.{}; this build needs a driver of CUDA {}",
                        m.driver / 1000, m.driver % 1000 / 10, m.runtime / 1000);
   if (!m.error.empty()) return m.error;
   if (m.devices == 0) return "no GPU";
-  if (m.major != 9 || m.minor != 0)
-    return fmt::format("device {} has compute capability {}.{}; the kernels are for 9.0", m.device,
-                       m.major, m.minor);
+  const int capability = 10 * m.major + m.minor;
+  if (capability < kernels.least || capability > kernels.most)
+    return fmt::format("device {} has compute capability {}.{}; the kernels are for {}", m.device,
+                       m.major, m.minor, kernels.name);
   return "";
 }
 

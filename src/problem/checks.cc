@@ -158,9 +158,11 @@ void check_keys(const KeysValues& kv) {
 
 void check_execution(const Execution& e) {
   check_struct_size("execution", e.struct_size, sizeof e);
-  if (e.backend < BLASST_BACKEND_AUTO || e.backend > BLASST_BACKEND_CUDA)
-    fail("backend is {}; it must be a blasst_backend: auto (0), cpu (1) or cuda (2)",
-         static_cast<int>(e.backend));
+  if (e.backend < BLASST_BACKEND_AUTO || e.backend > BLASST_BACKEND_CUDA_SM80)
+    fail(
+        "backend is {}; it must be a blasst_backend: auto (0), cpu (1), cuda (2), "
+        "cuda-sm90 (3) or cuda-sm80 (4)",
+        static_cast<int>(e.backend));
   check_range("threads", e.threads, 0, kMaxThreads);
   if (!e.workspace && e.workspace_bytes > 0)
     fail("workspace is null but workspace_bytes is {}", e.workspace_bytes);

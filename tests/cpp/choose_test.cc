@@ -19,7 +19,7 @@ class Made : public Backend {
   blasst_backend id() const override { return id_; }
   BackendInfo info() const override { return {id_, name_, "made up", true, ""}; }
   std::string obstacle(Memory memory) const override {
-    return (id_ == BLASST_BACKEND_CUDA ? memory.gpu : memory.host) ? "" : "not its memory";
+    return (id_ != BLASST_BACKEND_CPU ? memory.gpu : memory.host) ? "" : "not its memory";
   }
   Plan plan(const AttentionParams& params, problem::Phase) const override {
     if (params.problem.heads < 0) throw Error(BLASST_INVALID_ARGUMENT, "heads is negative");
@@ -70,6 +70,30 @@ TEST(Choose, TheFirstThatCanAndTakesTheCall) {
 TEST(Choose, AnArchitectureOfTheOneThatIsNamed) {
   EXPECT_EQ(chosen(BLASST_BACKEND_CUDA, {}, BLASST_FLOAT32), "old");
   EXPECT_EQ(chosen(BLASST_BACKEND_CPU, kGpu, BLASST_FLOAT32), "cpu") << "where it is named";
+}
+
+TEST(Choose, CudaMeansTheFirstOfItsBackendsThatRunsHere) {
+  class Elsewhere : public Made {
+   public:
+    using Made::Made;
+    std::string obstacle(Memory) const override { return "another device"; }
+  };
+  const Elsewhere elsewhere(BLASST_BACKEND_CUDA_SM90, "sm90", true);
+  const Made sm90(BLASST_BACKEND_CUDA_SM90, "sm90", true),
+      sm80(BLASST_BACKEND_CUDA_SM80, "sm80", true);
+  EXPECT_EQ(chosen(BLASST_BACKEND_CUDA, kGpu, BLASST_FLOAT32, {&sm90, &sm80}), "sm90");
+  EXPECT_EQ(chosen(BLASST_BACKEND_CUDA, kGpu, BLASST_FLOAT32, {&elsewhere, &sm80}), "sm80");
+  EXPECT_EQ(chosen(BLASST_BACKEND_CUDA, kGpu, BLASST_FLOAT32, {&elsewhere, &kLast}), "sm90")
+      << "plans without a device";
+  EXPECT_EQ(chosen(BLASST_BACKEND_CUDA_SM80, kGpu, BLASST_FLOAT32, {&sm90, &sm80}), "sm80");
+}
+
+TEST(Choose, TheEnvironmentNamesABackendOfGpus) {
+  EXPECT_EQ(cuda_backend_named(nullptr), BLASST_BACKEND_CUDA);
+  EXPECT_EQ(cuda_backend_named(""), BLASST_BACKEND_CUDA);
+  EXPECT_EQ(cuda_backend_named("cuda-sm90"), BLASST_BACKEND_CUDA_SM90);
+  EXPECT_EQ(cuda_backend_named("cuda-sm80"), BLASST_BACKEND_CUDA_SM80);
+  EXPECT_THROW(cuda_backend_named("sm80"), Error);
 }
 
 TEST(Choose, SaysWhyNoneTakesIt) {

@@ -21,7 +21,13 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-class BackwardOnGpu : public OnGpu {};
+class BackwardOnGpu : public OnGpu {
+ protected:
+  void SetUp() override {
+    OnGpu::SetUp();
+    if (!IsSkipped() && !gpu_kernels().backward) GTEST_SKIP() << "no backward";
+  }
+};
 
 // A forward that has run on the GPU, and its backward.
 struct Pair {

@@ -10,7 +10,7 @@
 namespace blasst::check {
 namespace {
 
-class DecodeOnGpu : public OnGpu {};
+class DecodeOnGpu : public DecodesOnGpu {};
 
 TEST_F(DecodeOnGpu, RandomProblems) {
   int64_t decisions = 0, skipped = 0;

@@ -54,7 +54,7 @@ Case device_case(uint64_t seed, int64_t budget) {
   return c;
 }
 
-class DecodeKernels : public OnGpu {};
+class DecodeKernels : public DecodesOnGpu {};
 
 // Cut into parts that can run side by side.
 class DecodeRandom : public DecodeKernels, public testing::WithParamInterface<uint64_t> {};

@@ -20,26 +20,39 @@ Machine hopper() {
 }
 
 TEST(Usable, SaysWhatIsMissing) {
-  EXPECT_EQ(obstacle(hopper()), "");
+  EXPECT_EQ(obstacle(hopper(), kSm90), "");
+  EXPECT_EQ(obstacle(hopper(), kSm80), "");
   Machine m = hopper();
   m.driver = 13020;
-  EXPECT_EQ(obstacle(m), "");
+  EXPECT_EQ(obstacle(m, kSm90), "");
   m.driver = 12040;
-  EXPECT_EQ(obstacle(m), "the driver does CUDA 12.4; this build needs a driver of CUDA 13");
+  EXPECT_EQ(obstacle(m, kSm90), "the driver does CUDA 12.4; this build needs a driver of CUDA 13");
   m.driver = 0;
-  EXPECT_EQ(obstacle(m), "no NVIDIA driver");
+  EXPECT_EQ(obstacle(m, kSm90), "no NVIDIA driver");
   m = hopper();
   m.devices = 0;
-  EXPECT_EQ(obstacle(m), "no GPU");
+  EXPECT_EQ(obstacle(m, kSm90), "no GPU");
   m.error = "unknown error";
-  EXPECT_EQ(obstacle(m), "unknown error");
+  EXPECT_EQ(obstacle(m, kSm90), "unknown error");
   for (const auto& [major, minor] : {std::pair{8, 0}, {9, 1}, {10, 0}, {12, 1}}) {
     m = hopper();
     m.device = 2, m.major = major, m.minor = minor;
-    EXPECT_EQ(obstacle(m), fmt::format("device 2 has compute capability {}.{}; the kernels are for "
-                                       "9.0",
-                                       major, minor));
+    EXPECT_EQ(obstacle(m, kSm90),
+              fmt::format("device 2 has compute capability {}.{}; the kernels are for "
+                          "9.0",
+                          major, minor));
   }
+}
+
+TEST(Usable, PortableKernelsNeedEightPointZero) {
+  Machine m = hopper();
+  for (const auto& [major, minor] : {std::pair{8, 0}, {8, 9}, {9, 0}, {10, 3}, {12, 0}}) {
+    m.major = major, m.minor = minor;
+    EXPECT_EQ(obstacle(m, kSm80), "");
+  }
+  m.major = 7, m.minor = 5;
+  EXPECT_EQ(obstacle(m, kSm80),
+            "device 0 has compute capability 7.5; the kernels are for 8.0 and later");
 }
 
 template <typename Call>

@@ -5,8 +5,11 @@
 #include <gtest/gtest.h>
 
 #include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "blasst/blasst.hpp"
+#include "testing/device.h"
 
 namespace blasst::check {
 
@@ -18,10 +21,29 @@ inline void must(cudaError_t status) {
 class OnGpu : public testing::Test {
  protected:
   void SetUp() override {
-    for (const BackendInfo& backend : backends())
-      if (backend.backend == BLASST_BACKEND_CUDA && !backend.usable) GTEST_SKIP() << backend.detail;
+    std::string why;
+    for (const BackendInfo& backend : backends()) {
+      if (backend.backend == BLASST_BACKEND_CPU) continue;
+      if (backend.usable) return;
+      why += backend.name + ": " + backend.detail + "; ";
+    }
+    GTEST_SKIP() << why;
   }
 };
+
+// Skipped also where the backend under test has no decode.
+class DecodesOnGpu : public OnGpu {
+ protected:
+  void SetUp() override {
+    OnGpu::SetUp();
+    if (!IsSkipped() && !gpu_kernels().decode) GTEST_SKIP() << "no decode";
+  }
+};
+
+// Whether the call is a decode: the phases of the backend under test.
+inline std::vector<bool> phases() {
+  return gpu_kernels().decode ? std::vector<bool>{false, true} : std::vector<bool>{false};
+}
 
 // What a call enqueues on a stream, captured.
 class Graph {

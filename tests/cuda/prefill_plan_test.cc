@@ -113,7 +113,7 @@ TEST(PrefillPlan, NeedsScalarsAlone) {
   for (View* view : {&p.problem.q, &p.problem.kv.k, &p.problem.kv.v, &p.problem.out})
     view->dtype = BLASST_FLOAT16;
   Plan tiles = plan(p);
-  EXPECT_EQ(tiles.backend, BLASST_BACKEND_CUDA);
+  EXPECT_EQ(tiles.backend, BLASST_BACKEND_CUDA_SM90);
   EXPECT_EQ(tiles.shape.query_rows, 64);
   EXPECT_EQ(tiles.shape.keys, 128);
   EXPECT_EQ(tiles.tile_heads, kHeads);

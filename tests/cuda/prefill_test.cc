@@ -1,6 +1,7 @@
 // The prefill on a GPU, through the library: against the reference and against itself.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -39,7 +40,10 @@ void compare_random_problems(uint64_t part, Scores scores) {
 }
 
 TEST_P(PrefillRandom, Problems) { compare_random_problems(GetParam(), BLASST_SCORES_EXACT); }
-TEST_P(PrefillRandom, Int8Scores) { compare_random_problems(GetParam(), BLASST_SCORES_INT8); }
+TEST_P(PrefillRandom, Int8Scores) {
+  if (!gpu_kernels().int8_scores) GTEST_SKIP() << "no scores in int8";
+  compare_random_problems(GetParam(), BLASST_SCORES_INT8);
+}
 INSTANTIATE_TEST_SUITE_P(, PrefillRandom, testing::Range<uint64_t>(0, 10));
 
 // Long enough for many items a block, both warpgroups apart, and every stage of every ring.
@@ -66,13 +70,23 @@ std::vector<std::byte> bits(Case c, int repeats = 1) {
   return problem.out_bits();
 }
 
-constexpr Scores kAllScores[] = {BLASST_SCORES_EXACT, BLASST_SCORES_INT8};
+std::vector<Scores> all_scores() {
+  if (!gpu_kernels().int8_scores) return {BLASST_SCORES_EXACT};
+  return {BLASST_SCORES_EXACT, BLASST_SCORES_INT8};
+}
 
-class PrefillDims : public PrefillOnGpu, public testing::WithParamInterface<int64_t> {};
+class PrefillDims : public PrefillOnGpu, public testing::WithParamInterface<int64_t> {
+ protected:
+  void SetUp() override {
+    PrefillOnGpu::SetUp();
+    if (!IsSkipped() && !std::ranges::count(gpu_kernels().head_dims, GetParam()))
+      GTEST_SKIP() << "no heads of " << GetParam();
+  }
+};
 
 TEST_P(PrefillDims, ThresholdZeroIsDense) {
   for (const DType dtype : {BLASST_BFLOAT16, BLASST_FLOAT16}) {
-    for (const Scores scores : kAllScores) {
+    for (const Scores scores : all_scores()) {
       Case c = long_case(dtype, GetParam());
       c.scores = scores;
       c.threshold = 0;
@@ -84,7 +98,7 @@ TEST_P(PrefillDims, ThresholdZeroIsDense) {
 }
 
 TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
-  for (const Scores scores : kAllScores) {
+  for (const Scores scores : all_scores()) {
     Case c = long_case(BLASST_BFLOAT16, GetParam());
     c.scores = scores;
     const std::vector<std::byte> first = bits(c);
@@ -104,7 +118,7 @@ TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
 // A key that is not finite makes the rows NaN that see it, a query its own row, and no other.
 TEST_P(PrefillDims, NotFiniteReachesItsRows) {
   constexpr int64_t kKey = 300, kRow = 500;
-  for (const Scores scores : kAllScores) {
+  for (const Scores scores : all_scores()) {
     for (const float value : {NAN, INFINITY}) {
       Case c = long_case(BLASST_BFLOAT16, GetParam());
       c.scores = scores;
@@ -150,6 +164,7 @@ TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
   for (const auto& [dim, scores] : {std::pair<int64_t, Scores>{64, BLASST_SCORES_EXACT},
                                     {128, BLASST_SCORES_EXACT},
                                     {128, BLASST_SCORES_INT8}}) {
+    if (scores == BLASST_SCORES_INT8 && !gpu_kernels().int8_scores) continue;
     Case c = long_case(BLASST_BFLOAT16, dim);
     c.scores = scores;
     c.ragged_queries = true;

@@ -23,6 +23,10 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 class SpecialOnGpu : public OnGpu, public testing::WithParamInterface<bool> {
  protected:
+  void SetUp() override {
+    OnGpu::SetUp();
+    if (!IsSkipped() && decode() && !gpu_kernels().decode) GTEST_SKIP() << "no decode";
+  }
   bool decode() const { return GetParam(); }
 
   // Three requests of two KV heads with four query heads each.
@@ -54,7 +58,7 @@ std::string mismatch_on_gpu(Problem& problem) {
 
 // A request without keys, and causal rows before every key.
 TEST_P(SpecialOnGpu, RowsWithoutKeysHaveTheSinkAsLse) {
-  for (const int64_t dim : {64, 128, 256}) {
+  for (const int64_t dim : gpu_kernels().head_dims) {
     for (const bool sinks : {false, true}) {
       for (const TestKind test : {BLASST_TEST_NONE, BLASST_TEST_RELATIVE}) {
         Case c = plain_case();
@@ -147,7 +151,7 @@ TEST_P(SpecialOnGpu, MergeKeepsTheSinkOfAPartWithoutKeys) {
 // NaN, and below zero where a threshold is a probability: the bits of the test that skips nothing,
 // which for relative tests are those of dense attention.
 TEST_P(SpecialOnGpu, ThresholdsThatAreNoneSkipNothing) {
-  for (const int64_t dim : {64, 128, 256}) {
+  for (const int64_t dim : gpu_kernels().head_dims) {
     Case c = plain_case();
     c.head_dim = c.value_dim = dim;
     c.per_head = true;

@@ -29,13 +29,15 @@ inline const std::map<std::string, Order> kOrders = {
 inline const std::map<std::string, Scores> kScores = {{"exact", BLASST_SCORES_EXACT},
                                                       {"int8", BLASST_SCORES_INT8}};
 
-// An error unless this build has the backend and this machine can run it.
+// An error unless this build has the backend and this machine can run it; of those for GPUs, any.
 inline void check_usable(Backend backend) {
+  std::string why;
   for (const BackendInfo& info : backends()) {
-    if (info.backend != backend) continue;
+    if ((info.backend == BLASST_BACKEND_CPU) != (backend == BLASST_BACKEND_CPU)) continue;
     if (info.usable) return;
-    throw Error(BLASST_UNSUPPORTED, info.name + " is not usable here: " + info.detail);
+    if (why.empty()) why = info.name + " is not usable here: " + info.detail;
   }
+  if (!why.empty()) throw Error(BLASST_UNSUPPORTED, why);
   throw Error(BLASST_UNSUPPORTED, "this build has no CUDA backend; it was built without nvcc");
 }
 

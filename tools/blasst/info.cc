@@ -1,17 +1,35 @@
 // blasst info: what was built, and what of it this machine can use.
 #include <fmt/format.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "commands.h"
 
 namespace blasst::command {
 namespace {
 
+// Which backends take the calls whose tensors are on the GPU, and why.
+std::string picked() {
+  const char* named = std::getenv("BLASST_CUDA_BACKEND");
+  std::string names;
+  for (const BackendInfo& backend : backends()) {
+    if (backend.backend == BLASST_BACKEND_CPU || !backend.usable) continue;
+    if (named && *named && backend.name != named) continue;
+    names += (names.empty() ? "" : ", then, for what that does not do, ") + backend.name;
+  }
+  if (names.empty()) return "";
+  return fmt::format("  calls on the GPU go to {} ({})\n", names,
+                     named && *named ? "BLASST_CUDA_BACKEND names it" : "the first that runs here");
+}
+
 int info() {
   const std::string in_use = cpu_isa();  // first: the environment may name one that is not there
   fmt::print("blasst {}\n\nbackends\n", version());
   for (const BackendInfo& backend : backends())
-    fmt::print("  {:<6} {:<12} {} ({})\n", backend.name, backend.architecture,
+    fmt::print("  {:<9}  {:<12} {} ({})\n", backend.name, backend.architecture,
                backend.usable ? "usable" : "not usable here", backend.detail);
+  fmt::print("{}", picked());
   fmt::print("\ncpu instruction sets, best first\n");
   for (const std::string& isa : cpu_isas())
     fmt::print("  {}{}\n", isa, isa == in_use ? "  in use" : "");

@@ -151,7 +151,8 @@ double sum_roundoff_on(Backend backend) {
 
 std::string processor(Backend backend) {
   for (const BackendInfo& info : backends())
-    if (info.backend == backend && backend != BLASST_BACKEND_CPU) return info.detail;
+    if (info.usable && info.backend != BLASST_BACKEND_CPU && backend != BLASST_BACKEND_CPU)
+      return info.detail;
   return cpu_isa();
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
+#include <string>
 #include <utility>
 
 #include "blasst/blasst.hpp"
@@ -15,17 +17,30 @@
 
 namespace blasst::cuda {
 
-// The scalars of a call that both phases look at.
-inline void check_supported(const AttentionParams& params, problem::Phase phase) {
+// Elements of queries and keys, and of values and outputs.
+struct HeadSizes {
+  int64_t qk, value;
+};
+
+inline void check_head_sizes(const blasst_problem& p, std::span<const HeadSizes> supported) {
+  std::string list;
+  for (const auto [qk, value] : supported) {
+    if (p.head_dim == qk && p.value_dim == value) return;
+    list += fmt::format("{}{}/{}", list.empty() ? "" : ", ", qk, value);
+  }
+  refuse("head_dim is {} and value_dim {}; of these two it does {}", p.head_dim, p.value_dim, list);
+}
+
+// The scalars of a call that both phases look at, and the sizes that the kernels have.
+inline void check_supported(const AttentionParams& params, problem::Phase phase,
+                            std::span<const HeadSizes> sizes) {
   problem::check_scalars(params, phase);
   const blasst_problem& p = params.problem;
   const bool decode = phase == problem::Phase::kDecode;
   problem::check_types("cuda", decode ? "decode" : "prefill", problem::Caches::kOfQueries, p);
   if (decode) problem::check_exact_scores("cuda", "decode", params.decision);
   if (p.q.dtype == BLASST_FLOAT32) refuse("q is float32; it does bfloat16 and float16");
-  if (p.head_dim != p.value_dim || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256))
-    refuse("head_dim is {} and value_dim {}; it does 64, 128 and 256, both alike", p.head_dim,
-           p.value_dim);
+  check_head_sizes(p, sizes);
   if (p.kv.layout == BLASST_LAYOUT_PAGED) check_page_size(p.kv);
   if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
   if (params.execution.threads != 0)

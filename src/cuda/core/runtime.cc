@@ -38,6 +38,15 @@ void enqueue(const void* kernel, dim3 blocks, int threads, int shared_bytes, cud
 }
 
 void allow_shared_memory(const void* kernel, int bytes) {
+  int device, most;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  if (bytes > most)
+    throw Error(BLASST_UNSUPPORTED, "cuda: the kernel for these head sizes takes " +
+                                        std::to_string(bytes) +
+                                        " bytes of shared memory a block; device " +
+                                        std::to_string(device) + " has " + std::to_string(most));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "cudaFuncSetAttribute");
 }

@@ -31,7 +31,7 @@ void enqueue(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream
   enqueue(reinterpret_cast<const void*>(kernel), blocks, threads, 0, stream, {&arguments...});
 }
 
-// Lets the kernel have so much dynamic shared memory.
+// Lets the kernel have so much dynamic shared memory; BLASST_UNSUPPORTED where there is less.
 void allow_shared_memory(const void* kernel, int bytes);
 
 }  // namespace blasst::cuda

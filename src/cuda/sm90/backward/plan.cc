@@ -22,6 +22,8 @@ using problem::check_range;
 using problem::Geometry;
 using problem::Phase;
 
+constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {256, 256}};
+
 // Room for the key tiles of all requests: a ragged one shares tiles of tokens with nobody.
 int64_t all_key_tiles(const blasst_problem& p, int64_t tile_keys) {
   if (p.kv.layout == BLASST_LAYOUT_RAGGED) return p.kv.tokens / tile_keys + p.batch;
@@ -45,7 +47,7 @@ WorkspaceLayout layout_of(const blasst_problem& p, const Geometry& g) {
 // Of the scalars alone.
 Geometry geometry_of(const BackwardParams& params) {
   problem::check_scalars(params);
-  check_supported(problem::forward_of(params), Phase::kPrefill);
+  check_supported(problem::forward_of(params), Phase::kPrefill, kSizes);
   const blasst_problem& p = params.problem;
   const Gradients& g = params.gradients;
   if (p.kv.layout == BLASST_LAYOUT_PAGED)
@@ -90,7 +92,8 @@ void plan_gradients(Launch& l, const BackwardParams& params) {
 
 Plan plan(const BackwardParams& params) {
   const Geometry geometry = geometry_of(params);
-  return problem::plan_of(BLASST_BACKEND_CUDA, geometry, layout_of(params.problem, geometry).bytes);
+  return problem::plan_of(BLASST_BACKEND_CUDA_SM90, geometry,
+                          layout_of(params.problem, geometry).bytes);
 }
 
 Launch plan_launch(const BackwardParams& params) {

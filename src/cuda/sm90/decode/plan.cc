@@ -12,6 +12,8 @@ namespace {
 
 using problem::Phase;
 
+constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {256, 256}};
+
 void check_decode(const AttentionParams& params) {
   const blasst_problem& p = params.problem;
   const int64_t group = p.heads / p.kv_heads, rows = group * p.query_length;
@@ -32,7 +34,7 @@ void check_decode(const AttentionParams& params) {
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
-  check_supported(params, Phase::kDecode);
+  check_supported(params, Phase::kDecode, kSizes);
   check_decode(params);
   const blasst_problem& p = params.problem;
   const int rows = static_cast<int>(p.heads / p.kv_heads * p.query_length);
@@ -55,7 +57,7 @@ std::size_t workspace_bytes(const blasst_problem& p) {
 
 blasst_plan plan(const AttentionParams& params) {
   const problem::Geometry geometry = geometry_of(params);
-  return problem::plan_of(BLASST_BACKEND_CUDA, geometry, workspace_bytes(params.problem));
+  return problem::plan_of(BLASST_BACKEND_CUDA_SM90, geometry, workspace_bytes(params.problem));
 }
 
 Launch plan_launch(const AttentionParams& params) {

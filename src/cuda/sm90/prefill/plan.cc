@@ -19,16 +19,7 @@ namespace {
 using problem::check_range;
 using problem::Phase;
 
-void plan_scores(Params& p, const blasst_problem& problem, Scores scores) {
-  constexpr float kLog2e = std::numbers::log2e_v<float>;
-  const float scale = scale_of(problem), softcap = problem.softcap;
-  // A raw score is q.k or, in int8, a base-2 logarithm.
-  const bool int8 = scores == Scores::kInt8;
-  p.softcap_scale = softcap > 0 ? (int8 ? 1 / kLog2e : scale) / softcap : 0;
-  p.score_to_log2 = softcap > 0 ? softcap * kLog2e : int8 ? 1 : scale * kLog2e;
-  p.quantized.dot_to_log2 = scale * kLog2e;
-  p.bands = problem.mask.bands;
-}
+constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {256, 256}};
 
 Scores scores_of(const Decision& decision) {
   return decision.scores == BLASST_SCORES_INT8 ? Scores::kInt8 : Scores::kExact;
@@ -66,14 +57,10 @@ void plan_quantized(Params& p, const AttentionParams& params) {
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
-  check_supported(params, Phase::kPrefill);
+  check_supported(params, Phase::kPrefill, kSizes);
   const blasst_problem& p = params.problem;
-  check_range("batch * heads", p.batch * p.heads, 0, kUnlimited - 1);
   const int dim = static_cast<int>(p.head_dim);
-  check_range("blocks of query rows",
-              p.heads * most_blocks(problem::all_rows(p), p.batch, problem::most_rows(p),
-                                    rows_per_block(dim)),
-              0, kUnlimited - 1);
+  check_work(p, rows_per_block(dim));
   if (scores_of(params.decision) == Scores::kInt8) {
     check_range("key tiles of all requests", quantized_layout_of(p).tiles, 0, kUnlimited - 1);
     check_range("kv_heads", p.kv_heads, 1, 65535);  // blocks of a launch
@@ -86,28 +73,14 @@ problem::Geometry geometry_of(const AttentionParams& params) {
 }  // namespace
 
 Plan plan(const AttentionParams& params) {
-  return problem::plan_of(BLASST_BACKEND_CUDA, geometry_of(params), needed_workspace(params));
+  return problem::plan_of(BLASST_BACKEND_CUDA_SM90, geometry_of(params), needed_workspace(params));
 }
 
 Launch plan_launch(const AttentionParams& params) {
-  const problem::Geometry geometry = geometry_of(params);
-  problem::check_arrays(params);
-  Launch l{};
-  plan_shapes(l, params);
-  plan_queries(l, params.problem);
-  plan_rows(l.params, params.problem);
-  plan_keys(l, params.problem);
-  l.scores = scores_of(params.decision);
-  plan_scores(l.params, params.problem, l.scores);
-  plan_mask_and_test(l.params, params);
-  plan_places(l.params, params.decision.test);
-  plan_report(l.params, params.report, geometry);
-  plan_maxima(l.params, params.report, geometry);
-  l.params.report.query_tiles = static_cast<int>(geometry.query_tiles);
-  l.variant = variant_of(l.params);
-  check_workspace(params.execution, needed_workspace(params), l.scores == Scores::kInt8 ? 128 : 16);
-  l.workspace = static_cast<int*>(params.execution.workspace);
-  if (l.scores == Scores::kInt8) plan_quantized(l.params, params);
+  const Scores scores = scores_of(params.decision);
+  Launch l = plan_call(params, geometry_of(params), scores);
+  check_workspace(params.execution, needed_workspace(params), scores == Scores::kInt8 ? 128 : 16);
+  if (scores == Scores::kInt8) plan_quantized(l.params, params);
   return l;
 }
 

@@ -1,0 +1,123 @@
+// Queries, keys and values into shared memory, by all threads of a block.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/keys.cuh"
+#include "cuda/core/prefill/rows.cuh"
+#include "cuda/sm80/core/ptx.cuh"
+#include "cuda/sm80/prefill/config.cuh"
+
+namespace blasst::cuda::prefill::sm80 {
+
+// How a block's threads copy a tile of `Tile`'s panels. Four neighbouring threads copy a row's 64
+// bytes of a panel, eight those of two rows: that writes every bank once. The panels of a row come
+// next, so that rows are read in long pieces.
+template <typename Tile, int kThreads>
+struct ThreadCopies {
+  static constexpr int kAcross = Tile::kCount & -Tile::kCount;  // panels at once: a power of two
+  static constexpr int kPassRows = kThreads / 8 / kAcross * 2;  // rows at once
+  static_assert(Tile::kRows % kPassRows == 0);
+
+  static __device__ __forceinline__ int row() {
+    return threadIdx.x / 8 / kAcross * 2 + threadIdx.x / 4 % 2;
+  }
+  static __device__ __forceinline__ int panel() { return threadIdx.x / 8 % kAcross; }
+  static __device__ __forceinline__ int piece() { return threadIdx.x % 4; }
+  static __device__ __forceinline__ int element() { return panel() * 32 + piece() * 8; }
+
+  // Of the pass that copies rows row() + pass * kPassRows.
+  static __device__ __forceinline__ uint32_t offset(int pass) {
+    const uint32_t first = panel() * Tile::kPanelBytes;
+    if constexpr (kPassRows % 8 == 0)  // the permutation is that of the first pass
+      return first + Tile::offset(row(), piece()) + pass * kPassRows * Tile::kRowBytes;
+    else
+      return first + Tile::offset(row() + pass * kPassRows, piece());
+  }
+
+  // source(pass): the first of this thread's elements in the pass, null: zeros.
+  template <typename Source>
+  static __device__ __forceinline__ void start(uint32_t destination, const Source& source) {
+#pragma unroll
+    for (int pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
+      const uint16_t* from = source(pass);
+#pragma unroll
+      for (int first = 0; first < Tile::kCount; first += kAcross)
+        ptx::copy_16(destination + offset(pass) + first * Tile::kPanelBytes, from + first * 32,
+                     from != nullptr);
+    }
+  }
+
+  // The same of rows that all exist, `stride` elements apart. first: of row 0.
+  static __device__ __forceinline__ void start_whole(uint32_t destination, const uint16_t* first,
+                                                     int64_t stride) {
+    const uint16_t* from = first + row() * stride + element();
+#pragma unroll
+    for (int pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
+#pragma unroll
+      for (int panels = 0; panels < Tile::kCount; panels += kAcross)
+        ptx::copy_16(destination + offset(pass) + panels * Tile::kPanelBytes, from + panels * 32,
+                     true);
+      from += kPassRows * stride;
+    }
+  }
+};
+
+template <typename C>
+__device__ __forceinline__ void copy_queries(const Params& p, const Tensor& q, const Work& work,
+                                             uint32_t destination) {
+  const auto* first = static_cast<const uint16_t*>(q.data) + work.head * q.stride_head +
+                      row_in_tensor(p, work.request, work.output_row) * q.stride_token;
+  if (!p.cu_seqlens_q) first += work.request * q.stride_outer;
+  using Copies = ThreadCopies<typename C::Queries, C::kThreads>;
+  Copies::start(destination, [&](int pass) {
+    const int row = Copies::row() + pass * Copies::kPassRows;
+    return row < work.rows ? first + row * q.stride_token + Copies::element() : nullptr;
+  });
+}
+
+// Copies keys or values of an item, `kStepKeys` at a time.
+template <typename C, typename Tile>
+class KeyCopies {
+ public:
+  __device__ __forceinline__ KeyCopies(const Params& p, const Tensor& tensor, const Work& work)
+      : p_(p), tensor_(tensor), source_(p, work), keys_(ptx::warp_uniform(work.keys)) {
+    first_ = static_cast<const uint16_t*>(tensor.data) + source_.kv_head * tensor.stride_head;
+    if (!p_.keys.page_table)
+      first_ += source_.outer * tensor.stride_outer + source_.first_token * tensor.stride_token;
+  }
+
+  // Those from `first_key` on; zeros behind the last.
+  __device__ __forceinline__ void start(uint32_t destination, int first_key) const {
+    if (!p_.keys.page_table && first_key + Tile::kRows <= keys_)
+      Copies::start_whole(destination, first_ + first_key * tensor_.stride_token,
+                          tensor_.stride_token);
+    else
+      start_checked(destination, first_key);
+  }
+
+ private:
+  using Copies = ThreadCopies<Tile, C::kThreads>;
+
+  __device__ __forceinline__ void start_checked(uint32_t destination, int first_key) const {
+    const int page_bits = 31 - __clz(p_.keys.page_size);  // a power of two
+    Copies::start(destination, [&](int pass) -> const uint16_t* {
+      const int token = first_key + Copies::row() + pass * Copies::kPassRows;
+      if (token >= keys_) return nullptr;
+      const uint16_t* from = first_ + Copies::element();
+      if (!p_.keys.page_table) return from + token * tensor_.stride_token;
+      const int page = source_.pages[token >> page_bits];
+      if (page < 0 || page >= p_.keys.pages) return nullptr;
+      return from + page * tensor_.stride_outer +
+             (token & (p_.keys.page_size - 1)) * tensor_.stride_token;
+    });
+  }
+
+  const Params& p_;
+  const Tensor& tensor_;
+  const KeySource source_;
+  const int keys_;
+  const uint16_t* first_;
+};
+
+}  // namespace blasst::cuda::prefill::sm80
