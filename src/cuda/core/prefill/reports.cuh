@@ -50,16 +50,20 @@ class CountReports {
       : p_(p), at_(at) {}
   __device__ __forceinline__ void begin(const Work& work) {
     kept_ = 0;
-    if (p_.report.tile_bits && at_.rank() == 0 && query_tile_of(work, at_.tile()).rows > 0)
-      for (int word = 0; word < p_.report.tile_words; ++word) bits_of(work)[word] = 0;
+    bits_ = nullptr;
+    if (!p_.report.tile_bits || at_.rank() != 0 || query_tile_of(work, at_.tile()).rows <= 0)
+      return;
+    bits_ = p_.report.tile_bits + tile_row(work) * p_.report.tile_words;
+    for (int word = 0; word < p_.report.tile_words; ++word) bits_[word] = 0;
   }
   __device__ __forceinline__ void offer(const Visit&, const float (&)[2], TileMaxima,
                                         const OnlineSoftmax&) {}
   __device__ __forceinline__ void decided(const Work& work, const Visit& visit, bool keep,
                                           TileMaxima, const OnlineSoftmax&) {
     kept_ += keep;
-    if (keep && p_.report.tile_bits && at_.rank() == 0 && is_visible(work, visit.tile))
-      atomicOr(bits_of(work) + visit.tile / 32, 1u << visit.tile % 32);
+    // A tile that is not masked is seen by all rows.
+    if (keep && bits_ && (!visit.masked || is_visible(work, visit.tile)))
+      atomicOr(bits_ + visit.tile / 32, 1u << visit.tile % 32);
   }
   __device__ __forceinline__ void row(const Work&, int, int64_t, const RowEnd&) {}
   __device__ __forceinline__ void finish(const Work& work) {
@@ -87,11 +91,8 @@ class CountReports {
   const typename C::Place at_;
 
  private:
-  __device__ __forceinline__ unsigned* bits_of(const Work& work) const {
-    return p_.report.tile_bits + tile_row(work) * p_.report.tile_words;
-  }
-
-  int kept_;  // tiles of this item
+  int kept_;        // tiles of this item
+  unsigned* bits_;  // its query tile's; null: not wanted, or another thread's to write
 };
 
 // That, and maxima, gaps and the dropped-mass bound.

@@ -159,6 +159,7 @@ class Block {
       const int step = again ? index - 1 : index, half = step % C::kSteps;
       const bool last = half == C::kSteps - 1;
       const int key = visit.tile * C::kKeys + half * C::kStepKeys;
+      visit.masked = visit.tile < plain.begin || visit.tile >= plain.end;
       // 1. Scores, and what this warp says to them.
       Scores s;
       Maxima maxima;
