@@ -1,14 +1,15 @@
 """Prefill on a GPU, dense and sparse.
 
 FlashAttention-2, which torch has, is measured beside it, FlashAttention-3 (fa3-fwd) if it is
-installed, and FlashInfer's fmha_v2 with skip-softmax if --fmha-v2 names its compiled module and
-tvm_ffi is installed. Every line checks the
-output first. Rates are the operations of dense attention divided by the time of one call, in steady
-state: the contenders take turns, each warm, in another order every round.
+installed and has the sizes, FlashInfer's fmha_v2 with skip-softmax if --fmha-v2 names its compiled
+module and tvm_ffi is installed, and for latent attention cuDNN, as torch calls it. Every line
+checks the output first. Rates are the operations of dense attention divided by the time of one
+call, in steady state: the contenders take turns, each warm, in another order every round.
 
-Groups of lines: long prompts, full attention, short prompts, ragged requests beside the same as a
-batch, heads of different sparsity, absolute thresholds by head and place beside a relative one, and
-the recorded tensors of a real model (bench/record_qkv.py makes the file).
+Groups of lines: long prompts, the expanded heads of latent attention (MLA), full attention, short
+prompts, ragged requests beside the same as a batch, heads of different sparsity, absolute
+thresholds by head and place beside a relative one, and the recorded tensors of a real model
+(bench/record_qkv.py makes the file).
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 import recorded
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import blasst
 
@@ -51,16 +53,23 @@ class Work:
     kv_heads: int
     dim: int = 128
     causal: bool = True
+    value_dim: int | None = None
+    """None: as dim."""
+
+    @property
+    def values(self) -> int:
+        return self.value_dim or self.dim
 
     @property
     def name(self) -> str:
         full = "" if self.causal else ", full"
-        return f"{self.batch} x {self.length}, {self.heads}/{self.kv_heads}, d {self.dim}{full}"
+        size = f"{self.dim}/{self.values}" if self.value_dim else f"{self.dim}"
+        return f"{self.batch} x {self.length}, {self.heads}/{self.kv_heads}, d {size}{full}"
 
     @property
     def operations(self) -> float:
         pairs = self.length**2 / (2 if self.causal else 1)
-        return 4.0 * self.batch * pairs * self.dim * self.heads
+        return 2.0 * self.batch * pairs * (self.dim + self.values) * self.heads
 
 
 LONG = (
@@ -70,6 +79,7 @@ LONG = (
     Work(1, 16384, 32, 8, 64),
     Work(1, 16384, 16, 4, 256),
 )
+MLA = tuple(Work(1, length, 128, 128, 192, value_dim=128) for length in (8192, 16384, 32768))
 FULL = (Work(1, 16384, 64, 4, causal=False),)
 SHORT = tuple(
     Work(batch, length, 32, 8) for length in (512, 1024, 2048, 4096) for batch in (1, 4, 8)
@@ -78,12 +88,12 @@ RAGGED = (Work(64, 1024, 32, 8), Work(256, 256, 32, 8))
 HEADS = (Work(1, 65536, 64, 4), Work(1, 16384, 64, 4), Work(1, 32768, 32, 8))
 
 
-def hadamard(dim: int) -> Tensor:
-    """Orthogonal rows of length 1."""
+def orthogonal(dim: int) -> Tensor:
+    """Orthogonal rows of length 1: Hadamard's, of as many elements as are a power of two."""
     signs = torch.ones(1, 1)
-    while signs.shape[0] < dim:
+    while 2 * signs.shape[0] <= dim:
         signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
-    return signs / math.sqrt(dim)
+    return torch.nn.functional.pad(signs / math.sqrt(len(signs)), (0, dim - len(signs)))
 
 
 def planted(work: Work, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,18 +103,19 @@ def planted(work: Work, sparsity: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     w = work
     ways = max(1, round(1 / (1 - sparsity)))
-    directions = AMPLITUDE * hadamard(w.dim)[1 : ways + 1].cuda()
+    directions = AMPLITUDE * orthogonal(w.dim)[1 : ways + 1].cuda()
 
     def blocks(size: int) -> Tensor:
         draw = torch.randint(0, ways, (w.batch, -(-w.length // size), w.kv_heads), device="cuda")
         return draw.repeat_interleave(size, 1)[:, : w.length]
 
     group = w.heads // w.kv_heads
-    q = noise(w, w.heads) + directions[blocks(QUERY_BLOCK)].repeat_interleave(group, 2)
+    q = directions[blocks(QUERY_BLOCK)].repeat_interleave(group, 2)
+    q += noise(w, w.heads)
     k = directions[blocks(KEY_BLOCK)]
     k[:, :KEY_BLOCK] = directions.sum(0)
     k += noise(w, w.kv_heads)
-    return q.bfloat16(), k.bfloat16(), 4 * noise(w, w.kv_heads).bfloat16()
+    return q.bfloat16(), k.bfloat16(), 4 * noise(w, w.kv_heads, w.values).bfloat16()
 
 
 def planted_by_head(work: Work, sparsity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +123,7 @@ def planted_by_head(work: Work, sparsity: Tensor) -> tuple[Tensor, Tensor, Tenso
     chance of 1 - sparsity[h], or lacks it for all queries.
     """
     w, group = work, work.heads // work.kv_heads
-    directions = AMPLITUDE * hadamard(w.dim)[1 : group + 1].cuda()
+    directions = AMPLITUDE * orthogonal(w.dim)[1 : group + 1].cuda()
     chance = 1 - sparsity.cuda().view(w.kv_heads, group)
     shape = (w.batch, w.length // KEY_BLOCK, w.kv_heads, group)
     match = (torch.rand(shape, device="cuda") < chance).float()
@@ -120,11 +131,11 @@ def planted_by_head(work: Work, sparsity: Tensor) -> tuple[Tensor, Tensor, Tenso
     k = (match @ directions).repeat_interleave(KEY_BLOCK, 1)
     k += noise(w, w.kv_heads)
     q = noise(w, w.heads) + directions.repeat(w.kv_heads, 1)
-    return q.bfloat16(), k.bfloat16(), 4 * noise(w, w.kv_heads).bfloat16()
+    return q.bfloat16(), k.bfloat16(), 4 * noise(w, w.kv_heads, w.values).bfloat16()
 
 
-def noise(work: Work, heads: int) -> Tensor:
-    return 0.5 * torch.randn(work.batch, work.length, heads, work.dim, device="cuda")
+def noise(work: Work, heads: int, dim: int | None = None) -> Tensor:
+    return 0.5 * torch.randn(work.batch, work.length, heads, dim or work.dim, device="cuda")
 
 
 def error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool) -> float:
@@ -134,7 +145,7 @@ def error(q: Tensor, k: Tensor, v: Tensor, out: Tensor, causal: bool) -> float:
     for row in {0, q.shape[1] // 3, q.shape[1] - 1}:
         end = row + 1 if causal else k.shape[1]
         keys, values = k[0, :end], v[0, :end]
-        exact = torch.empty(q.shape[2:], dtype=torch.float64, device="cuda")
+        exact = torch.empty(q.shape[2], v.shape[3], dtype=torch.float64, device="cuda")
         for h in range(q.shape[2]):
             scores = keys[:, h // group].double() @ q[0, row, h].double() / math.sqrt(q.shape[3])
             exact[h] = scores.softmax(-1) @ values[:, h // group].double()
@@ -171,6 +182,32 @@ def milliseconds(
                 count = max(count + 1, math.ceil(1.5 * turn * count / elapsed))
             times[name].append(elapsed / count)
     return {name: sorted(samples)[rounds // 2] for name, samples in times.items()}
+
+
+def peers(work: Work, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
+    """Those of dense attention that are installed and have the sizes."""
+    runs: dict[str, Callable[[], object]] = {}
+    if work.value_dim is None:
+        runs["FA2"] = lambda: flash_attention_2(q, k, v, work.causal)
+    if flash_attn_func:
+        runs["FA3"] = lambda: flash_attn_func(q, k, v, causal=work.causal)
+    if work.value_dim:
+        transposed = [t.transpose(1, 2) for t in (q, k, v)]
+
+        def cudnn() -> Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    *transposed, is_causal=work.causal
+                )
+
+        runs["cuDNN"] = cudnn
+    for name in tuple(runs):
+        try:
+            runs[name]()
+        except RuntimeError as error:
+            print(f"{work.name}: no {name}: {str(error).splitlines()[0]}", flush=True)
+            del runs[name]
+    return runs
 
 
 class FmhaV2:
@@ -236,7 +273,7 @@ class Table:
             "dense": attend,
             "sparse": lambda: attend(threshold),
         }
-        if self.int8:
+        if self.int8 and not work.value_dim:
             off.append(error(q, k, v, attend(threshold, "int8"), causal))
             # A planted direction is a row of the Hadamard matrix: the rotation makes it one spike,
             # the worst that can be rounded.
@@ -244,10 +281,7 @@ class Table:
                 raise SystemExit(f"{work.name}: with scores in int8 the output is off by {off[2]}")
             runs["dense int8"] = lambda: attend(scores="int8")
             runs["sparse int8"] = lambda: attend(threshold, "int8")
-        off.append(error(q, k, v, flash_attention_2(q, k, v, causal), causal))
-        runs["FA2"] = lambda: flash_attention_2(q, k, v, causal)
-        if flash_attn_func:
-            runs["FA3"] = lambda: flash_attn_func(q, k, v, causal=causal)
+        runs |= peers(work, q, k, v)
         if self.fmha_v2 and causal and work.batch == 1 and work.dim == 128:
             runs["fmha_v2"] = self.fmha_v2.bind(q, k, v)
         times = milliseconds(runs, self.rounds, self.turn)
@@ -259,9 +293,9 @@ class Table:
             + ", ".join(f"{x:.1e}" for x in off)
             + f" | {rate['sparse'] / rate['dense']:4.2f}x"
         )
-        peers = [name for name in rate if name in ("FA2", "FA3")]
-        own = [name for name in rate if name not in (*peers, "fmha_v2")]
-        for peer in peers:
+        beside = [name for name in rate if name in ("FA2", "FA3", "cuDNN")]
+        own = [name for name in rate if name not in (*beside, "fmha_v2")]
+        for peer in beside:
             line += f", of {peer} " + " ".join(f"{rate[name] / rate[peer]:4.2f}x" for name in own)
         print(line, flush=True)
         row = {"work": work.name, "sparsity": sparse.stats.sparsity, "tflops": rate}
@@ -354,7 +388,7 @@ class Table:
 def main() -> None:
     """Measures every group, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    groups = ("long", "full", "short", "ragged", "heads", "absolute", "recorded")
+    groups = ("long", "mla", "full", "short", "ragged", "heads", "absolute", "recorded")
     parser.add_argument("--groups", nargs="*", choices=groups, default=groups)
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(LONG)), help="of long")
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
@@ -377,6 +411,8 @@ def main() -> None:
     table = Table(arguments.rounds, arguments.turn, fmha_v2, arguments.scores == "int8")
     if "long" in arguments.groups:
         table.planted(tuple(LONG[line] for line in arguments.lines), arguments.sparsity)
+    if "mla" in arguments.groups:
+        table.planted(MLA, arguments.sparsity)
     if "full" in arguments.groups:
         table.planted(FULL, arguments.sparsity)
     if "short" in arguments.groups:

@@ -75,6 +75,7 @@ class Comparer {
   }
 
   int64_t group() const { return p_.problem.heads / p_.problem.kv_heads; }
+  int64_t heads_of_tile() const { return p_.problem.heads / plan_.tile_heads; }
 
   bool bit(int64_t bit_head, int64_t query_tile, int64_t key_tile) const {
     const int64_t row = bit_head * plan_.query_tiles + query_tile;
@@ -82,8 +83,7 @@ class Comparer {
   }
 
   bool kernel_kept(const Tile& t) const {
-    return bit(decode_ ? t.head / group() : t.head, first_query_tile_[t.request] + t.query_tile,
-               t.key_tile);
+    return bit(t.head / heads_of_tile(), first_query_tile_[t.request] + t.query_tile, t.key_tile);
   }
 
   // The reference, along the kernel's decisions.
@@ -108,7 +108,7 @@ class Comparer {
       const auto& r = access_.requests()[t.request];
       const int64_t first = decode_ ? 0 : t.query_tile * shape_.query_rows;
       const int64_t end = decode_ ? r.rows : std::min(r.rows, first + shape_.query_rows);
-      for (int64_t h = t.head; h < t.head + (decode_ ? group() : 1); ++h)
+      for (int64_t h = t.head; h < t.head + heads_of_tile(); ++h)
         for (int64_t i = first; i < end; ++i) visits[{h, r.first_row + i}].push_back(&t);
     }
     double plain_lse_error = 0;
@@ -232,7 +232,7 @@ class Comparer {
 
   // Whether the tile counts for the head: in decode the heads of a KV head share their tiles.
   bool counts_for(const Tile& t, int64_t head) const {
-    return decode_ ? t.head / group() == head / group() : t.head == head;
+    return t.head / heads_of_tile() == head / heads_of_tile();
   }
 
   void check_statistics() {
@@ -286,7 +286,7 @@ class Comparer {
     const int64_t stride = p_.report.tile_maxima_stride;
     int64_t visited = 0;
     for (const Tile& t : reference_.tiles) {
-      const int64_t head = decode_ ? t.head / group() : t.head;
+      const int64_t head = t.head / heads_of_tile();
       const int64_t row = head * plan_.query_tiles + first_query_tile_[t.request] + t.query_tile;
       const float maximum = problem_.tile_maxima[row * stride + t.key_tile];
       visited += maximum != -kInf;

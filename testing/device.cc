@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "testing/element.h"
@@ -27,7 +28,12 @@ void upload(const std::vector<T>& host, void* device) {
 // The tensors and arrays that `p`, of the problem, points to.
 void copy_problem(blasst_problem& p, const Problem& problem, DeviceMemory& memory) {
   const auto batch = static_cast<size_t>(p.batch), heads = static_cast<size_t>(p.heads);
-  for (View* view : {&p.q, &p.out, &p.kv.k, &p.kv.v}) *view = memory.copy(*view);
+  const bool values_in_keys = p.kv.v.data == p.kv.k.data;
+  for (View* view : {&p.q, &p.out, &p.kv.k}) *view = memory.copy(*view);
+  if (values_in_keys)
+    p.kv.v.data = p.kv.k.data;
+  else
+    p.kv.v = memory.copy(p.kv.v);
   p.cu_seqlens_q = memory.copy(p.cu_seqlens_q, batch + 1);
   p.kv.cu_seqlens = memory.copy(p.kv.cu_seqlens, batch + 1);
   p.query_lengths = memory.copy(p.query_lengths, batch);
@@ -59,18 +65,20 @@ const GpuKernels& gpu_kernels() {
     blasst::Problem& p = params.problem;
     for (View* view : {&p.q, &p.kv.k, &p.kv.v, &p.out}) view->dtype = BLASST_BFLOAT16;
     if (plan(params, false).backend == BLASST_BACKEND_CUDA_SM80)
-      return GpuKernels{false, false, false, {64, 128}};
-    return GpuKernels{true, true, true, {64, 128, 256}};
+      return GpuKernels{false, false, false, {{64, 64}, {128, 128}}};
+    return GpuKernels{true, true, true, {std::begin(kHeadSizes), std::end(kHeadSizes)}};
   }();
   return kernels;
 }
 
 Case for_gpu(Case c) {
-  const std::vector<int64_t>& dims = gpu_kernels().head_dims;
+  const std::vector<HeadSizes>& all = gpu_kernels().sizes;
   constexpr int64_t pages[] = {16, 32, 64, 128, 256};
   if (c.dtype == BLASST_FLOAT32) c.dtype = BLASST_BFLOAT16;
-  c.head_dim = c.value_dim = dims[c.seed % dims.size()];
-  c.values_in_keys = false;
+  const HeadSizes sizes = all[c.seed % all.size()];
+  c.head_dim = sizes.qk, c.value_dim = sizes.value;
+  if (c.scores == BLASST_SCORES_INT8 && !c.decode) c.head_dim = c.value_dim;
+  c.values_in_keys = c.values_in_keys && c.decode;
   c.k_dtype = c.v_dtype = {};
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
@@ -80,14 +88,20 @@ Case for_gpu(Case c) {
   c.scores = BLASST_SCORES_EXACT;
   c.places = 1;
   c.bands = c.ragged_queries = c.padded = false;
-  c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
-  const int64_t most = std::min<int64_t>(c.requests[0].queries, 64 / (c.heads / c.kv_heads));
+  int64_t most = std::min<int64_t>(c.requests[0].queries, 4);
+  if (c.values_in_keys) {
+    c.head_dim = kLatentSizes.qk, c.value_dim = kLatentSizes.value;
+  } else {
+    c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
+    most = std::min<int64_t>(c.requests[0].queries, 64 / (c.heads / c.kv_heads));
+  }
   for (Lengths& r : c.requests) r.queries = std::max<int64_t>(1, most);
   return c;
 }
 
 Case differentiable_on_gpu(Case c) {
   c = for_gpu(differentiable(c));
+  c.head_dim = c.value_dim;
   if (c.layout == Layout::kPaged) c.layout = Layout::kRagged;
   return c;
 }

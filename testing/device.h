@@ -11,10 +11,22 @@
 
 namespace blasst::check {
 
+// Elements of a query or key, and of a value.
+struct HeadSizes {
+  int64_t qk, value;
+  bool operator==(const HeadSizes&) const = default;
+};
+
+// Those that the kernels for compute capability 9.0 have, in both phases.
+inline constexpr HeadSizes kHeadSizes[] = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
+
+// Those of decode over latents.
+inline constexpr HeadSizes kLatentSizes = {576, 512};
+
 // What the library runs here on a GPU (BLASST_CUDA_BACKEND may choose).
 struct GpuKernels {
   bool decode, backward, int8_scores;
-  std::vector<int64_t> head_dims;
+  std::vector<HeadSizes> sizes;
 };
 const GpuKernels& gpu_kernels();
 

@@ -372,7 +372,7 @@ typedef struct blasst_plan {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_plan));
   blasst_backend backend BLASST_DEFAULT(BLASST_BACKEND_AUTO); /* that takes the call */
   blasst_tile_shape shape BLASST_DEFAULT({});
-  int64_t tile_heads BLASST_DEFAULT(0);     /* heads; decode: kv_heads */
+  int64_t tile_heads BLASST_DEFAULT(0);     /* heads; decode: kv_heads or their parts */
   int64_t query_tiles BLASST_DEFAULT(0);    /* room for those of all requests; decode: batch */
   int64_t key_tiles BLASST_DEFAULT(0);      /* of a request of the most keys */
   int64_t tile_words BLASST_DEFAULT(0);     /* ceil(key_tiles / 32) */

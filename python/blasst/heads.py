@@ -25,6 +25,11 @@ def query_size(config: Any) -> int:
     return whole or config.hidden_size // config.num_attention_heads
 
 
+def value_size(config: Any) -> int:
+    """Elements of a head's value."""
+    return getattr(config, "v_head_dim", None) or query_size(config)
+
+
 def heads_by_layer(config: Any) -> list[int]:
     """Query heads of every layer."""
     return [heads_of_layer(config, layer) for layer in range(config.num_hidden_layers)]

@@ -218,7 +218,7 @@ void prefill(const Problem& p, const Plan& plan, int threads, const Execution& e
 void decode(const Problem& p, const Plan& plan, int threads, const Execution& execution) {
   const Kernels& kernel = kernels(p.dtype);
   const Geometry g = p.geometry(plan.shape);
-  const std::vector<QueryTile> tiles = p.query_tiles(kQueryRows);
+  const std::vector<QueryTile> tiles = p.query_tiles(plan.shape.query_rows);
   const std::vector<DecodeUnit> units = decode_units(p, tiles, threads);
   Scratch scratch(execution, plan.workspace_bytes);
   const std::vector<float*> of_worker = take_scratch(scratch, threads, decode_thread_floats(p));

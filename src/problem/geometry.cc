@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "problem/parts.h"
 #include "problem/tiles.h"
 
 namespace blasst::problem {
@@ -33,12 +34,20 @@ RowTensor key_tensor(const blasst_problem& p) {
   return {p.batch, p.kv.key_length};
 }
 
+int64_t head_parts(const blasst_problem& p, int64_t query_rows) {
+  const int64_t group = p.heads / p.kv_heads,
+                most = std::max<int64_t>(1, query_rows / std::max<int64_t>(1, most_rows(p)));
+  int64_t parts = ceil_div(group, most);
+  while (group % parts != 0) ++parts;
+  return parts;
+}
+
 Geometry geometry(const blasst_problem& p, Phase phase, TileShape shape) {
   Geometry g{};
   g.shape = shape;
   g.tile_heads = p.heads;
   if (phase == Phase::kDecode) {
-    g.tile_heads = p.kv_heads;
+    g.tile_heads = p.kv_heads * head_parts(p, shape.query_rows);
     g.query_tiles = p.batch;
   } else if (p.query_layout == BLASST_LAYOUT_RAGGED) {
     // The most that requests of so many rows in all can have: as many last tiles of one row as can

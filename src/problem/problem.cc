@@ -10,6 +10,7 @@
 
 #include "problem/checks.h"
 #include "problem/element.h"
+#include "problem/parts.h"
 
 namespace blasst::problem {
 namespace {
@@ -357,8 +358,9 @@ std::vector<QueryTile> Problem::query_tiles(int64_t query_rows) const {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t positions = requests[b].rows;
     if (pack_heads) {
-      for (int64_t h = 0; h < heads && positions > 0; h += group())
-        tiles.push_back({b, h, group(), 0, positions, b});
+      const int64_t together = group() / head_parts(given, query_rows);
+      for (int64_t h = 0; h < heads && positions > 0; h += together)
+        tiles.push_back({b, h, together, 0, positions, b});
       continue;
     }
     const int64_t count = ceil_div(positions, query_rows);

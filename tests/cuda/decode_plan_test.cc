@@ -22,6 +22,24 @@ P paged() {
   return p;
 }
 
+// Over latents, whose values lie in the keys.
+P latents() {
+  P p = paged();
+  blasst_problem& a = p.problem;
+  a.kv_heads = 1;
+  a.head_dim = 576, a.value_dim = 512;
+  const auto view = [&](View& v, int64_t outer, int64_t tokens, int64_t heads, int64_t dim) {
+    v.stride_head = dim, v.stride_token = heads * dim, v.stride_request = tokens * heads * dim;
+    v.elements = outer * v.stride_request;
+  };
+  view(a.q, 3, 2, kHeads, 576);
+  view(a.out, 3, 2, kHeads, 512);
+  view(a.kv.k, 40, 64, 1, 576);
+  a.kv.v = a.kv.k;
+  p.execution.workspace_bytes = plan(p).workspace_bytes;
+  return p;
+}
+
 class DecodePlanRejects : public testing::TestWithParam<Bad> {};
 
 TEST_P(DecodePlanRejects, AndSaysWhy) { expect_refusal(GetParam(), plan_launch); }
@@ -36,6 +54,21 @@ INSTANTIATE_TEST_SUITE_P(
           {"80 rows", "64"},
           BLASST_UNSUPPORTED},
          {"TooManyPositions", dense, [](P& p) { p.problem.query_length = 17; }, {"17", "1 to 16"}},
+         {"LatentsOfTwoKvHeads",
+          latents,
+          [](P& p) { p.problem.kv_heads = 2; },
+          {"kv_heads is 2", "latents"},
+          BLASST_UNSUPPORTED},
+         {"ValuesElsewhere",
+          latents,
+          [](P& p) { p.problem.kv.v.data = device(0x40000000); },
+          {"v is not k's first 512 elements", "0x40000000"},
+          BLASST_UNSUPPORTED},
+         {"ValuesOfAnotherStride",
+          latents,
+          [](P& p) { p.problem.kv.v.stride_token = 512; },
+          {"v is not k's first 512 elements", "512 and 576"},
+          BLASST_UNSUPPORTED},
          {"Ragged",
           dense,
           [](P& p) { p.problem.query_layout = BLASST_LAYOUT_RAGGED, p.problem.rows = 5; },
@@ -86,6 +119,22 @@ TEST(DecodePlan, PassesOnWhatItIsGiven) {
   p = dense();
   p.problem.kv.starts = p.problem.kv.lengths;
   EXPECT_EQ(plan_launch(p).params.keys.starts, p.problem.kv.starts);
+}
+
+TEST(DecodePlan, HeadsOverLatentsDecideInPartsOf64Rows) {
+  P p = latents();
+  blasst_plan found = plan(p);
+  EXPECT_EQ(found.shape.query_rows, kHeads * 2);
+  EXPECT_EQ(found.tile_heads, 1);
+  EXPECT_EQ(found.shape.most_splits, 132);
+  for (const auto& [heads, parts] : {std::pair<int64_t, int64_t>{32, 1}, {96, 3}, {128, 4}}) {
+    p.problem.heads = heads;
+    found = plan(p);
+    EXPECT_EQ(found.shape.query_rows, heads * 2 / parts);
+    EXPECT_EQ(found.tile_heads, parts);
+    EXPECT_EQ(found.shape.most_splits, (132 + parts - 1) / parts);
+  }
+  EXPECT_EQ(plan_launch(latents()).params.kv_heads, 1);
 }
 
 TEST(DecodePlan, TileShapeIsOfTheRequestAlone) {

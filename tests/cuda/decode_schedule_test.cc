@@ -7,6 +7,7 @@
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/tensor.h"
 #include "cuda/core/tiles.h"
+#include "cuda/sm90/decode/latent/shape.h"
 
 namespace blasst::cuda::decode {
 namespace {
@@ -44,6 +45,14 @@ TEST(DecodeSchedule, LargeBatchesWorkOnWholeGroupsWhereResultsAreLarge) {
   EXPECT_EQ(item_splits(16, 8, 512, 4, 128), 1);              // 4 rows for every 1,024
   EXPECT_EQ(item_splits(64, 4, 256, 64, 128), 1);             // no registers for it
   EXPECT_EQ(item_splits(64, 4, 256, 32, 256), 1);
+}
+
+TEST(DecodeSchedule, ItemsOfLatentsEndTogether) {
+  using latent::splits_of_item;
+  EXPECT_EQ(splits_of_item(1, 8, 16, 132), 1);    // one request: all blocks that there can be
+  EXPECT_EQ(splits_of_item(128, 4, 64, 132), 4);  // one round of whole requests
+  EXPECT_EQ(splits_of_item(66, 4, 64, 132), 2);   // of halves
+  EXPECT_EQ(splits_of_item(1000, 1, 64, 132), 1);
 }
 
 TEST(DecodeSchedule, ItemsHaveTheirPlace) {

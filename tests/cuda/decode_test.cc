@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "on_gpu.h"
@@ -36,15 +39,23 @@ Case device_case(uint64_t seed, int64_t budget) {
   c.ragged_queries = c.padded = c.bands = c.blocks = false;
   c.places = 1;
   c.dtype = choose.pick({BLASST_FLOAT16, BLASST_BFLOAT16});
-  c.head_dim = c.value_dim = choose.pick<int64_t>({64, 128, 128, 256});
+  const HeadSizes sizes = kHeadSizes[choose.between(0, std::ssize(kHeadSizes) - 1)];
+  c.head_dim = sizes.qk, c.value_dim = sizes.value;
   c.values_in_keys = false;
   c.k_dtype = c.v_dtype = {};
   c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
+  if (choose.one_in(5)) {
+    c.values_in_keys = true;
+    c.head_dim = kLatentSizes.qk, c.value_dim = kLatentSizes.value;
+    c.heads = choose.pick<int64_t>({8, 16, 24, 64, 96, 128}), c.kv_heads = 1;
+    budget *= 8;
+  }
   c.page_size = choose.pick<int64_t>({16, 32, 64, 128, 256});
   c.padding = 8 * choose.between(0, 2);
   const int64_t group = c.heads / c.kv_heads;
-  const int64_t queries =
-      choose.one_in(2) ? 1 : choose.between(1, std::min<int64_t>(16, 64 / group));
+  const int64_t queries = choose.one_in(2)   ? 1
+                          : c.values_in_keys ? choose.between(1, 4)
+                                             : choose.between(1, std::min<int64_t>(16, 64 / group));
   const int64_t most = budget / (c.heads * 2 * c.head_dim * queries * std::ssize(c.requests));
   for (Lengths& r : c.requests) {
     r.queries = queries;
@@ -69,11 +80,11 @@ TEST_P(DecodeRandom, Problems) {
 }
 INSTANTIATE_TEST_SUITE_P(, DecodeRandom, testing::Range<uint64_t>(0, 10));
 
-class DecodeDim : public DecodeKernels, public testing::WithParamInterface<int64_t> {};
+class DecodeDim : public DecodeKernels, public testing::WithParamInterface<HeadSizes> {};
 
 TEST_P(DecodeDim, EveryRatio) {
   Seen seen;
-  const int64_t dim = GetParam();
+  const auto [qk, value] = GetParam();
   for (const DType dtype : {BLASST_FLOAT16, BLASST_BFLOAT16}) {
     for (const auto& [group, queries] : {std::pair<int64_t, int64_t>{1, 1},
                                          {4, 1},
@@ -92,8 +103,8 @@ TEST_P(DecodeDim, EveryRatio) {
                           .requests = {{queries, keys}},
                           .heads = group,
                           .kv_heads = 1,
-                          .head_dim = dim,
-                          .value_dim = dim,
+                          .head_dim = qk,
+                          .value_dim = value,
                           .inputs = Inputs::kPlanted,
                           .density = 0.3,
                           .causal = true,
@@ -105,7 +116,45 @@ TEST_P(DecodeDim, EveryRatio) {
   }
   EXPECT_GT(seen.skipped, seen.decisions / 3);
 }
-INSTANTIATE_TEST_SUITE_P(, DecodeDim, testing::Values(64, 128, 256));
+INSTANTIATE_TEST_SUITE_P(, DecodeDim, testing::ValuesIn(kHeadSizes), name_of_sizes);
+
+// Of latents: one part of the heads, several, with rows to spare; one split, several.
+Case latent_case(int64_t heads, int64_t positions, int64_t keys) {
+  return {.seed = 7,
+          .decode = true,
+          .dtype = BLASST_BFLOAT16,
+          .requests = {{positions, keys}, {positions, 70}},
+          .heads = heads,
+          .kv_heads = 1,
+          .head_dim = kLatentSizes.qk,
+          .value_dim = kLatentSizes.value,
+          .values_in_keys = true,
+          .inputs = Inputs::kDrift,
+          .layout = Layout::kPaged,
+          .page_size = 64,
+          .causal = true,
+          .test = BLASST_TEST_RELATIVE,
+          .threshold = 0.3f};
+}
+
+TEST_F(DecodeKernels, Latents) {
+  Seen seen;
+  for (const DType dtype : {BLASST_FLOAT16, BLASST_BFLOAT16}) {
+    for (const auto& [heads, positions, keys] : {std::tuple<int64_t, int64_t, int64_t>{8, 1, 3000},
+                                                 {16, 1, 1500},
+                                                 {16, 4, 500},
+                                                 {64, 1, 700},
+                                                 {96, 1, 300},
+                                                 {128, 1, 300},
+                                                 {128, 2, 300},
+                                                 {128, 4, 130}}) {
+      Case c = latent_case(heads, positions, keys);
+      c.dtype = dtype;
+      expect_agreement(c, seen);
+    }
+  }
+  EXPECT_GT(seen.skipped, seen.decisions / 10);
+}
 
 // Many short requests: work items are groups of splits, not splits.
 TEST_F(DecodeKernels, GroupsOfSplits) {
@@ -166,6 +215,15 @@ Case mixed_case() {
           .per_head = true};
 }
 
+// Of three parts of the heads.
+Case mixed_latent_case() {
+  Case c = mixed_case();
+  c.heads = 96, c.kv_heads = 1;
+  c.head_dim = kLatentSizes.qk, c.value_dim = kLatentSizes.value;
+  c.values_in_keys = true;
+  return c;
+}
+
 std::vector<std::byte> bits_of(const Case& c, bool report) {
   Problem problem(c);
   DeviceProblem(problem, report ? Reports::kAll : Reports::kCounts).run();
@@ -173,9 +231,12 @@ std::vector<std::byte> bits_of(const Case& c, bool report) {
 }
 
 TEST_F(DecodeKernels, DenseIsThresholdZeroIsReported) {
-  for (const int64_t dim : {64, 128, 256}) {
-    Case c = mixed_case();
-    c.head_dim = c.value_dim = dim;
+  std::vector<Case> cases = {mixed_latent_case()};
+  for (const auto [qk, value] : kHeadSizes) {
+    cases.push_back(mixed_case());
+    cases.back().head_dim = qk, cases.back().value_dim = value;
+  }
+  for (Case& c : cases) {
     c.per_request = c.per_head = false;
     c.threshold = 0;
     Case dense = c;
@@ -187,53 +248,58 @@ TEST_F(DecodeKernels, DenseIsThresholdZeroIsReported) {
 }
 
 TEST_F(DecodeKernels, SameBitsInEveryLayoutAndRun) {
-  const std::vector<std::byte> bits = bits_of(mixed_case(), false);
-  for (int run = 0; run < 20; ++run) EXPECT_EQ(bits_of(mixed_case(), run % 2), bits);
-  for (const Layout layout : {Layout::kRagged, Layout::kPaged}) {
-    for (const int64_t page_size : {16, 32, 64, 128, 256}) {
-      Case c = mixed_case();
-      c.layout = layout, c.page_size = page_size, c.head_major = page_size % 64 == 0;
-      EXPECT_EQ(bits_of(c, false), bits) << describe(c);
+  for (const Case& plain : {mixed_case(), mixed_latent_case()}) {
+    const std::vector<std::byte> bits = bits_of(plain, false);
+    for (int run = 0; run < 20; ++run) EXPECT_EQ(bits_of(plain, run % 2), bits);
+    for (const Layout layout : {Layout::kRagged, Layout::kPaged}) {
+      for (const int64_t page_size : {16, 32, 64, 128, 256}) {
+        Case c = plain;
+        c.layout = layout, c.page_size = page_size, c.head_major = page_size % 64 == 0;
+        EXPECT_EQ(bits_of(c, false), bits) << describe(c);
+      }
     }
   }
 }
 
 // Alone a request's work items are splits, in a large batch groups of splits.
 TEST_F(DecodeKernels, SameBitsAloneAndInAnyBatch) {
-  Case c = mixed_case();
-  c.per_request = c.per_head = false;
-  c.requests = {{2, 5000}};
-  const std::vector<std::byte> alone = bits_of(c, false);
-  c.requests.assign(90, {2, 5000});
-  for (size_t b = 1; b < c.requests.size(); ++b) c.requests[b].keys = static_cast<int64_t>(50 * b);
-  std::vector<std::byte> batch = bits_of(c, false);
-  batch.resize(alone.size());
-  EXPECT_EQ(batch, alone);
+  for (Case c : {mixed_case(), mixed_latent_case()}) {
+    c.per_request = c.per_head = false;
+    c.requests = {{2, 5000}};
+    const std::vector<std::byte> alone = bits_of(c, false);
+    c.requests.assign(90, {2, 5000});
+    for (size_t b = 1; b < c.requests.size(); ++b)
+      c.requests[b].keys = static_cast<int64_t>(50 * b);
+    std::vector<std::byte> batch = bits_of(c, false);
+    batch.resize(alone.size());
+    EXPECT_EQ(batch, alone);
+  }
 }
 
 TEST_F(DecodeKernels, GraphSeesNewLengthsAndThresholds) {
-  Case c = mixed_case();
-  c.layout = Layout::kPaged;
-  Problem problem(c);
-  DeviceProblem device(problem, Reports::kCounts);
-  Graph graph([&](cudaStream_t stream) {
-    device.params.execution.stream = stream;
-    device.launch();
-  });
-  device.params.execution.stream = nullptr;
-  for (const float shrink : {1.0f, 0.5f, 0.1f}) {
-    std::vector<int32_t> lengths = problem.lengths;
-    std::vector<float> thresholds = problem.thresholds;
-    for (int32_t& x : lengths) x = static_cast<int32_t>(static_cast<float>(x) * shrink);
-    for (float& x : thresholds) x *= shrink;
-    DeviceProblem::put(device.params.problem.kv.lengths, lengths);
-    DeviceProblem::put(device.params.decision.test.values, thresholds);
-    device.mark();
-    graph.replay();
-    device.download();
-    const std::vector<std::byte> replayed = problem.out_bits();
-    device.run();
-    EXPECT_EQ(replayed, problem.out_bits());
+  for (Case c : {mixed_case(), mixed_latent_case()}) {
+    c.layout = Layout::kPaged;
+    Problem problem(c);
+    DeviceProblem device(problem, Reports::kCounts);
+    Graph graph([&](cudaStream_t stream) {
+      device.params.execution.stream = stream;
+      device.launch();
+    });
+    device.params.execution.stream = nullptr;
+    for (const float shrink : {1.0f, 0.5f, 0.1f}) {
+      std::vector<int32_t> lengths = problem.lengths;
+      std::vector<float> thresholds = problem.thresholds;
+      for (int32_t& x : lengths) x = static_cast<int32_t>(static_cast<float>(x) * shrink);
+      for (float& x : thresholds) x *= shrink;
+      DeviceProblem::put(device.params.problem.kv.lengths, lengths);
+      DeviceProblem::put(device.params.decision.test.values, thresholds);
+      device.mark();
+      graph.replay();
+      device.download();
+      const std::vector<std::byte> replayed = problem.out_bits();
+      device.run();
+      EXPECT_EQ(replayed, problem.out_bits());
+    }
   }
 }
 
@@ -267,12 +333,14 @@ TEST_F(DecodeKernels, GraphTakesRequestsUpToItsBatch) {
 
 TEST_F(DecodeKernels, NotANumber) {
   for (const int64_t key : {5, 700, 1000}) {
-    for (const bool value : {false, true}) {
-      Case c = mixed_case();
+    for (const auto& [plain, value] :
+         {std::pair{mixed_case(), false}, {mixed_case(), true}, {mixed_latent_case(), false}}) {
+      Case c = plain;
       c.requests = {{1, 1100}};
       Problem problem(c);
       const Access access(problem.params);
-      std::memset(value ? access.value(0, key, 1) : access.key(0, key, 1), 0xff, 2);
+      const int64_t head = c.kv_heads - 1;
+      std::memset(value ? access.value(0, key, head) : access.key(0, key, head), 0xff, 2);
       DeviceProblem(problem).run();
       EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
           << key << value;

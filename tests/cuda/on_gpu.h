@@ -45,6 +45,10 @@ inline std::vector<bool> phases() {
   return gpu_kernels().decode ? std::vector<bool>{false, true} : std::vector<bool>{false};
 }
 
+inline std::string name_of_sizes(const testing::TestParamInfo<HeadSizes>& info) {
+  return std::to_string(info.param.qk) + "_" + std::to_string(info.param.value);
+}
+
 // What a call enqueues on a stream, captured.
 class Graph {
  public:

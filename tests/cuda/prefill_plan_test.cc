@@ -46,6 +46,14 @@ INSTANTIATE_TEST_SUITE_P(
           ragged,
           [](P& p) { p.problem.query_lengths = p.problem.cu_seqlens_q; },
           {"query_lengths is set", "dense"}},
+         {"Int8OfTwoSizes",
+          dense,
+          [](P& p) {
+            p.problem.head_dim = 192;
+            p.decision.scores = BLASST_SCORES_INT8;
+          },
+          {"scores in int8", "head_dim 192 and value_dim 128"},
+          BLASST_UNSUPPORTED},
          {"MaximaStride",
           dense,
           [](P& p) {
@@ -123,6 +131,8 @@ TEST(PrefillPlan, NeedsScalarsAlone) {
   EXPECT_EQ(tiles.workspace_bytes, 48u);
   p.problem.head_dim = p.problem.value_dim = 256;
   EXPECT_EQ(plan(p).shape.keys, 64);
+  p.problem.head_dim = 192, p.problem.value_dim = 128;
+  EXPECT_EQ(plan(p).shape.keys, 128);
 }
 
 TEST(PrefillPlan, Int8ScoresNeedRoomForTheKeysBytes) {

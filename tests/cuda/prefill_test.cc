@@ -47,14 +47,14 @@ TEST_P(PrefillRandom, Int8Scores) {
 INSTANTIATE_TEST_SUITE_P(, PrefillRandom, testing::Range<uint64_t>(0, 10));
 
 // Long enough for many items a block, both warpgroups apart, and every stage of every ring.
-Case long_case(DType dtype, int64_t dim) {
+Case long_case(DType dtype, HeadSizes sizes) {
   return {.seed = 7,
           .dtype = dtype,
           .requests = {{1500, 2100}, {1500, 900}},
           .heads = 4,
           .kv_heads = 2,
-          .head_dim = dim,
-          .value_dim = dim,
+          .head_dim = sizes.qk,
+          .value_dim = sizes.value,
           .inputs = Inputs::kDrift,
           .causal = true,
           .test = BLASST_TEST_RELATIVE,
@@ -70,23 +70,24 @@ std::vector<std::byte> bits(Case c, int repeats = 1) {
   return problem.out_bits();
 }
 
-std::vector<Scores> all_scores() {
-  if (!gpu_kernels().int8_scores) return {BLASST_SCORES_EXACT};
+// Int8 takes queries and values of one size.
+std::vector<Scores> scores_of(HeadSizes sizes) {
+  if (sizes.qk != sizes.value || !gpu_kernels().int8_scores) return {BLASST_SCORES_EXACT};
   return {BLASST_SCORES_EXACT, BLASST_SCORES_INT8};
 }
 
-class PrefillDims : public PrefillOnGpu, public testing::WithParamInterface<int64_t> {
+class PrefillDims : public PrefillOnGpu, public testing::WithParamInterface<HeadSizes> {
  protected:
   void SetUp() override {
     PrefillOnGpu::SetUp();
-    if (!IsSkipped() && !std::ranges::count(gpu_kernels().head_dims, GetParam()))
-      GTEST_SKIP() << "no heads of " << GetParam();
+    if (!IsSkipped() && !std::ranges::count(gpu_kernels().sizes, GetParam()))
+      GTEST_SKIP() << "no heads of " << GetParam().qk << " and " << GetParam().value;
   }
 };
 
 TEST_P(PrefillDims, ThresholdZeroIsDense) {
   for (const DType dtype : {BLASST_BFLOAT16, BLASST_FLOAT16}) {
-    for (const Scores scores : all_scores()) {
+    for (const Scores scores : scores_of(GetParam())) {
       Case c = long_case(dtype, GetParam());
       c.scores = scores;
       c.threshold = 0;
@@ -98,7 +99,7 @@ TEST_P(PrefillDims, ThresholdZeroIsDense) {
 }
 
 TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
-  for (const Scores scores : all_scores()) {
+  for (const Scores scores : scores_of(GetParam())) {
     Case c = long_case(BLASST_BFLOAT16, GetParam());
     c.scores = scores;
     const std::vector<std::byte> first = bits(c);
@@ -118,7 +119,7 @@ TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
 // A key that is not finite makes the rows NaN that see it, a query its own row, and no other.
 TEST_P(PrefillDims, NotFiniteReachesItsRows) {
   constexpr int64_t kKey = 300, kRow = 500;
-  for (const Scores scores : all_scores()) {
+  for (const Scores scores : scores_of(GetParam())) {
     for (const float value : {NAN, INFINITY}) {
       Case c = long_case(BLASST_BFLOAT16, GetParam());
       c.scores = scores;
@@ -143,12 +144,12 @@ TEST_P(PrefillDims, NotFiniteReachesItsRows) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(, PrefillDims, testing::Values(64, 128, 256));
+INSTANTIATE_TEST_SUITE_P(, PrefillDims, testing::ValuesIn(kHeadSizes), name_of_sizes);
 
 // Rows that see nothing, and rows whose band and window have little in common.
 TEST_F(PrefillOnGpu, BandsInAWindow) {
   for (const int64_t window : {0, 100}) {
-    Case c = long_case(BLASST_BFLOAT16, 64);
+    Case c = long_case(BLASST_BFLOAT16, {64, 64});
     c.requests = {{300, 400}, {300, 200}};
     c.bands = true;
     c.window_left = window;
@@ -161,11 +162,13 @@ TEST_F(PrefillOnGpu, BandsInAWindow) {
 
 // Requests are found whatever their number of rows, and whether or not the call knows the longest.
 TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
-  for (const auto& [dim, scores] : {std::pair<int64_t, Scores>{64, BLASST_SCORES_EXACT},
-                                    {128, BLASST_SCORES_EXACT},
-                                    {128, BLASST_SCORES_INT8}}) {
+  for (const auto& [sizes, scores] : {std::pair<HeadSizes, Scores>{{64, 64}, BLASST_SCORES_EXACT},
+                                      {{128, 128}, BLASST_SCORES_EXACT},
+                                      {{128, 128}, BLASST_SCORES_INT8},
+                                      {{192, 128}, BLASST_SCORES_EXACT}}) {
     if (scores == BLASST_SCORES_INT8 && !gpu_kernels().int8_scores) continue;
-    Case c = long_case(BLASST_BFLOAT16, dim);
+    if (!std::ranges::count(gpu_kernels().sizes, sizes)) continue;
+    Case c = long_case(BLASST_BFLOAT16, sizes);
     c.scores = scores;
     c.ragged_queries = true;
     c.layout = Layout::kRagged;
@@ -191,7 +194,7 @@ TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
 
 TEST_F(PrefillOnGpu, NothingToDo) {
   for (const Lengths lengths : {Lengths{0, 0}, Lengths{0, 100}, Lengths{70, 0}}) {
-    Case c = long_case(BLASST_BFLOAT16, 128);
+    Case c = long_case(BLASST_BFLOAT16, {128, 128});
     c.requests = {lengths, lengths};
     Problem problem(c);
     EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);

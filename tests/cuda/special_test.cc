@@ -58,11 +58,11 @@ std::string mismatch_on_gpu(Problem& problem) {
 
 // A request without keys, and causal rows before every key.
 TEST_P(SpecialOnGpu, RowsWithoutKeysHaveTheSinkAsLse) {
-  for (const int64_t dim : gpu_kernels().head_dims) {
+  for (const auto [qk, value] : gpu_kernels().sizes) {
     for (const bool sinks : {false, true}) {
       for (const TestKind test : {BLASST_TEST_NONE, BLASST_TEST_RELATIVE}) {
         Case c = plain_case();
-        c.head_dim = c.value_dim = dim;
+        c.head_dim = qk, c.value_dim = value;
         c.requests = {{16, 0}, {16, 10}, {16, 900}};
         c.sinks = sinks;
         c.test = test;
@@ -77,8 +77,8 @@ TEST_P(SpecialOnGpu, RowsWithoutKeysHaveTheSinkAsLse) {
             const float lse = problem.lse[h * 3 * 16 + row];
             if (none) {
               EXPECT_EQ(lse, sinks ? problem.sinks[h] : -kInf) << row;
-              for (int64_t d = 0; d < dim; ++d)
-                EXPECT_EQ(out[(row * c.heads + h) * dim + d], 0) << row;
+              for (int64_t d = 0; d < value; ++d)
+                EXPECT_EQ(out[(row * c.heads + h) * value + d], 0) << row;
             } else {
               EXPECT_TRUE(std::isfinite(lse)) << row;
             }
@@ -151,9 +151,9 @@ TEST_P(SpecialOnGpu, MergeKeepsTheSinkOfAPartWithoutKeys) {
 // NaN, and below zero where a threshold is a probability: the bits of the test that skips nothing,
 // which for relative tests are those of dense attention.
 TEST_P(SpecialOnGpu, ThresholdsThatAreNoneSkipNothing) {
-  for (const int64_t dim : gpu_kernels().head_dims) {
+  for (const auto [qk, value] : gpu_kernels().sizes) {
     Case c = plain_case();
-    c.head_dim = c.value_dim = dim;
+    c.head_dim = qk, c.value_dim = value;
     c.per_head = true;
     for (const TestKind test :
          {BLASST_TEST_RELATIVE, BLASST_TEST_SCALE_FACTOR, BLASST_TEST_ABSOLUTE}) {

@@ -43,9 +43,10 @@ def assert_close(cpu, gpu) -> None:
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_agrees_with_the_cpu(phase: str, dim: int) -> None:
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_agrees_with_the_cpu(phase: str, dim: int, value_dim: int) -> None:
     q, k, v = inputs(2, 3, 700, 8, 2, dim)
+    v = v[..., :value_dim]
     lengths = torch.tensor([700, 333])
     assert_close(*both(q, k, v, causal=True, lengths=lengths, phase=phase))
 
@@ -65,6 +66,33 @@ def test_int8_scores(dim: int) -> None:
         run(scores=scores, threshold=0.3, return_stats=True).stats for scores in ("exact", "int8")
     ]
     assert abs(stats[0].sparsity - stats[1].sparsity) < 0.02
+
+
+@pytest.mark.parametrize(("heads", "positions"), [(16, 1), (128, 2)])
+def test_decode_over_latents(heads: int, positions: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(2, positions, heads, 576, generator=generator).bfloat16()
+    latents = torch.randn(2, 700, 1, 576, generator=generator).bfloat16()
+    lengths = torch.tensor([700, 333])
+    on_device = latents.cuda()
+    options = {"causal": True, "phase": "decode", "return_lse": True}
+    cpu = blasst.attention(
+        q.float(), latents.float(), latents[..., :512].float(), lengths=lengths, **options
+    )
+    gpu = blasst.attention(
+        q.cuda(), on_device, on_device[..., :512], lengths=lengths.cuda(), **options
+    )
+    assert_close(cpu, gpu)
+
+
+def test_latents_whose_values_lie_elsewhere_are_refused() -> None:
+    q, k = torch.zeros(1, 1, 16, 576), torch.zeros(1, 100, 1, 576)
+    q, k = (t.to("cuda", torch.bfloat16) for t in (q, k))
+    with pytest.raises(blasst.NotSupportedError, match="v is not k's first 512 elements"):
+        blasst.attention(q, k, k[..., :512].contiguous(), phase="decode")
+    two = k.expand(-1, -1, 2, -1)
+    with pytest.raises(blasst.NotSupportedError, match="kv_heads is 2"):
+        blasst.attention(q, two, two[..., :512], phase="decode")
 
 
 def test_decode_has_exact_scores_only() -> None:

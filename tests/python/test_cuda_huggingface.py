@@ -8,6 +8,7 @@ import blasst
 from blasst import Threshold
 from blasst.methods import bsfa
 from blasst.versions import cache_name
+from latent_models import make_latent_model, present
 from recency_model import make_recency_model, make_tokenizer
 from tiny_models import MODELS, VOCABULARY, make_model
 
@@ -89,6 +90,41 @@ def test_decode_with_a_static_cache(compiled: bool) -> None:
         return torch.cat(logits, 1)
 
     own, ours = errors("llama", run)
+    assert ours < 2 * own
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("name", [n for n in ("DeepseekV2", "DeepseekV3") if n in present()])
+@torch.inference_mode()
+def test_latent_attention(name: str, absorbed: bool) -> None:
+    ids = tokens(2, 300)
+    sizes = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+
+    def run(implementation: str, dtype: torch.dtype) -> torch.Tensor:
+        # Without experts, of which rounding may choose others.
+        model = make_latent_model(
+            name,
+            implementation,
+            first_k_dense_replace=2,
+            initializer_range=0.1,
+            kv_lora_rank=512,
+            **sizes,
+        )
+        model.to("cuda", dtype)
+        cache = DynamicCache(config=model.config)
+        if absorbed and implementation == "blasst":
+            blasst.absorb(model)
+            cache = blasst.latent_cache(model)
+        options = {cache_name(type(model)): cache}
+        parts = [model(ids[:, :290], **options).logits]
+        parts += [model(ids[:, i : i + 1], **options).logits for i in range(290, 300)]
+        return torch.cat(parts, 1).float()
+
+    exact = run("eager", torch.float32)
+    own, ours = (
+        (run(implementation, torch.bfloat16) - exact).norm()
+        for implementation in ("eager", "blasst")
+    )
     assert ours < 2 * own
 
 

@@ -63,7 +63,9 @@ def make_model(name: str, implementation: str = "blasst", **options) -> PreTrain
 def asked(module: torch.nn.Module, phase: str, keys: int = 4096) -> dict:
     """Threshold and order of a layer for one request of so many keys."""
     query, lengths = torch.zeros(1, 1, 4, 16), torch.tensor([keys])
-    return options_of(module, Pass(phase, query, 4, keys, lambda: lengths, lengths.tolist, {}))
+    return options_of(
+        module, Pass(phase, query, query.shape[-1], 4, keys, lambda: lengths, lengths.tolist, {})
+    )
 
 
 def with_quiet_tokens(model: PreTrainedModel) -> PreTrainedModel:

@@ -100,7 +100,7 @@ class Collector:
         taken = take(module, phase, query, key, value)
         asked = _asked(module, phase, taken, kwargs, scores)
         inputs = asked.inputs
-        self._into.tile_shapes[phase] = _tile_of(self._setup.operator, phase, *inputs[:2])
+        self._into.tile_shapes[phase] = _tile_of(self._setup.operator, phase, *inputs)
         return taken.finish(self._measure(asked)), None
 
     def _measure(self, asked: _Asked) -> Tensor:
@@ -200,9 +200,11 @@ def _asked(
     return _Asked(module, phase, inputs, taken, options)
 
 
-def _tile_of(operator: hf.operator.Operator, phase: str, q: Tensor, k: Tensor) -> tuple[int, int]:
+def _tile_of(
+    operator: hf.operator.Operator, phase: str, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[int, int]:
     """Query rows, in decode those of a KV head, and keys of the tiles that are measured."""
-    rows, keys = operator.tile_of(phase, q.device, q.dtype, q.shape[-1])
+    rows, keys = operator.tile_of(phase, q.device, q.dtype, q.shape[-1], v.shape[-1])
     return (q.shape[2] // k.shape[2] if phase == "decode" else rows), keys
 
 

@@ -198,15 +198,16 @@ def operator_for(
                 f"tile_shape is {shape!r}; it must be (query rows, keys), like (64, 128)"
             )
     weight, layers = next(model.parameters()), attention_layers(model)
-    sizes = {size for layer in layers.values() if (size := _query_size(layer)) is not None}
-    own = {p: {tile_of(p, weight.device, weight.dtype, d) for d in sizes} for p in PHASES}
+    sizes = {size for layer in layers.values() if (size := _head_sizes(layer)) is not None}
+    own = {p: {tile_of(p, weight.device, weight.dtype, *d) for d in sizes} for p in PHASES}
     wanted = {phase: by_phase.get(phase, min(own[phase])) for phase in PHASES}
     return KERNELS if all(_are_all(own[p], p, wanted[p]) for p in PHASES) else Emulation(wanted)
 
 
-def _query_size(layer: nn.Module) -> int | None:
-    """Elements of a query, where the layer says so."""
-    return getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+def _head_sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """Elements of a query and of a value, where the layer says so."""
+    size = getattr(layer, "qk_head_dim", None) or getattr(layer, "head_dim", None)
+    return size and (size, getattr(layer, "v_head_dim", None) or size)
 
 
 def _are_all(own: set[tuple[int, int]], phase: str, wanted: tuple[int, int]) -> bool:

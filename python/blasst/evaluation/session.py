@@ -14,7 +14,7 @@ from blasst.config.laws import on_host
 from blasst.evaluation.clock import now
 from blasst.evaluation.options import Options
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
-from blasst.heads import query_size
+from blasst.heads import query_size, value_size
 from blasst.hf import Recording, Threshold, configure, dense_on_purpose, recording_with
 from blasst.hf.models import Loaded, check_length, sparse_layers
 from blasst.hf.operator import current
@@ -138,8 +138,9 @@ class Session:
     def thresholds(self, setting: Setting, length: int) -> tuple[float, float, float]:
         """Lowest, median and highest of a calibrated setting's prefill of so many tokens."""
         config = self.config.with_targets(prefill=setting.target)
-        size = query_size(self.model.config.get_text_config())
-        tile = current().tile_of("prefill", self.model.device, self.model.dtype, size)
+        text = self.model.config.get_text_config()
+        sizes = query_size(text), value_size(text)
+        tile = current().tile_of("prefill", self.model.device, self.model.dtype, *sizes)
         rules = config.rules("prefill", on_host([length], torch.float64), length, tile)
         values = torch.cat([rules.of_layer(layer).flatten() for layer in self.layers])
         return values.min().item(), values.median().item(), values.max().item()

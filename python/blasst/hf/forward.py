@@ -73,7 +73,7 @@ def attention_forward(
     share = share_of(module, heads)
     result = operator.current().attention(
         **_layout(*inputs, ranges, sequences),
-        **_test(module, phase, inputs[0], mask, lengths, share),
+        **_test(module, phase, inputs, mask, lengths, share),
         **_visit(module, phase, inputs, lengths, share, causal),
         phase=phase,
         causal=causal,
@@ -100,18 +100,20 @@ def attention_forward(
 def _test(
     module: nn.Module,
     phase: str,
-    query: Tensor,
+    inputs: Inputs,
     mask: Tensor | None,
     lengths: "_Lengths",
     share: Share | None,
 ) -> dict[str, Any]:
     """Thresholds, those of this process's heads, order and scores."""
+    query, value_dim = inputs[0], inputs[2].shape[-1]
     if torch.compiler.is_compiling():
-        test = options_when_compiled(module, phase, query, lengths.room, lengths.tensor)
+        test = options_when_compiled(module, phase, query, value_dim, lengths.room, lengths.tensor)
     else:
         one_pass = Pass(
             phase,
             query,
+            value_dim,
             query.shape[2] if share is None else share.total,
             lengths.room,
             lengths.tensor,

@@ -98,6 +98,7 @@ class Pass(NamedTuple):
     """"prefill" or "decode"."""
     query: Tensor
     """For its device, type and head_dim."""
+    value_dim: int
     heads: int
     """Of the layer, those of other processes too."""
     room: int
@@ -109,7 +110,7 @@ class Pass(NamedTuple):
     noted: dict[Any, Any]
     """Kept from layer to layer."""
     tile_of: Callable[..., tuple[int, int]] = tile_of
-    """Of a phase, device, type and head_dim: query rows and keys of the tiles that decide."""
+    """Of a phase, device, type and sizes: query rows and keys of the tiles that decide."""
 
 
 def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
@@ -130,11 +131,11 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     scores = read.scores(kind, call.phase, place.name or "")
     if not read.is_sparse(kind, place.layer, call.phase, place.name):
         return {"scores": scores}
-    device, size = call.query.device, call.query.shape[-1]
-    key = id(read), call.phase, call.room, device, size
+    device, sizes = call.query.device, (call.query.shape[-1], call.value_dim)
+    key = id(read), call.phase, call.room, device, sizes
     of, rules = call.noted.get(key, (None, None))
     if of is not read:
-        tile = call.tile_of(call.phase, device, call.query.dtype, size)
+        tile = call.tile_of(call.phase, device, call.query.dtype, *sizes)
         read.tell(call.phase, tile, call.known)
         rules = read.rules(call.phase, call.lengths(), call.room, tile)
         layers = getattr(module.config, "num_hidden_layers", None)
@@ -154,7 +155,12 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
 
 
 def options_when_compiled(
-    module: nn.Module, phase: str, query: Tensor, keys: int, lengths: Callable[[], Tensor]
+    module: nn.Module,
+    phase: str,
+    query: Tensor,
+    value_dim: int,
+    keys: int,
+    lengths: Callable[[], Tensor],
 ) -> dict[str, Any]:
     """The same of a pass that is being compiled, for which lengths is a tensor."""
     configured = vars(module).get("blasst_thresholds")
@@ -163,7 +169,8 @@ def options_when_compiled(
     scores = _scores_of(id(module), phase)
     if getattr(module, "blasst_targets", {}).get(phase) == 0:  # looks, so another compiles anew
         return {"scores": scores}
-    schedule = _schedule_of(id(module), phase, query.dtype, int(query.shape[-1]))
+    sizes = int(query.shape[-1]), int(value_dim)
+    schedule = _schedule_of(id(module), phase, query.dtype, *sizes)
     if schedule is None:
         return {"scores": scores}
     schedule = schedule.of_call(keys)
@@ -172,7 +179,9 @@ def options_when_compiled(
 
 
 @torch.compiler.assume_constant_result
-def _schedule_of(identity: int, phase: str, dtype: torch.dtype, head_dim: int) -> Schedule | None:
+def _schedule_of(
+    identity: int, phase: str, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> Schedule | None:
     """What a compiled pass computes thresholds from; it keeps what held when it was compiled."""
     module = module_of(identity)
     found = _calibration_of(module, {})
@@ -180,7 +189,7 @@ def _schedule_of(identity: int, phase: str, dtype: torch.dtype, head_dim: int) -
         return None
     read, place = found
     weight = next(module.parameters())
-    tile = tile_of(phase, weight.device, dtype, head_dim)
+    tile = tile_of(phase, weight.device, dtype, head_dim, value_dim)
     schedule = read.schedule(type(module).__name__, place.layer, phase, place.name, tile)
     return schedule and schedule.to(weight.device)
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from blasst.files import open_tensors, replace_file
-from blasst.heads import query_size
+from blasst.heads import query_size, value_size
 from blasst.hf import DENSE, Recording, Threshold, configure, recording_with
 from blasst.hf.models import (
     check_length,
@@ -225,7 +225,8 @@ class AbsoluteThresholds:
 
 def _tile_of(model: PreTrainedModel) -> tuple[int, int]:
     """The tile on which the model's prefill decides where it is now."""
-    return prefill_tile(model.device, query_size(model.config.get_text_config()))
+    text = model.config.get_text_config()
+    return prefill_tile(model.device, query_size(text), value_size(text))
 
 
 class _Prompts(Recording):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from blasst.ops.library import GAP_BINS, arguments_of, key_tiles, tile_of
+from blasst.ops.library import GAP_BINS, arguments_of, decode_tile_heads, key_tiles, tile_of
 
 
 def _check_devices(arguments: dict[str, object], first: str) -> None:
@@ -56,9 +56,13 @@ def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tup
     """
     ranges = {name: getattr(a, name) for name in ("cu_seqlens_k", "page_table", "max_seqlen_k")}
     keys = key_tiles(operator, a.q, a.k, **ranges)
+    sizes = [int(t.shape[-1]) for t in (a.q, a.v)]
     if operator.startswith("decode"):
-        return a.k.shape[-2], batch, keys
-    query_rows, _ = tile_of("prefill", a.q.device, a.q.dtype, int(a.q.shape[-1]))
+        if a.q.device.type != "cuda":
+            return a.k.shape[-2], batch, keys
+        q = a.q.device, a.q.dtype, int(a.q.shape[-2]), int(a.q.shape[1])
+        return decode_tile_heads(*q, int(a.k.shape[-2]), *sizes), batch, keys
+    query_rows, _ = tile_of("prefill", a.q.device, a.q.dtype, *sizes)
     if a.cu_seqlens_q is not None:
         most = (rows + batch * (query_rows - 1)) // query_rows
         return a.q.shape[-2], torch.sym_min(rows, most), keys

@@ -185,19 +185,42 @@ QUERY_ROWS, KEYS = plan("prefill", torch.device("cpu"), torch.float32, head_dim=
 _cached_plan = cache(plan)
 
 
-def tile_of(phase: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
-    """Query rows and keys of the tile that a phase decides on; decode: of one row a KV head."""
-    return _cached_plan(phase, device, dtype, head_dim=head_dim)[:2]
+def tile_of(
+    phase: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int | None = None,
+) -> tuple[int, int]:
+    """Query rows and keys of the tile that a phase decides on; decode: of one row a KV head.
+
+    value_dim: default: head_dim.
+    """
+    return _cached_plan(phase, device, dtype, head_dim=head_dim, value_dim=value_dim)[:2]
+
+
+def decode_tile_heads(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    query_length: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+) -> int:
+    """KV heads, or the parts of them in which query heads decide, of a decode's report of tiles."""
+    sizes = {"head_dim": head_dim, "value_dim": value_dim, "query_length": query_length}
+    return _cached_plan("decode", device, dtype, heads=heads, kv_heads=kv_heads, **sizes).heads
 
 
 # To say so earlier would import all of torch's compiler, which takes seconds.
 when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(tile_of))
 
 
-def prefill_tile(device: torch.device, head_dim: int) -> tuple[int, int]:
+def prefill_tile(device: torch.device, head_dim: int, value_dim: int) -> tuple[int, int]:
     """Query rows and keys of the tile on which prefill decides on this kind of device."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return tile_of("prefill", device, dtype, head_dim)
+    return tile_of("prefill", device, dtype, head_dim, value_dim)
 
 
 def key_tiles(

@@ -42,14 +42,16 @@ __device__ __forceinline__ void wait_for_items() {
 
 template <typename T, int kValueDim>
 class Combine {
-  static constexpr int kElements = kValueDim / 32;  // of a lane: pairs, 64 elements apart
+  static constexpr int kSlices = combine_slices(kValueDim);
+  static constexpr int kSlice = kValueDim / kSlices;
+  static constexpr int kElements = kSlice / 32;  // of a lane: pairs, 64 elements apart
   using Result = RowResult<kElements>;
 
  public:
   struct Shared {
     float m[kMostGroups], l[kMostGroups];
     SkippedMass mass[kMostGroups];
-    float o[kMostGroups][kValueDim];
+    float o[kMostGroups][kSlice];
   };
 
   __device__ __forceinline__ Combine(const Params& p, const Plan& plan, Shared& shared)
@@ -63,13 +65,14 @@ class Combine {
         log2_scale_(plan.unit_scale * kLog2e) {}
 
   __device__ __forceinline__ void run() {
-    const int rows = p_.batch * p_.kv_heads * plan_.rows;
-    const bool grouped = plan_.item_splits == kGroupSplits;
-    const int index = grouped ? blockIdx.x * warps_ + warp_ : blockIdx.x;
-    if (index >= rows) return;
-    find(index);
+    const int slices = p_.batch * p_.kv_heads * plan_.rows * kSlices;
+    const bool in_warp = adds_in_warp(plan_);
+    const int index = in_warp ? blockIdx.x * warps_ + warp_ : blockIdx.x;
+    if (index >= slices) return;
+    slice_ = index % kSlices;
+    find(index / kSlices);
     wait_for_items();
-    grouped ? add_groups() : add_splits();
+    in_warp ? add_in_warp() : add_splits();
   }
 
  private:
@@ -87,12 +90,13 @@ class Combine {
     splits_ = ceil_div(tiles_, split_tiles(tiles_, plan_.least_split_tiles, plan_.most_splits));
   }
 
-  __device__ __forceinline__ void add_groups() {
-    const int groups = ceil_div(splits_, kGroupSplits);
+  // Whole groups, or the splits of one.
+  __device__ __forceinline__ void add_in_warp() {
+    const int items = ceil_div(splits_, plan_.item_splits);
     Result total;
-    for (int g = 0; g < groups; g += kGroupSplits)
-      add_items(g, min(kGroupSplits, groups - g), g > 0, total);
-    count_tiles(groups);
+    for (int i = 0; i < items; i += kGroupSplits)
+      add_items(i, min(kGroupSplits, items - i), i > 0, total);
+    count_tiles(items);
     write(total);
   }
 
@@ -143,7 +147,7 @@ class Combine {
   __device__ __forceinline__ Result load(int item) const {
     const int64_t slot = first_slot_ + item * p_.kv_heads;
     const float* statistics = plan_.statistics + slot * kStatistics * plan_.rows + row_;
-    const float* partial = plan_.partial + (slot * plan_.rows + row_) * kValueDim;
+    const float* partial = plan_.partial + (slot * plan_.rows + row_) * kValueDim + slice_ * kSlice;
     Result result;
     result.m = statistics[0];
     result.l = statistics[plan_.rows];
@@ -157,7 +161,7 @@ class Combine {
   }
 
   __device__ __forceinline__ void count_tiles(int items) const {
-    if (position_ != 0) return;
+    if (position_ != 0 || slice_ != 0) return;
     const int64_t cell = int64_t{request_} * p_.heads + head_;
     if (p_.report.visitable && lane_ == 0) p_.report.visitable[cell] = tiles_;
     if (!p_.report.skipped) return;
@@ -169,7 +173,7 @@ class Combine {
 
   __device__ __forceinline__ void write(Result& total) const {
     T* out = static_cast<T*>(p_.out.data) + request_ * p_.out.stride_request +
-             position_ * p_.out.stride_token + head_ * p_.out.stride_head;
+             position_ * p_.out.stride_token + head_ * p_.out.stride_head + slice_ * kSlice;
     const int64_t cell = (int64_t{head_} * p_.batch + request_) * p_.query_length + position_;
     const bool none = total.m == -INFINITY && total.l == 0;  // no valid key
     if (!none && p_.sinks) {
@@ -184,7 +188,7 @@ class Combine {
       const uint32_t pair = pack2<T>(total.o[i] * inverse, total.o[i + 1] * inverse);
       *reinterpret_cast<uint32_t*>(out + element(i)) = pair;
     }
-    if (lane_ != 0) return;
+    if (lane_ != 0 || slice_ != 0) return;
     if (p_.report.lse) {
       const float of_none = p_.sinks ? p_.sinks[head_] : -INFINITY;
       p_.report.lse[cell] = none ? of_none : total.m * plan_.unit_scale + logf(total.l);
@@ -200,6 +204,7 @@ class Combine {
   const float log2_scale_;
   int request_, head_, position_;
   int row_;  // of the KV head
+  int slice_;
   int tiles_, splits_;
   int first_slot_;  // of the request and KV head's items
 };

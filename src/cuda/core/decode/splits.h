@@ -93,6 +93,17 @@ BLASST_HOST_DEVICE int index_of(ItemPlace place, int item_slots, int kv_heads) {
 // over items that short requests do not have.
 inline int chunk_items(int items, int blocks) { return std::clamp(items / (64 * blocks), 1, 32); }
 
+// The combining kernel takes a row of many elements as so many rows.
+BLASST_HOST_DEVICE constexpr int combine_slices(int value_dim) {
+  return value_dim > 256 ? value_dim / 256 : 1;
+}
+
+// Whether the combining kernel adds a row's items in one warp: groups, or so few splits that they
+// are one.
+BLASST_HOST_DEVICE bool adds_in_warp(const Plan& plan) {
+  return plan.item_splits == kGroupSplits || plan.item_slots <= kGroupSplits;
+}
+
 // Warps of a block of the combining kernel: many for one row, or little for many.
 inline int combine_warps(int64_t rows) { return rows <= kSlots ? 8 : 4; }
 

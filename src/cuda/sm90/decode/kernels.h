@@ -24,6 +24,8 @@ Kernels find_kernels_of<64, 64>(Element element, int rows, Variant variant);
 template <>
 Kernels find_kernels_of<128, 128>(Element element, int rows, Variant variant);
 template <>
+Kernels find_kernels_of<192, 128>(Element element, int rows, Variant variant);
+template <>
 Kernels find_kernels_of<256, 256>(Element element, int rows, Variant variant);
 
 }  // namespace blasst::cuda::decode

@@ -8,8 +8,12 @@
 #include "cuda/core/runtime.h"
 #include "cuda/sm90/core/tensor_map.h"
 #include "cuda/sm90/decode/kernels.h"
+#include "cuda/sm90/decode/latent/kernels.h"
+#include "cuda/sm90/decode/latent/layout.cuh"
+#include "cuda/sm90/decode/latent/shape.h"
 #include "cuda/sm90/decode/launch.h"
 #include "cuda/sm90/decode/layout.cuh"
+#include "cuda/sm90/decode/shape.h"
 
 namespace blasst::cuda::decode {
 namespace {
@@ -28,11 +32,14 @@ Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_len
                int value_dim) {
   Plan plan{};
   plan.rows = heads / kv_heads * query_length;
-  plan.least_split_tiles = least_split_tiles(plan.rows);
-  plan.most_splits = most_splits(kv_heads);
+  const SplitRule rule = split_rule(plan.rows, kv_heads, value_dim);
+  plan.least_split_tiles = rule.least_tiles;
+  plan.most_splits = rule.most;
   const int splits = split_slots(key_length, plan.least_split_tiles, plan.most_splits);
   plan.item_splits =
-      item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), plan.rows, value_dim);
+      latent::is_latent(value_dim)
+          ? 1
+          : item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), plan.rows, value_dim);
   plan.item_slots = ceil_div(splits, plan.item_splits);
   const int64_t items = int64_t{batch} * kv_heads * plan.item_slots;
   if (items > 1 << 30)
@@ -57,6 +64,28 @@ std::size_t place(Plan& plan, int value_dim, std::byte* workspace) {
   plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.items) * sizeof(int)));
   plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
   return at;
+}
+
+// How a launch's items are dealt out to `most_blocks` blocks.
+Plan plan_chunks(Plan plan, int most_blocks) {
+  const int blocks = std::min(plan.items, most_blocks);
+  plan.chunk = chunk_items(plan.items, blocks);
+  if (blocks * plan.chunk >= plan.items) plan.next_item = nullptr;
+  return plan;
+}
+
+// The same of latents: an item is several splits, each with a result of its own.
+Plan latent_work(Plan plan, const Params& p, int most_blocks) {
+  const int tiles = ceil_div(p.keys.length, kTileKeys);
+  const int64_t pairs = int64_t{p.batch} * p.kv_heads;
+  plan.item_splits = latent::splits_of_item(
+      pairs, plan.item_slots, split_tiles(tiles, plan.least_split_tiles, plan.most_splits),
+      most_blocks);
+  plan.item_slots = ceil_div(plan.item_slots, plan.item_splits);
+  plan.items = static_cast<int>(pairs * plan.item_slots);
+  plan.chunk = 1;
+  if (most_blocks >= plan.items) plan.next_item = nullptr;
+  return plan;
 }
 
 Variant variant_of(const Params& p) {
@@ -100,25 +129,33 @@ void launch(const Launch& l) {
   const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, l.element, 1, plan.box_tokens);
   const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l.element, 1, plan.box_tokens);
 
-  const Kernels kernels = find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
+  const bool latents = latent::is_latent(l.value_dim);
+  const Kernels kernels =
+      latents ? latent::find_kernels(l.element, variant_of(p))
+              : find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
   allow_shared_memory(kernels.attend, kernels.shared_bytes);
   allow_shared_memory(kernels.combine, 0);  // loads it
-  const int blocks = std::min(plan.items, multiprocessors() * kernels.blocks);
-  plan.chunk = chunk_items(plan.items, blocks);
-  if (blocks * plan.chunk >= plan.items) plan.next_item = nullptr;
+  const int most_blocks = multiprocessors() * kernels.blocks;
+  const Plan work = latents ? latent_work(plan, p, most_blocks) : plan_chunks(plan, most_blocks);
+  const int blocks = std::min(work.items, most_blocks);
 
   clear_report(p, stream);
-  clear(plan.next_item, sizeof(int), stream);
-  enqueue(kernels.attend, blocks, kThreads, kernels.shared_bytes, stream, {&p, &plan, &q, &k, &v});
+  clear(work.next_item, sizeof(int), stream);
+  if (latents)
+    enqueue(kernels.attend, blocks, latent::kBlockThreads, kernels.shared_bytes, stream,
+            {&p, &work, &plan.item_slots, &q, &k});
+  else
+    enqueue(kernels.attend, blocks, kThreads, kernels.shared_bytes, stream,
+            {&p, &work, &q, &k, &v});
 
   // The combining kernel is set up while the attention kernel runs, and waits for its results.
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  const int rows = p.batch * p.kv_heads * plan.rows;
-  const int warps = combine_warps(rows);
-  config.gridDim = dim3(plan.item_splits == kGroupSplits ? ceil_div(rows, warps) : rows);
+  const int slices = p.batch * p.kv_heads * plan.rows * combine_slices(l.value_dim);
+  const int warps = combine_warps(slices);
+  config.gridDim = dim3(adds_in_warp(plan) ? ceil_div(slices, warps) : slices);
   config.blockDim = dim3(32 * warps);
   config.stream = stream;
   config.attrs = &early;

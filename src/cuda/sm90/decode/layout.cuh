@@ -52,7 +52,7 @@ struct Layout {
   using Probabilities = Panels<kRows, kTileKeys>;
 
   // Two blocks share a multiprocessor where 113 KiB and 168 registers a thread are enough.
-  static constexpr int kBlocks = kValueDim == 256 || kRows > 16 ? 1 : 2;
+  static constexpr int kBlocks = kValueDim == 256 || kRows > (kQkDim == 192 ? 8 : 16) ? 1 : 2;
 
   // Kept tiles whose values are on their way, and the one that is added.
   static constexpr int kValueStages = kValueDim == 256 ? (kRows > 16 ? 2 : 3)

@@ -5,14 +5,19 @@
 #include "cuda/core/checks.h"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/plan.h"
+#include "cuda/sm90/decode/latent/shape.h"
+#include "cuda/sm90/decode/shape.h"
 #include "problem/checks.h"
+#include "problem/parts.h"
 
 namespace blasst::cuda::decode {
 namespace {
 
+using problem::head_parts;
 using problem::Phase;
 
-constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {256, 256}};
+constexpr HeadSizes kSizes[] = {
+    {64, 64}, {128, 128}, {192, 128}, {256, 256}, {latent::kQkDim, latent::kValueDim}};
 
 void check_decode(const AttentionParams& params) {
   const blasst_problem& p = params.problem;
@@ -20,7 +25,11 @@ void check_decode(const AttentionParams& params) {
   if (p.query_layout == BLASST_LAYOUT_RAGGED)
     refuse("query_layout is ragged; decode does dense queries");
   if (p.query_lengths) refuse("query_lengths is set; decode's requests use all of their rows");
-  if (rows > kMaxRows)
+  const bool latents = latent::is_latent(p.value_dim);
+  if (latents && p.kv_heads != 1)
+    refuse("kv_heads is {}; a decode over latents (head_dim {}, value_dim {}) has 1", p.kv_heads,
+           p.head_dim, p.value_dim);
+  if (!latents && rows > kMaxRows)
     refuse(
         "decode of {} query heads for each KV head at {} positions, {} rows; it does {} rows at "
         "most",
@@ -32,23 +41,46 @@ void check_decode(const AttentionParams& params) {
   if (params.report.tile_maxima) refuse("report.tile_maxima is set; decode does not report them");
 }
 
+// The kernel reads a latent once, as key and as value.
+void check_values_in_keys(const blasst_problem& p) {
+  const View &k = p.kv.k, &v = p.kv.v;
+  const auto [outer, tokens] = problem::key_tensor(p);
+  if (problem::most_keys(p) == 0 || outer == 0) return;
+  if (v.data == k.data && v.stride_token == k.stride_token &&
+      (v.stride_request == k.stride_request || outer == 1))
+    return;
+  refuse(
+      "v is not k's first {} elements in their memory (data {} and {}, stride_token {} and {}, "
+      "stride_request {} and {}); a decode over latents takes v as a view of k",
+      p.value_dim, v.data, k.data, v.stride_token, k.stride_token, v.stride_request,
+      k.stride_request);
+}
+
+// Query heads that decide together, and their KV heads: of latents, several parts of the one.
+int parts_of(const blasst_problem& p) {
+  const int64_t parts = latent::is_latent(p.value_dim) ? head_parts(p, latent::kMostRows) : 1;
+  return static_cast<int>(p.kv_heads * parts);
+}
+
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
   check_supported(params, Phase::kDecode, kSizes);
   check_decode(params);
   const blasst_problem& p = params.problem;
-  const int rows = static_cast<int>(p.heads / p.kv_heads * p.query_length);
+  const int parts = parts_of(p);
+  const auto rows = static_cast<int>(p.heads / parts * p.query_length);
+  const SplitRule rule = split_rule(rows, parts, static_cast<int>(p.value_dim));
   const TileShape shape{.query_rows = rows,
                         .keys = kTileKeys,
-                        .split_tiles = least_split_tiles(rows),
-                        .most_splits = most_splits(static_cast<int>(p.kv_heads))};
+                        .split_tiles = rule.least_tiles,
+                        .most_splits = rule.most};
   problem::check_tiles("cuda", params.decision, shape);
   return problem::geometry(p, Phase::kDecode, shape);
 }
 
 std::size_t workspace_bytes(const blasst_problem& p) {
-  return decode::workspace_bytes(static_cast<int>(p.batch), static_cast<int>(p.heads),
-                                 static_cast<int>(p.kv_heads), static_cast<int>(p.query_length),
+  return decode::workspace_bytes(static_cast<int>(p.batch), static_cast<int>(p.heads), parts_of(p),
+                                 static_cast<int>(p.query_length),
                                  static_cast<int>(problem::most_keys(p)),
                                  static_cast<int>(p.value_dim));
 }
@@ -67,6 +99,8 @@ Launch plan_launch(const AttentionParams& params) {
   plan_shapes(l, params);
   plan_queries(l, params.problem);
   plan_keys(l, params.problem);
+  l.params.kv_heads = parts_of(params.problem);
+  if (latent::is_latent(l.value_dim)) check_values_in_keys(params.problem);
   l.params.scale = scale_of(params.problem);
   plan_mask_and_test(l.params, params);
   plan_report(l.params, params.report, geometry);

@@ -36,6 +36,32 @@ __device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int
   return item.begin < item.end;
 }
 
+// What an item scores: the first tiles of the whole visit, if it begins later, and its own.
+struct Step {
+  int position;  // in the visit
+  int flags;
+};
+__device__ __forceinline__ int seeds_of(const Item& item) {
+  return item.begin > 0 ? BLASST_SEED_TILES : 0;
+}
+__device__ __forceinline__ int steps_of(const Item& item) {
+  return seeds_of(item) + item.end - item.begin;
+}
+__device__ __forceinline__ Step step_of(const Item& item, int i) {
+  const int seeds = seeds_of(item), last = steps_of(item) - 1;
+  const int position = i < seeds ? i : item.begin + i - seeds;
+  int flags =
+      (i == 0) * kFirstOfItem | (i == last) * kLastOfItem | (position < BLASST_SEED_TILES) * kSeed;
+  if (i < seeds) {
+    flags |= kOnlySeed | (i == seeds - 1) * kLastSeed;
+  } else {
+    const int of_split = (position - item.begin) % item.split_tiles;
+    flags |= (of_split == 0) * kFirstOfSplit;
+    flags |= (of_split == item.split_tiles - 1 || i == last) * kLastOfSplit;
+  }
+  return {position, flags};
+}
+
 // Copies of a tile: pages, or one box. Those wholly beyond the request's keys are left out.
 __device__ __forceinline__ int boxes_of(const Params& p, const Plan& plan, int keys, int tile) {
   if (!p.keys.page_table) return 1;
@@ -110,24 +136,11 @@ class Producer {
     float thresholds[kOwnRows] = {};
     if constexpr (kTests) ask_for_thresholds(item, thresholds);
     feed_queries(item);
-    const int seeds = item.begin > 0 ? BLASST_SEED_TILES : 0;
     const Range visit{item.tile_begin, item.tile_end};
-    const auto tile_of = [&](int i) {
-      return tile_at(p_.order, visit, i < seeds ? i : item.begin + i - seeds);
-    };
-    const int count = seeds + item.end - item.begin;
+    const int count = steps_of(item);
     for (int i = 0; i < count; ++i) {
-      const int position = i < seeds ? i : item.begin + i - seeds;
-      int flags = (i == 0) * kFirstOfItem | (i == count - 1) * kLastOfItem |
-                  (position < BLASST_SEED_TILES) * kSeed;
-      if (i < seeds) {
-        flags |= kOnlySeed | (i == seeds - 1) * kLastSeed;
-      } else {
-        const int of_split = (position - item.begin) % item.split_tiles;
-        flags |= (of_split == 0) * kFirstOfSplit;
-        flags |= (of_split == item.split_tiles - 1 || i == count - 1) * kLastOfSplit;
-      }
-      feed_keys(item, tile_of(i), flags);
+      const Step step = step_of(item, i);
+      feed_keys(item, tile_at(p_.order, visit, step.position), step.flags);
       // Keys come first: the ring has room for these whether or not the item has begun.
       if (kTests && i == min(count, L::kKeyStages) - 1) feed_thresholds(item, thresholds);
     }

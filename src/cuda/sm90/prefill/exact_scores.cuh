@@ -23,21 +23,25 @@ class ExactScores {
   using Score = float;
   using Tile = Score[C::kKeys / 2];  // a thread's share
   static constexpr Score kMasked = -INFINITY;
-  // Three warpgroups, or wider outputs, leave no room for them.
-  static constexpr bool kQueriesInRegisters = C::kQkDim == 128;
+  // Steps whose queries stay in registers: the others read them from shared memory every time.
+  // Three warpgroups, or wider outputs, leave no room for any.
+  static constexpr int kHeldSteps = C::kQkDim == 128 || C::kQkDim == 192 ? 8 : 0;
+  static constexpr bool kQueriesInRegisters = kHeldSteps == kSteps;
 
   // This warpgroup's queries, from shared memory, as the first operand of wgmma: for each 16
   // elements of d, 16 x 16 in four 8 x 8 matrices a warp.
   __device__ __forceinline__ void load_queries(const Params&, const Work&, Shared& s,
                                                ThreadPlace at) {
-    if constexpr (kQueriesInRegisters) {
+    if constexpr (kHeldSteps > 0) {
       const int lane = at.lane(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;
       const uint32_t base = ptx::shared_address(s.query[at.warpgroup]) + row * kPanelRowBytes;
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
+      for (int step = 0; step < kHeldSteps; ++step) {
         const int vector = (step % 4 * 2 + lane / 16) ^ (row % 8);  // the copy engine's swizzle
         ptx::load_matrices(q_[step], base + step / 4 * L::Queries::kPanelBytes + 16 * vector);
       }
+    }
+    if constexpr (kQueriesInRegisters) {
       __syncwarp();
       ptx::mbarrier_arrive_if(address(s.barriers.query_empty), at.lane() == 0);
     }
@@ -55,7 +59,7 @@ class ExactScores {
       const int panel = step / 4, within = step % 4 * 32;
       const uint64_t a = ptx::advance(q, panel * L::Queries::kPanelBytes + within);
       const uint64_t b = ptx::advance(k, panel * L::Keys::kPanelBytes + within);
-      if constexpr (kQueriesInRegisters)
+      if (step < kHeldSteps)
         step == 0 ? Product::first_registers(t, q_[step], b)
                   : Product::add_registers(t, q_[step], b);
       else
@@ -81,7 +85,7 @@ class ExactScores {
   }
 
  private:
-  uint32_t q_[kQueriesInRegisters ? kSteps : 1][4];
+  uint32_t q_[kHeldSteps > 0 ? kHeldSteps : 1][4];
 };
 
 }  // namespace blasst::cuda::prefill

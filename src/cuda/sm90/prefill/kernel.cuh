@@ -18,8 +18,9 @@ __device__ void init_barriers(typename C::Shared& s) {
   ptx::mbarrier_init(address(b.query_empty), L::kConsumerWarps);
   for (int i = 0; i < L::kKeyStages; ++i) {
     ptx::mbarrier_init(address(b.key_full[i]), 1);
-    ptx::mbarrier_init(address(b.key_empty[i]), L::kConsumerWarps + C::kTests);
+    ptx::mbarrier_init(address(b.key_empty[i]), L::kConsumerWarps);
   }
+  for (auto& barrier : b.settled) ptx::mbarrier_init(address(barrier), 1);
   for (int i = 0; i < L::kValueStages; ++i) {
     for (int wg = 0; wg < L::kWarpgroups; ++wg) s.decision[i][wg] = -1;
   }

@@ -12,14 +12,16 @@ Kernel find_kernel(Element element, int qk_dim, int value_dim, Scores scores, Va
 template <int kQkDim, int kValueDim, Scores kScores>
 Kernel find_kernel_of(Element element, Variant variant);
 
-#define BLASST_DECLARE(qk, value)                                                     \
-  template <>                                                                         \
-  Kernel find_kernel_of<qk, value, Scores::kExact>(Element element, Variant variant); \
-  template <>                                                                         \
-  Kernel find_kernel_of<qk, value, Scores::kInt8>(Element element, Variant variant);
-BLASST_DECLARE(64, 64)
-BLASST_DECLARE(128, 128)
-BLASST_DECLARE(256, 256)
+#define BLASST_DECLARE(qk, value, scores) \
+  template <>                             \
+  Kernel find_kernel_of<qk, value, Scores::scores>(Element element, Variant variant);
+BLASST_DECLARE(64, 64, kExact)
+BLASST_DECLARE(64, 64, kInt8)
+BLASST_DECLARE(128, 128, kExact)
+BLASST_DECLARE(128, 128, kInt8)
+BLASST_DECLARE(192, 128, kExact)
+BLASST_DECLARE(256, 256, kExact)
+BLASST_DECLARE(256, 256, kInt8)
 #undef BLASST_DECLARE
 
 }  // namespace blasst::cuda::prefill

@@ -21,11 +21,14 @@ struct Layout {
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kKeys = tile_keys(kQkDim);
-  static constexpr int kKeyStages = kQkDim == 256 ? (kInt8 ? 4 : 3) : (kInt8 ? 6 : 4);
+  static constexpr int kKeyStages = kQkDim == 256   ? (kInt8 ? 4 : 3)
+                                    : kQkDim == 192 ? 2
+                                                    : (kInt8 ? 6 : 4);
   static constexpr int kValueStages = 2;
-  // Twice as many as tiles that a warpgroup can be ahead of the values' producers (kKeyStages): it
-  // does not look at the barriers of tiles that it skips, and a parity tells one phase only.
-  static constexpr int kValueBarriers = kInt8 ? 16 : 8;
+  // Tiles that a warpgroup can be ahead of the values' producers. Of barriers there are twice as
+  // many: it does not look at those of tiles that it skips, and a parity tells one phase only.
+  static constexpr int kMostAhead = kInt8 ? 8 : 4;
+  static constexpr int kValueBarriers = 2 * kMostAhead;
 
   using Queries = Panels<kQueryTileRows, kQkDim>;  // of one warpgroup
   using Keys = std::conditional_t<kInt8, BytePanels<kKeys, kQkDim>, Panels<kKeys, kQkDim>>;
@@ -43,6 +46,8 @@ struct Layout {
     uint64_t query_full, query_empty;
     uint64_t key_full[kKeyStages], key_empty[kKeyStages];
     uint64_t value_full[kValueBarriers], value_done[kValueBarriers];  // of visit v: v % that
+    uint64_t
+        settled[kMostAhead];  // tests only: the values of visit v were loaded, or are not wanted
     uint64_t work_full[2], work_empty[2];
   };
   struct Shared {

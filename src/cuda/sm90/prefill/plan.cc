@@ -19,7 +19,7 @@ namespace {
 using problem::check_range;
 using problem::Phase;
 
-constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {256, 256}};
+constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
 
 Scores scores_of(const Decision& decision) {
   return decision.scores == BLASST_SCORES_INT8 ? Scores::kInt8 : Scores::kExact;
@@ -62,6 +62,9 @@ problem::Geometry geometry_of(const AttentionParams& params) {
   const int dim = static_cast<int>(p.head_dim);
   check_work(p, rows_per_block(dim));
   if (scores_of(params.decision) == Scores::kInt8) {
+    if (p.head_dim != p.value_dim)
+      refuse("scores in int8 of head_dim {} and value_dim {}; it has them where both are alike",
+             p.head_dim, p.value_dim);
     check_range("key tiles of all requests", quantized_layout_of(p).tiles, 0, kUnlimited - 1);
     check_range("kv_heads", p.kv_heads, 1, 65535);  // blocks of a launch
   }

@@ -78,6 +78,7 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
   using L = typename C::Layout;
   auto& b = s.barriers;
   Ring<L::kKeyStages> keys;
+  Ring<L::kMostAhead> settled;
   Ring<2> works;
   uint32_t query_phase = 0;
   const int items = p.heads * (p.first_block ? p.first_block[p.batch] : p.batch * p.row_blocks);
@@ -103,7 +104,11 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
     const KeySource source(p, w);
     const int first_tile = C::kInt8 ? first_key_tile(p.keys, w.request, C::kKeys) : 0;
     for (int i = 0; i < tiles.end - tiles.begin; ++i) {
-      // 3. Keys, as far ahead as there are stages.
+      // 3. Keys, as far ahead as there are stages, and as the values' producers allow.
+      if constexpr (C::kTests) {
+        ptx::mbarrier_wait(address(b.settled[settled.stage]), settled.phase ^ 1);
+        settled.next();
+      }
       ptx::mbarrier_wait(address(b.key_empty[keys.stage]), keys.phase ^ 1);
       const int tile = tile_at(p.order, tiles, i);
       if constexpr (C::kInt8)
@@ -185,8 +190,8 @@ __device__ void produce_values(const Params& p, typename C::Shared& s, const CUt
         if (!early) keep ? load() : ptx::mbarrier_arrive(full);
         // Someone must see every phase end; nobody else does where nobody keeps the tile.
         if (!keep) ptx::mbarrier_wait(full, visit / L::kValueBarriers & 1);
-        // 4. No warpgroup gets more than kKeyStages tiles ahead of this one.
-        ptx::mbarrier_arrive(address(b.key_empty[visit % L::kKeyStages]));
+        // 4. No warpgroup gets more than kMostAhead tiles ahead of this one.
+        ptx::mbarrier_arrive(address(b.settled[visit % L::kMostAhead]));
       }
     }
     before = end;

@@ -11,6 +11,6 @@ constexpr int warpgroups(int qk_dim) { return qk_dim > 64 ? 2 : 3; }
 constexpr int rows_per_block(int qk_dim) { return warpgroups(qk_dim) * kQueryTileRows; }
 
 // Keys a tile. 256-wide heads leave room for 64.
-constexpr int tile_keys(int qk_dim) { return qk_dim > 128 ? 64 : 128; }
+constexpr int tile_keys(int qk_dim) { return qk_dim > 192 ? 64 : 128; }
 
 }  // namespace blasst::cuda::prefill

@@ -1,0 +1,113 @@
+// One half of the outputs of a block's rows, which a warpgroup adds and writes.
+#pragma once
+
+#include "cuda/core/decode/params.h"
+#include "cuda/core/fragment.cuh"
+#include "cuda/core/tiles.h"
+#include "cuda/sm90/core/ring.cuh"
+#include "cuda/sm90/core/wgmma.cuh"
+#include "cuda/sm90/decode/latent/layout.cuh"
+
+namespace blasst::cuda::decode::latent {
+
+using Outputs = float[kHalfDim / 2];         // a thread's
+using PackedTile = uint32_t[kTileKeys / 4];  // a thread's probabilities, as wgmma's first operand
+
+__device__ __forceinline__ void clear(Outputs& o) {
+#pragma unroll
+  for (int i = 0; i < kHalfDim / 2; ++i) o[i] = 0;
+}
+
+// The room of a piece of a tile may be filled again; each warp that has used it says so.
+__device__ __forceinline__ void release(Shared& shared, int stage, Piece piece,
+                                        const ThreadPlace& at) {
+  ptx::mbarrier_arrive_if(address(shared.empty[stage][piece]), at.lane == 0);
+}
+
+// Values that no row sees may be anything, NaN too, and are multiplied by zero.
+template <Piece kPiece>
+__device__ __forceinline__ void clear_unseen(uint32_t values, Range valid) {
+  constexpr int kVectors = kPanelRowBytes / 16;  // of a swizzled row; swizzling stays within it
+#pragma unroll 1
+  for (int i = threadIdx.x % 128; i < panels(kPiece) * kTileKeys * kVectors; i += 128) {
+    const int key = i / kVectors % kTileKeys;
+    if (key < valid.begin || key >= valid.end)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(values + 16 * i), "r"(0));
+  }
+  ptx::fence_proxy_async();
+  ptx::named_barrier_sync(kPiece, 128);
+}
+
+// Adds the values of a tile in `stage`, of which some row sees the keys of `valid`; gives their
+// room back. kPiece: kLeft or kRight, whose number is that of the warpgroup's named barrier, too.
+template <typename Element, Piece kPiece>
+__device__ __forceinline__ void add_values(Shared& shared, int stage, Range valid,
+                                           const ThreadPlace& at, const PackedTile& p, Outputs& o) {
+  const uint32_t values =
+      ptx::shared_address(shared.latents[stage]) + first_panel(kPiece) * Latents::kPanelBytes;
+  if (valid.begin > 0 || valid.end < kTileKeys) [[unlikely]]
+    clear_unseen<kPiece>(values, valid);
+  const uint64_t v = ptx::wgmma_descriptor(values, Latents::kPanelBytes);
+  ptx::fence_registers(o);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step)
+    ptx::Wgmma<Element, kHalfDim>::add_registers_by_columns(
+        o, p + 4 * step, ptx::advance(v, 16 * step * kPanelRowBytes));
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  ptx::fence_registers(o);
+  release(shared, stage, kPiece, at);
+}
+
+template <Piece kPiece>
+__device__ __forceinline__ void write_outputs(const Plan& plan, int slot, const ThreadPlace& at,
+                                              const Outputs& o) {
+  float* partial = plan.partial + int64_t{slot} * plan.rows * kValueDim +
+                   (kPiece == kRight ? kHalfDim : 0) + at.column();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float* to = partial + int64_t{at.row(r)} * kValueDim;
+#pragma unroll
+    for (int j = 0; j < kHalfDim / 8; ++j) {
+      if (at.row(r) < plan.rows)
+        *reinterpret_cast<float2*>(to + 8 * j) =
+            make_float2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]);
+    }
+  }
+}
+
+// Probabilities on their way from one warpgroup to the other, as the copy engine would lay them.
+
+__device__ __forceinline__ uint32_t address_of_matrix(uint32_t base, int row, int vector) {
+  return base + row * kPanelRowBytes + 16 * (vector ^ row % 8);
+}
+
+__device__ __forceinline__ void store_probabilities(Shared& shared, const ThreadPlace& at,
+                                                    const PackedTile& p) {
+  const uint32_t base = ptx::shared_address(shared.probabilities);
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) {
+    const uint32_t to =
+        address_of_matrix(base, 16 * at.warp + at.lane % 16, 2 * step + at.lane / 16);
+    const uint32_t* x = p + 4 * step;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+  }
+}
+
+__device__ __forceinline__ void load_probabilities(Shared& shared, const ThreadPlace& at,
+                                                   PackedTile& p) {
+  const uint32_t base = ptx::shared_address(shared.probabilities);
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) {
+    uint32_t x[4];
+    ptx::load_matrices(
+        x, address_of_matrix(base, 16 * at.warp + at.lane % 16, 2 * step + at.lane / 16));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p[4 * step + i] = x[i];
+  }
+}
+
+}  // namespace blasst::cuda::decode::latent

@@ -1,0 +1,284 @@
+// The left warpgroup: scores, decisions and softmax of a block's rows, and the left half of their
+// outputs.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/fragment.cuh"
+#include "cuda/core/online_softmax.cuh"
+#include "cuda/core/tile_test.h"
+#include "cuda/sm90/decode/latent/half.cuh"
+#include "cuda/sm90/decode/latent/reports.cuh"
+
+namespace blasst::cuda::decode::latent {
+
+template <typename C>
+class Left {
+  using Element = typename C::Element;
+  using Scores = float[kTileKeys / 2];
+  using Rows = float[2];  // a value for each of the thread's rows
+
+ public:
+  // split_slots: splits that a request may have, each with room for a result.
+  __device__ __forceinline__ Left(const Params& p, const Plan& plan, int split_slots,
+                                  Shared& shared)
+      : p_(p),
+        plan_(plan),
+        split_slots_(split_slots),
+        shared_(shared),
+        group_(p.heads / p.kv_heads),
+        reports_(p, plan, shared) {}
+
+  __device__ __forceinline__ void run() {
+    Outputs o;
+#pragma unroll 1
+    for (;;) {
+      // 1. Which tile is next, and what it begins.
+      const int stage = ring_.stage;
+      ptx::mbarrier_wait(address(shared_.full[stage][kRotary]), ring_.phase);
+      const TileInfo tile = shared_.tiles[stage];
+      const int flags = ptx::warp_uniform(tile.flags), index = ptx::warp_uniform(tile.index);
+      if (flags & kStop) return send({.kind = Message::kStop});
+      if (flags & kFirstOfItem) begin_item();
+
+      // 2. Its scores, under the values that the right warpgroup adds.
+      Scores s;
+      score(s);
+      if (flags & kLastOfItem) arrive(shared_.queries_empty);  // its queries, item and thresholds
+      Rows maximum;
+      finish_scores(s, index, maximum);
+      if (flags & kSeed) take_seed(s);
+
+      // 3. The decision. A tile that is skipped, or is but a seed, goes back whole.
+      if (flags & kFirstOfSplit) begin_split(o);
+      if (flags & kOnlySeed || !wanted(maximum, index)) {
+        if (!(flags & kOnlySeed)) ++dropped_;
+        release(shared_, stage, kLeft, at_);
+        release(shared_, stage, kRight, at_);
+      } else {
+        // 4. Probabilities, for both halves, and the values of this one.
+        keep(s, maximum, index, o);
+      }
+      ring_.next();
+
+      // 5. Ends.
+      if (flags & kLastOfSplit) end_split(o);
+      if (flags & kLastOfItem) queries_phase_ ^= 1;
+    }
+  }
+
+ private:
+  // --- items and splits -------------------------------------------------------------------------
+
+  __device__ __forceinline__ void begin_item() {
+    ptx::mbarrier_wait(address(shared_.queries_full), queries_phase_);
+    item_ = shared_.item;
+    seen_by_all_ = {range_of(p_, item_, group_, plan_.rows - 1).begin,
+                    range_of(p_, item_, group_, 0).end};
+    seen_by_any_ = visible_keys(item_.keys, p_.query_length, p_.distances);
+    first_split_ = item_.begin == 0;
+    slot_ = index_of({item_.request, item_.kv_head, item_.begin / item_.split_tiles}, split_slots_,
+                     p_.kv_heads);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      seed_[r] = -INFINITY;
+      if constexpr (C::kTests) below_[r] = shared_.below[at_.row(r)];
+    }
+  }
+
+  // The largest scores of a seed, NaN left aside.
+  __device__ __forceinline__ void take_seed(const Scores& s) {
+    Rows maximum;
+    numbers_maxima(s, maximum);
+    quad_maxima(maximum);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) seed_[r] = fmaxf(seed_[r], maximum[r]);
+  }
+
+  __device__ __forceinline__ void begin_split(Outputs& o) {
+    seeded_ = !first_split_;
+    first_split_ = false;
+    dropped_ = 0;
+    softmax_ = OnlineSoftmax::empty(plan_.unit_scale * kLog2e);
+    // The absolute test may skip the seeds' tiles: sums relative to their maxima could vanish.
+    const bool from_seeds = seeded_ && p_.test.kind != BLASST_TEST_ABSOLUTE;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (from_seeds) softmax_.maximum[r] = seed_[r];
+      if (at_.row(r) >= plan_.rows) softmax_.maximum[r] = 0;
+    }
+    clear(o);
+    reports_.begin_split();
+  }
+
+  __device__ __forceinline__ void end_split(const Outputs& o) {
+    send({.kind = Message::kWrite, .slot = slot_});
+    write_outputs<kLeft>(plan_, slot_, at_, o);
+    float* statistics = plan_.statistics + int64_t{slot_} * kStatistics * plan_.rows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = at_.row(r);
+      const float sum = quad_sum(softmax_.sum[r]);
+      if (row >= plan_.rows || at_.lane % 4 != 0) continue;
+      const SkippedMass mass = reports_.of_split(r);
+      statistics[row] = softmax_.maximum[r];
+      statistics[plan_.rows + row] = sum;
+      statistics[2 * plan_.rows + row] = mass.maximum;
+      statistics[3 * plan_.rows + row] = mass.sum;
+    }
+    if (threadIdx.x % 128 == 0) plan_.dropped[slot_] = dropped_;
+    slot_ += p_.kv_heads;
+  }
+
+  // --- scores -----------------------------------------------------------------------------------
+
+  // s = Q K^T of the stage at hand. The rotary piece comes and goes first.
+  __device__ __forceinline__ void score(Scores& s) {
+    const int stage = ring_.stage;
+    const uint64_t q = ptx::wgmma_descriptor(ptx::shared_address(shared_.queries));
+    const uint64_t k = ptx::wgmma_descriptor(ptx::shared_address(shared_.latents[stage]));
+    using Product = ptx::Wgmma<Element, kTileKeys>;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const auto piece = static_cast<Piece>(i);
+      if (piece != kRotary) ptx::mbarrier_wait(address(shared_.full[stage][piece]), ring_.phase);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < panels(piece) * 4; ++step) {
+        const int panel = first_panel(piece) + step / 4, within = step % 4 * 32;
+        const uint64_t a = ptx::advance(q, panel * Queries::kPanelBytes + within);
+        const uint64_t b = ptx::advance(k, panel * Latents::kPanelBytes + within);
+        i == 0 && step == 0 ? Product::first(s, a, b) : Product::add(s, a, b);
+      }
+      ptx::wgmma_commit();
+    }
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(s);
+    release(shared_, stage, kRotary, at_);
+  }
+
+  // Soft cap, mask, and the maximum of every row over a thread's keys, NaN if there is one.
+  __device__ __forceinline__ void finish_scores(Scores& s, int tile, Rows& maximum) const {
+    if (p_.softcap > 0) {
+      const float scale = p_.scale / p_.softcap;
+#pragma unroll
+      for (float& x : s) x = p_.softcap * tanh_exact(x * scale);
+    }
+    const int key0 = tile * kTileKeys;
+    if (key0 < seen_by_all_.begin || key0 + kTileKeys > seen_by_all_.end) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = min(at_.row(r), plan_.rows - 1);
+        mask_row(s, r, range_of(p_, item_, group_, row), key0 + at_.column(), -INFINITY);
+      }
+    }
+    row_maxima(s, maximum);
+  }
+
+  // Over a thread's keys, NaN left aside.
+  static __device__ __forceinline__ void numbers_maxima(const Scores& s, Rows& maximum) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      maximum[r] = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kTileKeys / 8; ++j)
+        maximum[r] = fmaxf(maximum[r], fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+    }
+  }
+
+  // --- decision ---------------------------------------------------------------------------------
+
+  // Whether some row wants the tile. A row's first scores, and NaN, are wanted.
+  __device__ __forceinline__ bool wanted(const Rows& maximum, int tile) {
+    Rows running;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      running[r] = seeded_ ? fmaxf(softmax_.maximum[r], seed_[r]) : softmax_.maximum[r];
+    reports_.offer(maximum, running);
+    bool keep = true;
+    if constexpr (C::kTests) {
+      bool skip = true;
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        skip = skip && maximum[r] < skip_below(p_.test.kind, below_[r], running[r]);
+      keep = __any_sync(kAllLanes, !ptx::named_barrier_all(kLeft, 128, skip));
+    }
+    reports_.decided(item_, tile, keep, maximum);
+    return keep;
+  }
+
+  // --- kept tiles -------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void keep(Scores& s, Rows& maximum, int tile, Outputs& o) {
+    // A thread whose maximum is NaN has numbers, too.
+    if (__any_sync(kAllLanes, isnan(maximum[0]) || isnan(maximum[1]))) numbers_maxima(s, maximum);
+    quad_maxima(maximum);
+    Rows factor;
+    const bool moved = softmax_.raise(maximum, factor);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) softmax_.sum[r] *= factor[r];
+    PackedTile p;
+    softmax_.template exponentials<Element>(s, p);
+    const int key0 = tile * kTileKeys;
+    const Range valid{max(0, seen_by_any_.begin - key0), min(kTileKeys, seen_by_any_.end - key0)};
+    wait_for_answer();
+    store_probabilities(shared_, at_, p);
+    if (at_.lane % 4 == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) shared_.factors[at_.row(r)] = factor[r];
+    }
+    tell({.kind = Message::kAdd,
+          .stage = ring_.stage,
+          .parity = static_cast<int>(ring_.phase),
+          .valid_begin = valid.begin,
+          .valid_end = valid.end});
+    if (moved) scale_rows(o, factor);
+    add_values<Element, kLeft>(shared_, ring_.stage, valid, at_, p, o);
+  }
+
+  // --- shared memory ----------------------------------------------------------------------------
+
+  __device__ __forceinline__ void arrive(uint64_t& barrier) const {
+    ptx::mbarrier_arrive_if(address(barrier), at_.lane == 0);
+  }
+
+  // The right warpgroup has read the last message.
+  __device__ __forceinline__ void wait_for_answer() {
+    ptx::mbarrier_wait(address(shared_.message_empty), message_phase_ ^ 1);
+    message_phase_ ^= 1;
+  }
+
+  __device__ __forceinline__ void tell(const Message& message) {
+    if (threadIdx.x % 128 == 0) shared_.message = message;
+    __syncwarp();
+    arrive(shared_.message_full);
+  }
+
+  __device__ __forceinline__ void send(const Message& message) {
+    wait_for_answer();
+    tell(message);
+  }
+
+  const Params& p_;
+  const Plan& plan_;
+  const int split_slots_;
+  Shared& shared_;
+  const ThreadPlace at_;
+  const int group_;  // query heads that decide together
+  Reports<C> reports_;
+
+  Ring<kStages> ring_;
+  uint32_t queries_phase_ = 0, message_phase_ = 0;
+
+  Item item_;
+  Range seen_by_all_, seen_by_any_;  // keys that every row sees, that some row sees
+  bool first_split_;                 // of the visit, is the next to begin
+  bool seeded_;                      // the split at hand lies behind the seeds
+  int slot_;                         // of the result of the split at hand
+  int dropped_;                      // tiles, of this split
+  Rows below_, seed_;
+  OnlineSoftmax softmax_;  // of the split at hand
+};
+
+}  // namespace blasst::cuda::decode::latent

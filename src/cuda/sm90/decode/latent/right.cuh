@@ -1,0 +1,55 @@
+// The right warpgroup: it adds the right half of the values of the tiles that the left one keeps.
+#pragma once
+
+#include "cuda/sm90/decode/latent/half.cuh"
+
+namespace blasst::cuda::decode::latent {
+
+template <typename C>
+class Right {
+ public:
+  __device__ __forceinline__ Right(const Plan& plan, Shared& shared)
+      : plan_(plan), shared_(shared) {}
+
+  __device__ __forceinline__ void run() {
+    Outputs o;
+    clear(o);
+#pragma unroll 1
+    for (uint32_t phase = 0;; phase ^= 1) {
+      // 1. What to do.
+      ptx::mbarrier_wait(address(shared_.message_full), phase);
+      const Message m = shared_.message;
+      const int kind = ptx::warp_uniform(m.kind);
+      if (kind == Message::kStop) return;
+      if (kind == Message::kWrite) {
+        answer();
+        write_outputs<kRight>(plan_, m.slot, at_, o);
+        clear(o);
+        continue;
+      }
+      // 2. The tile's probabilities; the message may be overwritten.
+      PackedTile p;
+      load_probabilities(shared_, at_, p);
+      const float factor[2] = {shared_.factors[at_.row(0)], shared_.factors[at_.row(1)]};
+      answer();
+      // 3. Outputs follow the maxima, and the values are added.
+      if (__any_sync(kAllLanes, factor[0] != 1 || factor[1] != 1)) scale_rows(o, factor);
+      const int stage = ptx::warp_uniform(m.stage);
+      ptx::mbarrier_wait(address(shared_.full[stage][kRight]), m.parity);
+      const Range valid{ptx::warp_uniform(m.valid_begin), ptx::warp_uniform(m.valid_end)};
+      add_values<typename C::Element, kRight>(shared_, stage, valid, at_, p, o);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void answer() const {
+    __syncwarp();
+    ptx::mbarrier_arrive_if(address(shared_.message_empty), at_.lane == 0);
+  }
+
+  const Plan& plan_;
+  Shared& shared_;
+  const ThreadPlace at_;
+};
+
+}  // namespace blasst::cuda::decode::latent
