@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <utility>
 #include <vector>
 
 #include "problem/problem.h"
@@ -20,9 +21,13 @@ TEST(Geometry, OfALayout) {
   EXPECT_EQ(g.query_tiles, 9);
   EXPECT_EQ(g.key_tiles, 40);
   EXPECT_EQ(g.tile_words, 2);
-  g = problem::geometry(p, problem::Phase::kDecode, shape);
-  EXPECT_EQ(g.tile_heads, 2);
-  EXPECT_EQ(g.query_tiles, 3);
+  // Four query heads a KV head: their 520 rows decide together, or as many heads as the tile holds.
+  for (const auto& [rows, tile_heads] :
+       {std::pair<int64_t, int64_t>{520, 2}, {519, 4}, {260, 4}, {259, 8}, {64, 8}}) {
+    g = problem::geometry(p, problem::Phase::kDecode, {.query_rows = rows, .keys = 128});
+    EXPECT_EQ(g.tile_heads, tile_heads) << rows;
+    EXPECT_EQ(g.query_tiles, 3);
+  }
 
   p.query_layout = p.kv.layout = BLASST_LAYOUT_RAGGED;
   p.rows = 130, p.query_length = 0, p.kv.tokens = 300, p.kv.key_length = 0;
