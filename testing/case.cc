@@ -147,8 +147,8 @@ std::string describe(const Case& c) {
   for (const Lengths& r : c.requests) lengths.push_back(fmt::format("{}x{}", r.queries, r.keys));
   const auto option = [](bool on, std::string text) { return on ? " " + text : std::string(); };
   return fmt::format(
-      "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{}{} inputs {} layout "
-      "{}{}{}{}{}{}{}{}{}{}{}{}{}{} "
+      "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{}{}{} inputs {} layout "
+      "{}{}{}{}{}{}{}{}{}{}{}{}{} "
       "order {} test {} threshold {}{}{}{}{} threads {} numbers {}",
       c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), fmt::join(lengths, ", "), c.heads,
       c.kv_heads, c.head_dim, c.value_dim, option(c.values_in_keys, "values in keys"),
