@@ -65,7 +65,7 @@ const GpuKernels& gpu_kernels() {
     blasst::Problem& p = params.problem;
     for (View* view : {&p.q, &p.kv.k, &p.kv.v, &p.out}) view->dtype = BLASST_BFLOAT16;
     if (plan(params, false).backend == BLASST_BACKEND_CUDA_SM80)
-      return GpuKernels{false, false, false, {{64, 64}, {128, 128}}};
+      return GpuKernels{false, false, false, {{64, 64}, {96, 96}, {128, 128}, {256, 256}}};
     return GpuKernels{true, true, true, {std::begin(kHeadSizes), std::end(kHeadSizes)}};
   }();
   return kernels;

@@ -145,6 +145,7 @@ TEST_P(PrefillDims, NotFiniteReachesItsRows) {
 }
 
 INSTANTIATE_TEST_SUITE_P(, PrefillDims, testing::ValuesIn(kHeadSizes), name_of_sizes);
+INSTANTIATE_TEST_SUITE_P(Portable, PrefillDims, testing::Values(HeadSizes{96, 96}), name_of_sizes);
 
 // Rows that see nothing, and rows whose band and window have little in common.
 TEST_F(PrefillOnGpu, BandsInAWindow) {

@@ -9,7 +9,9 @@ namespace blasst::cuda::prefill::sm80 {
 Kernel find_kernel(Element element, int qk_dim, int value_dim, Variant variant) {
   const auto is = [&](int qk, int value) { return qk_dim == qk && value_dim == value; };
   if (is(64, 64)) return find_kernel_of<64, 64>(element, variant);
+  if (is(96, 96)) return find_kernel_of<96, 96>(element, variant);
   if (is(128, 128)) return find_kernel_of<128, 128>(element, variant);
+  if (is(256, 256)) return find_kernel_of<256, 256>(element, variant);
   throw Error(BLASST_INTERNAL, fmt::format("no kernel of dimensions {} and {}", qk_dim, value_dim));
 }
 

@@ -16,7 +16,9 @@ Kernel find_kernel_of(Element element, Variant variant);
   template <>                     \
   Kernel find_kernel_of<qk, value>(Element element, Variant variant);
 BLASST_DECLARE(64, 64)
+BLASST_DECLARE(96, 96)
 BLASST_DECLARE(128, 128)
+BLASST_DECLARE(256, 256)
 #undef BLASST_DECLARE
 
 }  // namespace blasst::cuda::prefill::sm80
