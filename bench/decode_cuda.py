@@ -3,6 +3,7 @@
 FlashAttention-3 is measured beside it if it is installed: fa3-fwd, which has no pages, and a build
 that has them (tokenspeed-fa3). Every line checks the output first. Rates are bytes of the keys and
 values that dense attention reads, divided by the time of one call in a replayed graph.
+With --cache the same keys and values in 8 bits are measured beside them, against 16 bits dense.
 """
 
 import argparse
@@ -28,6 +29,7 @@ DIM = 128
 BLOCK = 128  # keys that score alike
 AMPLITUDE = 22.0  # a matching key beats another by e^43
 THRESHOLD = 1e-3
+CACHES = {"fp8": (torch.float8_e4m3fn, 448), "int8": (torch.int8, 127)}
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,33 @@ class Inputs:
     def pages(self, t: Tensor) -> Tensor:
         return t.view(-1, self.work.page, self.work.kv_heads, DIM)
 
-    def blasst(self, threshold: float | Tensor | None, stats: bool = False):
-        k, v, paged = self.k, self.v, self.table is not None
+    def blasst(self, threshold: float | Tensor | None, stats: bool = False, cache=None):
+        k, v, k_scale, v_scale = cache or (self.k, self.v, None, None)
+        paged = self.table is not None
         return blasst.attention(
             self.q,
             self.pages(k) if paged else k,
             self.pages(v) if paged else v,
+            k_scale=k_scale,
+            v_scale=v_scale,
             lengths=self.lengths,
             page_table=self.table,
             threshold=threshold,
             return_stats=stats,
         )
+
+    def in_8_bits(self, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values, and the scale of each."""
+        dtype, most = CACHES[kind]
+        small, scales = [], []
+        for t in (self.k, self.v):
+            scale = max(request.abs().max() for request in t).float() / most
+            small.append(torch.empty_like(t, dtype=dtype))
+            for into, request in zip(small[-1], t, strict=True):
+                units = request.float() / scale
+                into.copy_(units.round() if dtype == torch.int8 else units)
+            scales.append(scale.view(1, 1))
+        return (*small, *scales)
 
     def peers(self) -> dict[str, Callable[[], Tensor]]:
         """FA3 without pages reads the same lengths of contiguous keys."""
@@ -123,14 +141,19 @@ class Inputs:
             )
         return runs
 
-    def error(self, out: Tensor) -> float:
+    def error(self, out: Tensor, cache=None) -> float:
         """Of some requests, relative to dense attention in float32."""
         w, worst = self.work, 0.0
+        stored_k, stored_v, k_scale, v_scale = cache or (self.k, self.v, 1, 1)
         for b in {0, w.batch // 2, w.batch - 1}:
-            k, v = self.k[b], self.v[b]
+            k, v = stored_k[b], stored_v[b]
             if self.table is not None:
-                k, v = (self.pages(t)[self.table[b].long()].flatten(0, 1) for t in (self.k, self.v))
-            k, v = (t[: self.lengths[b]].float() for t in (k, v))
+                at = self.table[b].long()
+                k, v = (
+                    self.pages(t).view(torch.uint8)[at].flatten(0, 1).view(t.dtype)
+                    for t in (stored_k, stored_v)
+                )
+            k, v = k[: self.lengths[b]].float() * k_scale, v[: self.lengths[b]].float() * v_scale
             q = self.q[b, 0].float().view(w.kv_heads, -1, DIM)
             p = (torch.einsum("hgd,nhd->hgn", q, k) / math.sqrt(DIM)).softmax(-1)
             exact = torch.einsum("hgn,nhd->hgd", p, v).reshape(w.heads, DIM)
@@ -160,8 +183,8 @@ def microseconds(run: Callable[[], object]) -> float:
     return 1e3 * steady[len(steady) // 2]
 
 
-def measure(work: Work, sparsities: list[float]) -> None:
-    """Prints a line for each sparsity."""
+def measure(work: Work, sparsities: list[float], caches: list[str]) -> None:
+    """Prints a line for each sparsity, and one for each cache under it."""
     inputs = Inputs(work, torch.device("cuda"))
     threshold = torch.full((1, 1), THRESHOLD, device="cuda")
     for sparsity in sparsities:
@@ -180,6 +203,19 @@ def measure(work: Work, sparsities: list[float]) -> None:
             peer = microseconds(run)
             line += f" ({peer / dense:4.2f}x {name}'s {rate / peer:5.2f})"
         print(f"{line} | sparse {rate / sparse:5.2f} ({dense / sparse:5.3f}x dense)", flush=True)
+        for kind in caches:
+            cache = inputs.in_8_bits(kind)
+            result = inputs.blasst(threshold, stats=True, cache=cache)
+            error = inputs.error(inputs.blasst(None, cache=cache), cache)
+            error = max(error, inputs.error(result.out, cache))
+            if not error < 5e-3:
+                raise SystemExit(f"{work.name}, {kind}: the output is off by {error:.1e}")
+            small = microseconds(lambda cache=cache: inputs.blasst(None, cache=cache))
+            sparse = microseconds(lambda cache=cache: inputs.blasst(threshold, cache=cache))
+            line = f"{kind:>37} {100 * result.stats.sparsity:5.1f} % | of 16 bits dense: "
+            line += f"dense {dense / small:5.3f}x ({rate / 2 / small:5.2f} TB/s), "
+            print(f"{line}sparse {dense / sparse:5.3f}x", flush=True)
+            del cache
 
 
 def main() -> None:
@@ -187,10 +223,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(WORKS)))
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.73, 0.87])
+    parser.add_argument("--cache", nargs="*", choices=list(CACHES), default=[])
     arguments = parser.parse_args()
     print(torch.cuda.get_device_name(), flush=True)
     for line in arguments.lines:
-        measure(WORKS[line], arguments.sparsity)
+        measure(WORKS[line], arguments.sparsity, arguments.cache)
         torch.cuda.empty_cache()
 
 

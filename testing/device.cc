@@ -79,12 +79,20 @@ Case for_gpu(Case c) {
   c.head_dim = sizes.qk, c.value_dim = sizes.value;
   if (c.scores == BLASST_SCORES_INT8 && !c.decode) c.head_dim = c.value_dim;
   c.values_in_keys = c.values_in_keys && c.decode;
-  c.k_dtype = c.v_dtype = {};
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
   if (!gpu_kernels().int8_scores) c.scores = BLASST_SCORES_EXACT;
-  if (!c.decode) return c;
+  if (!c.decode) {
+    c.k_dtype = c.v_dtype = {};
+    return c;
+  }
+  if (c.values_in_keys) c.k_dtype = c.v_dtype = {};
+  if (c.k_dtype || c.v_dtype) {  // both, of one type
+    c.k_dtype = c.v_dtype = c.k_dtype.value_or(c.v_dtype.value_or(BLASST_INT8));
+    c.head_dim = c.value_dim = 128;
+    c.padding = (c.padding + 15) / 16 * 16;
+  }
   c.scores = BLASST_SCORES_EXACT;
   c.places = 1;
   c.bands = c.ragged_queries = c.padded = false;

@@ -94,6 +94,8 @@ void check_memory(const blasst_problem& p, const MemoryCheck& check_array) {
   check_array("cu_seqlens_q", p.cu_seqlens_q);
   check_array("query_lengths", p.query_lengths);
   check_array("sinks", p.sinks);
+  check_array("k_scales.values", p.k_scales.values);
+  check_array("v_scales.values", p.v_scales.values);
   check_array("mask.bands", p.mask.bands);
 }
 

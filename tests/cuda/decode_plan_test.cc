@@ -40,6 +40,13 @@ P latents() {
   return p;
 }
 
+P in_8_bits() {
+  P p = dense();
+  p.problem.kv.k.dtype = p.problem.kv.v.dtype = BLASST_FLOAT8_E4M3;
+  p.problem.kv.k.elements *= 2, p.problem.kv.v.elements *= 2;  // of the same buffers
+  return p;
+}
+
 class DecodePlanRejects : public testing::TestWithParam<Bad> {};
 
 TEST_P(DecodePlanRejects, AndSaysWhy) { expect_refusal(GetParam(), plan_launch); }
@@ -84,6 +91,30 @@ INSTANTIATE_TEST_SUITE_P(
           [](P& p) { p.decision.scores = BLASST_SCORES_INT8; },
           {"cuda", "scores is int8 (1)", "exact scores (0) only"},
           BLASST_UNSUPPORTED},
+         {"KeysIn8BitsAlone",
+          dense,
+          [](P& p) { p.problem.kv.k.dtype = BLASST_FLOAT8_E4M3; },
+          {"cuda", "k is float8_e4m3 and v bfloat16; decode does both in one type"},
+          BLASST_UNSUPPORTED},
+         {"TwoTypesOf8Bits",
+          in_8_bits,
+          [](P& p) { p.problem.kv.v.dtype = BLASST_INT8; },
+          {"cuda", "k is float8_e4m3 and v int8; decode does both in one type"},
+          BLASST_UNSUPPORTED},
+         {"CacheDim",
+          in_8_bits,
+          [](P& p) { p.problem.head_dim = p.problem.value_dim = 64; },
+          {"cuda", "k is float8_e4m3 with head_dim 64", "128"},
+          BLASST_UNSUPPORTED},
+         {"CacheStride",
+          in_8_bits,
+          [](P& p) { p.problem.kv.v.stride_token += 8; },
+          {"cuda", "v.stride_token is 264", "a multiple of 16 elements, 16 bytes"},
+          BLASST_UNSUPPORTED},
+         {"ScalesOfKeysIn16Bits",
+          dense,
+          [](P& p) { p.problem.k_scales.values = array<float>(0x80000000); },
+          {"k_scales.values is set, but k is bfloat16"}},
          {"Places",
           dense,
           [](P& p) { p.decision.test.places = 2; },
@@ -135,6 +166,18 @@ TEST(DecodePlan, HeadsOverLatentsDecideInPartsOf64Rows) {
     EXPECT_EQ(found.shape.most_splits, (132 + parts - 1) / parts);
   }
   EXPECT_EQ(plan_launch(latents()).params.kv_heads, 1);
+}
+
+TEST(DecodePlan, KeysAndValuesMayBeIn8Bits) {
+  P p = in_8_bits();
+  p.problem.k_scales = {.values = array<float>(0x80000000), .stride_request = 2, .stride_head = 1};
+  const Launch l = plan_launch(p);
+  EXPECT_EQ(l.element, Element::kBFloat16);
+  EXPECT_EQ(l.cache, Cache::kFloat8);
+  EXPECT_EQ(l.params.k_scales.values, p.problem.k_scales.values);
+  EXPECT_EQ(l.params.k_scales.stride_request, 2);
+  EXPECT_EQ(l.params.k_scales.stride_head, 1);
+  EXPECT_EQ(l.params.v_scales.values, nullptr);
 }
 
 TEST(DecodePlan, TileShapeIsOfTheRequestAlone) {

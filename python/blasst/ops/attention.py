@@ -131,7 +131,8 @@ def attention(
         k: [batch, keys, kv_heads, head_dim]; ragged [total keys, kv_heads, head_dim]; paged
             [pages, page_size, kv_heads, head_dim]. heads must be a multiple of kv_heads.
             k and v are of q's type, or each of them int8 or float8_e4m3fn, with scales: a quantised
-            cache. Then without a backward pass, and on the cpu only.
+            cache. Then without a backward pass; on cuda in decode only, both of one type, head_dim
+            128, strides multiples of 16.
         v: like k; its last dimension may differ (the same range). Over latents on a GPU it is the
             view k[..., :512].
         causal: a query sees no key after its own position.

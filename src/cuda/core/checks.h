@@ -10,6 +10,7 @@
 
 #include "blasst/blasst.hpp"
 #include "problem/checks.h"
+#include "problem/element.h"
 
 namespace blasst::cuda {
 
@@ -28,9 +29,10 @@ inline void check_aligned(std::string_view name, const View& view) {
         std::pair{"stride_token", view.stride_token}, std::pair{"stride_head", view.stride_head}}) {
     if (stride >= int64_t{1} << 39)
       refuse("{}.{} is {}; it must be less than 2^39 elements, 1 TiB", name, stride_name, stride);
-    if (stride % 8 != 0)
-      refuse("{}.{} is {}; it must be a multiple of 8 elements, 16 bytes", name, stride_name,
-             stride);
+    const int64_t unit = 16 / problem::element_bytes(view.dtype);
+    if (stride % unit != 0)
+      refuse("{}.{} is {}; it must be a multiple of {} elements, 16 bytes", name, stride_name,
+             stride, unit);
   }
 }
 

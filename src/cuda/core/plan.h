@@ -37,7 +37,9 @@ inline void check_supported(const AttentionParams& params, problem::Phase phase,
   problem::check_scalars(params, phase);
   const blasst_problem& p = params.problem;
   const bool decode = phase == problem::Phase::kDecode;
-  problem::check_types("cuda", decode ? "decode" : "prefill", problem::Caches::kOfQueries, p);
+  problem::check_types("cuda", decode ? "decode" : "prefill",
+                       decode ? problem::Caches::kOfQueriesOr8Bits : problem::Caches::kOfQueries,
+                       p);
   if (decode) problem::check_exact_scores("cuda", "decode", params.decision);
   if (p.q.dtype == BLASST_FLOAT32) refuse("q is float32; it does bfloat16 and float16");
   check_head_sizes(p, sizes);

@@ -7,11 +7,18 @@
 
 namespace blasst::cuda::decode {
 
+// Of keys or values in 8 bits, by request and KV head (blasst_scales).
+struct Scales {
+  const float* values;  // null: 1
+  int64_t stride_request, stride_head;
+};
+
 struct Params {
   int batch, heads, kv_heads;
   int query_length;  // positions a request, 1 to 16: its last ones
   OutputRows out;    // [batch, query_length, heads, dim]
   KeyLayout keys;
+  Scales k_scales, v_scales;
 
   // A score is scale * q.k, or softcap * tanh(scale * q.k / softcap).
   float scale;
@@ -35,6 +42,7 @@ struct Plan {
   int chunk;          // items that a block takes at a time
   int* next_item;     // zero when the kernel starts; null: no block has more than one chunk
   int box_tokens;     // tokens a copy: kTileKeys or a smaller page
+  bool half_queries;  // of a cache in 8 bits: queries are fp16, not bf16
   float unit_scale;   // a score in natural units / a score as the kernel keeps it
   float* partial;     // [items, rows, dim]
   float* statistics;  // [items, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
@@ -47,6 +55,9 @@ enum class Variant {
   kSparse,  // tile test
   kReport,  // the same with tile bits, gaps and dropped mass
 };
+
+// What keys and values are stored as.
+enum class Cache { kOfQueries, kInt8, kFloat8 };
 
 inline constexpr int kTileKeys = 64;
 inline constexpr int kStatistics = 4;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/core/decode/fold.cuh"
 #include "cuda/core/decode/params.h"
@@ -13,8 +14,8 @@
 #include "cuda/core/math.cuh"
 #include "cuda/core/tiles.h"
 #include "cuda/sm90/core/ring.cuh"
-#include "cuda/sm90/core/wgmma.cuh"
 #include "cuda/sm90/decode/layout.cuh"
+#include "cuda/sm90/decode/operands.cuh"
 #include "cuda/sm90/decode/place.cuh"
 #include "cuda/sm90/decode/produce.cuh"
 #include "cuda/sm90/decode/reports.cuh"
@@ -24,13 +25,14 @@ namespace blasst::cuda::decode {
 template <typename C>
 class Consumer {
   using L = typename C::Layout;
-  using Mma = ptx::Wgmma<typename C::Element, C::kRows>;
+  static constexpr bool kIn8Bits = L::kIn8Bits;
+  using Operands = std::conditional_t<kIn8Bits, WidenedOperands<C>, SharedOperands<C>>;
   static constexpr int kRows = C::kRows;
   static constexpr bool kTests = C::kTests;
   static constexpr bool kFolds = adds_splits(C::kValueDim, kRows);  // items of several splits
-  static constexpr int kScores = kRows / 2;   // accumulators of a 64-row product, a thread
-  static constexpr int kColumns = kRows / 4;  // query rows a thread has elements of
-  static constexpr int kPanels = L::Values::kCount;
+  static constexpr int kScores = kRows / 2;          // accumulators of a 64-row product, a thread
+  static constexpr int kColumns = kRows / 4;         // query rows a thread has elements of
+  static constexpr int kPanels = C::kValueDim / 64;  // of outputs
   static constexpr int kValueStages = L::kValueStages;
 
   using Scores = float[kScores];
@@ -100,6 +102,7 @@ class Consumer {
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_full[slot]), queries_.phase);
     item_ = shared_.items[slot];
+    if constexpr (kIn8Bits) prepare_queries(slot);
     seen_by_all_ = {range_of(p_, item_, group_, plan_.rows - 1).begin,
                     range_of(p_, item_, group_, 0).end};
     first_split_ = item_.begin == 0;
@@ -114,6 +117,19 @@ class Consumer {
     for (int i = 0; i < kPanels; ++i)
 #pragma unroll
       for (int x = 0; x < kScores; ++x) o_[i][x] = 0;
+  }
+
+  // The queries as the product wants them, and what makes a product a score.
+  __device__ __forceinline__ void prepare_queries(int slot) {
+    std::byte* queries = shared_.queries[slot];
+    if (plan_.half_queries) {
+      Operands::template prepare_queries<__half>(queries, shared_.query_units);
+    } else {
+      Operands::template prepare_queries<__nv_bfloat16>(queries, shared_.query_units);
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      units_[c] = __fmul_rn(shared_.query_units[at_.row(c)], item_.k_scale);
   }
 
   // Maxima of a thread's own keys, or of all.
@@ -193,7 +209,8 @@ class Consumer {
       for (int i = 0; i < kPanels; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          partial[row * C::kValueDim + i * kPanel + at_.key(half)] = o[i][at_.element(c, half)];
+          partial[row * C::kValueDim + i * 64 + Operands::value_element(at_, half)] =
+              value_scaled(o[i][at_.element(c, half)]);
       if (threadIdx.x < 4) {
         const SkippedMass mass = mass_of(c);
         statistics[row] = softmax.maximum[c];
@@ -205,23 +222,25 @@ class Consumer {
     if (threadIdx.x == 0) plan_.dropped[item_.slot] = dropped_;
   }
 
+  __device__ __forceinline__ float value_scaled(float x) const {
+    if constexpr (kIn8Bits) return __fmul_rn(x, item_.v_scale);
+    return x;
+  }
+
   // --- scores -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ void score(Scores& s) {
-    const uint32_t keys = ptx::shared_address(shared_.keys[ring_.stage]);
-    const uint32_t queries = ptx::shared_address(shared_.queries[queries_.stage]);
+    Operands::scores(at_, s, ptx::shared_address(shared_.keys[ring_.stage]),
+                     ptx::shared_address(shared_.queries[queries_.stage]));
+    if constexpr (kIn8Bits) {
 #pragma unroll
-    for (int x = 0; x < kScores; ++x) s[x] = 0;
-    ptx::wgmma_fence();
+      for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-    for (int k = 0; k < C::kQkDim; k += 16) {
-      const int panel = k / kPanel, bytes = k % kPanel * 2;
-      Mma::add(s, ptx::wgmma_descriptor(keys + panel * L::Keys::kPanelBytes + bytes),
-               ptx::wgmma_descriptor(queries + panel * L::Queries::kPanelBytes + bytes));
+        for (int half = 0; half < 2; ++half) {
+          float& x = s[at_.element(c, half)];
+          x = __fmul_rn(x, units_[c]);
+        }
     }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-    ptx::fence_registers(s);
   }
 
   // Keys, and after an item's last tile its queries, may be overwritten.
@@ -348,11 +367,11 @@ class Consumer {
 #pragma unroll
       for (int box = 0; box < kMostBoxes; ++box) {
         const int of_box = ptx::warp_uniform(tile.pages[box]);
-        if (box == at_.lane / kPanels) page = of_box;
+        if (box == at_.lane / L::Values::kCount) page = of_box;
       }
     }
     if (at_.lane == 0) shared_.kept[stage] = index;
-    copy_tile<typename L::Values>(
+    copy_tile<typename L::Values, L::kCachedBytes>(
         p_, plan_, v_map_, ptx::shared_address(shared_.values[stage]), shared_.values_full[stage],
         item_, index, boxes_of(p_, plan_, item_.keys, index), page, ptx::L2Hint::kFirst);
   }
@@ -423,20 +442,8 @@ class Consumer {
 #pragma unroll
           for (int half = 0; half < 2; ++half) o_[i][at_.element(c, half)] *= factor[c];
     }
-    const uint32_t values = ptx::shared_address(shared_.values[stage]);
-    const uint32_t probabilities = ptx::shared_address(shared_.probabilities[stage]);
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kTileKeys; k += 16)
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i)
-        Mma::template add<true>(
-            o_[i], ptx::wgmma_descriptor(values + i * L::Values::kPanelBytes + k * kPanelRowBytes),
-            ptx::wgmma_descriptor(probabilities + k * 2));
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) ptx::fence_registers(o_[i]);
+    Operands::add_values(at_, o_, ptx::shared_address(shared_.values[stage]),
+                         ptx::shared_address(shared_.probabilities[stage]));
   }
 
   // Values that no row sees may be anything, NaN too, and are multiplied by zero.
@@ -444,8 +451,8 @@ class Consumer {
     const Range seen = visible_keys(item_.keys, p_.query_length, p_.distances);
     const int key0 = shared_.kept[stage] * kTileKeys;
     if (key0 >= seen.begin && key0 + kTileKeys <= seen.end) return;
-    constexpr int kChunks = kPanelRowBytes / 16;  // of a swizzled row; swizzling stays within it
-    for (int x = threadIdx.x; x < kPanels * kTileKeys * kChunks; x += kConsumers) {
+    constexpr int kChunks = L::Values::kRowBytes / 16;  // of a swizzled row, within which it stays
+    for (int x = threadIdx.x; x < L::Values::kBytes / 16; x += kConsumers) {
       const int key = key0 + x / kChunks % kTileKeys;
       if (key < seen.begin || key >= seen.end)
         reinterpret_cast<int4*>(shared_.values[stage])[x] = make_int4(0, 0, 0, 0);
@@ -492,13 +499,14 @@ class Consumer {
   int pending_ = 0;                     // tiles kept, their values not yet added
   int unfolded_ = 0;                    // of them, those of the split before
 
-  Item item_;
+  typename L::Work item_;
   Range seen_by_all_;  // keys that every row sees
   int dropped_;        // tiles, of this item
   bool first_split_;   // of the visit, is the next to begin
   bool seeded_;        // the split at hand lies behind the seeds
   bool total_empty_;
   Columns below_, seed_;
+  Columns units_;  // of a cache in 8 bits: a score is a product times it
 
   Softmax split_;   // of the split at hand
   Softmax before_;  // of the one before, until its last tile is added

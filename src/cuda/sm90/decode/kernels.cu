@@ -1,4 +1,7 @@
-// Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM.
+// Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM, and one
+// Cache, BLASST_CACHE.
+#include <type_traits>
+
 #include "cuda/core/decode/combine.cuh"
 #include "cuda/core/decode/splits.h"
 #include "cuda/sm90/decode/kernel.cuh"
@@ -7,9 +10,12 @@
 namespace blasst::cuda::decode {
 namespace {
 
+constexpr Cache kCache = Cache::BLASST_CACHE;
+
 template <typename T, int kRows, Variant kVariant>
 Kernels kernels() {
-  using C = Config<T, BLASST_QK_DIM, BLASST_VALUE_DIM, kRows, kVariant>;
+  using Multiplied = std::conditional_t<kCache == Cache::kOfQueries, T, __half>;
+  using C = Config<Multiplied, BLASST_QK_DIM, BLASST_VALUE_DIM, kRows, kVariant, kCache>;
   return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared), C::Layout::kBlocks,
           reinterpret_cast<const void*>(&combine<T, BLASST_VALUE_DIM>)};
 }
@@ -44,8 +50,8 @@ Kernels kernels(int rows, Variant variant) {
 }  // namespace
 
 template <>
-Kernels find_kernels_of<BLASST_QK_DIM, BLASST_VALUE_DIM>(Element element, int rows,
-                                                         Variant variant) {
+Kernels find_kernels_of<BLASST_QK_DIM, BLASST_VALUE_DIM, kCache>(Element element, int rows,
+                                                                 Variant variant) {
   return element == Element::kHalf ? kernels<__half>(rows, variant)
                                    : kernels<__nv_bfloat16>(rows, variant);
 }

@@ -121,18 +121,20 @@ void launch(const Launch& l) {
     throw Error(BLASST_INVALID_ARGUMENT, "workspace_bytes is " + std::to_string(l.workspace_bytes) +
                                              "; this call needs " + std::to_string(needed));
   plan.box_tokens = p.keys.page_table ? std::min(p.keys.page_size, kTileKeys) : kTileKeys;
+  plan.half_queries = l.element == Element::kHalf;
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
 
   const CUtensorMap q = map_of(l.q, l.element, p.heads / p.kv_heads, p.query_length);
   // Without keys nothing is copied; any tensor will do.
   const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, l.element, 1, plan.box_tokens);
-  const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l.element, 1, plan.box_tokens);
+  const Element of_keys = l.cache == Cache::kOfQueries ? l.element : Element::kInt8;  // any byte
+  const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, of_keys, 1, plan.box_tokens);
+  const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, of_keys, 1, plan.box_tokens);
 
   const bool latents = latent::is_latent(l.value_dim);
   const Kernels kernels =
       latents ? latent::find_kernels(l.element, variant_of(p))
-              : find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
+              : find_kernels(l.element, l.cache, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
   allow_shared_memory(kernels.attend, kernels.shared_bytes);
   allow_shared_memory(kernels.combine, 0);  // loads it
   const int most_blocks = multiprocessors() * kernels.blocks;

@@ -12,7 +12,8 @@ namespace blasst::cuda::decode {
 struct Launch {
   Params params;
   Tensor q, k, v;
-  Element element;
+  Element element;  // of queries
+  Cache cache;
   int qk_dim, value_dim;  // of queries and keys, of values and outputs
   void* workspace;
   std::size_t workspace_bytes;  // at least what workspace_bytes() says

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/core/decode/params.h"
 #include "cuda/sm90/core/panels.cuh"
@@ -24,6 +25,9 @@ struct Item {
   int split_tiles;
   int begin, end;  // positions in the visit
 };
+struct CacheItem : Item {  // of keys and values in 8 bits
+  float k_scale, v_scale;
+};
 
 enum TileFlags : int {
   kFirstOfItem = 1,
@@ -44,21 +48,31 @@ struct Tile {
 };
 
 // kRows: query rows, rounded up. Queries and keys have kQkDim elements, values kValueDim.
-template <int kQkDim, int kValueDim, int kRows>
+template <int kQkDim, int kValueDim, int kRows, bool kIn8Bits_ = false>
 struct Layout {
-  using Keys = Panels<kTileKeys, kQkDim>;
-  using Values = Panels<kTileKeys, kValueDim>;
+  static constexpr bool kIn8Bits = kIn8Bits_;            // keys and values
+  static constexpr int kCachedBytes = kIn8Bits ? 1 : 2;  // of their elements
+  using Work = std::conditional_t<kIn8Bits, CacheItem, Item>;
+  template <int kDim>
+  using Cached = std::conditional_t<kIn8Bits, BytePanels<kTileKeys, kDim>, Panels<kTileKeys, kDim>>;
+  using Keys = Cached<kQkDim>;
+  using Values = Cached<kValueDim>;
   using Queries = Panels<kRows, kQkDim>;
   using Probabilities = Panels<kRows, kTileKeys>;
 
-  // Two blocks share a multiprocessor where 113 KiB and 168 registers a thread are enough.
-  static constexpr int kBlocks = kValueDim == 256 || kRows > (kQkDim == 192 ? 8 : 16) ? 1 : 2;
+  // Two blocks share a multiprocessor where 113 KiB and 168 registers a thread are enough; three
+  // where 75 KiB and 136 are.
+  static constexpr bool kSmall = kIn8Bits && kRows == 8;
+  static constexpr int kBlocks = kValueDim == 256 || kRows > (kQkDim == 192 ? 8 : 16) ? 1
+                                 : kSmall                                             ? 3
+                                                                                      : 2;
 
   // Kept tiles whose values are on their way, and the one that is added.
   static constexpr int kValueStages = kValueDim == 256 ? (kRows > 16 ? 2 : 3)
                                       : kBlocks == 1   ? 4
                                                        : (kValueDim == 128 ? 3 : 4);
-  static constexpr int kBudget = (kBlocks == 2 ? 113 : 227) * 1024 - 2 * Queries::kBytes -
+  static constexpr int kRoom = kBlocks == 3 ? 75 : kBlocks == 2 ? 113 : 227;  // KiB
+  static constexpr int kBudget = kRoom * 1024 - 2 * Queries::kBytes -
                                  kValueStages * (Values::kBytes + Probabilities::kBytes) - 2048 -
                                  64 * kRows;
   static constexpr int kFit = kBudget / Keys::kBytes;
@@ -74,22 +88,25 @@ struct Layout {
     float maxima[2][kConsumerWarps][kRows];  // of each warp's keys; tiles alternate
     float sums[kConsumerWarps][kRows];
     float below[2][kRows];  // of an item: what the tested value must stay below for a skip
-    int nan[2][kConsumerWarps];
-    Item items[2];
+    alignas(16) int nan[2][kConsumerWarps];
+    Work items[2];
     Tile tiles[kKeyStages];
     int kept[kValueStages];  // tile index
     // Of a stage's Tile, with the Item of an item's first; of its keys. keys_empty frees both.
     uint64_t tiles_full[kKeyStages], keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages];
     uint64_t queries_full[2], queries_empty[2];
+    float query_units[kIn8Bits ? kRows : 1];  // of an item: of its queries as they are multiplied
   };
 };
 
 // What is compiled into a kernel.
-template <typename T, int kQkDim_, int kValueDim_, int kRows_, Variant kVariant_>
+template <typename T, int kQkDim_, int kValueDim_, int kRows_, Variant kVariant_,
+          Cache kCache_ = Cache::kOfQueries>
 struct Config {
-  using Element = T;
-  using Layout = decode::Layout<kQkDim_, kValueDim_, kRows_>;
+  using Element = T;  // of probabilities, and of queries unless keys are in 8 bits
+  using Layout = decode::Layout<kQkDim_, kValueDim_, kRows_, kCache_ != Cache::kOfQueries>;
+  static constexpr Cache kCache = kCache_;
   using Shared = typename Layout::Shared;
   static constexpr int kQkDim = kQkDim_;
   static constexpr int kValueDim = kValueDim_;

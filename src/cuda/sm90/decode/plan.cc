@@ -8,6 +8,7 @@
 #include "cuda/sm90/decode/latent/shape.h"
 #include "cuda/sm90/decode/shape.h"
 #include "problem/checks.h"
+#include "problem/element.h"
 #include "problem/parts.h"
 
 namespace blasst::cuda::decode {
@@ -24,6 +25,12 @@ void check_decode(const AttentionParams& params) {
   const int64_t group = p.heads / p.kv_heads, rows = group * p.query_length;
   if (p.query_layout == BLASST_LAYOUT_RAGGED)
     refuse("query_layout is ragged; decode does dense queries");
+  if (p.kv.k.dtype != p.kv.v.dtype)
+    refuse("k is {} and v {}; decode does both in one type", problem::dtype_name(p.kv.k.dtype),
+           problem::dtype_name(p.kv.v.dtype));
+  if (problem::is_8_bits(p.kv.k.dtype) && p.head_dim != 128)
+    refuse("k is {} with head_dim {}; decode does caches in 8 bits of 128",
+           problem::dtype_name(p.kv.k.dtype), p.head_dim);
   if (p.query_lengths) refuse("query_lengths is set; decode's requests use all of their rows");
   const bool latents = latent::is_latent(p.value_dim);
   if (latents && p.kv_heads != 1)
@@ -78,6 +85,14 @@ problem::Geometry geometry_of(const AttentionParams& params) {
   return problem::geometry(p, Phase::kDecode, shape);
 }
 
+Cache cache_of(DType keys) {
+  return keys == BLASST_INT8          ? Cache::kInt8
+         : keys == BLASST_FLOAT8_E4M3 ? Cache::kFloat8
+                                      : Cache::kOfQueries;
+}
+
+Scales scales_of(const blasst_scales& s) { return {s.values, s.stride_request, s.stride_head}; }
+
 std::size_t workspace_bytes(const blasst_problem& p) {
   return decode::workspace_bytes(static_cast<int>(p.batch), static_cast<int>(p.heads), parts_of(p),
                                  static_cast<int>(p.query_length),
@@ -101,6 +116,9 @@ Launch plan_launch(const AttentionParams& params) {
   plan_keys(l, params.problem);
   l.params.kv_heads = parts_of(params.problem);
   if (latent::is_latent(l.value_dim)) check_values_in_keys(params.problem);
+  l.cache = cache_of(params.problem.kv.k.dtype);
+  l.params.k_scales = scales_of(params.problem.k_scales);
+  l.params.v_scales = scales_of(params.problem.v_scales);
   l.params.scale = scale_of(params.problem);
   plan_mask_and_test(l.params, params);
   plan_report(l.params, params.report, geometry);

@@ -69,9 +69,9 @@ __device__ __forceinline__ int boxes_of(const Params& p, const Plan& plan, int k
   return ceil_div(left, plan.box_tokens);
 }
 
-// Copies a tile's keys or values, of `Tile`'s panels; one warp, whose lane copies a panel of box
-// lane / Tile::kCount, from that box's `page`.
-template <typename Tile>
+// Copies a tile's keys or values, of `Tile`'s panels and elements of so many bytes; one warp, whose
+// lane copies a panel of box lane / Tile::kCount, from that box's `page`.
+template <typename Tile, int kElementBytes>
 __device__ __forceinline__ void copy_tile(const Params& p, const Plan& plan, const CUtensorMap* map,
                                           uint32_t destination, uint64_t& barrier, const Item& item,
                                           int tile, int boxes, int page, ptx::L2Hint hint) {
@@ -79,18 +79,19 @@ __device__ __forceinline__ void copy_tile(const Params& p, const Plan& plan, con
   const int box = lane / Tile::kCount, panel = lane % Tile::kCount;
   if (lane == 0)
     ptx::mbarrier_arrive_expect(address(barrier),
-                                boxes * plan.box_tokens * Tile::kCount * kPanelRowBytes);
+                                boxes * plan.box_tokens * Tile::kCount * Tile::kRowBytes);
   __syncwarp();
   if (box >= boxes) return;
   const int token = tile * kTileKeys + box * plan.box_tokens;
   const TokenPlace place = place_of_token(p.keys, item.request, item.first_key, token, page);
-  ptx::copy_box(destination + panel * Tile::kPanelBytes + box * plan.box_tokens * kPanelRowBytes,
-                map, address(barrier), panel * kPanel, item.kv_head, place.token, place.outer,
-                hint);
+  ptx::copy_box(destination + panel * Tile::kPanelBytes + box * plan.box_tokens * Tile::kRowBytes,
+                map, address(barrier), panel * Tile::kRowBytes / kElementBytes, item.kv_head,
+                place.token, place.outer, hint);
 }
 
 template <typename L, int kRows, bool kTests>
 class Producer {
+  using Work = typename L::Work;
   static constexpr int kOwnRows = (kRows + 31) / 32;  // query rows a lane
 
  public:
@@ -110,9 +111,15 @@ class Producer {
       int next = plan_.items;
       if (lane_ == 0 && plan_.next_item)
         next = gridDim.x * chunk + atomicAdd(plan_.next_item, chunk);
-      Item mine{};
+      Work mine{};
       const bool found =
           lane_ < chunk && first + lane_ < plan_.items && find_item(p_, plan_, first + lane_, mine);
+      if constexpr (L::kIn8Bits) {
+        if (found) {
+          mine.k_scale = scale_of(p_.k_scales, mine);
+          mine.v_scale = scale_of(p_.v_scales, mine);
+        }
+      }
       for (unsigned rest = __ballot_sync(kAllLanes, found); rest; rest &= rest - 1)
         feed(broadcast(mine, __ffs(rest) - 1));
       first = __shfl_sync(kAllLanes, next, 0);
@@ -125,14 +132,25 @@ class Producer {
   }
 
  private:
-  static __device__ __forceinline__ Item broadcast(const Item& item, int lane) {
-    const auto get = [&](int x) { return __shfl_sync(kAllLanes, x, lane); };
-    return {get(item.request),   get(item.kv_head),    get(item.slot),     get(item.keys),
-            get(item.first_key), get(item.tile_begin), get(item.tile_end), get(item.split_tiles),
-            get(item.begin),     get(item.end)};
+  static __device__ __forceinline__ Work broadcast(const Work& item, int lane) {
+    const auto get = [&](auto x) { return __shfl_sync(kAllLanes, x, lane); };
+    const Item all{get(item.request),  get(item.kv_head),     get(item.slot),
+                   get(item.keys),     get(item.first_key),   get(item.tile_begin),
+                   get(item.tile_end), get(item.split_tiles), get(item.begin),
+                   get(item.end)};
+    if constexpr (L::kIn8Bits) {
+      return {all, get(item.k_scale), get(item.v_scale)};
+    } else {
+      return all;
+    }
   }
 
-  __device__ __forceinline__ void feed(const Item& item) {
+  static __device__ __forceinline__ float scale_of(const Scales& scales, const Item& item) {
+    if (!scales.values) return 1;
+    return scales.values[item.request * scales.stride_request + item.kv_head * scales.stride_head];
+  }
+
+  __device__ __forceinline__ void feed(const Work& item) {
     float thresholds[kOwnRows] = {};
     if constexpr (kTests) ask_for_thresholds(item, thresholds);
     feed_queries(item);
@@ -146,7 +164,7 @@ class Producer {
     }
   }
 
-  __device__ __forceinline__ void feed_queries(const Item& item) {
+  __device__ __forceinline__ void feed_queries(const Work& item) {
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_empty[slot]), queries_.phase ^ 1);
     if (lane_ == 0) {
@@ -214,9 +232,9 @@ class Producer {
       ptx::mbarrier_arrive(address(shared_.tiles_full[stage]));
     }
     __syncwarp();
-    copy_tile<typename L::Keys>(p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]),
-                                shared_.keys_full[stage], item, tile, boxes, page,
-                                flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
+    copy_tile<typename L::Keys, L::kCachedBytes>(
+        p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]), shared_.keys_full[stage], item,
+        tile, boxes, page, flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
     ring_.next();
   }
 
