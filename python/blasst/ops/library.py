@@ -217,8 +217,13 @@ def decode_tile_heads(
 when_imported("torch._dynamo", lambda: torch.compiler.assume_constant_result(tile_of))
 
 
-def prefill_tile(device: torch.device, head_dim: int, value_dim: int) -> tuple[int, int]:
-    """Query rows and keys of the tile on which prefill decides on this kind of device."""
+def prefill_tile(
+    device: torch.device, head_dim: int, value_dim: int | None = None
+) -> tuple[int, int]:
+    """Query rows and keys of the tile on which prefill decides on this kind of device.
+
+    value_dim: default: head_dim.
+    """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return tile_of("prefill", device, dtype, head_dim, value_dim)
 
