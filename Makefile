@@ -56,7 +56,7 @@ build: build-packages $(VENV)/.complete ## set up and build (Release) into build
 
 ##@ Checks
 .PHONY: sanitize
-sanitize: $(VENV)/.complete check-packages ## C++ tests under ASan + UBSan, then under TSan
+sanitize: $(VENV)/.complete check-packages ## C++ tests under ASan + UBSan, threads under TSan
 	for preset in asan tsan; do \
 	  cmake --preset $$preset -DPython_EXECUTABLE=$(CURDIR)/$(python); \
 	  cmake --build --preset $$preset --parallel $(JOBS); \
@@ -74,20 +74,19 @@ test-aarch64: $(VENV)/.complete ## build for aarch64, check random problems unde
 
 .PHONY: fuzz
 fuzz: $(VENV)/.complete check-packages ## fuzz validation and kernels for FUZZ_SECONDS (90)
-	cmake --preset fuzz -DPython_EXECUTABLE=$(CURDIR)/$(python)
-	cmake --build --preset fuzz --parallel $(JOBS)
-	build/fuzz/tests/fuzz/fuzz_attention -seed=1 -max_total_time=$(FUZZ_SECONDS) $(ARGS)
+	cmake --preset asan -DPython_EXECUTABLE=$(CURDIR)/$(python)
+	cmake --build --preset asan --parallel $(JOBS) --target fuzz_attention
+	build/asan/tests/fuzz/fuzz_attention -seed=1 -max_total_time=$(FUZZ_SECONDS) $(ARGS)
 
 # The kernels are one source for many instruction sets and types: two of them have all of its lines.
 LINTED_KERNELS := avx2_float32 avx512_bf16_bfloat16
 
-linted = $(LINTED_KERNELS:%=build/release/src/cpu/kernels_%.cc) \
-	$(filter-out tests/% bench/% src/cpu/kernels.cc,$(filter %.cc,$(sources)))
-
 .PHONY: lint
-lint: build check-packages ## clang-tidy and ruff
-	printf '%s\n' $(linted) \
-	  | xargs --max-args=1 --max-procs=$(JOBS) clang-tidy --quiet $(TIDY_ARGS) -p build/release
+lint: $(VENV)/.complete build-packages check-packages ## clang-tidy and ruff
+	cmake --preset lint -DPython_EXECUTABLE=$(CURDIR)/$(python)
+	{ printf 'build/lint/src/cpu/kernels_%s.cc\n' $(LINTED_KERNELS); echo src/problem/text.cc; \
+	  find build/lint -path '*/Unity/*.cxx' ! -path '*/highway.dir/*'; } \
+	  | xargs --max-args=1 --max-procs=$(JOBS) clang-tidy --quiet $(TIDY_ARGS) -p build/lint
 	$(python) -m ruff check
 
 .PHONY: analyze

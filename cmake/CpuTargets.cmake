@@ -10,7 +10,7 @@ else()
   message(FATAL_ERROR "There are no CPU kernels for ${CMAKE_SYSTEM_PROCESSOR}, only for x86_64 and aarch64")
 endif()
 set(BLASST_CPU_TARGETS all CACHE STRING
-  "Instruction sets to build the CPU kernels for: all, native (the best that this machine runs), or a list of: ${BLASST_ALL_CPU_TARGETS}")
+  "Instruction sets to build the CPU kernels for: all, native (the best that this machine runs), baseline (one that every machine runs), or a list of: ${BLASST_ALL_CPU_TARGETS}")
 
 # Each one's target in Highway, what the kernels are told about it, and its storage types; for the
 # others it has the kernels of its base. One that extends its base has the base's kernels but for what
@@ -72,6 +72,8 @@ if(cpu_targets STREQUAL "all")
   set(cpu_targets ${BLASST_ALL_CPU_TARGETS})
 elseif(cpu_targets STREQUAL "native")
   find_native_target(cpu_targets)
+elseif(cpu_targets STREQUAL "baseline")
+  list(GET BLASST_ALL_CPU_TARGETS -1 cpu_targets)
 endif()
 if(NOT cpu_targets)
   message(FATAL_ERROR "BLASST_CPU_TARGETS is empty; name at least one of: ${BLASST_ALL_CPU_TARGETS}")
@@ -79,7 +81,7 @@ endif()
 foreach(name ${cpu_targets})
   if(NOT name IN_LIST BLASST_ALL_CPU_TARGETS)
     message(FATAL_ERROR "BLASST_CPU_TARGETS has '${name}'; on ${CMAKE_SYSTEM_PROCESSOR} it takes: "
-      "all, native, ${BLASST_ALL_CPU_TARGETS}")
+      "all, native, baseline, ${BLASST_ALL_CPU_TARGETS}")
   endif()
   if(base_${name} AND NOT base_${name} IN_LIST cpu_targets)
     message(FATAL_ERROR "BLASST_CPU_TARGETS has ${name}, which needs ${base_${name}} beside it")
@@ -106,11 +108,13 @@ foreach(name ${BLASST_ALL_CPU_TARGETS})
     list(TRANSFORM definitions PREPEND "#define ")
     list(JOIN definitions "\n" definitions)
     set(source ${PROJECT_BINARY_DIR}/src/cpu/kernels_${name}_${type}.cc)
-    file(CONFIGURE OUTPUT ${source} CONTENT "${definitions}\n#include \"cpu/kernels.cc\"  // NOLINT(bugprone-suspicious-include)\n")
+    file(CONFIGURE OUTPUT ${source} CONTENT "${definitions}\n#include \"cpu/kernels.cc\"\n")
     list(APPEND cpu_kernel_sources ${source})
   endforeach()
   string(APPEND cpu_target_list ")")
 endforeach()
+# Each has macros of its own.
+set_source_files_properties(${cpu_kernel_sources} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
 file(CONFIGURE OUTPUT ${PROJECT_BINARY_DIR}/src/cpu/targets.h CONTENT
 "// X(name, its target in Highway, its kernels for float32, float16, bfloat16) for each instruction
 // set of this build, best first.

@@ -1,6 +1,8 @@
-# Sources of libraries, fetched with pip into the build folder; cmake/fetch.py pins them.
+# Sources of libraries, fetched with pip; cmake/fetch.py pins them.
+set(BLASST_FETCHED ${PROJECT_BINARY_DIR} CACHE PATH
+  "Where fetched libraries are kept: the build folder, or one that several share")
 function(fetch_library name result)
-  set(folder ${PROJECT_BINARY_DIR}/${name})
+  set(folder ${BLASST_FETCHED}/${name})
   if(NOT EXISTS ${folder}/.complete)
     if(NOT Python_EXECUTABLE AND EXISTS ${PROJECT_SOURCE_DIR}/.venv/bin/python)
       set(Python_EXECUTABLE ${PROJECT_SOURCE_DIR}/.venv/bin/python)

@@ -1,7 +1,5 @@
 #include "testing/backward.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -9,14 +7,12 @@
 #include <span>
 #include <string_view>
 
+#include "problem/text.h"
 #include "testing/compare.h"
 #include "testing/element.h"
 
 namespace blasst::check {
 namespace {
-
-constexpr std::byte kUnused{0xff};  // NaN in every type
-constexpr float kMark = 77;
 
 // A tensor [outer, tokens, heads, dim] whose rows have 8 unused elements after them; heads lie
 // outside tokens where the forward's do not.
@@ -382,7 +378,7 @@ BackwardComparison compare(const BackwardProblem& problem) {
         kFloatRoundoff * score_roundings(problem.params.problem.softcap) * plain.largest_score;
     if (!(e.largest <= 2 * e.plain_largest + (8 * roundoff + scores) * e.size) ||
         !(e.rms <= 2 * e.plain_rms + (roundoff + scores) * e.size))
-      result.mismatch = fmt::format(
+      result.mismatch = formatted(
           "{}: error {} (root mean square {}), a plain implementation's {} ({}), largest element "
           "{}",
           name, e.largest, e.rms, e.plain_largest, e.plain_rms, e.size);

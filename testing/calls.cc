@@ -1,7 +1,5 @@
 #include "testing/calls.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cfenv>
 #include <cmath>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include "blasst/chunks.hpp"
+#include "problem/text.h"
 #include "testing/backward.h"
 #include "testing/compare.h"
 #include "testing/element.h"
@@ -22,8 +21,6 @@
 
 namespace blasst::check {
 namespace {
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Rounds upwards and, where the processor has a switch for it, flushes subnormal numbers.
 class OddEnvironment {
@@ -236,7 +233,7 @@ std::string check_cut(const RandomKeys& keys, const ChunkRule& rule, const Chunk
       starts.push_back(static_cast<int32_t>(t));
     const double allowed = kFloatRoundoff * static_cast<double>(2 * keys.dim + 16);
     if (shift && !(std::abs(scores[t] - keys.likeness(t)) <= allowed))
-      return fmt::format("the score of position {} is {}, not {}", t, scores[t], keys.likeness(t));
+      return formatted("the score of position {} is {}, not {}", t, scores[t], keys.likeness(t));
   }
   return starts == chunks.starts ? "" : "boundaries are not where the rule has them";
 }
@@ -251,7 +248,7 @@ std::string check_sums(const RandomKeys& keys, const Chunks& chunks) {
       for (int64_t t = first; t < end; ++t) sum += keys.at(t, i), size += std::abs(keys.at(t, i));
       const double got = chunks.sums[c * row + i];
       if (!(std::abs(got - sum) <= kFloatRoundoff * static_cast<double>(end - first) * size))
-        return fmt::format("sum {} of chunk {} is {}, not {}", i, c, got, sum);
+        return formatted("sum {} of chunk {} is {}, not {}", i, c, got, sum);
     }
   }
   return "";
@@ -275,11 +272,11 @@ std::string check_choice(const RandomKeys& keys, const Chunks& chunks, int64_t b
     const int64_t visits = std::ranges::count(choice, 1);
     if (!choice[0] || !choice[own] || std::ranges::count(choice, 0) + visits != tiles ||
         std::ranges::count(choice.subspan(own + 1), 1) > 0)
-      return fmt::format("head {} query tile {} has a choice that cannot be", row / tiles, own);
+      return formatted("head {} query tile {} has a choice that cannot be", row / tiles, own);
     // Tile 0 and its own, whatever the budget.
     if (visits > std::max<int64_t>(2, (budget + kTile - 1) / kTile))
-      return fmt::format("head {} query tile {} reads {} tiles of {} keys", row / tiles, own,
-                         visits, budget);
+      return formatted("head {} query tile {} reads {} tiles of {} keys", row / tiles, own, visits,
+                       budget);
   }
   return "";
 }
@@ -336,8 +333,8 @@ std::string check_merge(const Problem& problem) {
   const double score = 8 * kFloatRoundoff * (8 + scale * sizes.query * sizes.key);
   const double allowed = (4 * unit_roundoff(dtype) + 2 * std::expm1(score)) * sizes.value;
   const auto mismatch = [&](std::string_view what, size_t at, double got, double want) {
-    return fmt::format("two parts, the last of {} keys, merged: {} {} is {}, not {}", last, what,
-                       at, got, want);
+    return formatted("two parts, the last of {} keys, merged: {} {} is {}, not {}", last, what, at,
+                     got, want);
   };
   const auto* out = static_cast<const std::byte*>(first.params.problem.out.data);
   for (size_t i = 0; i < wanted.out.size(); ++i) {

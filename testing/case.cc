@@ -1,12 +1,10 @@
 #include "testing/case.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "problem/element.h"
+#include "problem/text.h"
 
 namespace blasst::check {
 namespace {
@@ -144,32 +142,31 @@ Case random_case(Choices& choose, int64_t budget) {
 
 std::string describe(const Case& c) {
   std::vector<std::string> lengths;
-  for (const Lengths& r : c.requests) lengths.push_back(fmt::format("{}x{}", r.queries, r.keys));
+  for (const Lengths& r : c.requests) lengths.push_back(formatted("{}x{}", r.queries, r.keys));
   const auto option = [](bool on, std::string text) { return on ? " " + text : std::string(); };
-  return fmt::format(
+  return formatted(
       "{} dtype {} queries x keys [{}] heads {}/{} dims {}/{}{}{} inputs {} layout "
       "{}{}{}{}{}{}{}{}{}{}{}{}{} "
       "order {} test {} threshold {}{}{}{}{} threads {} numbers {}",
-      c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), fmt::join(lengths, ", "), c.heads,
+      c.decode ? "decode" : "prefill", static_cast<int>(c.dtype), join(lengths, ", "), c.heads,
       c.kv_heads, c.head_dim, c.value_dim, option(c.values_in_keys, "values in keys"),
       option(c.k_dtype || c.v_dtype,
-             fmt::format("cache {}/{}{}{}", problem::dtype_name(c.k_dtype.value_or(c.dtype)),
-                         problem::dtype_name(c.v_dtype.value_or(c.dtype)),
-                         option(c.scales_per_request, "per request"),
-                         option(c.scales_per_head, "per head"))),
+             formatted("cache {}/{}{}{}", problem::dtype_name(c.k_dtype.value_or(c.dtype)),
+                       problem::dtype_name(c.v_dtype.value_or(c.dtype)),
+                       option(c.scales_per_request, "per request"),
+                       option(c.scales_per_head, "per head"))),
       static_cast<int>(c.inputs), static_cast<int>(c.layout),
-      option(c.layout == Layout::kPaged, fmt::format("page {}", c.page_size)),
+      option(c.layout == Layout::kPaged, formatted("page {}", c.page_size)),
       option(c.ragged_queries, "ragged queries"), option(c.padded, "padded"),
-      option(c.head_major, "head major"),
-      option(c.padding > 0, fmt::format("padding {}", c.padding)),
-      option(c.scale > 0, fmt::format("scale {}", c.scale)),
-      option(c.softcap > 0, fmt::format("softcap {}", c.softcap)), option(c.sinks, "sinks"),
+      option(c.head_major, "head major"), option(c.padding > 0, formatted("padding {}", c.padding)),
+      option(c.scale > 0, formatted("scale {}", c.scale)),
+      option(c.softcap > 0, formatted("softcap {}", c.softcap)), option(c.sinks, "sinks"),
       option(c.causal, "causal"),
       option(c.window_left >= 0 || c.window_right >= 0,
-             fmt::format("window {}, {}", c.window_left, c.window_right)),
+             formatted("window {}, {}", c.window_left, c.window_right)),
       option(c.bands, "bands"), option(c.blocks, "blocks"), static_cast<int>(c.order),
       static_cast<int>(c.test), c.threshold, option(c.per_request, "per request"),
-      option(c.per_head, "per head"), option(c.places > 1, fmt::format("places {}", c.places)),
+      option(c.per_head, "per head"), option(c.places > 1, formatted("places {}", c.places)),
       option(c.scores == BLASST_SCORES_INT8, "scores int8"), c.threads, c.seed);
 }
 

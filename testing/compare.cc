@@ -1,7 +1,5 @@
 #include "testing/compare.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -11,15 +9,12 @@
 #include <span>
 
 #include "problem/problem.h"
+#include "problem/text.h"
 #include "testing/element.h"
 #include "testing/reference/int8_scores.h"
 
 namespace blasst::check {
 namespace {
-
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How far rounding may take a correct kernel: twice what it does to a plain implementation, and
 // never less than the rounding of single operations.
@@ -49,7 +44,7 @@ class Comparer {
       first_query_tile_.push_back(first);
       const bool ragged = p_.problem.query_layout == BLASST_LAYOUT_RAGGED;
       const int64_t room = ragged ? r.rows : p_.problem.query_length;
-      first += decode_ ? 1 : ceil_div(room, shape_.query_rows);
+      first += decode_ ? 1 : problem::ceil_div(room, shape_.query_rows);
     }
   }
 
@@ -69,9 +64,8 @@ class Comparer {
   using Tile = reference::TileDecision;
 
   template <typename... Args>
-  void mismatch(fmt::format_string<Args...> format, Args&&... args) {
-    if (result_.mismatch.empty())
-      result_.mismatch = fmt::format(format, std::forward<Args>(args)...);
+  void mismatch(fmt::format_string<Args...> format, const Args&... args) {
+    if (result_.mismatch.empty()) result_.mismatch = formatted(format, args...);
   }
 
   int64_t group() const { return p_.problem.heads / p_.problem.kv_heads; }

@@ -6,15 +6,11 @@
 #include <stdexcept>
 
 #include "problem/element.h"
+#include "problem/tiles.h"
 #include "testing/element.h"
 
 namespace blasst::check {
 namespace {
-
-constexpr std::byte kUnused{0xff};  // NaN in every type
-constexpr int kMark = 12345;        // no call writes this
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t longest_keys(const Case& c) {
   int64_t most = 0;
@@ -236,17 +232,17 @@ void Problem::lay_out_keys() {
       const int64_t size = description.page_size;
       kv.layout = BLASST_LAYOUT_PAGED;
       kv.page_size = size;
-      kv.page_table_stride = ceil_div(most, size) + 1;  // the spare entries stay -1
+      kv.page_table_stride = problem::ceil_div(most, size) + 1;  // the spare entries stay -1
       page_table.assign(params.problem.batch * kv.page_table_stride, -1);
       int64_t used = 0;
-      for (const int32_t length : lengths) used += ceil_div(length, size);
+      for (const int32_t length : lengths) used += problem::ceil_div(length, size);
       kv.pages = used + 2;
       // Any permutation: a stride that shares no factor with the number of pages.
       int64_t step = kv.pages / 2 + 1;
       while (std::gcd(step, kv.pages) != 1) ++step;
       int64_t page = 0;
       for (int64_t b = 0; b < params.problem.batch; ++b) {
-        for (int64_t i = 0; i < ceil_div(lengths[b], size); ++i)
+        for (int64_t i = 0; i < problem::ceil_div(lengths[b], size); ++i)
           page_table[b * kv.page_table_stride + i] =
               static_cast<int32_t>((page = (page + step) % kv.pages));
       }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "blasst/blasst.hpp"
@@ -10,6 +11,13 @@
 #include "testing/reference/reference.h"
 
 namespace blasst::check {
+
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// What outputs hold before a call. No call writes it.
+inline constexpr std::byte kUnused{0xff};  // NaN in every type
+inline constexpr int kMark = 12345;
 
 void call(const AttentionParams& params, bool decode);
 Plan plan(const AttentionParams& params, bool decode);

@@ -1,7 +1,4 @@
 // The C functions: choose a backend, hand it the call.
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <functional>
 #include <string>
 
@@ -11,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/processors.h"
 #include "problem/checks.h"
+#include "problem/text.h"
 #if BLASST_CUDA
 #include "cuda/backend.h"
 #endif
@@ -20,12 +18,8 @@ namespace {
 using namespace blasst;
 using api::guarded;
 using api::require;
+using api::set_defaults;
 using problem::Phase;
-
-template <typename T>
-void set_defaults(T* value) {
-  if (value) *value = {};
-}
 
 // Before anything else of the caller's struct is read.
 template <typename Params>
@@ -135,7 +129,7 @@ blasst_status blasst_backend_at(int32_t index, blasst_backend_info* info) {
 blasst_status blasst_cpu_isas(const char** names) {
   return guarded([&] {
     require(names, "names");
-    static const std::string list = fmt::format("{}", fmt::join(cpu::isa_names(), ","));
+    static const std::string list = join(cpu::isa_names(), ",");
     *names = list.c_str();
   });
 }

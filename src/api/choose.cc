@@ -1,8 +1,5 @@
 #include "api/choose.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
@@ -12,6 +9,7 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "problem/text.h"
 #if BLASST_CUDA
 #include "cuda/backend.h"
 #endif
@@ -22,7 +20,7 @@ namespace {
 constexpr const char* kNames[] = {"auto", "cpu", "cuda", "cuda-sm90", "cuda-sm80"};
 
 std::string name_of(blasst_backend backend) {
-  return fmt::format("{} ({})", kNames[backend], static_cast<int>(backend));
+  return formatted("{} ({})", kNames[backend], static_cast<int>(backend));
 }
 
 bool is_for_gpus(blasst_backend backend) {
@@ -55,8 +53,8 @@ blasst_backend cuda_backend_named(const char* name) {
   for (const blasst_backend backend : {BLASST_BACKEND_CUDA_SM90, BLASST_BACKEND_CUDA_SM80})
     if (std::string_view(name) == kNames[backend]) return backend;
   throw Error(BLASST_UNSUPPORTED,
-              fmt::format("BLASST_CUDA_BACKEND is '{}'; it must be {} or {}", name,
-                          kNames[BLASST_BACKEND_CUDA_SM90], kNames[BLASST_BACKEND_CUDA_SM80]));
+              formatted("BLASST_CUDA_BACKEND is '{}'; it must be {} or {}", name,
+                        kNames[BLASST_BACKEND_CUDA_SM90], kNames[BLASST_BACKEND_CUDA_SM80]));
 }
 
 std::span<const Backend* const> backends() {
@@ -87,7 +85,7 @@ void choose(std::span<const Backend* const> candidates, blasst_backend wanted, M
     for (const Backend* backend : candidates)
       built += (built.empty() ? "" : ", ") + name_of(backend->id());
     throw Error(BLASST_UNSUPPORTED,
-                fmt::format("backend {} is not in this build; it has: {}", name_of(wanted), built));
+                formatted("backend {} is not in this build; it has: {}", name_of(wanted), built));
   }
   if (wanted == BLASST_BACKEND_CUDA) keep_runnable(asked);
   std::vector<std::string> reasons;  // each once: backends share checks
@@ -105,8 +103,8 @@ void choose(std::span<const Backend* const> candidates, blasst_backend wanted, M
     }
     if (std::ranges::find(reasons, why) == reasons.end()) reasons.push_back(why);
   }
-  throw Error(BLASST_UNSUPPORTED, (reasons.size() == 1 ? "" : "no backend takes this call: ") +
-                                      fmt::format("{}", fmt::join(reasons, "; ")));
+  throw Error(BLASST_UNSUPPORTED,
+              (reasons.size() == 1 ? "" : "no backend takes this call: ") + join(reasons, "; "));
 }
 
 }  // namespace blasst::api

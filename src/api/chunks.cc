@@ -15,6 +15,7 @@ namespace {
 using namespace blasst;
 using api::guarded;
 using api::require;
+using api::set_defaults;
 using problem::check_struct_size;
 
 template <typename T>
@@ -52,11 +53,6 @@ const T* copy_of(const std::vector<T>& values) {
   auto copy = std::make_unique<T[]>(values.size());
   std::ranges::copy(values, copy.get());
   return copy.release();
-}
-
-template <typename T>
-void set_defaults(T* value) {
-  if (value) *value = {};
 }
 
 }  // namespace

@@ -29,4 +29,9 @@ void require(const T* pointer, const char* name) {
   if (!pointer) throw Error(BLASST_INVALID_ARGUMENT, std::string(name) + " is null");
 }
 
+template <typename T>
+void set_defaults(T* value) {
+  if (value) *value = {};
+}
+
 }  // namespace blasst::api

@@ -1,7 +1,5 @@
 #include "cpu/backend.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -21,6 +19,7 @@
 #include "problem/element.h"
 #include "problem/float_environment.h"
 #include "problem/problem.h"
+#include "problem/text.h"
 
 namespace blasst::cpu {
 namespace {
@@ -39,8 +38,8 @@ class Scratch {
  public:
   Scratch(const Execution& execution, std::size_t bytes) {
     if (execution.workspace && execution.workspace_bytes < bytes)
-      throw Error(BLASST_INVALID_ARGUMENT, fmt::format("workspace_bytes is {}; this call needs {}",
-                                                       execution.workspace_bytes, bytes));
+      throw Error(BLASST_INVALID_ARGUMENT, formatted("workspace_bytes is {}; this call needs {}",
+                                                     execution.workspace_bytes, bytes));
     if (execution.workspace) {
       data_ = static_cast<std::byte*>(execution.workspace);
       data_ += aligned(reinterpret_cast<uintptr_t>(data_)) - reinterpret_cast<uintptr_t>(data_);
@@ -289,7 +288,7 @@ class Cpu : public api::Backend {
 
   BackendInfo info() const override {
     return {BLASST_BACKEND_CPU, "cpu", isa_name(), true,
-            fmt::format("{} threads", default_threads())};
+            formatted("{} threads", default_threads())};
   }
 
   std::string obstacle(api::Memory memory) const override {

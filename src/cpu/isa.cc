@@ -1,8 +1,5 @@
 #include "cpu/isa.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -17,6 +14,7 @@
 
 #include "blasst/blasst.hpp"
 #include "hwy/targets.h"
+#include "problem/text.h"
 
 namespace blasst::cpu {
 namespace {
@@ -59,7 +57,7 @@ std::vector<Isa> find_isas() {
   if (isas.empty())
     throw Error(
         BLASST_UNSUPPORTED,
-        fmt::format("this machine runs none of the instruction sets of this build: {}", built));
+        formatted("this machine runs none of the instruction sets of this build: {}", built));
 #if defined(__x86_64__)
   // Intel's processors take longer for bfloat16 dot products than for float32's multiply-adds.
   if (isas.front().name == "avx512_bf16" && __builtin_cpu_is("intel")) std::swap(isas[0], isas[1]);
@@ -82,8 +80,8 @@ const Isa* find(const std::string& name) {
     if (isa.name == name) return &isa;
   }
   throw Error(BLASST_INVALID_ARGUMENT,
-              fmt::format("instruction set '{}' is not available; this machine and build have: {}",
-                          name, fmt::join(isa_names(), ", ")));
+              formatted("instruction set '{}' is not available; this machine and build have: {}",
+                        name, join(isa_names(), ", ")));
 }
 
 constinit std::atomic<const Isa*> chosen = nullptr;

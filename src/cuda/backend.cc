@@ -1,7 +1,6 @@
 #include "cuda/backend.h"
 
 #include <cuda_runtime_api.h>
-#include <fmt/format.h>
 
 #include <string>
 #include <string_view>
@@ -19,6 +18,7 @@
 #include "cuda/usable.h"
 #include "problem/checks.h"
 #include "problem/element.h"
+#include "problem/text.h"
 
 namespace blasst::cuda {
 namespace {
@@ -59,7 +59,7 @@ class MemoryCheck {
                       (memory.type == cudaMemoryTypeDevice && memory.device == device_);
     if (here) return;
     const std::string where = memory.type == cudaMemoryTypeDevice
-                                  ? fmt::format("on device {}", memory.device)
+                                  ? formatted("on device {}", memory.device)
                                   : std::string("host memory");
     problem::fail("{} is {}; it must be memory of the current device, {}", name, where, device_);
   }
@@ -142,7 +142,7 @@ class Cuda : public api::Backend {
     check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
     info.usable = true;
     info.detail =
-        fmt::format("{}, {} multiprocessors", properties.name, properties.multiProcessorCount);
+        formatted("{}, {} multiprocessors", properties.name, properties.multiProcessorCount);
     return info;
   }
 
@@ -243,7 +243,7 @@ class Sm80 : public Cuda {
 
  private:
   [[noreturn]] static void refuse_phase(const char* phase) {
-    throw Error(BLASST_UNSUPPORTED, fmt::format("cuda-sm80: it has no {}; it does prefill", phase));
+    throw Error(BLASST_UNSUPPORTED, formatted("cuda-sm80: it has no {}; it does prefill", phase));
   }
 };
 

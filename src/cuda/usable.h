@@ -1,9 +1,9 @@
 // Whether a machine can run the kernels.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <string>
+
+#include "problem/text.h"
 
 namespace blasst::cuda {
 
@@ -28,14 +28,14 @@ inline constexpr Capabilities kSm90{90, 90, "9.0"}, kSm80{80, 9999, "8.0 and lat
 inline std::string obstacle(const Machine& m, const Capabilities& kernels) {
   if (m.driver == 0) return "no NVIDIA driver";
   if (m.driver / 1000 < m.runtime / 1000)
-    return fmt::format("the driver does CUDA {}.{}; this build needs a driver of CUDA {}",
-                       m.driver / 1000, m.driver % 1000 / 10, m.runtime / 1000);
+    return formatted("the driver does CUDA {}.{}; this build needs a driver of CUDA {}",
+                     m.driver / 1000, m.driver % 1000 / 10, m.runtime / 1000);
   if (!m.error.empty()) return m.error;
   if (m.devices == 0) return "no GPU";
   const int capability = 10 * m.major + m.minor;
   if (capability < kernels.least || capability > kernels.most)
-    return fmt::format("device {} has compute capability {}.{}; the kernels are for {}", m.device,
-                       m.major, m.minor, kernels.name);
+    return formatted("device {} has compute capability {}.{}; the kernels are for {}", m.device,
+                     m.major, m.minor, kernels.name);
   return "";
 }
 

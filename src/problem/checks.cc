@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "problem/element.h"
+#include "problem/text.h"
 
 namespace blasst::problem {
 namespace {
@@ -33,9 +34,9 @@ void check_cache(std::string_view name, DType dtype, const Scales& scales,
   if (scales.values && !is_8_bits(dtype))
     fail("{}_scales.values is set, but {} is {}; scales go with int8 (3) and float8_e4m3 (4)", name,
          name, dtype_name(dtype));
-  check_range(fmt::format("{}_scales.stride_request", name), scales.stride_request, 0,
+  check_range(formatted("{}_scales.stride_request", name), scales.stride_request, 0,
               most_stride(p.batch));
-  check_range(fmt::format("{}_scales.stride_head", name), scales.stride_head, 0,
+  check_range(formatted("{}_scales.stride_head", name), scales.stride_head, 0,
               most_stride(p.kv_heads));
 }
 
@@ -210,16 +211,16 @@ void check_tiles(std::string_view backend, const Decision& decision, TileShape s
   if (differs(decision.tile_query_rows, shape.query_rows) ||
       differs(decision.tile_keys, shape.keys))
     throw Error(BLASST_UNSUPPORTED,
-                fmt::format("{}: tile_query_rows is {} and tile_keys {}; it decides on tiles of {} "
-                            "query rows and {} keys",
-                            backend, decision.tile_query_rows, decision.tile_keys, shape.query_rows,
-                            shape.keys));
+                formatted("{}: tile_query_rows is {} and tile_keys {}; it decides on tiles of {} "
+                          "query rows and {} keys",
+                          backend, decision.tile_query_rows, decision.tile_keys, shape.query_rows,
+                          shape.keys));
 }
 
 void check_exact_scores(std::string_view backend, std::string_view what, const Decision& decision) {
   if (decision.scores == BLASST_SCORES_INT8)
     throw Error(BLASST_UNSUPPORTED,
-                fmt::format("{}: scores is int8 (1); {} has exact scores (0) only", backend, what));
+                formatted("{}: scores is int8 (1); {} has exact scores (0) only", backend, what));
 }
 
 void check_types(std::string_view backend, std::string_view what, Caches caches,
@@ -230,9 +231,9 @@ void check_types(std::string_view backend, std::string_view what, Caches caches,
         std::tuple{"out", &p.out, false}}) {
     if (view->dtype == p.q.dtype || (may_be_8_bits && is_8_bits(view->dtype))) continue;
     throw Error(BLASST_UNSUPPORTED,
-                fmt::format("{}: q is {} and {} {}; {} does tensors of one type{}", backend,
-                            dtype_name(p.q.dtype), name, dtype_name(view->dtype), what,
-                            takes_8_bits ? ", and keys and values in int8 and float8_e4m3" : ""));
+                formatted("{}: q is {} and {} {}; {} does tensors of one type{}", backend,
+                          dtype_name(p.q.dtype), name, dtype_name(view->dtype), what,
+                          takes_8_bits ? ", and keys and values in int8 and float8_e4m3" : ""));
   }
 }
 

@@ -2,8 +2,6 @@
 // throw Error.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +11,7 @@
 
 #include "blasst/blasst.hpp"
 #include "problem/geometry.h"
+#include "problem/text.h"
 
 namespace blasst::problem {
 
@@ -23,8 +22,8 @@ constexpr int64_t kMaxThreads = 4096;
 constexpr int64_t kMaxDecodeRows = 16;
 
 template <typename... Args>
-[[noreturn]] void fail(fmt::format_string<Args...> format, Args&&... args) {
-  throw Error(BLASST_INVALID_ARGUMENT, fmt::format(format, std::forward<Args>(args)...));
+[[noreturn]] void fail(fmt::format_string<Args...> format, const Args&... args) {
+  throw Error(BLASST_INVALID_ARGUMENT, formatted(format, args...));
 }
 
 // The largest stride with which `count` steps stay below an offset of kMaxElements.

@@ -1,7 +1,5 @@
 #include "problem/problem.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -11,6 +9,7 @@
 #include "problem/checks.h"
 #include "problem/element.h"
 #include "problem/parts.h"
+#include "problem/text.h"
 
 namespace blasst::problem {
 namespace {
@@ -52,7 +51,7 @@ void check_thresholds(const TileTest& test, int64_t batch, int64_t heads) {
         const float value = threshold_at(test, b, h, place);
         const auto reject = [&](std::string_view what, std::string_view allowed) {
           fail("{} of request {}, head {}{} is {}; it must be {}", what, b, h,
-               places == 1 ? "" : fmt::format(", place {}", place), value, allowed);
+               places == 1 ? "" : formatted(", place {}", place), value, allowed);
         };
         if (test.kind == BLASST_TEST_RELATIVE && !(value >= 0 && value <= 1))
           reject("threshold", "a number from 0 to 1");
@@ -183,9 +182,9 @@ void check_no_shared_page(const Problem& p) {
       const int64_t page = p.page_of(b, token);
       if (user[page] >= 0)
         throw Error(BLASST_UNSUPPORTED,
-                    fmt::format("page {} is used by requests {} and {}; backward needs pages that "
-                                "are used once",
-                                page, user[page], b));
+                    formatted("page {} is used by requests {} and {}; backward needs pages that "
+                              "are used once",
+                              page, user[page], b));
       user[page] = b;
     }
   }

@@ -17,8 +17,6 @@ using problem::Problem;
 using problem::QueryTile;
 using problem::Range;
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
 std::vector<double> load_row(DType dtype, const std::byte* row, int64_t dim) {
   std::vector<double> values(dim);
   for (int64_t d = 0; d < dim; ++d)

@@ -20,8 +20,6 @@ using problem::Problem;
 using problem::QueryTile;
 using problem::Range;
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
 // A sum of exponentials, relative to the largest of them.
 struct ExpSum {
   double top = -kInf;

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "blasst/blasst.hpp"
 
 namespace blasst::reference {
+
+inline constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // One visited tile of one query tile.
 struct TileDecision {

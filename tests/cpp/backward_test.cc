@@ -18,9 +18,6 @@
 namespace blasst::check {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
 // A forward that has run, and its backward.
 struct Pair {
   explicit Pair(const Case& c) : forward(std::make_unique<Problem>(c)) {
@@ -37,13 +34,7 @@ struct Pair {
 
 std::vector<std::byte> gradients(const Case& c) { return Pair(c).run(); }
 
-int64_t skipped(const Problem& p) {
-  int64_t count = 0;
-  for (const int64_t tiles : p.tiles_skipped) count += tiles;
-  return count;
-}
-
-std::vector<Case> sparse_cases() {
+std::vector<Case> skipping_cases() {
   std::vector<Case> cases;
   for (const DType dtype : {BLASST_FLOAT32, BLASST_FLOAT16, BLASST_BFLOAT16}) {
     Case c = sparse_case(dtype);
@@ -169,7 +160,7 @@ TEST_P(Backward, LengthsAroundATile) {
 }
 
 TEST_P(Backward, ThresholdZeroNoTestAndNoBitsGiveTheSameBits) {
-  for (Case c : sparse_cases()) {
+  for (Case c : skipping_cases()) {
     c.test = BLASST_TEST_NONE;
     const Pair dense(c);
     const std::vector<std::byte> wanted = dense.run();
@@ -213,7 +204,7 @@ TEST_P(Backward, SkippedTilesContributeExactlyZero) {
 }
 
 TEST_P(Backward, AnyNumberOfThreadsGivesTheSameBits) {
-  for (Case c : sparse_cases()) {
+  for (Case c : skipping_cases()) {
     c.threads = 1;
     const std::vector<std::byte> one = gradients(c);
     for (const int threads : {1, 2, 3, 5, 0}) {
@@ -224,7 +215,7 @@ TEST_P(Backward, AnyNumberOfThreadsGivesTheSameBits) {
 }
 
 TEST_P(Backward, LayoutsAgreeBitForBit) {
-  for (Case c : sparse_cases()) {
+  for (Case c : skipping_cases()) {
     const Pair dense(c);
     dense.backward->run();
     for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
@@ -242,7 +233,7 @@ TEST_P(Backward, LayoutsAgreeBitForBit) {
 }
 
 TEST_P(Backward, ARequestDoesNotDependOnItsBatch) {
-  for (Case c : sparse_cases()) {
+  for (Case c : skipping_cases()) {
     const Pair both(c);
     both.backward->run();
     c.requests.resize(1);
@@ -362,7 +353,7 @@ TEST_P(Backward, AQueryThatCannotSeeAKeyDoesNotReachItsGradient) {
 }
 
 TEST_P(Backward, AWorkspaceOfTheStatedSizeIsEnough) {
-  for (const Case& c : sparse_cases()) {
+  for (const Case& c : skipping_cases()) {
     SCOPED_TRACE(describe(c));
     const Pair pair(c);
     BackwardParams& params = pair.backward->params;
@@ -384,22 +375,22 @@ TEST_P(Backward, WorkspaceGrowsWithRowsAtMost) {
 }
 
 TEST_P(Backward, CallsFromSeveralThreadsAtOnce) {
-  expect_the_same_at_once(sparse_cases(), gradients);
+  expect_the_same_at_once(skipping_cases(), gradients);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Backward, testing::ValuesIn(cpu_isas()),
                          [](const auto& param) { return param.param; });
 
-struct Bad {
+struct BadGradients {
   const char* name;
   std::function<void(BackwardProblem&)> spoil;
   std::vector<std::string> message;  // parts it must contain
   blasst_status status = BLASST_INVALID_ARGUMENT;
 };
 
-void PrintTo(const Bad& bad, std::ostream* os) { *os << bad.name; }
+void PrintTo(const BadGradients& bad, std::ostream* os) { *os << bad.name; }
 
-class BackwardValidation : public testing::TestWithParam<Bad> {};
+class BackwardValidation : public testing::TestWithParam<BadGradients> {};
 
 TEST_P(BackwardValidation, SaysWhatIsWrongAndWritesNothing) {
   Case c = sparse_case(BLASST_FLOAT32);
@@ -422,57 +413,61 @@ TEST_P(BackwardValidation, SaysWhatIsWrongAndWritesNothing) {
 INSTANTIATE_TEST_SUITE_P(
     Cpu, BackwardValidation,
     testing::Values(
-        Bad{"NullLse", [](auto& b) { b.params.gradients.lse = nullptr; }, {"lse is null"}},
-        Bad{"NullDout",
-            [](auto& b) { b.params.gradients.dout.data = nullptr; },
-            {"dout.data is null"}},
-        Bad{"NullDq", [](auto& b) { b.params.gradients.dq.data = nullptr; }, {"dq.data is null"}},
-        Bad{"NullDk", [](auto& b) { b.params.gradients.dk.data = nullptr; }, {"dk.data is null"}},
-        Bad{"NullDv", [](auto& b) { b.params.gradients.dv.data = nullptr; }, {"dv.data is null"}},
-        Bad{"SmallDk",
-            [](auto& b) { b.params.gradients.dk.elements -= 9; },
-            {"dk reaches element"}},
-        Bad{"OverlappingDv",
-            [](auto& b) { b.params.gradients.dv.stride_head = 1; },
-            {"dv.stride_head is 1", "overlaps"}},
-        Bad{"DqInQ",
-            [](auto& b) { b.params.gradients.dq = b.params.problem.q; },
-            {"dq and q share memory"}},
-        Bad{"DvInDk",
-            [](auto& b) { b.params.gradients.dv.data = b.params.gradients.dk.data; },
-            {"dv and dk share memory"}},
-        Bad{"DkInDout",
-            [](auto& b) { b.params.gradients.dout.data = b.params.gradients.dk.data; },
-            {"dk and dout"}},
-        Bad{"SinkGradientWithoutSinks",
-            [](auto& b) { b.params.gradients.dsinks = b.dsinks.data(); },
-            {"dsinks is set but sinks is null"}},
-        Bad{"Workspace",
-            [](auto& b) {
-              b.params.execution.workspace = b.dsinks.data(),
-              b.params.execution.workspace_bytes = 8;
-            },
-            {"workspace_bytes is 8", "needs"}},
-        Bad{"Backend",
-            [](auto& b) { b.params.execution.backend = BLASST_BACKEND_CUDA; },
-            {"cuda"},
-            BLASST_UNSUPPORTED},
-        Bad{"HeadDim", [](auto& b) { b.params.problem.head_dim = 12; }, {"head_dim is 12"}},
-        Bad{"Pages",
-            [](auto& b) {
-              static const std::vector<int32_t> pages(1000, 0), lengths = {500, 230};
-              KeysValues& kv = b.params.problem.kv;
-              kv = {.layout = BLASST_LAYOUT_PAGED,
-                    .k = kv.k,
-                    .v = kv.v,
-                    .lengths = lengths.data(),
-                    .pages = 1,
-                    .page_size = 1,
-                    .page_table = pages.data(),
-                    .page_table_stride = 500};
-            },
-            {"page 0 is used by requests 0 and 0", "used once"},
-            BLASST_UNSUPPORTED}),
+        BadGradients{"NullLse", [](auto& b) { b.params.gradients.lse = nullptr; }, {"lse is null"}},
+        BadGradients{"NullDout",
+                     [](auto& b) { b.params.gradients.dout.data = nullptr; },
+                     {"dout.data is null"}},
+        BadGradients{
+            "NullDq", [](auto& b) { b.params.gradients.dq.data = nullptr; }, {"dq.data is null"}},
+        BadGradients{
+            "NullDk", [](auto& b) { b.params.gradients.dk.data = nullptr; }, {"dk.data is null"}},
+        BadGradients{
+            "NullDv", [](auto& b) { b.params.gradients.dv.data = nullptr; }, {"dv.data is null"}},
+        BadGradients{"SmallDk",
+                     [](auto& b) { b.params.gradients.dk.elements -= 9; },
+                     {"dk reaches element"}},
+        BadGradients{"OverlappingDv",
+                     [](auto& b) { b.params.gradients.dv.stride_head = 1; },
+                     {"dv.stride_head is 1", "overlaps"}},
+        BadGradients{"DqInQ",
+                     [](auto& b) { b.params.gradients.dq = b.params.problem.q; },
+                     {"dq and q share memory"}},
+        BadGradients{"DvInDk",
+                     [](auto& b) { b.params.gradients.dv.data = b.params.gradients.dk.data; },
+                     {"dv and dk share memory"}},
+        BadGradients{"DkInDout",
+                     [](auto& b) { b.params.gradients.dout.data = b.params.gradients.dk.data; },
+                     {"dk and dout"}},
+        BadGradients{"SinkGradientWithoutSinks",
+                     [](auto& b) { b.params.gradients.dsinks = b.dsinks.data(); },
+                     {"dsinks is set but sinks is null"}},
+        BadGradients{"Workspace",
+                     [](auto& b) {
+                       b.params.execution.workspace = b.dsinks.data(),
+                       b.params.execution.workspace_bytes = 8;
+                     },
+                     {"workspace_bytes is 8", "needs"}},
+        BadGradients{"Backend",
+                     [](auto& b) { b.params.execution.backend = BLASST_BACKEND_CUDA; },
+                     {"cuda"},
+                     BLASST_UNSUPPORTED},
+        BadGradients{
+            "HeadDim", [](auto& b) { b.params.problem.head_dim = 12; }, {"head_dim is 12"}},
+        BadGradients{"Pages",
+                     [](auto& b) {
+                       static const std::vector<int32_t> pages(1000, 0), lengths = {500, 230};
+                       KeysValues& kv = b.params.problem.kv;
+                       kv = {.layout = BLASST_LAYOUT_PAGED,
+                             .k = kv.k,
+                             .v = kv.v,
+                             .lengths = lengths.data(),
+                             .pages = 1,
+                             .page_size = 1,
+                             .page_table = pages.data(),
+                             .page_table_stride = 500};
+                     },
+                     {"page 0 is used by requests 0 and 0", "used once"},
+                     BLASST_UNSUPPORTED}),
     [](const auto& param) { return param.param.name; });
 
 }  // namespace

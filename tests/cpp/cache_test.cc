@@ -38,12 +38,6 @@ Case cache_case(bool decode, DType dtype, Types types) {
   return c;
 }
 
-int64_t skipped(const Problem& p) {
-  int64_t count = 0;
-  for (const int64_t tiles : p.tiles_skipped) count += tiles;
-  return count;
-}
-
 TEST_P(Cache, AgreesWithTheReference) {
   int number = 0;
   for (const bool decode : {false, true}) {

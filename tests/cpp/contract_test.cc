@@ -13,8 +13,6 @@
 namespace blasst::check {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
 // Everything a call wrote, to be compared bit for bit.
 struct Written {
   std::vector<std::byte> out;

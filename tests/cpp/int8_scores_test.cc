@@ -17,8 +17,6 @@ namespace {
 using reference::Int8Scores;
 using reference::quantized;
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-const float kNan = std::nanf("");
 constexpr TileShape kShape{.query_rows = 64, .keys = 64};
 
 problem::Problem checked(const Problem& problem) {

@@ -52,12 +52,6 @@ std::vector<Case> latent_cases() {
   return cases;
 }
 
-int64_t skipped(const Problem& p) {
-  int64_t count = 0;
-  for (const int64_t tiles : p.tiles_skipped) count += tiles;
-  return count;
-}
-
 TEST_P(Mla, PrefillAndItsGradientsAgreeWithTheReference) {
   Case int8 = expanded_case(BLASST_BFLOAT16, 576, 64);
   int8.scores = BLASST_SCORES_INT8;

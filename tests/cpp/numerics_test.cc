@@ -15,8 +15,6 @@
 namespace blasst::check {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
 class Numerics : public OnEveryIsa {
  protected:
   // Element 0 of every query is `query`, of key j `key(j)`; all others are 0, so that every score
@@ -43,7 +41,9 @@ TEST_P(Numerics, HugeScoresChooseTheirLargestKey) {
   const std::pair<DType, float> largest[] = {{BLASST_FLOAT16, 65504},  {BLASST_FLOAT32, 1e5f},
                                              {BLASST_FLOAT32, 1e10f},  {BLASST_FLOAT32, 1e18f},
                                              {BLASST_BFLOAT16, 1e10f}, {BLASST_BFLOAT16, 1e18f}};
-  for (const auto& [dtype, most] : largest) {
+  for (const auto& pair : largest) {
+    const DType dtype = pair.first;  // clang's lambdas take no structured bindings before 16
+    const float most = pair.second;
     for (const bool decode : {false, true}) {
       for (const float threshold : {0.0f, 0.5f}) {
         Problem p({.decode = decode,

@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -31,6 +33,10 @@ inline Case sparse_case(DType dtype) {
           .causal = true,
           .test = BLASST_TEST_RELATIVE,
           .threshold = 0.2f};
+}
+
+inline int64_t skipped(const Problem& p) {
+  return std::accumulate(p.tiles_skipped.begin(), p.tiles_skipped.end(), int64_t{0});
 }
 
 // `run` calls the library with `params` and returns what it wrote: the same with a workspace of

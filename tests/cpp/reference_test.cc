@@ -14,8 +14,6 @@
 namespace blasst::check {
 namespace {
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
 std::vector<double> load_row(DType dtype, const std::byte* address, int64_t size) {
   std::vector<double> row;
   for (int64_t d = 0; d < size; ++d)

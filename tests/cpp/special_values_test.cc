@@ -14,9 +14,6 @@
 namespace blasst::check {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
 // One request: problems in which every row and tile is easy to name.
 Case case_of(DType dtype, bool decode) {
   Case c{.seed = 11,

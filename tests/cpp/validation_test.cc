@@ -13,7 +13,6 @@
 namespace blasst::check {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kHuge = std::numeric_limits<int64_t>::max();
 
 // Ragged queries over paged keys; every optional array is set.

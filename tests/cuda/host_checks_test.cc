@@ -7,6 +7,7 @@
 #include "cuda/pages.h"
 #include "cuda/usable.h"
 #include "plan_cases.h"
+#include "problem/text.h"
 
 namespace blasst::cuda {
 namespace {
@@ -38,9 +39,9 @@ TEST(Usable, SaysWhatIsMissing) {
     m = hopper();
     m.device = 2, m.major = major, m.minor = minor;
     EXPECT_EQ(obstacle(m, kSm90),
-              fmt::format("device 2 has compute capability {}.{}; the kernels are for "
-                          "9.0",
-                          major, minor));
+              formatted("device 2 has compute capability {}.{}; the kernels are for "
+                        "9.0",
+                        major, minor));
   }
 }
 

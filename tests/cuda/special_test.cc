@@ -18,9 +18,6 @@
 namespace blasst::check {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-
 class SpecialOnGpu : public OnGpu, public testing::WithParamInterface<bool> {
  protected:
   void SetUp() override {

@@ -1,18 +1,19 @@
 // blasst bench: dense and sparse time on inputs whose sparsity is planted.
 #include "bench.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <tuple>
 #include <utility>
 
 #include "commands.h"
 #include "measure.h"
+#include "options.h"
+#include "problem/text.h"
 #include "target.h"
 #include "testing/element.h"
 #include "testing/problem.h"
@@ -151,10 +152,6 @@ double relative_error(const Problem& problem, TileShape shape) {
   return worst;
 }
 
-int64_t sum(const std::vector<int64_t>& counts) {
-  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
-}
-
 // One line of results, as JSON fields.
 nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t length,
                                        double wanted_sparsity) {
@@ -165,7 +162,7 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
   AttentionParams& p = target->params;
 
   // First the results: a fast wrong kernel is of no interest.
-  fmt::print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
+  print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
   const TileTest test = std::exchange(p.decision.test, TileTest{});
   const TileTest reference_test = std::exchange(problem.params.decision.test, TileTest{});
   target->run();
@@ -177,7 +174,7 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
   const double sparsity = static_cast<double>(sum(problem.tiles_skipped)) /
                           static_cast<double>(sum(problem.tiles_visitable));
 
-  fmt::print(stderr, ", times");
+  print(stderr, ", times");
   AttentionParams sparse = p;
   sparse.report = {};
   AttentionParams dense = sparse;
@@ -188,7 +185,7 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
   if (decode)
     calls.emplace_back([&] { moved = target->move_keys_and_values(threads_of(options)); });
   const std::vector<double> ms = median_ms(calls, options.repeat, 20, [&] { target->finish(); });
-  fmt::print(stderr, "\n");
+  print(stderr, "\n");
 
   const double flops = 2 * visible_pairs(options, length) *
                        static_cast<double>((p.problem.head_dim + p.problem.value_dim) *
@@ -214,24 +211,24 @@ nlohmann::ordered_json measure_forward(const BenchOptions& options, int64_t leng
 }
 
 void print_header(bool decode) {
-  fmt::print("{:>8} {:>9} {:>7} {:>4} {:>9} {:>10} {:>10} {:>8} {:>9} {:>10} {:>9} {:>8}{}\n",
-             "length", "dtype", "heads", "dim", "sparsity", "dense ms", "sparse ms", "speedup",
-             "GFLOP/s", "effective", "error", "peak MB", decode ? "     GB/s  read GB/s" : "");
+  print(stdout, "{:>8} {:>9} {:>7} {:>4} {:>9} {:>10} {:>10} {:>8} {:>9} {:>10} {:>9} {:>8}{}\n",
+        "length", "dtype", "heads", "dim", "sparsity", "dense ms", "sparse ms", "speedup",
+        "GFLOP/s", "effective", "error", "peak MB", decode ? "     GB/s  read GB/s" : "");
 }
 
 void print_row(const nlohmann::ordered_json& r) {
   const auto number = [&](const char* key) { return r[key].get<double>(); };
-  fmt::print(
-      "{:>8} {:>9} {:>7} {:>4} {:>7.1f} % {:>10.3f} {:>10.3f} {:>7.2f}x {:>9.1f} {:>10.1f} "
-      "{:>9.1e} {:>8.0f}",
-      r["length"].get<int64_t>(), r["dtype"].get<std::string>(),
-      fmt::format("{}/{}", r["heads"].get<int64_t>(), r["kv_heads"].get<int64_t>()),
-      r["head_dim"].get<int64_t>(), 100 * number("sparsity"), number("dense_ms"),
-      number("sparse_ms"), number("speedup"), number("dense_gflops"), number("effective_gflops"),
-      number("relative_error"), number("peak_rss_mb"));
+  print(stdout,
+        "{:>8} {:>9} {:>7} {:>4} {:>7.1f} % {:>10.3f} {:>10.3f} {:>7.2f}x {:>9.1f} {:>10.1f} "
+        "{:>9.1e} {:>8.0f}",
+        r["length"].get<int64_t>(), r["dtype"].get<std::string>(),
+        formatted("{}/{}", r["heads"].get<int64_t>(), r["kv_heads"].get<int64_t>()),
+        r["head_dim"].get<int64_t>(), 100 * number("sparsity"), number("dense_ms"),
+        number("sparse_ms"), number("speedup"), number("dense_gflops"), number("effective_gflops"),
+        number("relative_error"), number("peak_rss_mb"));
   if (r.contains("gb_per_s"))
-    fmt::print(" {:>8.2f} {:>10.2f}", number("gb_per_s"), number("read_gb_per_s"));
-  fmt::print("\n");
+    print(stdout, " {:>8.2f} {:>10.2f}", number("gb_per_s"), number("read_gb_per_s"));
+  print(stdout, "\n");
 }
 
 int bench(const BenchOptions& options) {
@@ -248,11 +245,11 @@ int bench(const BenchOptions& options) {
                                                 : measure_forward(options, length, sparsity);
       if (!options.json && std::exchange(first, false))
         print_header(options.phase == Phase::kDecode);
-      options.json ? fmt::print("{}\n", fields.dump()) : print_row(fields);
+      options.json ? print(stdout, "{}\n", fields.dump()) : print_row(fields);
       std::fflush(stdout);
       const double error = fields["relative_error"];
       if (!(error <= allowed)) {
-        fmt::print(stderr, "the relative error {} is larger than {}\n", error, allowed);
+        print(stderr, "the relative error {} is larger than {}\n", error, allowed);
         right = false;
       }
     }

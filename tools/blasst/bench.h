@@ -4,11 +4,12 @@
 #include <cstdint>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "commands.h"
+#include "blasst/blasst.hpp"
 #include "testing/problem.h"
 
 namespace blasst::command {
@@ -41,6 +42,10 @@ struct BenchOptions {
 
 // Causal prefill of `length` tokens, or one decode step over as many.
 check::Problem make_problem(const BenchOptions& options, int64_t length, double sparsity);
+
+inline int64_t sum(const std::vector<int64_t>& counts) {
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
 
 // Pairs of a query and a key it sees, of one head.
 double visible_pairs(const BenchOptions& options, int64_t length);

@@ -1,6 +1,4 @@
 // blasst bench backward: dense and sparse gradients on inputs whose sparsity is planted.
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -10,6 +8,7 @@
 
 #include "bench.h"
 #include "measure.h"
+#include "problem/text.h"
 #include "target.h"
 #include "testing/backward.h"
 #include "testing/element.h"
@@ -95,15 +94,11 @@ double relative_error(const BackwardProblem& problem) {
   return std::sqrt(error / size);
 }
 
-int64_t sum(const std::vector<int64_t>& counts) {
-  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
-}
-
 }  // namespace
 
 nlohmann::ordered_json measure_backward(const BenchOptions& options, int64_t length,
                                         double wanted_sparsity) {
-  fmt::print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
+  print(stderr, "length {}, sparsity {}: errors", length, wanted_sparsity);
   Problem dense_forward = make_problem(options, length, wanted_sparsity);
   dense_forward.params.decision.test = {};
   const auto dense = make_backward_target(dense_forward, options.backend, false);
@@ -115,10 +110,10 @@ nlohmann::ordered_json measure_backward(const BenchOptions& options, int64_t len
   const double sparsity = static_cast<double>(sum(sparse_forward.tiles_skipped)) /
                           static_cast<double>(sum(sparse_forward.tiles_visitable));
 
-  fmt::print(stderr, ", times");
+  print(stderr, ", times");
   const std::vector<double> ms = median_ms({[&] { dense->call(); }, [&] { sparse->call(); }},
                                            options.repeat, 20, [&] { dense->finish(); });
-  fmt::print(stderr, "\n");
+  print(stderr, "\n");
   const BackwardParams& params = dense->problem->params;
   const blasst_problem& p = params.problem;
   // Five products: three over the head dimension, two over the value dimension.

@@ -1,10 +1,11 @@
 // blasst info: what was built, and what of it this machine can use.
-#include <fmt/format.h>
-
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 
+#include "blasst/blasst.hpp"
 #include "commands.h"
+#include "problem/text.h"
 
 namespace blasst::command {
 namespace {
@@ -19,21 +20,21 @@ std::string picked() {
     names += (names.empty() ? "" : ", then, for what that does not do, ") + backend.name;
   }
   if (names.empty()) return "";
-  return fmt::format("  calls on the GPU go to {} ({})\n", names,
-                     named && *named ? "BLASST_CUDA_BACKEND names it" : "the first that runs here");
+  return formatted("  calls on the GPU go to {} ({})\n", names,
+                   named && *named ? "BLASST_CUDA_BACKEND names it" : "the first that runs here");
 }
 
 int info() {
   const std::string in_use = cpu_isa();  // first: the environment may name one that is not there
-  fmt::print("blasst {}\n\nbackends\n", version());
+  print(stdout, "blasst {}\n\nbackends\n", version());
   for (const BackendInfo& backend : backends())
-    fmt::print("  {:<9}  {:<12} {} ({})\n", backend.name, backend.architecture,
-               backend.usable ? "usable" : "not usable here", backend.detail);
-  fmt::print("{}", picked());
-  fmt::print("\ncpu instruction sets, best first\n");
+    print(stdout, "  {:<9}  {:<12} {} ({})\n", backend.name, backend.architecture,
+          backend.usable ? "usable" : "not usable here", backend.detail);
+  print(stdout, "{}", picked());
+  print(stdout, "\ncpu instruction sets, best first\n");
   for (const std::string& isa : cpu_isas())
-    fmt::print("  {}{}\n", isa, isa == in_use ? "  in use" : "");
-  fmt::print("\nthreads      {}\n", default_threads());
+    print(stdout, "  {}{}\n", isa, isa == in_use ? "  in use" : "");
+  print(stdout, "\nthreads      {}\n", default_threads());
   return 0;
 }
 

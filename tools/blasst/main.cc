@@ -1,11 +1,11 @@
 // The blasst command. Exit status: 0 all well, 1 a wrong result, 2 wrong usage, 3 anything else.
-#include <fmt/format.h>
-
 #include <CLI/CLI.hpp>
 #include <exception>
 #include <new>
 
+#include "blasst/blasst.hpp"
 #include "commands.h"
+#include "problem/text.h"
 
 int main(int argc, char** argv) {
   using namespace blasst::command;
@@ -25,14 +25,14 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : 2;
   } catch (const blasst::Error& error) {
-    fmt::print(stderr, "blasst: {}\n", error.what());
+    blasst::print(stderr, "blasst: {}\n", error.what());
     return error.status() == BLASST_INVALID_ARGUMENT || error.status() == BLASST_UNSUPPORTED ? 2
                                                                                              : 3;
   } catch (const std::bad_alloc&) {
-    fmt::print(stderr, "blasst: not enough memory\n");
+    blasst::print(stderr, "blasst: not enough memory\n");
     return 3;
   } catch (const std::exception& error) {
-    fmt::print(stderr, "blasst: {}\n", error.what());
+    blasst::print(stderr, "blasst: {}\n", error.what());
     return 3;
   }
   return status;

@@ -1,6 +1,5 @@
 // blasst verify: random problems against the double-precision reference, decision by decision; on
 // the CPU also what else can be asked of their numbers (testing/calls.h).
-#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +10,8 @@
 #include <string>
 
 #include "commands.h"
+#include "options.h"
+#include "problem/text.h"
 #include "target.h"
 #include "testing/calls.h"
 #include "testing/compare.h"
@@ -61,7 +62,7 @@ std::string check_no_thresholds_on(const check::Case& c, Backend backend) {
     std::ranges::fill(problem.thresholds, none);
     make_target(problem, backend, true)->run();
     if (problem.out_bits() != dense.out_bits() || problem.lse != dense.lse)
-      return fmt::format("thresholds of {} gave other bits than none", none);
+      return formatted("thresholds of {} gave other bits than none", none);
   }
   return "";
 }
@@ -85,12 +86,12 @@ bool verify(const Options& options, const std::string& name) {
       comparison.mismatch = check_no_thresholds_on(c, options.backend);
     }
     if (!comparison.mismatch.empty()) {
-      fmt::print(stderr,
-                 "\nmismatch at seed {} on {}: {}\n  {}\nagain: blasst verify --seed {} --cases 1 "
-                 "{} {} --scores {}\n",
-                 seed, name, comparison.mismatch, check::describe(problem.description), seed,
-                 options.backend == BLASST_BACKEND_CPU ? "--isa" : "--backend", name,
-                 name_of(kVerifiedScores, options.scores));
+      print(stderr,
+            "\nmismatch at seed {} on {}: {}\n  {}\nagain: blasst verify --seed {} --cases 1 "
+            "{} {} --scores {}\n",
+            seed, name, comparison.mismatch, check::describe(problem.description), seed,
+            options.backend == BLASST_BACKEND_CPU ? "--isa" : "--backend", name,
+            name_of(kVerifiedScores, options.scores));
       return false;
     }
     decisions += comparison.decisions;
@@ -98,15 +99,15 @@ bool verify(const Options& options, const std::string& name) {
     rounded += comparison.rounded;
     if (comparison.plain_error > 0)
       error = std::max(error, comparison.error / comparison.plain_error);
-    if (show_progress) fmt::print(stderr, "\r{}: {} of {} problems", name, i + 1, options.cases);
+    if (show_progress) print(stderr, "\r{}: {} of {} problems", name, i + 1, options.cases);
   }
-  if (show_progress) fmt::print(stderr, "\r\033[K");
-  fmt::print(
-      "{:<12} {} problems agree, {} of them with gradients: {} decisions, {:.1f} % skipped, {} "
-      "decided by rounding; largest error {:.2f} of a plain implementation's\n",
-      name, options.cases, gradients, decisions,
-      100.0 * static_cast<double>(skipped) / static_cast<double>(std::max<int64_t>(decisions, 1)),
-      rounded, error);
+  if (show_progress) print(stderr, "\r\033[K");
+  print(stdout,
+        "{:<12} {} problems agree, {} of them with gradients: {} decisions, {:.1f} % skipped, {} "
+        "decided by rounding; largest error {:.2f} of a plain implementation's\n",
+        name, options.cases, gradients, decisions,
+        100.0 * static_cast<double>(skipped) / static_cast<double>(std::max<int64_t>(decisions, 1)),
+        rounded, error);
   return true;
 }
 
@@ -126,8 +127,8 @@ Run add_verify(CLI::App& app) {
   return [options] {
     if (options->backend != BLASST_BACKEND_CPU && !options->isa.empty())
       throw Error(BLASST_INVALID_ARGUMENT,
-                  fmt::format("--isa {} is an instruction set of the cpu; --backend is {}",
-                              options->isa, name_of(kBackends, options->backend)));
+                  formatted("--isa {} is an instruction set of the cpu; --backend is {}",
+                            options->isa, name_of(kBackends, options->backend)));
     check_usable(options->backend);
     if (options->backend != BLASST_BACKEND_CPU)
       return verify(*options, name_of(kBackends, options->backend)) ? 0 : 1;

@@ -1,23 +1,23 @@
 // Checks that the kernels for GPUs share. No CUDA types here.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <string_view>
+#include <tuple>
 #include <utility>
 
 #include "blasst/blasst.hpp"
 #include "problem/checks.h"
 #include "problem/element.h"
+#include "problem/text.h"
 
 namespace blasst::cuda {
 
 // What is valid but not done here.
 template <typename... Args>
-[[noreturn]] void refuse(fmt::format_string<Args...> format, Args&&... args) {
-  throw Error(BLASST_UNSUPPORTED, "cuda: " + fmt::format(format, std::forward<Args>(args)...));
+[[noreturn]] void refuse(fmt::format_string<Args...> format, const Args&... args) {
+  throw Error(BLASST_UNSUPPORTED, "cuda: " + formatted(format, args...));
 }
 
 // The copy engine's rules: addresses and strides of whole 16 bytes.

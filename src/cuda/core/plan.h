@@ -13,6 +13,7 @@
 #include "cuda/core/checks.h"
 #include "cuda/core/tensor.h"
 #include "problem/checks.h"
+#include "problem/text.h"
 #include "problem/tiles.h"
 
 namespace blasst::cuda {
@@ -26,7 +27,7 @@ inline void check_head_sizes(const blasst_problem& p, std::span<const HeadSizes>
   std::string list;
   for (const auto [qk, value] : supported) {
     if (p.head_dim == qk && p.value_dim == value) return;
-    list += fmt::format("{}{}/{}", list.empty() ? "" : ", ", qk, value);
+    list += formatted("{}{}/{}", list.empty() ? "" : ", ", qk, value);
   }
   refuse("head_dim is {} and value_dim {}; of these two it does {}", p.head_dim, p.value_dim, list);
 }

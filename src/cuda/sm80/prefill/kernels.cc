@@ -1,8 +1,7 @@
 #include "cuda/sm80/prefill/kernels.h"
 
-#include <fmt/format.h>
-
 #include "blasst/blasst.hpp"
+#include "problem/text.h"
 
 namespace blasst::cuda::prefill::sm80 {
 
@@ -12,7 +11,7 @@ Kernel find_kernel(Element element, int qk_dim, int value_dim, Variant variant) 
   if (is(96, 96)) return find_kernel_of<96, 96>(element, variant);
   if (is(128, 128)) return find_kernel_of<128, 128>(element, variant);
   if (is(256, 256)) return find_kernel_of<256, 256>(element, variant);
-  throw Error(BLASST_INTERNAL, fmt::format("no kernel of dimensions {} and {}", qk_dim, value_dim));
+  throw Error(BLASST_INTERNAL, formatted("no kernel of dimensions {} and {}", qk_dim, value_dim));
 }
 
 }  // namespace blasst::cuda::prefill::sm80

@@ -1,8 +1,7 @@
 #include "cuda/sm90/backward/kernels.h"
 
-#include <fmt/format.h>
-
 #include "blasst/blasst.hpp"
+#include "problem/text.h"
 
 namespace blasst::cuda::backward {
 
@@ -15,7 +14,7 @@ Kernel find_kernel(Element element, int dim, bool capped) {
     case 256:
       return find_kernel_of<256>(element, capped);
     default:
-      throw Error(BLASST_INTERNAL, fmt::format("no backward kernel of dimension {}", dim));
+      throw Error(BLASST_INTERNAL, formatted("no backward kernel of dimension {}", dim));
   }
 }
 

@@ -1,8 +1,7 @@
 #include "cuda/sm90/decode/kernels.h"
 
-#include <fmt/format.h>
-
 #include "blasst/blasst.hpp"
+#include "problem/text.h"
 
 namespace blasst::cuda::decode {
 
@@ -23,8 +22,8 @@ Kernels find_kernels(Element element, Cache cache, int qk_dim, int value_dim, in
     return find_kernels_of<192, 128, Cache::kOfQueries>(element, rows, variant);
   if (is(256, 256, Cache::kOfQueries))
     return find_kernels_of<256, 256, Cache::kOfQueries>(element, rows, variant);
-  throw Error(BLASST_INTERNAL, fmt::format("no kernel of dimensions {} and {} and cache {}", qk_dim,
-                                           value_dim, static_cast<int>(cache)));
+  throw Error(BLASST_INTERNAL, formatted("no kernel of dimensions {} and {} and cache {}", qk_dim,
+                                         value_dim, static_cast<int>(cache)));
 }
 
 }  // namespace blasst::cuda::decode

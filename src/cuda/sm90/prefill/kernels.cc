@@ -1,8 +1,7 @@
 #include "cuda/sm90/prefill/kernels.h"
 
-#include <fmt/format.h>
-
 #include "blasst/blasst.hpp"
+#include "problem/text.h"
 
 namespace blasst::cuda::prefill {
 
@@ -19,7 +18,7 @@ Kernel find_kernel(Element element, int qk_dim, int value_dim, Scores scores, Va
   if (is(256, 256))
     return of(find_kernel_of<256, 256, Scores::kExact>, find_kernel_of<256, 256, Scores::kInt8>);
   if (is(192, 128) && !int8) return find_kernel_of<192, 128, Scores::kExact>(element, variant);
-  throw Error(BLASST_INTERNAL, fmt::format("no kernel of dimensions {} and {}", qk_dim, value_dim));
+  throw Error(BLASST_INTERNAL, formatted("no kernel of dimensions {} and {}", qk_dim, value_dim));
 }
 
 }  // namespace blasst::cuda::prefill
