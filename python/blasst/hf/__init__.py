@@ -1,6 +1,7 @@
 """Transformers models: `attn_implementation="blasst"`, its thresholds, policies and recordings."""
 
 from blasst.hf import register  # noqa: F401, makes the name known
+from blasst.hf.eight_bit import eight_bit_cache
 from blasst.hf.forward import attention_forward
 from blasst.hf.latents import absorb, latent_cache
 from blasst.hf.layers import NAME, PHASES
@@ -21,6 +22,7 @@ __all__ = [
     "attention_forward",
     "configure",
     "dense_on_purpose",
+    "eight_bit_cache",
     "is_sharded",
     "key_ranges",
     "latent_cache",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from blasst.errors import NotSupportedError
-from blasst.hf import operator, packed, recording
+from blasst.hf import eight_bit, operator, packed, recording
 from blasst.hf.latents import take
 from blasst.hf.layers import NAME, tower_and_layer
 from blasst.hf.masks import KeyRanges, noted, require, with_facts
@@ -67,13 +67,20 @@ def attention_forward(
     phase = _phase(queries, query, key, value)
     taken = take(module, phase, query, key, value)
     query, key, value = taken[:3]
+    query, scales = eight_bit.read(query, key, value)
     sequences = packed.find(mask, causal, query, key, kwargs)
     inputs = tuple(t.transpose(1, 2) for t in (query, key, value))
     lengths = _Lengths(mask, ranges, sequences, batch, keys, query.device)
     share = share_of(module, heads)
+    test = _test(module, phase, inputs, mask, lengths, share)
+    wants_maxima = any(r.wants_maxima for r in recording.active)
+    wanting = {"sinks": s_aux is not None, "a soft cap": bool(softcap)}
+    wanting["an absolute threshold"] = test.get("absolute_threshold") is not None
+    eight_bit.check_level(key, {**wanting, "recorded maxima": wants_maxima})
     result = operator.current().attention(
         **_layout(*inputs, ranges, sequences),
-        **_test(module, phase, inputs, mask, lengths, share),
+        **test,
+        **scales,
         **_visit(module, phase, inputs, lengths, share, causal),
         phase=phase,
         causal=causal,
@@ -84,7 +91,7 @@ def attention_forward(
         return_stats=bool(recording.active),
         return_error_bound=any(r.wants_bounds for r in recording.active),
         return_gaps=any(r.wants_gaps for r in recording.active),
-        return_tile_maxima=any(r.wants_maxima for r in recording.active),
+        return_tile_maxima=wants_maxima,
         return_tile_mask=any(r.wants_tile_mask for r in recording.active),
     )
     if isinstance(result, Result):

@@ -13,6 +13,7 @@ from blasst.hf.masks import require
 from blasst.hf.settings import Setting
 from blasst.hf.thresholds import POLICY_KEY
 from blasst.hf.tracing import module_of
+from blasst.ops.library import CACHES
 from blasst.policies import Call, Visit, VisitPolicy, from_dict
 
 
@@ -87,6 +88,10 @@ def visit_of(
         raise NotSupportedError(
             "a policy that chooses blocks is not supported for packed sequences: it would choose "
             "among the keys of all of them"
+        )
+    if call.key.dtype in CACHES and policy.chooses_blocks:
+        raise NotSupportedError(
+            "a policy that chooses blocks looks at keys, which a cache in 8 bits has not"
         )
     visit = policy.visit(call)
     keys = call.key.shape[1]

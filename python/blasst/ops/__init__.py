@@ -4,9 +4,11 @@ from blasst.ops import autograd, fakes  # noqa: F401, they register what torch m
 from blasst.ops.attention import Result, TileCounts, TileShape, attention, merge, tile_shape
 from blasst.ops.flash import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from blasst.ops.library import workspace_bytes
+from blasst.ops.quantize import QuantizedKeys, quantize_keys, rotate
 from blasst.ops.sdpa import scaled_dot_product_attention
 
 __all__ = [
+    "QuantizedKeys",
     "Result",
     "TileCounts",
     "TileShape",
@@ -15,6 +17,8 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "merge",
+    "quantize_keys",
+    "rotate",
     "scaled_dot_product_attention",
     "tile_shape",
     "workspace_bytes",
