@@ -52,7 +52,8 @@ Access::Access(const AttentionParams& params) : problem_(params.problem) {
     }
     if (padded) {
       const int64_t used = problem_.query_lengths ? problem_.query_lengths[b] : r.rows;
-      r.rows = problem_.mask.causal ? std::min(used, r.keys) : used;
+      const bool ahead = !problem_.mask.causal && problem_.mask.window_right != 0;
+      r.rows = ahead ? used : std::min(used, r.keys);
       r.first_row += used - r.rows;
     }
     requests_.push_back(r);
@@ -139,7 +140,9 @@ Problem::Problem(const Case& c) : description(c) {
   params.problem.value_dim = c.value_dim;
   params.problem.scale = c.scale;
   params.problem.softcap = c.softcap;
-  params.problem.mask.causal = c.causal;  // which says what rows of a padded batch are padding
+  // Which say what rows of a padded batch are padding.
+  params.problem.mask.causal = c.causal;
+  params.problem.mask.window_right = c.window_right;
   params.decision.order = c.order;
   params.execution.threads = c.threads;
   lay_out_queries();

@@ -196,8 +196,8 @@ typedef struct blasst_problem {
   /* Dense: rows a request; ragged: no request has more; 0: rows. Decode: 1 to 16. */
   int64_t query_length BLASST_DEFAULT(0);
   /* Dense: [batch] rows in use of each request, from the first; null: all. With this or kv.starts,
-   * rows not in use, and causal rows before every key, are padding: they get output 0, and query
-   * tiles begin at the first row that is none. */
+   * rows not in use and, if none looks ahead (causal, window_right 0), rows before every key are
+   * padding: they get output 0, and query tiles begin at the first row that is none. */
   const int32_t* query_lengths BLASST_DEFAULT(nullptr);
   int64_t rows BLASST_DEFAULT(0); /* ragged: of all requests, the last of cu_seqlens_q */
   const int32_t* cu_seqlens_q

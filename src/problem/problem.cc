@@ -134,10 +134,11 @@ void resolve_keys(Problem& p) {
 }
 
 // Fills requests' rows; checks cu_seqlens_q and query_lengths, and the views. After the keys: in a
-// padded batch a causal row before every key is padding, too, so that a request has the query tiles
-// that it has alone.
+// padded batch where no row looks ahead a row before every key is padding, too, so that a request
+// has the query tiles that it has alone.
 void resolve_queries(Problem& p) {
   const blasst_problem& given = p.given;
+  const bool looks_ahead = allowed_distances(p.mask, nullptr).least < 0;
   if (p.ragged_queries()) {
     const auto cu = checked_cu_seqlens("cu_seqlens_q", given.cu_seqlens_q, p.batch, "rows",
                                        given.rows, "query_length", p.max_rows);
@@ -151,7 +152,7 @@ void resolve_queries(Problem& p) {
       const int64_t used = given.query_lengths ? given.query_lengths[b] : p.max_rows;
       if (used < 0 || used > p.max_rows)
         fail("query_lengths[{}] is {}; it must be 0 to {}, the query_length", b, used, p.max_rows);
-      r.rows = p.is_padded() && p.mask.causal ? std::min(used, r.keys) : used;
+      r.rows = p.is_padded() && !looks_ahead ? std::min(used, r.keys) : used;
       r.first_row = b * p.max_rows + used - r.rows;
     }
   }

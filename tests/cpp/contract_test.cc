@@ -184,6 +184,25 @@ TEST_P(Contract, APaddedBatchHasTheBitsOfARaggedOne) {
   }
 }
 
+// Whichever way it is said that no row looks ahead, rows before every key are padding.
+TEST_P(Contract, AWindowWithoutKeysAheadIsCausal) {
+  for (Case c : sparse_cases()) {
+    if (c.decode) continue;
+    c.requests = {{200, 130}, {0, 70}, {77, 230}, {130, 65}};
+    c.padded = true;
+    c.causal = true, c.window_right = -1;
+    Problem causal(c);
+    causal.run();
+    c.causal = false, c.window_right = 0;
+    Problem window(c);
+    window.run();
+    EXPECT_EQ(compare(window).mismatch, "") << describe(c);
+    EXPECT_EQ(window.out_bits(), causal.out_bits()) << describe(c);
+    EXPECT_EQ(window.tile_bits, causal.tile_bits) << describe(c);
+    EXPECT_EQ(window.tiles_visitable, causal.tiles_visitable) << describe(c);
+  }
+}
+
 TEST_P(Contract, ARequestDoesNotDependOnItsBatch) {
   for (Case c : sparse_cases()) {
     const Written both = run(c);

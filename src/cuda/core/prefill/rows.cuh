@@ -11,8 +11,8 @@ __host__ __device__ __forceinline__ bool may_be_padded(const Params& p) {
   return p.keys.starts || p.query_lengths;
 }
 
-// Rows in use, among those of all requests. In a padded batch a causal row before every key is
-// padding, too: a request then has the query tiles that it has alone.
+// Rows in use, among those of all requests. In a padded batch where no row looks ahead a row before
+// every key is padding, too: a request then has the query tiles that it has alone.
 __device__ __forceinline__ Span rows_of_request(const Params& p, int request, int keys) {
   if (p.cu_seqlens_q) {
     const int first = p.cu_seqlens_q[request];
