@@ -24,8 +24,9 @@ LENGTH = 400
 def run(job: str, processes: int, folder: Path) -> list:
     """What each process left in the folder."""
     here = Path(__file__).parent
+    paths = [str(here.parents[1] / "python"), str(here), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1] / "python"), str(here)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "OMP_NUM_THREADS": "1",
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -13,7 +13,9 @@ from transformers import (
     BertConfig,
     BloomConfig,
     DynamicCache,
+    FalconConfig,
     Gemma3Config,
+    GPTNeoConfig,
     Llama4TextConfig,
     StaticCache,
     T5Config,
@@ -22,7 +24,7 @@ from transformers import (
 import blasst
 from blasst import Threshold
 from blasst.config import LENGTH_FORMULA
-from blasst.hf import key_ranges, recording
+from blasst.hf import key_ranges, operator, recording
 from tiny_models import MODELS, QUIET, VOCABULARY, make_model, with_quiet_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,6 +173,26 @@ def test_half_precision_and_autocast():
     for logits in (autocast, half):
         error = (logits.float() - expected)[mask > 0]
         assert error.abs().mean() < 0.05 * expected.abs().mean()
+
+
+class TypesOfTiles(operator.Kernels):
+    """The types that tiles were asked for."""
+
+    def __init__(self):
+        self.types = set()
+
+    def tile_of(self, phase, device, dtype, *sizes):
+        self.types.add(dtype)
+        return super().tile_of(phase, device, dtype, *sizes)
+
+
+@torch.inference_mode()
+def test_thresholds_under_autocast_are_those_of_its_type():
+    model = make_model("llama", sparse_attention_config=copy.deepcopy(CONFIG))
+    tiles = TypesOfTiles()
+    with operator.calling(tiles), torch.autocast("cpu", torch.bfloat16):
+        model(prompts()[0])  # whose rotation makes queries float32 again
+    assert tiles.types == {torch.bfloat16}
 
 
 def test_set_attn_implementation_later():
@@ -491,6 +513,31 @@ def test_models_that_are_refused(message):
     with torch.no_grad(), pytest.raises((TypeError, ValueError, RuntimeError)) as error:
         model(IDS)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "table"),
+    [
+        (
+            FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2),
+            "FALCON_ATTENTION_CLASSES, which has eager, sdpa, flash_attention_2",
+        ),
+        (
+            GPTNeoConfig(
+                hidden_size=64, num_layers=1, num_heads=2, attention_types=[[["global"], 1]]
+            ),
+            "GPT_NEO_ATTENTION_CLASSES, which has eager, flash_attention_2",
+        ),
+    ],
+    ids=["falcon", "gpt_neo"],
+)
+def test_models_that_pick_attention_from_a_table_of_their_own_are_refused(config, table):
+    message = f"attn_implementation is 'blasst'; this model picks its attention from {table}"
+    with pytest.raises(blasst.NotSupportedError, match=message):
+        AutoModelForCausalLM.from_config(config, attn_implementation="blasst")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        model(IDS)
 
 
 def test_a_window_that_only_the_layer_knows_is_refused(llama):

@@ -15,7 +15,7 @@ from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import NAMES, Pass, options_of, options_when_compiled
 from blasst.hf.tracing import is_at_hand
 from blasst.hf.visits import visit_of
-from blasst.ops.attention import Result
+from blasst.ops.attention import Result, autocast
 from blasst.policies import Call
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -66,7 +66,7 @@ def attention_forward(
     ranges, causal, window = _pattern(module, mask, says_causal, layer_window, queries, keys)
     phase = _phase(queries, query, key, value)
     taken = take(module, phase, query, key, value)
-    query, key, value = taken[:3]
+    query, key, value = autocast(*taken[:3])  # thresholds are those of the type that runs
     query, scales = eight_bit.read(query, key, value)
     sequences = packed.find(mask, causal, query, key, kwargs)
     inputs = tuple(t.transpose(1, 2) for t in (query, key, value))

@@ -244,7 +244,7 @@ def attention(
         if check_pages:
             check_page_table(k, places["lengths"], places["page_table"])
     sinks = sinks_of(sinks)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     with_gradient = _with_gradient(out, (q, k, v, sinks))
     decision = decision_of(threshold, threshold_scale_factor, absolute_threshold, q.device)
     # A backward pass needs the forward's lse and, where tiles may be skipped, its decisions.
@@ -358,11 +358,12 @@ def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tenso
 def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
     """The tiles on which `attention` would decide for these dense inputs in this phase."""
     check_tensors({"q": q, "k": k, "v": v}, {})
+    q, k, v = autocast(q, k, v)
     phase = phase_of(phase, q)
     return TileShape(*call(f"{phase}_tile_shape", q=q, k=k, v=v))
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast in its type, but for keys and values in 8 bits."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
