@@ -54,7 +54,6 @@ def test_prompts_have_the_probabilities_of_flash_attention(llama_for_gpu, expect
 
 
 def test_a_graph_reads_the_thresholds_of_its_requests(llama_for_gpu, expected):
-    """Decoded tokens are read again as a prompt, densely, and have the same probabilities."""
     llm = make_engine(
         llama_for_gpu,
         **ON_GPU | {"enforce_eager": False},
@@ -63,18 +62,28 @@ def test_a_graph_reads_the_thresholds_of_its_requests(llama_for_gpu, expected):
         compilation_config=GRAPHS,
         additional_config={"blasst": {"statistics": True}},
     )
-    outputs = generate(llm, PROMPTS, logprobs=0)
-    whole = [p + list(o.outputs[0].token_ids) for p, o in zip(PROMPTS, outputs, strict=True)]
-    again = logprobs_of(generate(llm, whole, new=1, prompt_logprobs=0))
-    for output, read in zip(outputs, again, strict=True):
-        decoded = [next(iter(token.values())).logprob for token in output.outputs[0].logprobs]
-        assert (torch.tensor(decoded) - read[-len(decoded) :]).abs().mean() < NOISE
+    assert_decoded_as_read(llm)
     assert [sparsity_of(phase, 1) for phase in PHASES] == [0, 0]
     sparse = {"blasst_prefill_threshold": 1.0, "blasst_decode_threshold": 1.0}
     generate(llm, PROMPTS, extra_args=sparse)
     generate(llm, PROMPTS[:1], new=1)
     assert all(sparsity_of(phase, 1) > 0 for phase in PHASES)
     assert_near(generate(llm, PROMPTS, new=1, prompt_logprobs=0), expected)
+
+
+def test_a_cache_in_8_bits(llama_for_gpu):
+    options = {"compilation_config": GRAPHS, "enforce_eager": False, "kv_cache_dtype": "fp8"}
+    assert_decoded_as_read(make_engine(llama_for_gpu, **ON_GPU | options, **CUSTOM))
+
+
+def assert_decoded_as_read(llm) -> None:
+    """Decoded tokens are read again as a prompt, densely, and have the same probabilities."""
+    outputs = generate(llm, PROMPTS, logprobs=0)
+    whole = [p + list(o.outputs[0].token_ids) for p, o in zip(PROMPTS, outputs, strict=True)]
+    again = logprobs_of(generate(llm, whole, new=1, prompt_logprobs=0))
+    for output, read in zip(outputs, again, strict=True):
+        decoded = [next(iter(token.values())).logprob for token in output.outputs[0].logprobs]
+        assert (torch.tensor(decoded) - read[-len(decoded) :]).abs().mean() < NOISE
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -92,3 +101,11 @@ def test_windows_and_soft_cap(gemma_for_gpu):
     theirs = generate(make_engine(gemma_for_gpu, **options), prompts, new=1, prompt_logprobs=0)
     ours = make_engine(gemma_for_gpu, **options, **CUSTOM)
     assert_near(generate(ours, prompts, new=1, prompt_logprobs=0), logprobs_of(theirs))
+
+
+def test_drafts(llama_for_gpu):
+    """Requests have different numbers of drafts. The last of this file: see test_engine.py."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    drafts |= {"prompt_lookup_max": 4, "prompt_lookup_min": 1}
+    options = {"compilation_config": GRAPHS, "enforce_eager": False, "speculative_config": drafts}
+    assert_decoded_as_read(make_engine(llama_for_gpu, **ON_GPU | options, **CUSTOM))

@@ -60,6 +60,14 @@ def test_window_and_soft_cap(gemma):
     assert tokens_of(generate(make_engine(gemma, **CUSTOM, **SMALL_STEPS), prompts)) == own
 
 
+def test_a_cache_in_8_bits(llama):
+    """Read in chunks, a prompt has the tokens that it has as a whole."""
+    options = CUSTOM | {"kv_cache_dtype": "fp8"}
+    whole = tokens_of(generate(make_engine(llama, **options), PROMPTS))
+    llm = make_engine(llama, **options, **SMALL_STEPS, block_size=16)
+    assert tokens_of(generate(llm, PROMPTS)) == whole
+
+
 def test_calibration_and_requests(calibrated, expected, log):
     """A prompt in chunks drops what it drops as a whole in Transformers; a request may ask else."""
     counting = {"additional_config": {"blasst": {"statistics": True}}}
@@ -108,7 +116,7 @@ def sparsity_of(phase: str, layer: int) -> float:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv_cache_dtype": "fp8"}, "a cache of fp8"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "a cache of fp8_e5m2"),
         ({"additional_config": {"blasst": {"prefil": {}}}}, "'prefil'; known keys"),
         (
             {"additional_config": {"blasst": {"prefill": {"threshold": [0.1, 0.2, 0.3]}}}},

@@ -1,5 +1,7 @@
 """What a step's batch becomes, and one layer's attention of it."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -25,6 +27,7 @@ def builder(*, on_cpu: bool, threshold: int) -> Builder:
     made._scores = {phase: {NAME: "exact"} for phase in ("prefill", "decode")}
     made._statistics = made._requests = None
     made._on_cpu, made._most_keys, made.reorder_batch_threshold = on_cpu, KEYS, threshold
+    made.device, made._widens, made._block_size = torch.device("cpu"), False, 16
     return made
 
 
@@ -61,8 +64,16 @@ def test_numbers_of_drafts_may_differ_on_a_cpu():
     [decode] = builder(on_cpu=True, threshold=4).build(0, batch([4, 1, 3], [50, 60, 70])).parts
     assert (decode.phase, decode.positions) == ("decode", None)
     assert decode.places["cu_seqlens_q"].tolist() == [0, 4, 5, 8]
-    decode, prefill = builder(on_cpu=False, threshold=4).build(0, batch([4, 1], [50, 60])).parts
-    assert (decode.tokens, decode.positions, prefill.tokens) == (slice(0, 4), 4, slice(4, 5))
+
+
+def test_a_gpu_decodes_requests_of_as_many_drafts_together():
+    made = builder(on_cpu=False, threshold=4)
+    one, four, prefill = made.build(0, batch([4, 1, 4, 0, 9], [50, 60, 70, 9, 9])).parts
+    assert (one.phase, one.positions, one.tokens.tolist()) == ("decode", 1, [4])
+    assert (four.positions, four.tokens.tolist()) == (4, [0, 1, 2, 3, 5, 6, 7, 8])
+    assert four.places["lengths"].tolist() == [50, 70]
+    assert four.places["page_table"][:, 0].tolist() == [0, 64]
+    assert (prefill.phase, prefill.tokens) == ("prefill", slice(9, 18))
 
 
 @pytest.mark.parametrize("positions", [1, 3])
@@ -80,11 +91,14 @@ def test_batches_that_are_refused(change):
         builder(on_cpu=True, threshold=1).build(0, batch([3], [3], **change))
 
 
-def test_sinks_window_and_soft_cap_of_a_layer():
+@pytest.mark.parametrize(
+    ("on_cpu", "queries", "keys"),
+    [(True, [1, 40, 7], [300, 40, 20]), (False, [4, 1, 4, 39], [300, 40, 20, 50])],
+)
+def test_sinks_window_and_soft_cap_of_a_layer(on_cpu, queries, keys):
     torch.manual_seed(0)
-    queries, keys = [1, 40, 7], [300, 40, 20]
     q = torch.randn(48, 4, 32)
-    cache = torch.randn(96, 2, 16, 64)
+    cache = torch.randn(32 * len(keys), 2, 16, 64)
     k, v = cache.transpose(1, 2).split(32, -1)
     sinks = torch.randn(4)
     with set_current_vllm_config(VllmConfig()):
@@ -92,15 +106,18 @@ def test_sinks_window_and_soft_cap_of_a_layer():
             4, 32, 0.2, 2, sliding_window=25, logits_soft_cap=5.0, sinks=sinks.bfloat16()
         )
     layer.process_weights_after_loading(torch.float32)
-    step: Metadata = builder(on_cpu=True, threshold=1).build(0, batch(queries, keys))
+    threshold = 1 if on_cpu else 4
+    step: Metadata = builder(on_cpu=on_cpu, threshold=threshold).build(0, batch(queries, keys))
     out = torch.empty_like(q)
     named = torch.nn.Identity()
     named.layer_name = NAME
     assert layer.forward(named, q, q, q, cache, step, out) is out
-    for i, (start, stop) in enumerate([(0, 1), (1, 41), (41, 48)]):
+    ends = [0, *torch.tensor(queries).cumsum(0).tolist()]
+    for i, (start, stop) in enumerate(pairwise(ends)):
         wanted = blasst.attention(
             q[None, start:stop],
             *(t[i * 32 : i * 32 + 32].flatten(0, 1)[None, : keys[i]] for t in (k, v)),
+            phase="decode" if stop - start <= threshold else "prefill",
             causal=True,
             scale=0.2,
             window=(24, None),
@@ -117,3 +134,46 @@ def test_an_unknown_version_is_refused_when_it_is_asked_for(monkeypatch):
     with pytest.raises(ImportError, match=r"vllm 0\.99\.0 is installed; blasst serves vllm 0\.26"):
         registry.AttentionBackendEnum.CUSTOM.get_class()
     assert registry.AttentionBackendEnum.CPU_ATTN.get_class().__module__.startswith("vllm.")
+
+
+@pytest.mark.parametrize("widens", [False, True])
+def test_a_cache_in_8_bits(monkeypatch, widens):
+    """Written by steps, read by kernels or widened, where the buffer takes two prompts at once."""
+    torch.manual_seed(0)
+    queries, keys = [1, 40, 7, 30], [300, 40, 20, 30]
+    starts = [0, 1, 41, 48, 78]
+    cache = torch.zeros(32 * len(keys), 2, 16, 64, dtype=torch.uint8)
+    with set_current_vllm_config(VllmConfig()):
+        attention = Attention(4, 32, 0.2, 2, kv_cache_dtype="fp8")
+    layer = torch.nn.Identity()
+    layer.layer_name = NAME
+    for name, scale in (("k", 0.03), ("v", 0.5)):
+        setattr(layer, f"_{name}_scale", torch.tensor(scale))
+        setattr(layer, f"_{name}_scale_float", scale)
+    given = (
+        torch.randn(2, len(keys), max(keys), 2, 32)
+        * torch.tensor([1.0, 30.0])[:, None, None, None, None]
+    )
+    for i, number in enumerate(keys):
+        slots = torch.arange(number) + i * 512
+        attention.do_kv_cache_update(layer, *given[:, i, :number], cache, slots)
+    stored = [
+        (given[i] / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        for i, scale in enumerate((0.03, 0.5))
+    ]
+
+    made = builder(on_cpu=True, threshold=1)
+    if widens:
+        made._widens, made._most_keys = True, 64
+        wide = torch.full((8 * 2 * 16 * 64,), torch.nan)
+        monkeypatch.setattr(attention, "_room", lambda _: ({}, wide))
+    lengths = torch.tensor(keys, dtype=torch.int32)
+    step = made.build(0, batch(queries, keys, seq_lens_cpu_upper_bound=lengths))
+    assert len(step.parts) == (3 if widens else 2)
+    q = torch.randn(78, 4, 32)
+    out = attention.forward(layer, q, q, q, cache, step, torch.empty_like(q))
+    for i, (start, stop) in enumerate(pairwise(starts)):
+        k, v = (t[None, i, : keys[i]] for t in stored)
+        phase = "decode" if queries[i] == 1 else "prefill"
+        wanted = blasst.attention(q[None, start:stop], k, v, phase=phase, causal=True, scale=0.2)
+        torch.testing.assert_close(out[start:stop], wanted[0], rtol=1e-5, atol=1e-4)

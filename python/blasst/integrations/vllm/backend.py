@@ -11,6 +11,7 @@ from blasst.integrations.vllm.limits import (
     CACHE_DTYPES,
     CPU_HEAD_SIZES,
     CUDA_HEAD_SIZES,
+    FAST_BLOCK_SIZE,
 )
 from blasst.integrations.vllm.metadata import Builder
 
@@ -41,6 +42,11 @@ class Backend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         """Tokens in a page of the cache."""
         return list(BLOCK_SIZES)
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Where no `--block-size` is given."""
+        return max(default_block_size, FAST_BLOCK_SIZE)
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from blasst.config import PHASES
 from blasst.errors import NotSupportedError
+from blasst.integrations.vllm import eight_bit
 from blasst.integrations.vllm.limits import most_positions
 from blasst.integrations.vllm.options import REQUESTS, options_of, passes_requests_on
 from blasst.integrations.vllm.requests import Requests
@@ -36,14 +37,17 @@ from blasst.integrations.vllm.thresholds import (
 )
 
 _log = logging.getLogger("vllm.blasst")
+HOST_LENGTHS = "seq_lens_cpu_upper_bound"
+"""Of CommonAttentionMetadata: how many keys each request has; just so many in prefill."""
 
 
 @dataclass
 class Part:
-    """The requests of one phase, which follow each other in the batch."""
+    """Requests of one phase, attention of which is one call."""
 
     phase: str
-    tokens: slice
+    tokens: slice | Tensor
+    """Of the batch: those of requests that follow each other, or their places, [tokens] int64."""
     places: dict[str, Any]
     """Where queries and keys are, as the operator takes it."""
     positions: int | None
@@ -51,6 +55,8 @@ class Part:
     ragged."""
     decision: Decision
     scores: dict[str, str]
+    pages: Tensor | None = None
+    """[pages] int64 of a cache in 8 bits, to be widened; the page table is of these then."""
 
 
 @dataclass
@@ -82,6 +88,14 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, most)
         self._most_keys = vllm_config.model_config.max_model_len
+        self._block_size = kv_cache_spec.block_size
+        is_8_bit = attentions[0].kv_cache_dtype in eight_bit.NAMES
+        self._widens = is_8_bit and not self._on_cpu
+        if self._widens and HOST_LENGTHS not in {f.name for f in fields(CommonAttentionMetadata)}:
+            raise NotSupportedError(
+                "blasst: a cache in 8 bits in this vLLM, which does not tell the host how long "
+                "prompts are; newer ones do"
+            )
         self._requests = Requests.of(vllm_config)
         if passes_requests_on(vllm_config.model_config.logits_processors):
             _check_requests(self._requests)
@@ -155,49 +169,96 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         decodes, prefills, *_ = split_decodes_and_prefills(
             m,
             decode_threshold=self.reorder_batch_threshold,
-            require_uniform=not self._on_cpu,
         )
         parts = []
         if decodes:
-            parts.append(self._part("decode", m, slice(0, decodes)))
+            parts += self._decodes(m, slice(0, decodes))
         if prefills:
-            parts.append(self._part("prefill", m, slice(decodes, m.num_reqs)))
+            parts += self._prefills(m, slice(decodes, m.num_reqs))
         return Metadata(parts, self._statistics)
 
-    def _part(self, phase: str, m: CommonAttentionMetadata, requests: slice) -> Part:
-        starts = m.query_start_loc_cpu[requests.start : requests.stop + 1]
-        first, last, most = int(starts[0]), int(starts[-1]), int(starts.diff().max())
-        places = {
+    def _decodes(self, m: CommonAttentionMetadata, requests: slice) -> list[Part]:
+        """Requests of as many positions are one call; on a CPU of other numbers, too."""
+        numbers = m.query_start_loc_cpu[: requests.stop + 1].diff()
+        positions = int(numbers.max())
+        others = numbers != positions
+        if not self._on_cpu:
+            others &= numbers > 0  # a graph's batch is padded with requests of none
+        if not others.any():
+            return [self._decode(m, requests, positions)]
+        if self._on_cpu:
+            return [self._ragged("decode", m, requests, self._decide("decode", m, requests))]
+        return self._by_positions(m, requests, numbers)
+
+    def _places(self, phase: str, m: CommonAttentionMetadata, requests: slice) -> dict[str, Any]:
+        # A graph of decode is captured once, for the longest that there may be.
+        is_captured = phase == "decode" and not self._on_cpu
+        return {
             "lengths": m.seq_lens[requests],
             "page_table": m.block_table_tensor[requests],
-            "max_seqlen_k": m.max_seq_len,
+            "max_seqlen_k": self._most_keys if is_captured else m.max_seq_len,
         }
-        if phase == "decode" and (not self._on_cpu or (starts.diff() == most).all()):
-            positions, last = most, first + most * (requests.stop - requests.start)
-        else:
-            positions = None
-            on_device = m.query_start_loc[requests.start : requests.stop + 1]
-            places |= {"cu_seqlens_q": on_device - first, "max_seqlen_q": most}
-        if phase == "decode" and not self._on_cpu:  # what a graph of it is captured for
-            places["max_seqlen_k"] = self._most_keys
-        decision = self._decide(phase, m, requests)
-        return Part(phase, slice(first, last), places, positions, decision, self._scores[phase])
+
+    def _decode(self, m: CommonAttentionMetadata, requests: slice, positions: int) -> Part:
+        places, decision = self._places("decode", m, requests), self._decide("decode", m, requests)
+        tokens = slice(0, positions * requests.stop)
+        return Part("decode", tokens, places, positions, decision, self._scores["decode"])
+
+    def _prefills(self, m: CommonAttentionMetadata, requests: slice) -> list[Part]:
+        """One call; where pages are widened, as many as the buffer makes necessary."""
+        decision = self._decide("prefill", m, requests)
+        if not self._widens:
+            return [self._ragged("prefill", m, requests, decision)]
+        pages = -(-getattr(m, HOST_LENGTHS)[requests].long() // self._block_size)
+        parts = []
+        for some in eight_bit.groups_of(pages.tolist(), -(-self._most_keys // self._block_size)):
+            these = slice(requests.start + some.start, requests.start + some.stop)
+            part = self._ragged("prefill", m, these, decision.of_requests(some))
+            part.pages, table = eight_bit.pages_of(part.places["page_table"], pages[some])
+            part.places["page_table"] = table
+            parts.append(part)
+        return parts
+
+    def _ragged(
+        self, phase: str, m: CommonAttentionMetadata, requests: slice, decision: Decision
+    ) -> Part:
+        starts = m.query_start_loc_cpu[requests.start : requests.stop + 1]
+        first, last = int(starts[0]), int(starts[-1])
+        on_device = m.query_start_loc[requests.start : requests.stop + 1]
+        places = self._places(phase, m, requests)
+        places |= {"cu_seqlens_q": on_device - first, "max_seqlen_q": int(starts.diff().max())}
+        return Part(phase, slice(first, last), places, None, decision, self._scores[phase])
+
+    def _by_positions(
+        self, m: CommonAttentionMetadata, requests: slice, numbers: Tensor
+    ) -> list[Part]:
+        """A decode of requests whose drafts differ in number: a call for each number."""
+        places, decision = self._places("decode", m, requests), self._decide("decode", m, requests)
+        parts = []
+        for positions in numbers[numbers > 0].unique().tolist():
+            these = (numbers == positions).nonzero()[:, 0]
+            tokens = m.query_start_loc_cpu[these, None] + torch.arange(positions)
+            these, tokens = (self._on_device(t) for t in (these, tokens.flatten().long()))
+            own = {name: places[name][these] for name in ("lengths", "page_table")}
+            of_these = decision.of_requests(these)
+            scores = self._scores["decode"]
+            parts.append(Part("decode", tokens, places | own, positions, of_these, scores))
+        return parts
 
     def _decide(self, phase: str, m: CommonAttentionMetadata, requests: slice) -> Decision:
         lengths, longest, own = m.seq_lens[requests], m.max_seq_len, None
         if self._requests is not None:
             slots = _slots(m)[requests]
-            own = self._on_device(self._requests.thresholds[phase][slots])
+            own = self._on_device(torch.from_numpy(self._requests.thresholds[phase][slots]))
             if phase == "prefill":
                 whole = self._requests.prompt_lengths[slots]
                 longest = max(longest, int(whole.max(initial=0)))
-                lengths = torch.maximum(lengths, self._on_device(whole))
+                lengths = torch.maximum(lengths, self._on_device(torch.from_numpy(whole)))
         room = longest if phase == "prefill" or self._on_cpu else self._most_keys
         return self._thresholds[phase].decide(lengths, longest, room, own)
 
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        host = torch.from_numpy(values)
-        if self._on_cpu:
+    def _on_device(self, host: Tensor) -> Tensor:
+        if self.device.type == "cpu":
             return host
         return host.pin_memory().to(self.device, non_blocking=True)
 
