@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 import blasst
 from blasst.hf import forward, masks, packed
 from blasst.hf.layers import attention_modules
+from blasst.ops.library import tile_of
 from blasst.policies import Bands
 from blasst.versions import cache_name
 from test_hf_settings import CONFIG
@@ -137,3 +138,16 @@ def test_a_captured_decode_reads_no_tensor_and_gives_the_same(model, monkeypatch
 
     expected = step(captured=False)
     assert torch.equal(step(captured=True), expected)
+
+
+def test_autocast_decides_whose_tiles_a_call_has():
+    """A GPU has no tiles of float32, in which a layer's rotated queries are under autocast."""
+    gpu, sizes = torch.device("cuda"), (torch.float32, 64)
+    with pytest.raises(blasst.NotSupportedError, match="q is float32"):
+        tile_of("prefill", gpu, *sizes)
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert tile_of("prefill", gpu, *sizes) == tile_of("prefill", gpu, torch.bfloat16, 64)
+    finally:
+        torch.set_autocast_enabled("cuda", before)

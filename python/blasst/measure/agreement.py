@@ -60,9 +60,10 @@ class DenseRun:
         dense = self._predictions(self._hidden) if self._kept is None else self._kept
         divergence = same = 0.0
         losses, dense_losses = [], []
-        for expected, found, (_, targets) in zip(
+        for expected, found, (_, tokens) in zip(
             dense, self._predictions(hidden), self._pieces, strict=True
         ):
+            targets = tokens.to(expected.device)  # another than hidden's, if the model has several
             same += (expected.argmax(-1) == found.argmax(-1)).sum().item()
             dense_losses.append(-expected.gather(1, targets)[:, 0])
             losses.append(-found.gather(1, targets)[:, 0])

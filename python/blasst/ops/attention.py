@@ -23,7 +23,7 @@ from blasst.ops.arguments import (
     sinks_of,
 )
 from blasst.ops.layouts import check_layout
-from blasst.ops.library import CACHES, REPORTS, call, key_tiles
+from blasst.ops.library import CACHES, REPORTS, call, computed_in, key_tiles
 
 
 class TileCounts(NamedTuple):
@@ -365,11 +365,7 @@ def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast in its type, but for keys and values in 8 bits."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype in CACHES else t.to(dtype) for t in tensors)
+    return tuple(t if t.dtype in CACHES else t.to(computed_in(t.device, t.dtype)) for t in tensors)
 
 
 def _with_gradient(out: Tensor | None, inputs: tuple[Tensor | None, ...]) -> bool:

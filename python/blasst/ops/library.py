@@ -194,9 +194,16 @@ def tile_of(
 ) -> tuple[int, int]:
     """Query rows and keys of the tile that a phase decides on; decode: of one row a KV head.
 
-    value_dim: default: head_dim.
+    dtype: of q, before autocast. value_dim: default: head_dim.
     """
+    dtype = computed_in(device, dtype)
     return _cached_plan(phase, device, dtype, head_dim=head_dim, value_dim=value_dim)[:2]
+
+
+def computed_in(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The type of a call's queries, keys and values: under autocast its own."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
 def decode_tile_heads(
