@@ -1,9 +1,9 @@
-# Sources of libraries, fetched with pip; cmake/fetch.py pins them.
+# Sources of libraries, fetched with pip; cmake/fetch.py pins them. Their licences go into a wheel.
 set(BLASST_FETCHED ${PROJECT_BINARY_DIR} CACHE PATH
   "Where fetched libraries are kept: the build folder, or one that several share")
 function(fetch_library name result)
   set(folder ${BLASST_FETCHED}/${name})
-  if(NOT EXISTS ${folder}/.complete)
+  if(NOT EXISTS ${folder}/.complete OR NOT EXISTS ${folder}/LICENSE)
     if(NOT Python_EXECUTABLE AND EXISTS ${PROJECT_SOURCE_DIR}/.venv/bin/python)
       set(Python_EXECUTABLE ${PROJECT_SOURCE_DIR}/.venv/bin/python)
     endif()
@@ -18,6 +18,8 @@ function(fetch_library name result)
     file(TOUCH ${folder}/.complete)
   endif()
   set(${result} ${folder} PARENT_SCOPE)
+  install(FILES ${folder}/LICENSE RENAME ${name}.txt
+    DESTINATION blasst/licenses COMPONENT python EXCLUDE_FROM_ALL)
 endfunction()
 
 # A library of headers as a target: the system's where CMake finds it, else what is fetched.

@@ -1,7 +1,8 @@
 """Usage: fetch.py LIBRARY DIRECTORY.
 
-Puts the sources of a C++ library into DIRECTORY. They come from PyPI, where a package has them
-whole, through pip, so with whatever index, proxy and cache pip is set up for.
+Puts the sources of a C++ library into DIRECTORY, and its licence, as LICENSE. They come from PyPI,
+where a package has them whole, through pip, so with whatever index, proxy and cache pip is set up
+for.
 """
 
 import os
@@ -28,6 +29,8 @@ class Source(NamedTuple):
     """Of a source distribution: the package's own build backend. Without: a wheel."""
     header: str = ""
     """The name of the one file, if it has another in the package."""
+    licence_in: str = "LICENSE"
+    """Which of the files has the licence: alone, or in the comment that it begins with."""
 
 
 SOURCES = {
@@ -41,6 +44,7 @@ SOURCES = {
         "cmeel-fmt==12.2.0",
         "81f0ea1df41d81bfa097c552bc2adf3a5df49978b91555f7883fd3b89bb7ba61",
         r"cmeel\.prefix/include/(fmt/[^/]*\.h)",
+        licence_in="fmt/format.h",
     ),
     "CLI11-2.5.0": Source(
         "highspy==1.16.0",
@@ -48,11 +52,12 @@ SOURCES = {
         r"highspy-1\.16\.0/extern/cli11/(CLI11\.hpp)",
         backend="scikit_build_core.build",
         header="CLI/CLI.hpp",
+        licence_in="CLI/CLI.hpp",
     ),
     "nlohmann_json-3.12.0": Source(
         "nlohmann-json==3.12.0",
         "5f6132720fb25d0d70bf0742f8397b49a540dcc193e7312a914f6aa49f054810",
-        r"nlohmann_json/include/(nlohmann/.*\.hpp)",
+        r"nlohmann_json[^/]*/(?:include|licenses)/(nlohmann/.*\.hpp|LICENSE)",
     ),
 }
 
@@ -102,6 +107,19 @@ def files(archive: Path) -> Iterator[tuple[str, bytes]]:
                     yield member.name, opened.extractfile(member).read()
 
 
+def first_comment(header: str) -> str:
+    """The text of the comment that a header begins with.
+
+    Raises:
+        ValueError: it begins with none.
+    """
+    if block := re.match(r"\s*/\*(.*?)\*/", header, re.DOTALL):
+        return block[1].strip() + "\n"
+    if lines := re.match(r"(?://.*\n)+", header):
+        return re.sub("^// ?", "", lines[0], flags=re.MULTILINE)
+    raise ValueError("a header without a comment at its beginning, where its licence should be")
+
+
 def main() -> None:
     """Download, check the hash, unpack."""
     source, to = SOURCES[sys.argv[1]], Path(sys.argv[2])
@@ -111,6 +129,9 @@ def main() -> None:
                 path = to / (source.header or match[1])
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(contents)
+    if source.licence_in != "LICENSE":
+        header = (to / source.licence_in).read_text(encoding="utf-8")
+        (to / "LICENSE").write_text(first_comment(header), encoding="utf-8")
 
 
 if __name__ == "__main__":
