@@ -25,12 +25,18 @@ from blasst.evaluation import (
     timing,
 )
 from blasst.evaluation.answers import answer
-from blasst.evaluation.kept_tiles import SIZE, KeptTiles, cells_of
+from blasst.evaluation.kept_tiles import (
+    SIZE,
+    AtThresholds,
+    KeptByThreshold,
+    KeptTiles,
+    cells_of,
+)
 from blasst.evaluation.settings import DENSELY, Scheme
 from blasst.evaluation.summary import rows, timings
-from blasst.hf import recording_with
+from blasst.hf import dense_on_purpose, recording_with
 from blasst.hf.models import Loaded
-from blasst.hf.operator import KERNELS, calling
+from blasst.hf.operator import KERNELS, calling, current
 from blasst.hf.reading import read
 from blasst.measure.agreement import DenseRun
 from blasst.measure.results import Results
@@ -218,13 +224,41 @@ def test_kept_tiles_are_those_of_the_tile_masks(results):
     assert whole["sparsity"] == pytest.approx(parts["sparsity"], abs=0.02)
 
 
-def packed_tiles(chunk):
+def packed_tiles(chunk, kind=KeptTiles, calibrated=True):
     model = configured().model
+    if not calibrated:
+        del model.config.sparse_attention_config
     tokens = torch.tensor([list(TEXTS["first"].encode()[:LENGTH])])
-    recording = KeptTiles([0, 1], LENGTH, 8)
+    recording = kind([0, 1], LENGTH, 8)
     with recording_with(recording), torch.inference_mode():
         read(model, tokens, chunk=chunk)
     return recording.packed()
+
+
+def test_tiles_at_any_threshold_are_those_that_it_keeps(results):
+    """Of the lowest layer, whose queries and keys are dense attention's."""
+    [((name,), kept)] = results.all("thresholds")
+    assert (name, kept["length"], kept["thresholds"][-1]) == ("first", LENGTH, 1)
+    with dense_on_purpose(), calling(AtThresholds(current())):
+        found = packed_tiles(None, KeptByThreshold, calibrated=False)
+    kept = np.frombuffer(b64decode(found["kept"]), np.uint8).reshape(8, -1)
+    levels = np.stack([kept & 15, kept >> 4], -1).reshape(8, -1)[:4, : 13 * 14 // 2]
+    model = configured().model
+    tokens = torch.tensor([list(TEXTS["first"].encode()[:LENGTH])])
+    for i in (0, 8, 14):
+        threshold = blasst.Threshold(found["thresholds"][i], order="sink_first")
+        with (
+            blasst.configure(model, prefill=threshold),
+            blasst.record() as recording,
+            torch.inference_mode(),
+        ):
+            read(model, tokens)
+        skipped = recording.by_head("prefill")[0]
+        assert found["skipped"][i][0] == pytest.approx(skipped.tolist(), abs=1e-4)
+    assert 0.1 < skipped.mean() < 1
+    # The last tile is shorter than a cell, and cells do not all begin where tiles do.
+    by_head = np.mean([layers[0] for layers in found["skipped"]], axis=0)
+    assert levels.mean(1) / 15 == pytest.approx(1 - by_head, abs=0.06)
 
 
 @pytest.mark.parametrize(

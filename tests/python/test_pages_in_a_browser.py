@@ -42,6 +42,15 @@ frame.addEventListener("load", () => {
     move(tokens.querySelector(".setting"), value);
     found.colours.push(spans().filter((span) => span.style.backgroundColor).length);
   }
+  [found.thresholds, found.levels] = [[], []];
+  const groups = tiles.querySelector("select");
+  groups.selectedIndex = 1;
+  groups.dispatchEvent(new Event("change"));
+  for (const value of [0, tiles.querySelector(".setting").max]) {
+    move(tiles.querySelector(".setting"), value);
+    found.thresholds.push(tiles.querySelector("output").textContent);
+    found.levels.push([...tiles.querySelectorAll("canvas")].map((c) => c.toDataURL()));
+  }
   tiles.querySelector(".map").click();
   found.layer = tiles.querySelectorAll("output")[1].textContent;
   const select = tokens.querySelector("select");
@@ -138,6 +147,11 @@ def test_the_slider_goes_over_thresholds(found):
     assert len(found["pictures"][0]) == 1 + 4, "layers and heads, and the heads of one layer"
     assert all(a != b for a, b in zip(*found["pictures"], strict=True))
     assert found["layer"].startswith("layer 0: ")
+
+
+def test_another_goes_over_thresholds_that_nobody_calibrated(found):
+    assert found["thresholds"] == ["threshold 2.2e-05", "threshold 1"]
+    assert all(a != b for a, b in zip(*found["levels"], strict=True))
 
 
 def test_tokens_are_coloured_by_what_skipping_cost_them(found):

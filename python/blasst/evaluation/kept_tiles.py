@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blasst.errors import NotSupportedError
 from blasst.hf import Recording
-from blasst.hf.operator import current
+from blasst.hf.operator import Operator, current
 from blasst.hf.tensor_parallel import Share
 from blasst.ops.attention import Result
 
@@ -21,6 +21,8 @@ SIZE = 400_000
 """Bytes of the pictures of all heads."""
 LEVELS = 15
 """Shades of a cell, besides that of nothing."""
+THRESHOLDS = tuple(10 ** (step / 3) for step in range(1 - LEVELS, 1))
+"""Relative ones, whose pictures a slider goes through."""
 
 
 def cells_of(length: int, heads: int) -> int:
@@ -106,6 +108,59 @@ class KeptTiles(Recording):
             levels = np.pad(levels, ((0, 0), (0, 1)))
         pairs = levels[:, ::2] | levels[:, 1::2] << 4
         return b64encode(pairs.tobytes()).decode()
+
+
+class KeptByThreshold(KeptTiles):
+    """At how many of THRESHOLDS a tile is kept, by place, where one holds for all heads.
+
+    Of a dense prefill inside `calling(AtThresholds(..))`: a skipped tile raises no maximum, so what
+    a threshold drops of it is what it drops of the same queries and keys alone.
+    """
+
+    def __init__(self, layers: Collection[int], length: int, heads: int) -> None:
+        super().__init__(layers, length, heads)
+        self._kept_at: dict[int, Tensor] = {}
+        self._visitable: dict[int, Tensor] = {}
+
+    def add(self, phase: str, layer: int, result: Result, share: Share | None) -> None:
+        """Count one attention call."""
+        super().add(phase, layer, result, share)
+        if phase != "prefill" or layer not in self._layers:
+            return
+        levels = torch.arange(LEVELS, device=result.out.device)
+        kept = (result.tile_mask[0, ..., None] * LEVELS > levels + 0.5).sum((1, 2))
+        self._kept_at[layer] = self._kept_at.get(layer, 0) + kept
+        visitable = result.stats.visitable[0]
+        self._visitable[layer] = self._visitable.get(layer, 0) + visitable
+
+    def packed(self) -> dict[str, Any]:
+        """As of one setting, but for `skipped`: by threshold, layer and head."""
+        skipped = [
+            1 - self._kept_at[n] / self._visitable[n][:, None] for n in sorted(self._kept_at)
+        ]
+        by_threshold = [
+            [[round(share, 4) for share in layer[:, i].tolist()] for layer in skipped]
+            for i in range(LEVELS)
+        ]
+        return super().packed() | {"skipped": by_threshold, "thresholds": THRESHOLDS}
+
+
+class AtThresholds:
+    """An operator whose tile masks say at what share of THRESHOLDS a prefill keeps each tile."""
+
+    def __init__(self, operator: Operator) -> None:
+        self._operator, self.tile_of = operator, operator.tile_of
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        """As the operator's, which is asked without thresholds."""
+        result = self._operator.attention(q, k, v, **options)
+        if options["phase"] != "prefill":
+            return result
+        kept = torch.zeros_like(result.tile_mask, dtype=torch.float32)
+        for threshold in THRESHOLDS:
+            asked = options | {"threshold": threshold, "order": "sink_first"}
+            kept += self._operator.attention(q, k, v, **asked).tile_mask
+        return result._replace(tile_mask=kept / LEVELS)
 
 
 def _intervals(first: int, last: int, size: int, device: torch.device) -> Tensor:

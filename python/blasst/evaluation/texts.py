@@ -8,15 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from blasst.evaluation.bounds import RowBounds
-from blasst.evaluation.kept_tiles import KeptTiles
+from blasst.evaluation.kept_tiles import AtThresholds, KeptByThreshold, KeptTiles
 from blasst.evaluation.session import Session
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
 from blasst.heads import heads_by_layer
 from blasst.hf import Recording, recording_with
+from blasst.hf.operator import calling, current
 from blasst.measure.agreement import Agreement, DenseRun
 
 SHOWN = 2048
 """Tokens of a text that a report shows: its last, which see the most keys."""
+MOST_TOKENS = 4096
+"""Of a text whose tiles are shown at any threshold: every call is made again for each."""
 
 
 def check_unchanged(session: Session, texts: Mapping[str, Tensor]) -> None:
@@ -65,15 +68,29 @@ def measure_texts(session: Session, texts: Mapping[str, Tensor]) -> None:
                 session.results.put(shown, "tiles", name, *setting.key)
             session.results.put(found, "text", name, *setting.key)
             done += 1
+        if index == 0:
+            _measure_thresholds(session, name, tokens[:, :MOST_TOKENS])
         if missing:
             session.results.put(shown_pieces(tokens[0], session.tokenizer), "pieces", name)
     session.progress("Perplexity", 1.0, "")
 
 
-def _tiles(session: Session, length: int) -> KeptTiles:
+def _tiles(session: Session, length: int, kind: type[KeptTiles] = KeptTiles) -> KeptTiles:
     """For the tiles of the layers that are sparse."""
     heads = heads_by_layer(session.model.config.get_text_config())
-    return KeptTiles(session.layers, length, sum(heads[layer] for layer in session.layers))
+    return kind(session.layers, length, sum(heads[layer] for layer in session.layers))
+
+
+def _measure_thresholds(session: Session, name: str, tokens: Tensor) -> None:
+    """Which tiles thresholds keep that are the same for all heads, of a text's first tokens."""
+    if not session.options.with_calibrated or session.results.get("thresholds", name):
+        return
+    session.progress("Thresholds", 0.0, name)
+    tiles = _tiles(session, tokens.shape[1], KeptByThreshold)
+    with session.applied(DENSELY, tiles), calling(AtThresholds(current())):
+        session.prefill(tokens)
+    session.results.put(tiles.packed(), "thresholds", name)
+    session.progress("Thresholds", 1.0, "")
 
 
 def shown_costs(cost: Tensor, every: int, length: int) -> list[float | None]:

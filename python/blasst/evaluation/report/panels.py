@@ -1,5 +1,6 @@
 """What was measured, as parts of the page that its reader can change."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from blasst.evaluation.settings import Setting
@@ -15,27 +16,53 @@ def panels_of(results: Results) -> list[Panel]:
 
 def _tiles(results: Results) -> Panel | None:
     """The kept tiles of one text, by layer and head."""
+    groups = [*_calibrated_tiles(results), *_tiles_by_threshold(results)]
+    if not groups:
+        return None
+    return Panel("tiles", "Kept tiles by layer and head", {"groups": groups})
+
+
+def _calibrated_tiles(results: Results) -> Iterator[dict[str, Any]]:
     found = sorted(results.all("tiles"), key=lambda item: item[0][1:])
     if not found:
-        return None
+        return
     [(name, *_), first], *_ = found
-    data = {
-        "about": (
-            f"{name}, {first['length']} tokens: queries from top to bottom, keys from left to "
-            f"right, a cell for {first['length'] / first['cells']:.0f} tokens of each."
-        ),
-        "cells": first["cells"],
-        "layers": [{"name": f"layer {n}", "heads": heads} for n, heads in first["layers"]],
+    yield _about_tiles("calibrated thresholds, by target", name, first) | {
+        "kept": [value["kept"] for _, value in found],
         "settings": [
             {
                 "name": _setting_name(Setting(scheme, target), value),
-                "kept": value["kept"],
+                "picture": i,
                 "skipped": value["skipped"],
             }
-            for (_, scheme, target), value in found
+            for i, ((_, scheme, target), value) in enumerate(found)
         ],
     }
-    return Panel("tiles", "Kept tiles by layer and head", data)
+
+
+def _tiles_by_threshold(results: Results) -> Iterator[dict[str, Any]]:
+    """One picture: of each tile, how many of the thresholds keep it."""
+    for (name,), value in results.all("thresholds"):
+        settings = zip(value["thresholds"], value["skipped"], strict=True)
+        yield _about_tiles("one threshold for all heads", name, value) | {
+            "kept": [value["kept"]],
+            "settings": [
+                {"name": f"threshold {threshold:.2g}", "picture": 0, "level": i, "skipped": skipped}
+                for i, (threshold, skipped) in enumerate(settings)
+            ],
+        }
+
+
+def _about_tiles(title: str, name: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": title,
+        "about": (
+            f"{name}, {value['length']} tokens: queries from top to bottom, keys from left to "
+            f"right, a cell for {value['length'] / value['cells']:.0f} tokens of each."
+        ),
+        "cells": value["cells"],
+        "layers": [{"name": f"layer {n}", "heads": heads} for n, heads in value["layers"]],
+    }
 
 
 def _setting_name(setting: Setting, value: dict[str, Any]) -> str:
