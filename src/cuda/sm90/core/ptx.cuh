@@ -138,11 +138,6 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 // --- barriers and registers ---------------------------------------------------------------------
 
-// All `threads` of the named barrier meet; 1 to 15, 0 is __syncthreads.
-__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
-  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Whether `vote` holds in every one of the `threads`. The result is the same everywhere, but the
 // assembler cannot know: pass it through a vote of the warp before a branch around wgmma.
 __device__ __forceinline__ bool named_barrier_all(int id, int threads, bool vote) {

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads, C::Layout::kBlocks)
   if (threadIdx.x == 0) {
     for (auto& barrier : shared.tiles_full) ptx::mbarrier_init(address(barrier), 1);
     for (auto& barrier : shared.keys_full) ptx::mbarrier_init(address(barrier), 1);
-    for (auto& barrier : shared.keys_empty) ptx::mbarrier_init(address(barrier), kConsumerWarps);
+    for (auto& barrier : shared.keys_empty) ptx::mbarrier_init(address(barrier), kWarps);
     for (auto& barrier : shared.values_full) ptx::mbarrier_init(address(barrier), 1);
     for (auto& barrier : shared.queries_full)
       ptx::mbarrier_init(address(barrier), C::kTests ? 33 : 1);

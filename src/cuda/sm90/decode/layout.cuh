@@ -6,38 +6,18 @@
 #include <type_traits>
 
 #include "cuda/core/decode/params.h"
+#include "cuda/core/decode/rows.cuh"
+#include "cuda/core/decode/work.cuh"
 #include "cuda/sm90/core/panels.cuh"
 
 namespace blasst::cuda::decode {
 
-inline constexpr int kConsumerWarps = 4;
-inline constexpr int kConsumers = 32 * kConsumerWarps;
+inline constexpr int kConsumers = 32 * kWarps;
 inline constexpr int kThreads = kConsumers + 32;  // and the warp that feeds them
 inline constexpr int kMostBoxes = 4;              // pages of 16 tokens in a tile
 
-// Work of a block: a split or a group of splits of one request and KV head.
-struct Item {
-  int request, kv_head;
-  int slot;                  // of its result
-  int keys;                  // of the request
-  int first_key;             // where the request begins in the tensor
-  int tile_begin, tile_end;  // of the whole visit
-  int split_tiles;
-  int begin, end;  // positions in the visit
-};
 struct CacheItem : Item {  // of keys and values in 8 bits
   float k_scale, v_scale;
-};
-
-enum TileFlags : int {
-  kFirstOfItem = 1,
-  kLastOfItem = 2,
-  kFirstOfSplit = 4,
-  kLastOfSplit = 8,
-  kSeed = 16,      // one of the visit's first BLASST_SEED_TILES
-  kOnlySeed = 32,  // of another item: only the row maxima are of interest
-  kLastSeed = 64,  // of those
-  kStop = 128,     // no tile: the end of the block's work
 };
 
 // Written and read by one lane, which shares it with its warp.
@@ -85,10 +65,8 @@ struct Layout {
     alignas(1024) std::byte queries[2][Queries::kBytes];
     alignas(1024) std::byte probabilities[kValueStages][Probabilities::kBytes];
     float factors[kValueStages][kRows];      // for results before a kept tile is added
-    float maxima[2][kConsumerWarps][kRows];  // of each warp's keys; tiles alternate
-    float sums[kConsumerWarps][kRows];
     float below[2][kRows];  // of an item: what the tested value must stay below for a skip
-    alignas(16) int nan[2][kConsumerWarps];
+    SharedRows<kRows> rows;
     Work items[2];
     Tile tiles[kKeyStages];
     int kept[kValueStages];  // tile index
@@ -108,6 +86,7 @@ struct Config {
   using Layout = decode::Layout<kQkDim_, kValueDim_, kRows_, kCache_ != Cache::kOfQueries>;
   static constexpr Cache kCache = kCache_;
   using Shared = typename Layout::Shared;
+  using Work = typename Layout::Work;
   static constexpr int kQkDim = kQkDim_;
   static constexpr int kValueDim = kValueDim_;
   static constexpr int kRows = kRows_;

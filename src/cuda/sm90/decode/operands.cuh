@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
+#include "cuda/core/decode/place.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/sm90/core/panels.cuh"
 #include "cuda/sm90/core/ptx.cuh"
 #include "cuda/sm90/core/wgmma.cuh"
 #include "cuda/sm90/decode/layout.cuh"
-#include "cuda/sm90/decode/place.cuh"
 
 namespace blasst::cuda::decode {
 

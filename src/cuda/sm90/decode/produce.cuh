@@ -16,52 +16,6 @@
 
 namespace blasst::cuda::decode {
 
-// The index-th item of the launch; false if the request has no such item.
-__device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int index,
-                                          Item& item) {
-  const ItemPlace place = place_of(index, plan.item_slots, p.kv_heads);
-  item.slot = index;
-  item.request = place.request;
-  item.kv_head = place.kv_head;
-  const Span keys = keys_of_request(p.keys, item.request);
-  item.keys = keys.count;
-  item.first_key = keys.first;
-  const Range tiles = visit(item.keys, p.query_length, p.distances);
-  item.tile_begin = tiles.begin, item.tile_end = tiles.end;
-  const int count = tiles.end - tiles.begin;
-  item.split_tiles = split_tiles(count, plan.least_split_tiles, plan.most_splits);
-  const int item_tiles = item.split_tiles * plan.item_splits;
-  item.begin = place.item * item_tiles;
-  item.end = min(count, item.begin + item_tiles);
-  return item.begin < item.end;
-}
-
-// What an item scores: the first tiles of the whole visit, if it begins later, and its own.
-struct Step {
-  int position;  // in the visit
-  int flags;
-};
-__device__ __forceinline__ int seeds_of(const Item& item) {
-  return item.begin > 0 ? BLASST_SEED_TILES : 0;
-}
-__device__ __forceinline__ int steps_of(const Item& item) {
-  return seeds_of(item) + item.end - item.begin;
-}
-__device__ __forceinline__ Step step_of(const Item& item, int i) {
-  const int seeds = seeds_of(item), last = steps_of(item) - 1;
-  const int position = i < seeds ? i : item.begin + i - seeds;
-  int flags =
-      (i == 0) * kFirstOfItem | (i == last) * kLastOfItem | (position < BLASST_SEED_TILES) * kSeed;
-  if (i < seeds) {
-    flags |= kOnlySeed | (i == seeds - 1) * kLastSeed;
-  } else {
-    const int of_split = (position - item.begin) % item.split_tiles;
-    flags |= (of_split == 0) * kFirstOfSplit;
-    flags |= (of_split == item.split_tiles - 1 || i == last) * kLastOfSplit;
-  }
-  return {position, flags};
-}
-
 // Copies of a tile: pages, or one box. Those wholly beyond the request's keys are left out.
 __device__ __forceinline__ int boxes_of(const Params& p, const Plan& plan, int keys, int tile) {
   if (!p.keys.page_table) return 1;
@@ -184,15 +138,10 @@ class Producer {
   // Before the copies that would go ahead of it to memory.
   __device__ __forceinline__ void ask_for_thresholds(const Item& item,
                                                      float (&values)[kOwnRows]) const {
-    if (p_.test.kind == BLASST_TEST_NONE) return;
-    const int group = p_.heads / p_.kv_heads;
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
       const int row = lane_ + 32 * i;
-      if (row >= plan_.rows) continue;
-      const int head = item.kv_head * group + row % group;
-      values[i] =
-          p_.test.values[item.request * p_.test.stride_request + head * p_.test.stride_head];
+      if (row < plan_.rows) values[i] = threshold_of(p_, item, row);
     }
   }
 
@@ -202,16 +151,10 @@ class Producer {
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
       const int row = lane_ + 32 * i;
-      if (row < kRows) shared_.below[slot][row] = below(item, row, values[i]);
+      if (row < kRows) shared_.below[slot][row] = skip_limit(p_, plan_, item, row, values[i]);
     }
     ptx::mbarrier_arrive(address(shared_.queries_full[slot]));
     queries_.next();
-  }
-
-  // What the tested value of a row must stay below for a skip, as scores are kept.
-  __device__ __forceinline__ float below(const Item& item, int row, float value) const {
-    if (row >= plan_.rows) return INFINITY;  // no row: allows every skip
-    return log_threshold(p_.test.kind, value, item.keys) / plan_.unit_scale;
   }
 
   __device__ __forceinline__ void feed_keys(const Item& item, int tile, int flags) {

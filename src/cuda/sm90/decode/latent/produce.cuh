@@ -48,7 +48,10 @@ class Producer {
     ptx::mbarrier_wait(address(shared_.queries_empty), queries_phase_ ^ 1);
     queries_phase_ ^= 1;
     if constexpr (C::kTests) {
-      for (int row = lane_; row < kMostRows; row += 32) shared_.below[row] = below(item, row);
+      for (int row = lane_; row < kMostRows; row += 32) {
+        const float threshold = row < plan_.rows ? threshold_of(p_, item, row) : 0;
+        shared_.below[row] = skip_limit(p_, plan_, item, row, threshold);
+      }
     }
     __syncwarp();
     if (lane_ == 0) {
@@ -62,17 +65,6 @@ class Producer {
                     address(shared_.queries_full), lane_ * kPanel,
                     item.kv_head * (p_.heads / p_.kv_heads), 0, item.request, ptx::L2Hint::kNormal);
     }
-  }
-
-  // What the tested value of a row must stay below for a skip, as scores are kept.
-  __device__ __forceinline__ float below(const Item& item, int row) const {
-    if (row >= plan_.rows) return INFINITY;  // no row: allows every skip
-    if (p_.test.kind == BLASST_TEST_NONE) return -INFINITY;
-    const int group = p_.heads / p_.kv_heads;
-    const int head = item.kv_head * group + row % group;
-    const float value =
-        p_.test.values[item.request * p_.test.stride_request + head * p_.test.stride_head];
-    return log_threshold(p_.test.kind, value, item.keys) / plan_.unit_scale;
   }
 
   __device__ __forceinline__ void feed_tile(const Item& item, int tile, int flags) {

@@ -5,13 +5,13 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/core/decode/work.cuh"
 #include "cuda/core/fragment.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/online_softmax.cuh"
 #include "cuda/core/skipped_mass.cuh"
 #include "cuda/core/tiles.h"
 #include "cuda/sm90/decode/latent/layout.cuh"
-#include "cuda/sm90/decode/place.cuh"
 
 namespace blasst::cuda::decode::latent {
 

@@ -1,11 +1,8 @@
-// Where a thread's elements of S^T [keys, query rows] and O^T [value elements, query rows] are
-// (wgmma.cuh), and which keys a row sees.
+// Where a thread's elements of S^T [keys, query rows] and O^T [value elements, query rows] are: a
+// warp has 16 of every 64 rows of these, as products leave them (wgmma, mma.sync m16n8k16).
 #pragma once
 
-#include "cuda/core/decode/params.h"
-#include "cuda/core/tiles.h"
-#include "cuda/sm90/core/ptx.cuh"
-#include "cuda/sm90/decode/layout.cuh"
+#include "cuda/core/ptx.cuh"
 
 namespace blasst::cuda::decode {
 
@@ -25,11 +22,5 @@ struct ThreadPlace {
     return 4 * (column / 2) + 2 * half + column % 2;
   }
 };
-
-// The keys that a row of the item sees; group: query heads of a KV head.
-__device__ __forceinline__ Range range_of(const Params& p, const Item& item, int group, int row) {
-  const int position = item.keys - p.query_length + row / group;
-  return keys_seen(position, position, p.distances, item.keys);
-}
 
 }  // namespace blasst::cuda::decode

@@ -5,10 +5,11 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cuda/core/decode/place.cuh"
+#include "cuda/core/decode/work.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/skipped_mass.cuh"
 #include "cuda/core/tiles.h"
-#include "cuda/sm90/decode/place.cuh"
 
 namespace blasst::cuda::decode {
 

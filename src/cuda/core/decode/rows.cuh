@@ -1,0 +1,282 @@
+// The query rows of a block's work: their scores, decisions and softmax. Four warps share the keys
+// of a tile; each thread has some of them, of some of the rows (place.cuh).
+#pragma once
+
+#include <cmath>
+
+#include "blasst/blasst.h"
+#include "cuda/core/decode/params.h"
+#include "cuda/core/decode/place.cuh"
+#include "cuda/core/decode/reports.cuh"
+#include "cuda/core/decode/work.cuh"
+#include "cuda/core/math.cuh"
+#include "cuda/core/ptx.cuh"
+#include "cuda/core/tiles.h"
+
+namespace blasst::cuda::decode {
+
+inline constexpr int kWarps = 4;  // that decide together
+
+// Through which the warps trade what each knows of its own keys.
+template <int kRows>
+struct SharedRows {
+  float maxima[2][kWarps][kRows];  // tiles alternate
+  float sums[kWarps][kRows];
+  alignas(16) int nan[2][kWarps];
+};
+
+template <typename C>
+class Rows {
+ public:
+  static constexpr int kScores = C::kRows / 2;   // a thread's
+  static constexpr int kColumns = C::kRows / 4;  // query rows a thread has elements of
+  using Scores = float[kScores];
+  using Columns = float[kColumns];  // a value for each of them
+
+  // Sums over kept keys, relative to the maxima.
+  struct Softmax {
+    Columns maximum, sum;
+  };
+
+  __device__ __forceinline__ Rows(const Params& p, const Plan& plan, SharedRows<C::kRows>& shared)
+      : group(p.heads / p.kv_heads),
+        log2_scale(plan.unit_scale * kLog2e),
+        reports(p, plan),
+        p_(p),
+        plan_(plan),
+        shared_(shared) {}
+
+  // --- items and splits -------------------------------------------------------------------------
+
+  // After `item` and `below` were set.
+  __device__ __forceinline__ void begin_item() {
+    seen_by_all_ = {range_of(p_, item, group, plan_.rows - 1).begin,
+                    range_of(p_, item, group, 0).end};
+    first_split_ = item.begin == 0;
+    dropped = 0;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) seed[c] = -INFINITY;
+  }
+
+  // Maxima of a thread's own keys, or of all.
+  __device__ __forceinline__ void take_seed(const Columns& maximum) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) seed[c] = fmaxf(seed[c], maximum[c]);
+  }
+
+  __device__ __forceinline__ void begin_split() {
+    seeded_ = !first_split_;
+    first_split_ = false;
+    // The absolute test may skip the seeds' tiles: sums relative to their maxima could vanish.
+    const bool from_seeds = seeded_ && p_.test.kind != BLASST_TEST_ABSOLUTE;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      split.maximum[c] = from_seeds ? seed[c] : -INFINITY;
+      if (at.row(c) >= plan_.rows) split.maximum[c] = 0;
+      split.sum[c] = 0;
+    }
+    reports.begin_split();
+  }
+
+  // From the keys of each thread to all keys.
+  __device__ __forceinline__ void sum_over_keys() {
+    Columns& sum = split.sum;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int step = 4; step <= 16; step *= 2) sum[c] += __shfl_xor_sync(kAllLanes, sum[c], step);
+      if (at.lane < 4) shared_.sums[at.warp][at.row(c)] = sum[c];
+    }
+    meet();
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int row = at.row(c);
+      sum[c] = (shared_.sums[0][row] + shared_.sums[1][row]) +
+               (shared_.sums[2][row] + shared_.sums[3][row]);
+    }
+  }
+
+  // mass_of(column): what was skipped.
+  template <typename Mass>
+  __device__ __forceinline__ void write_statistics(int slot, const Softmax& softmax,
+                                                   const Mass& mass_of) const {
+    if (threadIdx.x < 4) {
+      float* statistics = plan_.statistics + int64_t{slot} * kStatistics * plan_.rows;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int row = at.row(c);
+        if (row >= plan_.rows) continue;
+        const SkippedMass mass = mass_of(c);
+        statistics[row] = softmax.maximum[c];
+        statistics[plan_.rows + row] = softmax.sum[c];
+        statistics[2 * plan_.rows + row] = mass.maximum;
+        statistics[3 * plan_.rows + row] = mass.sum;
+      }
+    }
+    if (threadIdx.x == 0) plan_.dropped[slot] = dropped;
+  }
+
+  // --- scores -----------------------------------------------------------------------------------
+
+  // Soft cap, mask and the maximum of every row over a thread's keys, NaN left aside. Whether there
+  // is a NaN.
+  __device__ __forceinline__ bool finish_scores(Scores& s, int tile, Columns& maximum) const {
+    if (p_.softcap > 0) {
+#pragma unroll
+      for (int x = 0; x < kScores; ++x) s[x] = p_.softcap * tanhf(p_.scale * s[x] / p_.softcap);
+    }
+    const int key0 = tile * kTileKeys;
+    if (key0 < seen_by_all_.begin || key0 + kTileKeys > seen_by_all_.end) mask(s, tile);
+
+    bool nan = false;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float a = s[at.element(c, 0)], b = s[at.element(c, 1)];
+      if constexpr (C::kTests) nan |= isnan(a) || isnan(b);
+      maximum[c] = fmaxf(a, b);
+    }
+    return nan;
+  }
+
+  // From the keys of each thread to all keys of the tile: the row maxima, and whether there is a
+  // NaN. All warps meet.
+  __device__ __forceinline__ void share_maxima(Columns& maximum, bool& nan) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+#pragma unroll
+      for (int step = 4; step <= 16; step *= 2)
+        maximum[c] = fmaxf(maximum[c], __shfl_xor_sync(kAllLanes, maximum[c], step));
+    }
+    auto& maxima = shared_.maxima[buffer_];
+    if (at.lane < 4) {
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 2)
+        *reinterpret_cast<float2*>(&maxima[at.warp][at.row(c)]) =
+            make_float2(maximum[c], maximum[c + 1]);
+    }
+    if constexpr (C::kTests) {
+      nan = __any_sync(kAllLanes, nan);
+      if (at.lane == 0) shared_.nan[buffer_][at.warp] = nan;
+    }
+    meet();
+#pragma unroll
+    for (int c = 0; c < kColumns; c += 2) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float2 of_warp = *reinterpret_cast<const float2*>(&maxima[w][at.row(c)]);
+        maximum[c] = w == 0 ? of_warp.x : fmaxf(maximum[c], of_warp.x);
+        maximum[c + 1] = w == 0 ? of_warp.y : fmaxf(maximum[c + 1], of_warp.y);
+      }
+    }
+    if constexpr (C::kTests) {
+      const int4 any = *reinterpret_cast<const int4*>(shared_.nan[buffer_]);
+      nan = any.x | any.y | any.z | any.w;
+    }
+    buffer_ ^= 1;
+  }
+
+  // --- decision ---------------------------------------------------------------------------------
+
+  // Whether some row wants the tile. A row's first scores, and NaN, are wanted.
+  __device__ __forceinline__ bool decide(int tile, const Columns& maximum, bool nan) {
+    Columns running;  // what the tile is tested against
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c)
+      running[c] = seeded_ ? fmaxf(split.maximum[c], seed[c]) : split.maximum[c];
+    const bool keep = wanted(maximum, running, nan);
+    reports.decided(item, at, tile, nan, keep, maximum, running);
+    if (!keep) ++dropped;
+    return keep;
+  }
+
+  // --- kept tiles -------------------------------------------------------------------------------
+
+  // Probabilities in place of the scores of a kept tile; `factor` brings earlier results to the new
+  // maximum.
+  __device__ __forceinline__ void weigh(Scores& s, const Columns& tile_maximum, Columns& factor) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float maximum = fmaxf(split.maximum[c], tile_maximum[c]);
+      const float base = maximum == -INFINITY ? 0.0f : __fmul_rn(maximum, log2_scale);
+      factor[c] = exp2_approx(__fsub_rn(__fmul_rn(split.maximum[c], log2_scale), base));
+      split.maximum[c] = maximum;
+      float sum = 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& x = s[at.element(c, half)];
+        x = exp2_approx(__fmaf_rn(x, log2_scale, -base));
+        sum = half == 0 ? x : __fadd_rn(sum, x);
+      }
+      split.sum[c] = __fmaf_rn(split.sum[c], factor[c], sum);
+    }
+  }
+
+  // Earlier outputs of kPanels times 64 value elements, times the factor.
+  template <int kPanels>
+  __device__ __forceinline__ void rescale(float (&o)[kPanels][kScores],
+                                          const Columns& factor) const {
+    bool grown = false;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) grown |= factor[c] != 1;
+    if (!__any_sync(kAllLanes, grown)) return;
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i)
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) o[i][at.element(c, half)] *= factor[c];
+  }
+
+  const ThreadPlace at;
+  const int group;  // query heads of a KV head
+  const float log2_scale;
+  Reports<C> reports;
+
+  typename C::Work item;
+  Columns below;  // skip_limit() of each row
+  Columns seed;
+  int dropped;    // tiles, of this item
+  Softmax split;  // of the split at hand
+
+ private:
+  // All threads that have scores.
+  static __device__ __forceinline__ void meet() { ptx::named_barrier_sync(1, 32 * kWarps); }
+
+  __device__ __forceinline__ void mask(Scores& s, int tile) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const Range seen = range_of(p_, item, group, min(at.row(c), plan_.rows - 1));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int key = tile * kTileKeys + at.key(half);
+        if (key < seen.begin || key >= seen.end) s[at.element(c, half)] = -INFINITY;
+      }
+    }
+  }
+
+  __device__ __forceinline__ bool wanted(const Columns& maximum, const Columns& running,
+                                         bool nan) const {
+    if constexpr (!C::kTests) {
+      return true;
+    } else {
+      bool skip = true;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const float tested =
+            p_.test.kind == BLASST_TEST_ABSOLUTE ? maximum[c] : maximum[c] - running[c];
+        skip &= maximum[c] == -INFINITY || (running[c] > -INFINITY && tested < below[c]);
+      }
+      return ptx::warp_uniform(!__all_sync(kAllLanes, skip) || nan);
+    }
+  }
+
+  const Params& p_;
+  const Plan& plan_;
+  SharedRows<C::kRows>& shared_;
+  int buffer_ = 0;
+  Range seen_by_all_;  // keys that every row sees
+  bool first_split_;   // of the visit, is the next to begin
+  bool seeded_;        // the split at hand lies behind the seeds
+};
+
+}  // namespace blasst::cuda::decode
