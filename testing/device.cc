@@ -65,28 +65,34 @@ const GpuKernels& gpu_kernels() {
     blasst::Problem& p = params.problem;
     for (View* view : {&p.q, &p.kv.k, &p.kv.v, &p.out}) view->dtype = BLASST_BFLOAT16;
     if (plan(params, false).backend == BLASST_BACKEND_CUDA_SM80)
-      return GpuKernels{false, false, false, {{64, 64}, {96, 96}, {128, 128}, {256, 256}}};
-    return GpuKernels{true, true, true, {std::begin(kHeadSizes), std::end(kHeadSizes)}};
+      return GpuKernels{.prefill_sizes = {{64, 64}, {96, 96}, {128, 128}, {256, 256}},
+                        .decode_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)}};
+    const std::vector<HeadSizes> sizes = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
+    return GpuKernels{.backward = true,
+                      .int8_scores = true,
+                      .latents = true,
+                      .caches_in_8_bits = true,
+                      .prefill_sizes = sizes,
+                      .decode_sizes = sizes};
   }();
   return kernels;
 }
 
 Case for_gpu(Case c) {
-  const std::vector<HeadSizes>& all = gpu_kernels().sizes;
+  const GpuKernels& kernels = gpu_kernels();
+  const std::vector<HeadSizes>& all = kernels.sizes(c.decode);
   constexpr int64_t pages[] = {16, 32, 64, 128, 256};
   if (c.dtype == BLASST_FLOAT32) c.dtype = BLASST_BFLOAT16;
   const HeadSizes sizes = all[c.seed % all.size()];
   c.head_dim = sizes.qk, c.value_dim = sizes.value;
   if (c.scores == BLASST_SCORES_INT8 && !c.decode) c.head_dim = c.value_dim;
-  c.values_in_keys = c.values_in_keys && c.decode;
+  c.values_in_keys = c.values_in_keys && c.decode && kernels.latents;
   c.page_size = pages[c.seed % 5];
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
-  if (!gpu_kernels().int8_scores) c.scores = BLASST_SCORES_EXACT;
-  if (!c.decode) {
-    c.k_dtype = c.v_dtype = {};
-    return c;
-  }
+  if (!kernels.int8_scores) c.scores = BLASST_SCORES_EXACT;
+  if (!c.decode || !kernels.caches_in_8_bits) c.k_dtype = c.v_dtype = {};
+  if (!c.decode) return c;
   if (c.values_in_keys) c.k_dtype = c.v_dtype = {};
   if (c.k_dtype || c.v_dtype) {  // both, of one type
     c.k_dtype = c.v_dtype = c.k_dtype.value_or(c.v_dtype.value_or(BLASST_INT8));

@@ -17,16 +17,21 @@ struct HeadSizes {
   bool operator==(const HeadSizes&) const = default;
 };
 
-// Those that the kernels for compute capability 9.0 have, in both phases.
-inline constexpr HeadSizes kHeadSizes[] = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
+// Those that some backend has kernels of.
+inline constexpr HeadSizes kHeadSizes[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
 
 // Those of decode over latents.
 inline constexpr HeadSizes kLatentSizes = {576, 512};
 
 // What the library runs here on a GPU (BLASST_CUDA_BACKEND may choose).
 struct GpuKernels {
-  bool decode, backward, int8_scores;
-  std::vector<HeadSizes> sizes;
+  bool backward, int8_scores;
+  bool latents, caches_in_8_bits;  // in decode
+  std::vector<HeadSizes> prefill_sizes, decode_sizes;
+
+  const std::vector<HeadSizes>& sizes(bool decode) const {
+    return decode ? decode_sizes : prefill_sizes;
+  }
 };
 const GpuKernels& gpu_kernels();
 

@@ -10,9 +10,12 @@
 #include "cuda/core/runtime.h"
 #include "cuda/merge.h"
 #include "cuda/pages.h"
+#include "cuda/sm80/decode/launch.h"
+#include "cuda/sm80/decode/plan.h"
 #include "cuda/sm80/prefill/launch.h"
 #include "cuda/sm80/prefill/plan.h"
 #include "cuda/sm90/backward/plan.h"
+#include "cuda/sm90/decode/launch.h"
 #include "cuda/sm90/decode/plan.h"
 #include "cuda/sm90/prefill/plan.h"
 #include "cuda/usable.h"
@@ -155,22 +158,22 @@ class Cuda : public api::Backend {
     problem::check_merge(params);
     const std::pair<std::string_view, const View*> views[] = {
         {"out_a", &params.out_a}, {"out_b", &params.out_b}, {"out", &params.out}};
-    for (const auto& [name, view] : views) {
+    for (const auto& [view_name, view] : views) {
       if (view->dtype != params.out.dtype)
-        refuse("{} is {} and out {}; it does tensors of one type", name,
+        refuse(name(), "{} is {} and out {}; it does tensors of one type", view_name,
                problem::dtype_name(view->dtype), problem::dtype_name(params.out.dtype));
       if (view->dtype == BLASST_FLOAT32)
-        refuse("{} is float32; it does bfloat16 and float16", name);
-      check_aligned(name, *view);
+        refuse(name(), "{} is float32; it does bfloat16 and float16", view_name);
+      check_aligned(name(), view_name, *view);
     }
     if (params.execution.threads != 0)
-      refuse("threads is {}; it must be 0", params.execution.threads);
+      refuse(name(), "threads is {}; it must be 0", params.execution.threads);
     if (params.batch * params.query_length * params.heads > problem::kMaxCount)
-      refuse("merge of {} rows of {} heads; it does {} rows times heads at most",
+      refuse(name(), "merge of {} rows of {} heads; it does {} rows times heads at most",
              params.batch * params.query_length, params.heads, problem::kMaxCount);
     check_usable(kernels_);
     const MemoryCheck check_array;
-    for (const auto& [name, view] : views) check_array(name, view->data);
+    for (const auto& [view_name, view] : views) check_array(view_name, view->data);
     check_array("lse_a", params.lse_a);
     check_array("lse_b", params.lse_b);
     check_array("lse", params.lse);
@@ -226,24 +229,28 @@ class Sm80 : public Cuda {
   Sm80() : Cuda(BLASST_BACKEND_CUDA_SM80, "sm80", kSm80) {}
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
-    if (phase == Phase::kDecode) refuse_phase("decode");
-    return prefill::sm80::plan(params);
+    return phase == Phase::kDecode ? decode::sm80::plan(params) : prefill::sm80::plan(params);
   }
 
-  Plan plan(const BackwardParams&) const override { refuse_phase("backward"); }
+  Plan plan(const BackwardParams&) const override { refuse_backward(); }
 
   void run(const AttentionParams& params, Phase phase) const override {
-    if (phase == Phase::kDecode) refuse_phase("decode");
-    const prefill::Launch launch = prefill::sm80::plan_launch(params);
-    check_device(params);
-    prefill::sm80::launch(launch);
+    if (phase == Phase::kDecode) {
+      const decode::Launch launch = decode::sm80::plan_launch(params);
+      check_device(params);
+      decode::sm80::launch(launch);
+    } else {
+      const prefill::Launch launch = prefill::sm80::plan_launch(params);
+      check_device(params);
+      prefill::sm80::launch(launch);
+    }
   }
 
-  void run(const BackwardParams&) const override { refuse_phase("backward"); }
+  void run(const BackwardParams&) const override { refuse_backward(); }
 
  private:
-  [[noreturn]] static void refuse_phase(const char* phase) {
-    throw Error(BLASST_UNSUPPORTED, formatted("cuda-sm80: it has no {}; it does prefill", phase));
+  [[noreturn]] static void refuse_backward() {
+    refuse(kCudaSm80, "it has no backward; it does prefill and decode");
   }
 };
 

@@ -15,7 +15,7 @@ PageCheck plan_page_check(const blasst_problem& problem, int32_t* found, void* s
   if (!kv.page_table) fail("kv.page_table is null; the check is of paged keys");
   if (!kv.lengths) fail("kv.lengths is null; paged keys need the length of each request");
   if (!found) fail("found is null; it must be room for four numbers");
-  check_page_size(kv);
+  check_page_size(kCuda, kv);
   return {.table = kv.page_table,
           .lengths = kv.lengths,
           .batch = problem.batch,

@@ -18,7 +18,6 @@ namespace blasst::check {
 namespace {
 
 class Calls : public OnGpu {};
-class DecodeCalls : public DecodesOnGpu {};
 
 Case paged_case(bool decode) {
   return {.seed = 3,
@@ -46,7 +45,7 @@ std::vector<int32_t> check(const DeviceProblem& device) {
 }
 
 TEST_F(Calls, PageCheckNamesTheFirstFault) {
-  Problem problem(paged_case(gpu_kernels().decode));
+  Problem problem(paged_case(true));
   const KeysValues& kv = problem.params.problem.kv;
   const auto pages = static_cast<int32_t>(kv.pages), room = int32_t{3000};
   DeviceProblem device(problem);
@@ -69,7 +68,7 @@ TEST_F(Calls, PageCheckNamesTheFirstFault) {
 
 // As if they were as long as there is room.
 TEST_F(Calls, LengthsBeyondThePageTableAreCut) {
-  for (const bool decode : phases()) {
+  for (const bool decode : {false, true}) {
     Problem problem(paged_case(decode));
     DeviceProblem device(problem, Reports::kCounts);
     device.run();
@@ -153,7 +152,7 @@ TEST_F(Calls, PaddedRequestsAreAsAlone) {
   }
 }
 
-TEST_F(DecodeCalls, FromAStart) {
+TEST_F(Calls, FromAStart) {
   Case c{.seed = 5,
          .decode = true,
          .dtype = BLASST_FLOAT16,
@@ -307,7 +306,7 @@ struct AnyCall {
 
 TEST_F(Calls, MemoryOfTheHostIsRefusedInAnyArray) {
   alignas(256) static std::byte host[4096];
-  for (const bool decode : phases()) {
+  for (const bool decode : {false, true}) {
     for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
       AnyCall any(decode, layout);
       AttentionParams& p = any.device.params;
@@ -384,7 +383,7 @@ TEST_F(Calls, MemoryOfTheHostIsRefusedByMergeAndPageCheck) {
 // The runtime remembers the newest error of a thread. The caller's is not thrown as ours, and what
 // is left there afterwards is not ours.
 TEST_F(Calls, AnEarlierErrorOfTheCallerIsNotOurs) {
-  for (const bool decode : phases()) {
+  for (const bool decode : {false, true}) {
     for (const Layout layout : {Layout::kDense, Layout::kPaged}) {
       AnyCall any(decode, layout);
       any.device.run();
@@ -404,7 +403,7 @@ TEST_F(Calls, AnEarlierErrorOfTheCallerIsNotOurs) {
 
 // A stream whose capture was broken takes nothing.
 TEST_F(Calls, NothingIsWrittenWhereLaunchingFails) {
-  for (const bool decode : phases()) {
+  for (const bool decode : {false, true}) {
     for (const Layout layout : {Layout::kDense, Layout::kRagged}) {
       AnyCall any(decode, layout);
       any.device.mark();
@@ -433,7 +432,7 @@ TEST_F(Calls, SecondDevice) {
   int devices = 0;
   must(cudaGetDeviceCount(&devices));
   if (devices < 2) GTEST_SKIP() << "one device";
-  for (const bool decode : phases()) {
+  for (const bool decode : {false, true}) {
     for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
       AnyCall first(decode, layout);
       first.device.run();

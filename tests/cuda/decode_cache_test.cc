@@ -28,7 +28,13 @@ void expect_agreement(const Case& c, Seen& seen) {
   seen.rounded += comparison.rounded;
 }
 
-class DecodeCache : public OnGpu {};
+class DecodeCache : public OnGpu {
+ protected:
+  void SetUp() override {
+    OnGpu::SetUp();
+    if (!IsSkipped() && !gpu_kernels().caches_in_8_bits) GTEST_SKIP() << "no caches in 8 bits";
+  }
+};
 
 // Cut into parts that can run side by side.
 class DecodeCacheRandom : public DecodeCache, public testing::WithParamInterface<uint64_t> {};

@@ -10,7 +10,7 @@
 namespace blasst::check {
 namespace {
 
-class DecodeOnGpu : public DecodesOnGpu {};
+class DecodeOnGpu : public OnGpu {};
 
 TEST_F(DecodeOnGpu, RandomProblems) {
   int64_t decisions = 0, skipped = 0;

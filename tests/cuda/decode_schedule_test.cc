@@ -47,12 +47,11 @@ TEST(DecodeSchedule, LargeBatchesWorkOnWholeGroupsWhereResultsAreLarge) {
   EXPECT_EQ(item_splits(64, 4, 256, 32, 256), 1);
 }
 
-TEST(DecodeSchedule, ItemsOfLatentsEndTogether) {
-  using latent::splits_of_item;
-  EXPECT_EQ(splits_of_item(1, 8, 16, 132), 1);    // one request: all blocks that there can be
-  EXPECT_EQ(splits_of_item(128, 4, 64, 132), 4);  // one round of whole requests
-  EXPECT_EQ(splits_of_item(66, 4, 64, 132), 2);   // of halves
-  EXPECT_EQ(splits_of_item(1000, 1, 64, 132), 1);
+TEST(DecodeSchedule, RunsOfSplitsEndTogether) {
+  EXPECT_EQ(splits_of_item(1, 8, 16, 132, 4), 1);    // one request: all blocks that there can be
+  EXPECT_EQ(splits_of_item(128, 4, 64, 132, 4), 4);  // one round of whole requests
+  EXPECT_EQ(splits_of_item(66, 4, 64, 132, 4), 2);   // of halves
+  EXPECT_EQ(splits_of_item(1000, 1, 64, 132, 4), 1);
 }
 
 TEST(DecodeSchedule, ItemsHaveTheirPlace) {

@@ -1,4 +1,4 @@
-// The sm_90 decode kernels on a GPU: against the reference, and against themselves.
+// The decode kernels on a GPU: against the reference, and against themselves.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -39,12 +39,14 @@ Case device_case(uint64_t seed, int64_t budget) {
   c.ragged_queries = c.padded = c.bands = c.blocks = false;
   c.places = 1;
   c.dtype = choose.pick({BLASST_FLOAT16, BLASST_BFLOAT16});
-  const HeadSizes sizes = kHeadSizes[choose.between(0, std::ssize(kHeadSizes) - 1)];
+  const GpuKernels& kernels = gpu_kernels();
+  const HeadSizes sizes =
+      kernels.decode_sizes[choose.between(0, std::ssize(kernels.decode_sizes) - 1)];
   c.head_dim = sizes.qk, c.value_dim = sizes.value;
   c.values_in_keys = false;
   c.k_dtype = c.v_dtype = {};
   c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
-  if (choose.one_in(5)) {
+  if (kernels.latents && choose.one_in(5)) {
     c.values_in_keys = true;
     c.head_dim = kLatentSizes.qk, c.value_dim = kLatentSizes.value;
     c.heads = choose.pick<int64_t>({8, 16, 24, 64, 96, 128}), c.kv_heads = 1;
@@ -65,7 +67,7 @@ Case device_case(uint64_t seed, int64_t budget) {
   return c;
 }
 
-class DecodeKernels : public DecodesOnGpu {};
+class DecodeKernels : public OnGpu {};
 
 // Cut into parts that can run side by side.
 class DecodeRandom : public DecodeKernels, public testing::WithParamInterface<uint64_t> {};
@@ -80,7 +82,10 @@ TEST_P(DecodeRandom, Problems) {
 }
 INSTANTIATE_TEST_SUITE_P(, DecodeRandom, testing::Range<uint64_t>(0, 10));
 
-class DecodeDim : public DecodeKernels, public testing::WithParamInterface<HeadSizes> {};
+class DecodeDim : public SizesOnGpu {
+ protected:
+  DecodeDim() : SizesOnGpu(true) {}
+};
 
 TEST_P(DecodeDim, EveryRatio) {
   Seen seen;
@@ -138,6 +143,7 @@ Case latent_case(int64_t heads, int64_t positions, int64_t keys) {
 }
 
 TEST_F(DecodeKernels, Latents) {
+  if (!gpu_kernels().latents) GTEST_SKIP() << "no decode over latents";
   Seen seen;
   for (const DType dtype : {BLASST_FLOAT16, BLASST_BFLOAT16}) {
     for (const auto& [heads, positions, keys] : {std::tuple<int64_t, int64_t, int64_t>{8, 1, 3000},
@@ -224,6 +230,13 @@ Case mixed_latent_case() {
   return c;
 }
 
+// Those of both kinds that the backend has.
+std::vector<Case> mixed_cases() {
+  std::vector<Case> cases = {mixed_case()};
+  if (gpu_kernels().latents) cases.push_back(mixed_latent_case());
+  return cases;
+}
+
 std::vector<std::byte> bits_of(const Case& c, bool report) {
   Problem problem(c);
   DeviceProblem(problem, report ? Reports::kAll : Reports::kCounts).run();
@@ -231,8 +244,8 @@ std::vector<std::byte> bits_of(const Case& c, bool report) {
 }
 
 TEST_F(DecodeKernels, DenseIsThresholdZeroIsReported) {
-  std::vector<Case> cases = {mixed_latent_case()};
-  for (const auto [qk, value] : kHeadSizes) {
+  std::vector<Case> cases = mixed_cases();
+  for (const auto [qk, value] : gpu_kernels().decode_sizes) {
     cases.push_back(mixed_case());
     cases.back().head_dim = qk, cases.back().value_dim = value;
   }
@@ -248,7 +261,7 @@ TEST_F(DecodeKernels, DenseIsThresholdZeroIsReported) {
 }
 
 TEST_F(DecodeKernels, SameBitsInEveryLayoutAndRun) {
-  for (const Case& plain : {mixed_case(), mixed_latent_case()}) {
+  for (const Case& plain : mixed_cases()) {
     const std::vector<std::byte> bits = bits_of(plain, false);
     for (int run = 0; run < 20; ++run) EXPECT_EQ(bits_of(plain, run % 2), bits);
     for (const Layout layout : {Layout::kRagged, Layout::kPaged}) {
@@ -263,7 +276,7 @@ TEST_F(DecodeKernels, SameBitsInEveryLayoutAndRun) {
 
 // Alone a request's work items are splits, in a large batch groups of splits.
 TEST_F(DecodeKernels, SameBitsAloneAndInAnyBatch) {
-  for (Case c : {mixed_case(), mixed_latent_case()}) {
+  for (Case c : mixed_cases()) {
     c.per_request = c.per_head = false;
     c.requests = {{2, 5000}};
     const std::vector<std::byte> alone = bits_of(c, false);
@@ -277,7 +290,7 @@ TEST_F(DecodeKernels, SameBitsAloneAndInAnyBatch) {
 }
 
 TEST_F(DecodeKernels, GraphSeesNewLengthsAndThresholds) {
-  for (Case c : {mixed_case(), mixed_latent_case()}) {
+  for (Case c : mixed_cases()) {
     c.layout = Layout::kPaged;
     Problem problem(c);
     DeviceProblem device(problem, Reports::kCounts);
@@ -333,17 +346,19 @@ TEST_F(DecodeKernels, GraphTakesRequestsUpToItsBatch) {
 
 TEST_F(DecodeKernels, NotANumber) {
   for (const int64_t key : {5, 700, 1000}) {
-    for (const auto& [plain, value] :
-         {std::pair{mixed_case(), false}, {mixed_case(), true}, {mixed_latent_case(), false}}) {
-      Case c = plain;
-      c.requests = {{1, 1100}};
-      Problem problem(c);
-      const Access access(problem.params);
-      const int64_t head = c.kv_heads - 1;
-      std::memset(value ? access.value(0, key, head) : access.key(0, key, head), 0xff, 2);
-      DeviceProblem(problem).run();
-      EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
-          << key << value;
+    for (const Case& plain : mixed_cases()) {
+      for (const bool value : {false, true}) {
+        if (value && plain.values_in_keys) continue;
+        Case c = plain;
+        c.requests = {{1, 1100}};
+        Problem problem(c);
+        const Access access(problem.params);
+        const int64_t head = c.kv_heads - 1;
+        std::memset(value ? access.value(0, key, head) : access.key(0, key, head), 0xff, 2);
+        DeviceProblem(problem).run();
+        EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
+            << key << value;
+      }
     }
   }
 }

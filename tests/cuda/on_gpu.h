@@ -4,9 +4,9 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "blasst/blasst.hpp"
 #include "testing/device.h"
@@ -31,19 +31,19 @@ class OnGpu : public testing::Test {
   }
 };
 
-// Skipped also where the backend under test has no decode.
-class DecodesOnGpu : public OnGpu {
+// Skipped also where the backend under test has no kernel of these sizes.
+class SizesOnGpu : public OnGpu, public testing::WithParamInterface<HeadSizes> {
  protected:
+  explicit SizesOnGpu(bool decode) : decode_(decode) {}
   void SetUp() override {
     OnGpu::SetUp();
-    if (!IsSkipped() && !gpu_kernels().decode) GTEST_SKIP() << "no decode";
+    if (!IsSkipped() && !std::ranges::count(gpu_kernels().sizes(decode_), GetParam()))
+      GTEST_SKIP() << "no kernels of these sizes";
   }
-};
 
-// Whether the call is a decode: the phases of the backend under test.
-inline std::vector<bool> phases() {
-  return gpu_kernels().decode ? std::vector<bool>{false, true} : std::vector<bool>{false};
-}
+ private:
+  const bool decode_;
+};
 
 inline std::string name_of_sizes(const testing::TestParamInfo<HeadSizes>& info) {
   return std::to_string(info.param.qk) + "_" + std::to_string(info.param.value);

@@ -59,6 +59,21 @@ inline AttentionParams paged_call(AttentionParams params) {
   return params;
 }
 
+// With the workspace that they need.
+template <auto kPlan>
+AttentionParams with_workspace(AttentionParams params) {
+  params.execution.workspace_bytes = kPlan(params).workspace_bytes;
+  return params;
+}
+template <auto kPlan, int64_t kQueryLength>
+AttentionParams dense_call_of() {
+  return with_workspace<kPlan>(dense_call(kQueryLength));
+}
+template <auto kPlan, int64_t kQueryLength>
+AttentionParams paged_call_of() {
+  return with_workspace<kPlan>(paged_call(dense_call(kQueryLength)));
+}
+
 struct Bad {
   std::string name;
   AttentionParams (*good)();

@@ -12,11 +12,9 @@ namespace {
 
 using P = AttentionParams;
 
-P dense() {
-  P p = dense_call(kRoom);
-  p.execution.workspace_bytes = plan(p).workspace_bytes;
-  return p;
-}
+Plan plan_of(const P& p) { return plan(p); }
+
+P dense() { return dense_call_of<plan_of, kRoom>(); }
 
 P ragged() {
   P p = dense();
@@ -27,7 +25,7 @@ P ragged() {
   return p;
 }
 
-P paged() { return paged_call(dense()); }
+P paged() { return paged_call_of<plan_of, kRoom>(); }
 
 class PrefillPlanRejects : public testing::TestWithParam<Bad> {};
 

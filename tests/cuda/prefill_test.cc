@@ -76,13 +76,9 @@ std::vector<Scores> scores_of(HeadSizes sizes) {
   return {BLASST_SCORES_EXACT, BLASST_SCORES_INT8};
 }
 
-class PrefillDims : public PrefillOnGpu, public testing::WithParamInterface<HeadSizes> {
+class PrefillDims : public SizesOnGpu {
  protected:
-  void SetUp() override {
-    PrefillOnGpu::SetUp();
-    if (!IsSkipped() && !std::ranges::count(gpu_kernels().sizes, GetParam()))
-      GTEST_SKIP() << "no heads of " << GetParam().qk << " and " << GetParam().value;
-  }
+  PrefillDims() : SizesOnGpu(false) {}
 };
 
 TEST_P(PrefillDims, ThresholdZeroIsDense) {
@@ -145,7 +141,6 @@ TEST_P(PrefillDims, NotFiniteReachesItsRows) {
 }
 
 INSTANTIATE_TEST_SUITE_P(, PrefillDims, testing::ValuesIn(kHeadSizes), name_of_sizes);
-INSTANTIATE_TEST_SUITE_P(Portable, PrefillDims, testing::Values(HeadSizes{96, 96}), name_of_sizes);
 
 // Rows that see nothing, and rows whose band and window have little in common.
 TEST_F(PrefillOnGpu, BandsInAWindow) {
@@ -168,7 +163,7 @@ TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
                                       {{128, 128}, BLASST_SCORES_INT8},
                                       {{192, 128}, BLASST_SCORES_EXACT}}) {
     if (scores == BLASST_SCORES_INT8 && !gpu_kernels().int8_scores) continue;
-    if (!std::ranges::count(gpu_kernels().sizes, sizes)) continue;
+    if (!std::ranges::count(gpu_kernels().prefill_sizes, sizes)) continue;
     Case c = long_case(BLASST_BFLOAT16, sizes);
     c.scores = scores;
     c.ragged_queries = true;

@@ -1,66 +1,138 @@
 // What the host checks before a call reaches the portable kernels. No GPU needed.
 #include <gtest/gtest.h>
 
+#include <string>
+
 #include "cuda/backend.h"
+#include "cuda/sm80/decode/plan.h"
+#include "cuda/sm80/decode/shape.h"
 #include "cuda/sm80/prefill/plan.h"
+#include "cuda/sm90/decode/plan.h"
 #include "cuda/sm90/prefill/plan.h"
 #include "plan_cases.h"
 
-namespace blasst::cuda::prefill::sm80 {
+namespace blasst::cuda {
 namespace {
 
 using P = AttentionParams;
 
-P dense() {
-  P p = dense_call(kRoom);
-  p.execution.workspace_bytes = plan(p).workspace_bytes;
-  return p;
-}
+Plan prefill_plan(const P& p) { return prefill::sm80::plan(p); }
+Plan decode_plan(const P& p) { return decode::sm80::plan(p); }
 
-P paged() { return paged_call(dense()); }
+constexpr auto kPrefill = dense_call_of<prefill_plan, kRoom>;
+constexpr auto kDecode = dense_call_of<decode_plan, 2>;
 
-class Sm80PlanRejects : public testing::TestWithParam<Bad> {};
+class Sm80PrefillRejects : public testing::TestWithParam<Bad> {};
+class Sm80DecodeRejects : public testing::TestWithParam<Bad> {};
 
-TEST_P(Sm80PlanRejects, AndSaysWhy) { expect_refusal(GetParam(), plan_launch); }
+TEST_P(Sm80PrefillRejects, AndSaysWhy) { expect_refusal(GetParam(), prefill::sm80::plan_launch); }
+TEST_P(Sm80DecodeRejects, AndSaysWhy) { expect_refusal(GetParam(), decode::sm80::plan_launch); }
 
 INSTANTIATE_TEST_SUITE_P(
-    , Sm80PlanRejects,
-    testing::ValuesIn(refused(dense, paged,
+    , Sm80PrefillRejects,
+    testing::ValuesIn(refused(kPrefill, paged_call_of<prefill_plan, kRoom>,
                               {{"Int8",
-                                dense,
+                                kPrefill,
                                 [](P& p) { p.decision.scores = BLASST_SCORES_INT8; },
-                                {"cuda-sm80", "scores is int8", "prefill has exact scores"},
+                                {"cuda-sm80: scores is int8", "prefill has exact scores"},
                                 BLASST_UNSUPPORTED}})),
     name_of);
 
+INSTANTIATE_TEST_SUITE_P(
+    , Sm80DecodeRejects,
+    testing::ValuesIn(
+        refused(kDecode, paged_call_of<decode_plan, 2>,
+                {{"TooManyRows",
+                  kDecode,
+                  [](P& p) { p.problem.heads = 32, p.problem.query_length = 5; },
+                  {"cuda-sm80: decode of 16 query heads", "80 rows", "64 rows at most"},
+                  BLASST_UNSUPPORTED},
+                 {"Int8",
+                  kDecode,
+                  [](P& p) { p.decision.scores = BLASST_SCORES_INT8; },
+                  {"cuda-sm80: scores is int8", "decode has exact scores"},
+                  BLASST_UNSUPPORTED},
+                 {"KeysIn8Bits",
+                  kDecode,
+                  [](P& p) {
+                    p.problem.kv.k.dtype = p.problem.kv.v.dtype = BLASST_FLOAT8_E4M3;
+                    p.problem.kv.k.elements *= 2, p.problem.kv.v.elements *= 2;
+                  },
+                  {"cuda-sm80: q is bfloat16 and k float8_e4m3; decode does tensors of one type"},
+                  BLASST_UNSUPPORTED},
+                 {"Latents",
+                  kDecode,
+                  [](P& p) { p.problem.head_dim = 576, p.problem.value_dim = 512; },
+                  {"cuda-sm80: head_dim is 576 and value_dim 512", "96/96", "192/128"},
+                  BLASST_UNSUPPORTED},
+                 {"Ragged",
+                  kDecode,
+                  [](P& p) { p.problem.query_layout = BLASST_LAYOUT_RAGGED, p.problem.rows = 5; },
+                  {"cuda-sm80: query_layout is ragged"},
+                  BLASST_UNSUPPORTED},
+                 {"QueryLengths",
+                  kDecode,
+                  [](P& p) { p.problem.query_lengths = array<int32_t>(0x70000000); },
+                  {"cuda-sm80: query_lengths is set"},
+                  BLASST_UNSUPPORTED},
+                 {"Places",
+                  kDecode,
+                  [](P& p) { p.decision.test.places = 2; },
+                  {"cuda-sm80: test.places is 2"},
+                  BLASST_UNSUPPORTED},
+                 {"TileMaxima",
+                  kDecode,
+                  [](P& p) { p.report.tile_maxima = static_cast<float*>(device(0x80000000)); },
+                  {"cuda-sm80: report.tile_maxima is set"},
+                  BLASST_UNSUPPORTED},
+                 {"Bands",
+                  kDecode,
+                  [](P& p) { p.problem.mask.bands = array<int64_t>(0x80000000); },
+                  {"cuda-sm80: mask.bands is set"},
+                  BLASST_UNSUPPORTED}})),
+    name_of);
+
+// One calibration serves both.
 TEST(Sm80Plan, HasTheTilesOfTheHopperKernels) {
-  P p = dense();
-  const Plan own = plan(p), hopper = prefill::plan(p);
-  EXPECT_EQ(own.backend, BLASST_BACKEND_CUDA_SM80);
-  EXPECT_EQ(own.shape.query_rows, hopper.shape.query_rows);
-  EXPECT_EQ(own.shape.keys, hopper.shape.keys);
-  EXPECT_EQ(own.tile_words, hopper.tile_words);
-  EXPECT_EQ(own.workspace_bytes, hopper.workspace_bytes);
+  const P prefill = kPrefill(), decode = kDecode();
+  const Plan own[] = {prefill_plan(prefill), decode_plan(decode)};
+  const Plan hopper[] = {prefill::plan(prefill), decode::plan(decode)};
+  for (int phase = 0; phase < 2; ++phase) {
+    const Plan &a = own[phase], &b = hopper[phase];
+    EXPECT_EQ(a.backend, BLASST_BACKEND_CUDA_SM80);
+    EXPECT_EQ(a.shape.query_rows, b.shape.query_rows);
+    EXPECT_EQ(a.shape.keys, b.shape.keys);
+    EXPECT_EQ(a.shape.split_tiles, b.shape.split_tiles);
+    EXPECT_EQ(a.shape.most_splits, b.shape.most_splits);
+    EXPECT_EQ(a.tile_words, b.tile_words);
+    EXPECT_EQ(a.workspace_bytes, b.workspace_bytes);
+  }
 }
 
-TEST(Sm80Plan, OtherPhasesAreRefusedByName) {
-  const auto refusal = [](const auto& call) -> std::string {
-    try {
-      call();
-    } catch (const Error& error) {
-      EXPECT_EQ(error.status(), BLASST_UNSUPPORTED);
-      return error.what();
-    }
-    return "accepted";
-  };
-  const api::Backend& backend = sm80_backend();
-  EXPECT_EQ(refusal([&] { backend.plan(dense(), problem::Phase::kDecode); }),
-            "cuda-sm80: it has no decode; it does prefill");
-  EXPECT_EQ(refusal([&] { backend.run(dense(), problem::Phase::kDecode); }),
-            "cuda-sm80: it has no decode; it does prefill");
-  EXPECT_EQ(refusal([&] { backend.plan(BackwardParams{}); }),
-            "cuda-sm80: it has no backward; it does prefill");
+TEST(Sm80Plan, DecodeTakesTheStagesThatFit) {
+  using decode::sm80::SharedMemory;
+  using decode::sm80::stages;
+  constexpr int kKiB = 1024;
+  constexpr SharedMemory a100{163 * kKiB, 164 * kKiB}, l4{99 * kKiB, 100 * kKiB},
+      hopper{227 * kKiB, 228 * kKiB};
+  const int fixed = 4 * kKiB, each = 35 * kKiB;       // about those of 16 rows at 128 elements
+  EXPECT_EQ(stages(hopper, fixed, each), 3);          // twice
+  EXPECT_EQ(stages(a100, fixed, each), 2);            // twice
+  EXPECT_EQ(stages(l4, fixed, each), 2);              // once
+  EXPECT_EQ(stages(hopper, 8 * kKiB, 66 * kKiB), 3);  // at 256: once
+  EXPECT_EQ(stages(l4, 8 * kKiB, 66 * kKiB), 1);
+  EXPECT_EQ(stages(l4, 40 * kKiB, 66 * kKiB), 0);
+}
+
+TEST(Sm80Plan, BackwardIsRefusedByName) {
+  try {
+    sm80_backend().plan(BackwardParams{});
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), BLASST_UNSUPPORTED);
+    EXPECT_STREQ(error.what(), "cuda-sm80: it has no backward; it does prefill and decode");
+  }
 }
 
 }  // namespace
-}  // namespace blasst::cuda::prefill::sm80
+}  // namespace blasst::cuda

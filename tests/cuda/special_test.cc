@@ -20,10 +20,6 @@ namespace {
 
 class SpecialOnGpu : public OnGpu, public testing::WithParamInterface<bool> {
  protected:
-  void SetUp() override {
-    OnGpu::SetUp();
-    if (!IsSkipped() && decode() && !gpu_kernels().decode) GTEST_SKIP() << "no decode";
-  }
   bool decode() const { return GetParam(); }
 
   // Three requests of two KV heads with four query heads each.
@@ -55,7 +51,7 @@ std::string mismatch_on_gpu(Problem& problem) {
 
 // A request without keys, and causal rows before every key.
 TEST_P(SpecialOnGpu, RowsWithoutKeysHaveTheSinkAsLse) {
-  for (const auto [qk, value] : gpu_kernels().sizes) {
+  for (const auto [qk, value] : gpu_kernels().sizes(decode())) {
     for (const bool sinks : {false, true}) {
       for (const TestKind test : {BLASST_TEST_NONE, BLASST_TEST_RELATIVE}) {
         Case c = plain_case();
@@ -148,7 +144,7 @@ TEST_P(SpecialOnGpu, MergeKeepsTheSinkOfAPartWithoutKeys) {
 // NaN, and below zero where a threshold is a probability: the bits of the test that skips nothing,
 // which for relative tests are those of dense attention.
 TEST_P(SpecialOnGpu, ThresholdsThatAreNoneSkipNothing) {
-  for (const auto [qk, value] : gpu_kernels().sizes) {
+  for (const auto [qk, value] : gpu_kernels().sizes(decode())) {
     Case c = plain_case();
     c.head_dim = qk, c.value_dim = value;
     c.per_head = true;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "blasst/blasst.hpp"
@@ -23,31 +24,32 @@ struct HeadSizes {
   int64_t qk, value;
 };
 
-inline void check_head_sizes(const blasst_problem& p, std::span<const HeadSizes> supported) {
+inline void check_head_sizes(std::string_view backend, const blasst_problem& p,
+                             std::span<const HeadSizes> supported) {
   std::string list;
   for (const auto [qk, value] : supported) {
     if (p.head_dim == qk && p.value_dim == value) return;
     list += formatted("{}{}/{}", list.empty() ? "" : ", ", qk, value);
   }
-  refuse("head_dim is {} and value_dim {}; of these two it does {}", p.head_dim, p.value_dim, list);
+  refuse(backend, "head_dim is {} and value_dim {}; of these two it does {}", p.head_dim,
+         p.value_dim, list);
 }
 
-// The scalars of a call that both phases look at, and the sizes that the kernels have.
-inline void check_supported(const AttentionParams& params, problem::Phase phase,
-                            std::span<const HeadSizes> sizes) {
+// The scalars of a call that both phases look at, and the types and sizes that the kernels have.
+inline void check_supported(std::string_view backend, const AttentionParams& params,
+                            problem::Phase phase, std::span<const HeadSizes> sizes,
+                            problem::Caches caches) {
   problem::check_scalars(params, phase);
   const blasst_problem& p = params.problem;
   const bool decode = phase == problem::Phase::kDecode;
-  problem::check_types("cuda", decode ? "decode" : "prefill",
-                       decode ? problem::Caches::kOfQueriesOr8Bits : problem::Caches::kOfQueries,
-                       p);
-  if (decode) problem::check_exact_scores("cuda", "decode", params.decision);
-  if (p.q.dtype == BLASST_FLOAT32) refuse("q is float32; it does bfloat16 and float16");
-  check_head_sizes(p, sizes);
-  if (p.kv.layout == BLASST_LAYOUT_PAGED) check_page_size(p.kv);
-  if (p.mask.blocks) refuse("mask.blocks is set; it has no block masks");
+  problem::check_types(backend, decode ? "decode" : "prefill", caches, p);
+  if (decode) problem::check_exact_scores(backend, "decode", params.decision);
+  if (p.q.dtype == BLASST_FLOAT32) refuse(backend, "q is float32; it does bfloat16 and float16");
+  check_head_sizes(backend, p, sizes);
+  if (p.kv.layout == BLASST_LAYOUT_PAGED) check_page_size(backend, p.kv);
+  if (p.mask.blocks) refuse(backend, "mask.blocks is set; it has no block masks");
   if (params.execution.threads != 0)
-    refuse("threads is {}; it must be 0", params.execution.threads);
+    refuse(backend, "threads is {}; it must be 0", params.execution.threads);
   const auto [outer, tokens] = problem::key_tensor(p);
   for (const auto& [name, count] :
        {std::pair{"the most keys of a request", problem::most_keys(p)},
@@ -71,12 +73,12 @@ void plan_shapes(Launch& l, const AttentionParams& params) {
 }
 
 template <typename Launch>
-void plan_queries(Launch& l, const blasst_problem& p) {
+void plan_queries(std::string_view backend, Launch& l, const blasst_problem& p) {
   const auto [outer, tokens] = problem::query_tensor(p);
   problem::check_view("q", p.q, outer, tokens, p.heads, p.head_dim);
   problem::check_view("out", p.out, outer, tokens, p.heads, p.value_dim);
-  check_aligned("q", p.q);
-  check_aligned("out", p.out);
+  check_aligned(backend, "q", p.q);
+  check_aligned(backend, "out", p.out);
   if (outer > 0 && tokens > 0)
     problem::check_no_overlap("out", p.out, outer, tokens, p.heads, p.value_dim);
   problem::check_not_shared("out", p.out, "q", p.q);
@@ -87,10 +89,10 @@ void plan_queries(Launch& l, const blasst_problem& p) {
 }
 
 template <typename Launch>
-void plan_keys(Launch& l, const blasst_problem& problem) {
+void plan_keys(std::string_view backend, Launch& l, const blasst_problem& problem) {
   auto& p = l.params;
   const KeysValues& kv = problem.kv;
-  check_key_views(problem);
+  check_key_views(backend, problem);
   const auto [outer, tokens] = problem::key_tensor(problem);
   l.k = tensor(kv.k, outer, tokens, problem.kv_heads, problem.head_dim);
   l.v = tensor(kv.v, outer, tokens, problem.kv_heads, problem.value_dim);
@@ -135,10 +137,11 @@ void plan_report(KernelParams& p, const Report& report, const problem::Geometry&
 }
 
 // The caller's workspace, which the plan says the size of.
-inline void check_workspace(const Execution& execution, std::size_t needed, std::size_t alignment) {
+inline void check_workspace(std::string_view backend, const Execution& execution,
+                            std::size_t needed, std::size_t alignment) {
   if (execution.workspace_bytes < needed)
-    problem::fail("workspace has {} bytes; a cuda call allocates nothing and this one needs {}",
-                  execution.workspace_bytes, needed);
+    problem::fail("workspace has {} bytes; a {} call allocates nothing and this one needs {}",
+                  execution.workspace_bytes, backend, needed);
   if (reinterpret_cast<uintptr_t>(execution.workspace) % alignment != 0)
     problem::fail("workspace is {}; it must be {}-byte aligned", execution.workspace, alignment);
 }

@@ -1,5 +1,6 @@
 #include "cuda/core/runtime.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -21,12 +22,33 @@ void clear(void* data, std::size_t bytes, cudaStream_t stream) {
   if (data && bytes > 0) check(cudaMemsetAsync(data, 0, bytes, stream), "cudaMemsetAsync");
 }
 
-int multiprocessors() {
-  int device, count;
+namespace {
+
+int current_device() {
+  int device;
   check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  return count;
+  return device;
+}
+
+int attribute(cudaDeviceAttr which) {
+  int value;
+  check(cudaDeviceGetAttribute(&value, which, current_device()), "cudaDeviceGetAttribute");
+  return value;
+}
+
+}  // namespace
+
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+int most_shared_memory() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+int shared_memory_of_multiprocessor() {
+  return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+}
+
+int resident_blocks(const void* kernel, int threads, int shared_bytes) {
+  int each;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return std::max(1, each) * multiprocessors();
 }
 
 void enqueue(const void* kernel, dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,
@@ -38,15 +60,12 @@ void enqueue(const void* kernel, dim3 blocks, int threads, int shared_bytes, cud
 }
 
 void allow_shared_memory(const void* kernel, int bytes) {
-  int device, most;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "cudaDeviceGetAttribute");
+  const int most = most_shared_memory();
   if (bytes > most)
-    throw Error(BLASST_UNSUPPORTED, "cuda: the kernel for these head sizes takes " +
-                                        std::to_string(bytes) +
-                                        " bytes of shared memory a block; device " +
-                                        std::to_string(device) + " has " + std::to_string(most));
+    throw Error(BLASST_UNSUPPORTED,
+                "cuda: the kernel for these head sizes takes " + std::to_string(bytes) +
+                    " bytes of shared memory a block; device " + std::to_string(current_device()) +
+                    " has " + std::to_string(most));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "cudaFuncSetAttribute");
 }

@@ -19,7 +19,13 @@ cudaError_t forgotten(cudaError_t status);
 // Zeros, on the stream; nothing where there is no data.
 void clear(void* data, std::size_t bytes, cudaStream_t stream);
 
-int multiprocessors();  // of the current device
+// Of the current device.
+int multiprocessors();
+int most_shared_memory();  // bytes that a block may take
+int shared_memory_of_multiprocessor();
+
+// Blocks of the kernel that the current device runs at once, at least one a multiprocessor.
+int resident_blocks(const void* kernel, int threads, int shared_bytes);
 
 // Enqueues a kernel, by its address and those of its arguments.
 void enqueue(const void* kernel, dim3 blocks, int threads, int shared_bytes, cudaStream_t stream,

@@ -44,7 +44,7 @@ template <typename T, int kValueDim>
 class Combine {
   static constexpr int kSlices = combine_slices(kValueDim);
   static constexpr int kSlice = kValueDim / kSlices;
-  static constexpr int kElements = kSlice / 32;  // of a lane: pairs, 64 elements apart
+  static constexpr int kElements = (kSlice + 63) / 64 * 2;  // of a lane: pairs, 64 apart
   using Result = RowResult<kElements>;
 
  public:
@@ -107,7 +107,8 @@ class Combine {
       add_items(g * kGroupSplits, min(kGroupSplits, splits_ - g * kGroupSplits), false, total);
       if (lane_ == 0) shared_.m[g] = total.m, shared_.l[g] = total.l, shared_.mass[g] = total.mass;
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) shared_.o[g][element(i)] = total.o[i];
+      for (int i = 0; i < kElements; ++i)
+        if (exists(i)) shared_.o[g][element(i)] = total.o[i];
     }
     if (warp_ == warps_ - 1) count_tiles(splits_);
     __syncthreads();
@@ -117,7 +118,8 @@ class Combine {
       Result next;
       next.m = shared_.m[g], next.l = shared_.l[g], next.mass = shared_.mass[g];
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) next.o[i] = shared_.o[g][element(i)];
+      for (int i = 0; i < kElements; ++i)
+        if (exists(i)) next.o[i] = shared_.o[g][element(i)];
       if (g == 0)
         total = next;
       else
@@ -143,6 +145,9 @@ class Combine {
   }
 
   __device__ __forceinline__ int element(int i) const { return i / 2 * 64 + 2 * lane_ + i % 2; }
+  __device__ __forceinline__ bool exists(int i) const {
+    return kSlice % 64 == 0 || element(i) < kSlice;
+  }
 
   __device__ __forceinline__ Result load(int item) const {
     const int64_t slot = first_slot_ + item * p_.kv_heads;
@@ -154,6 +159,7 @@ class Combine {
     result.mass = {statistics[2 * plan_.rows], statistics[3 * plan_.rows]};
 #pragma unroll
     for (int i = 0; i < kElements; i += 2) {
+      if (!exists(i)) continue;
       const float2 pair = *reinterpret_cast<const float2*>(partial + element(i));
       result.o[i] = pair.x, result.o[i + 1] = pair.y;
     }
@@ -185,6 +191,7 @@ class Combine {
     const float inverse = none ? 0.0f : 1 / total.l;
 #pragma unroll
     for (int i = 0; i < kElements; i += 2) {
+      if (!exists(i)) continue;
       const uint32_t pair = pack2<T>(total.o[i] * inverse, total.o[i + 1] * inverse);
       *reinterpret_cast<uint32_t*>(out + element(i)) = pair;
     }

@@ -20,8 +20,7 @@ inline constexpr int kWarps = 4;  // that decide together
 // Through which the warps trade what each knows of its own keys.
 template <int kRows>
 struct SharedRows {
-  float maxima[2][kWarps][kRows];  // tiles alternate
-  float sums[kWarps][kRows];
+  float rows[2][kWarps][kRows];  // maxima of tiles, or sums: they alternate
   alignas(16) int nan[2][kWarps];
 };
 
@@ -81,19 +80,20 @@ class Rows {
   // From the keys of each thread to all keys.
   __device__ __forceinline__ void sum_over_keys() {
     Columns& sum = split.sum;
+    auto& sums = shared_.rows[buffer_];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
       for (int step = 4; step <= 16; step *= 2) sum[c] += __shfl_xor_sync(kAllLanes, sum[c], step);
-      if (at.lane < 4) shared_.sums[at.warp][at.row(c)] = sum[c];
+      if (at.lane < 4) sums[at.warp][at.row(c)] = sum[c];
     }
     meet();
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = at.row(c);
-      sum[c] = (shared_.sums[0][row] + shared_.sums[1][row]) +
-               (shared_.sums[2][row] + shared_.sums[3][row]);
+      sum[c] = (sums[0][row] + sums[1][row]) + (sums[2][row] + sums[3][row]);
     }
+    buffer_ ^= 1;
   }
 
   // mass_of(column): what was skipped.
@@ -147,7 +147,7 @@ class Rows {
       for (int step = 4; step <= 16; step *= 2)
         maximum[c] = fmaxf(maximum[c], __shfl_xor_sync(kAllLanes, maximum[c], step));
     }
-    auto& maxima = shared_.maxima[buffer_];
+    auto& maxima = shared_.rows[buffer_];
     if (at.lane < 4) {
 #pragma unroll
       for (int c = 0; c < kColumns; c += 2)

@@ -72,6 +72,22 @@ inline int item_splits(int batch, int kv_heads, int tiles, int rows, int dim) {
   return groups > kSlots ? kGroupSplits : 1;
 }
 
+// Splits that a block takes one after the other, after one look at the seeds, each with a result of
+// its own: at most `most`, what lets `blocks` blocks end soonest. pairs: requests times KV heads;
+// splits: that each of them may have.
+inline int splits_of_item(int64_t pairs, int splits, int split_tiles, int blocks, int most) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int run = 1; run <= std::min(splits, most); ++run) {
+    const int64_t items = pairs * ceil_div(splits, run);
+    const int64_t rounds = (items + blocks - 1) / blocks;
+    // A seed's tile is scored, and no more: half of the work.
+    const int64_t tiles = run * split_tiles + (run < splits ? BLASST_SEED_TILES / 2 : 0);
+    if (rounds * tiles < least) least = rounds * tiles, best = run;
+  }
+  return best;
+}
+
 // A work item's place. The KV heads of a request stand side by side: blocks that run together then
 // read neighbouring rows of memory together.
 struct ItemPlace {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <numbers>
+#include <string_view>
 
 #include "blasst/blasst.hpp"
 #include "cuda/core/plan.h"
@@ -61,14 +62,14 @@ inline Variant variant_of(const Params& p) {
 }
 
 // All but the workspace's check, and the keys' bytes of scores in int8.
-inline Launch plan_call(const AttentionParams& params, const problem::Geometry& geometry,
-                        Scores scores) {
+inline Launch plan_call(std::string_view backend, const AttentionParams& params,
+                        const problem::Geometry& geometry, Scores scores) {
   problem::check_arrays(params);
   Launch l{};
   plan_shapes(l, params);
-  plan_queries(l, params.problem);
+  plan_queries(backend, l, params.problem);
   plan_rows(l.params, params.problem);
-  plan_keys(l, params.problem);
+  plan_keys(backend, l, params.problem);
   l.scores = scores;
   plan_scores(l.params, params.problem, scores);
   plan_mask_and_test(l.params, params);

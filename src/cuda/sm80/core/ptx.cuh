@@ -37,6 +37,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint3
                : "r"(address));
 }
 
+// The transpose of an 8 x 8 matrix of 16-bit elements, of which lane l has two of row l / 4.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 // d = a b + c of a warp: a [16, 16], b [16, 8], c and d [16, 8] (core/fragment.cuh).
 template <typename T>
 __device__ __forceinline__ void multiply(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1,

@@ -5,63 +5,10 @@
 
 #include "cuda/core/keys.cuh"
 #include "cuda/core/prefill/rows.cuh"
-#include "cuda/sm80/core/ptx.cuh"
+#include "cuda/sm80/core/copies.cuh"
 #include "cuda/sm80/prefill/config.cuh"
 
 namespace blasst::cuda::prefill::sm80 {
-
-// How a block's threads copy a tile of `Tile`'s panels. Four neighbouring threads copy a row's 64
-// bytes of a panel, eight those of two rows: that writes every bank once. The panels of a row come
-// next, so that rows are read in long pieces.
-template <typename Tile, int kThreads>
-struct ThreadCopies {
-  static constexpr int kAcross = Tile::kCount & -Tile::kCount;  // panels at once: a power of two
-  static constexpr int kPassRows = kThreads / 8 / kAcross * 2;  // rows at once
-  static_assert(Tile::kRows % kPassRows == 0);
-
-  static __device__ __forceinline__ int row() {
-    return threadIdx.x / 8 / kAcross * 2 + threadIdx.x / 4 % 2;
-  }
-  static __device__ __forceinline__ int panel() { return threadIdx.x / 8 % kAcross; }
-  static __device__ __forceinline__ int piece() { return threadIdx.x % 4; }
-  static __device__ __forceinline__ int element() { return panel() * 32 + piece() * 8; }
-
-  // Of the pass that copies rows row() + pass * kPassRows.
-  static __device__ __forceinline__ uint32_t offset(int pass) {
-    const uint32_t first = panel() * Tile::kPanelBytes;
-    if constexpr (kPassRows % 8 == 0)  // the permutation is that of the first pass
-      return first + Tile::offset(row(), piece()) + pass * kPassRows * Tile::kRowBytes;
-    else
-      return first + Tile::offset(row() + pass * kPassRows, piece());
-  }
-
-  // source(pass): the first of this thread's elements in the pass, null: zeros.
-  template <typename Source>
-  static __device__ __forceinline__ void start(uint32_t destination, const Source& source) {
-#pragma unroll
-    for (int pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
-      const uint16_t* from = source(pass);
-#pragma unroll
-      for (int first = 0; first < Tile::kCount; first += kAcross)
-        ptx::copy_16(destination + offset(pass) + first * Tile::kPanelBytes, from + first * 32,
-                     from != nullptr);
-    }
-  }
-
-  // The same of rows that all exist, `stride` elements apart. first: of row 0.
-  static __device__ __forceinline__ void start_whole(uint32_t destination, const uint16_t* first,
-                                                     int64_t stride) {
-    const uint16_t* from = first + row() * stride + element();
-#pragma unroll
-    for (int pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
-#pragma unroll
-      for (int panels = 0; panels < Tile::kCount; panels += kAcross)
-        ptx::copy_16(destination + offset(pass) + panels * Tile::kPanelBytes, from + panels * 32,
-                     true);
-      from += kPassRows * stride;
-    }
-  }
-};
 
 template <typename C>
 __device__ __forceinline__ void copy_queries(const Params& p, const Tensor& q, const Work& work,

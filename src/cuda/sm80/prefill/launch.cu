@@ -10,18 +10,6 @@
 #include "cuda/sm80/prefill/launch.h"
 
 namespace blasst::cuda::prefill::sm80 {
-namespace {
-
-// That the current device runs at once.
-int resident_blocks(const Kernel& kernel) {
-  int each;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kernel.threads,
-                                                      kernel.shared_bytes),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return std::max(1, each) * multiprocessors();
-}
-
-}  // namespace
 
 // All that can fail on the host comes before the first write.
 void launch(const Launch& l) {
@@ -34,7 +22,8 @@ void launch(const Launch& l) {
   const Sources sources{l.q, l.k, l.v};
   const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.variant);
   allow_shared_memory(kernel.function, kernel.shared_bytes);
-  const int blocks = std::min(items, resident_blocks(kernel));
+  const int blocks =
+      std::min(items, resident_blocks(kernel.function, kernel.threads, kernel.shared_bytes));
 
   clear_report(p, stream);
   if (p.first_block)

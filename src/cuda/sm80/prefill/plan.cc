@@ -13,12 +13,12 @@ constexpr HeadSizes kSizes[] = {{64, 64}, {96, 96}, {128, 128}, {256, 256}};
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
-  check_supported(params, Phase::kPrefill, kSizes);
-  problem::check_exact_scores("cuda-sm80", "prefill", params.decision);
+  check_supported(kCudaSm80, params, Phase::kPrefill, kSizes, problem::Caches::kOfQueries);
+  problem::check_exact_scores(kCudaSm80, "prefill", params.decision);
   check_work(params.problem, rows_per_block(static_cast<int>(params.problem.value_dim)));
   const TileShape shape{.query_rows = kQueryTileRows,
                         .keys = tile_keys(static_cast<int>(params.problem.head_dim))};
-  problem::check_tiles("cuda-sm80", params.decision, shape);
+  problem::check_tiles(kCudaSm80, params.decision, shape);
   return problem::geometry(params.problem, Phase::kPrefill, shape);
 }
 
@@ -30,8 +30,8 @@ Plan plan(const AttentionParams& params) {
 }
 
 Launch plan_launch(const AttentionParams& params) {
-  const Launch l = plan_call(params, geometry_of(params), Scores::kExact);
-  check_workspace(params.execution, workspace_bytes(params.problem.batch), 16);
+  const Launch l = plan_call(kCudaSm80, params, geometry_of(params), Scores::kExact);
+  check_workspace(kCudaSm80, params.execution, workspace_bytes(params.problem.batch), 16);
   return l;
 }
 

@@ -47,16 +47,17 @@ WorkspaceLayout layout_of(const blasst_problem& p, const Geometry& g) {
 // Of the scalars alone.
 Geometry geometry_of(const BackwardParams& params) {
   problem::check_scalars(params);
-  check_supported(problem::forward_of(params), Phase::kPrefill, kSizes);
+  check_supported(kCudaSm90, problem::forward_of(params), Phase::kPrefill, kSizes,
+                  problem::Caches::kOfQueries);
   const blasst_problem& p = params.problem;
   const Gradients& g = params.gradients;
   if (p.kv.layout == BLASST_LAYOUT_PAGED)
-    refuse("kv.layout is paged (2); backward does dense (0) and ragged (1) keys");
+    refuse(kCudaSm90, "kv.layout is paged (2); backward does dense (0) and ragged (1) keys");
   for (const auto& [name, view] : {std::pair{"dout", &g.dout}, std::pair{"dq", &g.dq},
                                    std::pair{"dk", &g.dk}, std::pair{"dv", &g.dv}})
     if (view->dtype != p.q.dtype)
-      refuse("q is {} and {} {}; it does tensors of one type", problem::dtype_name(p.q.dtype), name,
-             problem::dtype_name(view->dtype));
+      refuse(kCudaSm90, "q is {} and {} {}; it does tensors of one type",
+             problem::dtype_name(p.q.dtype), name, problem::dtype_name(view->dtype));
   const auto dim = static_cast<int>(p.head_dim);
   const TileShape shape{.query_rows = kQueryTileRows, .keys = prefill::tile_keys(dim)};
   const Geometry geometry = problem::geometry(p, Phase::kPrefill, shape);
@@ -76,7 +77,7 @@ void plan_gradients(Launch& l, const BackwardParams& params) {
   const Gradients& g = params.gradients;
   for (const auto& [name, view] : {std::pair{"dout", &g.dout}, std::pair{"dq", &g.dq},
                                    std::pair{"dk", &g.dk}, std::pair{"dv", &g.dv}})
-    check_aligned(name, *view);
+    check_aligned(kCudaSm90, name, *view);
   const blasst_problem& p = params.problem;
   const auto [outer, tokens] = problem::query_tensor(p);
   l.dout = tensor(g.dout, outer, tokens, p.heads, p.value_dim);
@@ -104,8 +105,8 @@ Launch plan_launch(const BackwardParams& params) {
   // The forward's part of a launch, planned as the forward's.
   prefill::Launch f{};
   plan_shapes(f, forward);
-  plan_queries(f, p);
-  plan_keys(f, p);
+  plan_queries(kCudaSm90, f, p);
+  plan_keys(kCudaSm90, f, p);
   plan_mask_and_test(f.params, forward);
   f.params.bands = p.mask.bands;
   f.params.rows = static_cast<int>(problem::all_rows(p));
@@ -127,7 +128,7 @@ Launch plan_launch(const BackwardParams& params) {
   b.query_tiles = static_cast<int>(geometry.query_tiles);
 
   const WorkspaceLayout layout = layout_of(p, geometry);
-  check_workspace(params.execution, layout.bytes, 256);
+  check_workspace(kCudaSm90, params.execution, layout.bytes, 256);
   auto* workspace = static_cast<std::byte*>(params.execution.workspace);
   b.forward.next_item = reinterpret_cast<int*>(workspace);
   b.rows = reinterpret_cast<RowBlock*>(workspace + layout.rows);

@@ -1,9 +1,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <string>
 
-#include "blasst/blasst.hpp"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/runtime.h"
 #include "cuda/sm90/core/tensor_map.h"
@@ -30,76 +28,21 @@ CUtensorMap map_of(const Tensor& t, Element element, int heads, int tokens) {
 // The part of the plan that the shapes decide.
 Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_length,
                int value_dim) {
-  Plan plan{};
-  plan.rows = heads / kv_heads * query_length;
-  const SplitRule rule = split_rule(plan.rows, kv_heads, value_dim);
-  plan.least_split_tiles = rule.least_tiles;
-  plan.most_splits = rule.most;
-  const int splits = split_slots(key_length, plan.least_split_tiles, plan.most_splits);
-  plan.item_splits =
+  const int rows = heads / kv_heads * query_length;
+  const int each =
       latent::is_latent(value_dim)
           ? 1
-          : item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), plan.rows, value_dim);
-  plan.item_slots = ceil_div(splits, plan.item_splits);
-  const int64_t items = int64_t{batch} * kv_heads * plan.item_slots;
-  if (items > 1 << 30)
-    throw Error(BLASST_UNSUPPORTED, "decode of batch " + std::to_string(batch) + " has " +
-                                        std::to_string(items) + " work items; at most " +
-                                        std::to_string(1 << 30) + " are supported");
-  plan.items = static_cast<int>(items);
-  return plan;
+          : item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), rows, value_dim);
+  return plan_splits(batch, kv_heads, key_length, rows, split_rule(rows, kv_heads, value_dim),
+                     each);
 }
 
-// Places the plan's arrays in the workspace; returns the end of the last.
-std::size_t place(Plan& plan, int value_dim, std::byte* workspace) {
-  std::size_t at = 0;
-  const auto take = [&](std::size_t bytes) {
-    std::byte* here = workspace + at;
-    at += (bytes + 255) / 256 * 256;
-    return here;
-  };
-  const std::size_t rows = std::size_t(plan.items) * plan.rows;
-  plan.partial = reinterpret_cast<float*>(take(rows * value_dim * sizeof(float)));
-  plan.statistics = reinterpret_cast<float*>(take(rows * kStatistics * sizeof(float)));
-  plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.items) * sizeof(int)));
-  plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
-  return at;
-}
-
-// How a launch's items are dealt out to `most_blocks` blocks.
-Plan plan_chunks(Plan plan, int most_blocks) {
-  const int blocks = std::min(plan.items, most_blocks);
-  plan.chunk = chunk_items(plan.items, blocks);
-  if (blocks * plan.chunk >= plan.items) plan.next_item = nullptr;
-  return plan;
-}
-
-// The same of latents: an item is several splits, each with a result of its own.
-Plan latent_work(Plan plan, const Params& p, int most_blocks) {
-  const int tiles = ceil_div(p.keys.length, kTileKeys);
-  const int64_t pairs = int64_t{p.batch} * p.kv_heads;
-  plan.item_splits = latent::splits_of_item(
-      pairs, plan.item_slots, split_tiles(tiles, plan.least_split_tiles, plan.most_splits),
-      most_blocks);
-  plan.item_slots = ceil_div(plan.item_slots, plan.item_splits);
-  plan.items = static_cast<int>(pairs * plan.item_slots);
-  plan.chunk = 1;
-  if (most_blocks >= plan.items) plan.next_item = nullptr;
-  return plan;
-}
-
-Variant variant_of(const Params& p) {
-  if (p.report.tile_bits || p.report.gap_histogram || p.report.dropped_mass_bound)
-    return Variant::kReport;
-  return p.test.kind == BLASST_TEST_NONE ? Variant::kDense : Variant::kSparse;
-}
-
-void clear_report(const Params& p, cudaStream_t stream) {
-  const auto heads = static_cast<std::size_t>(p.heads);
-  clear(p.report.tile_bits,
-        sizeof(*p.report.tile_bits) * p.kv_heads * p.batch * std::size_t(p.report.tile_words),
-        stream);
-  clear(p.report.gap_histogram, sizeof(*p.report.gap_histogram) * heads * BLASST_GAP_BINS, stream);
+// One of latents: items are handed out one at a time.
+Plan latent_work(const Plan& plan, const Params& p, int most_blocks) {
+  Plan work = plan_runs(plan, p, most_blocks, latent::kMostRun);
+  work.chunk = 1;
+  if (most_blocks >= work.items) work.next_item = nullptr;
+  return work;
 }
 
 }  // namespace
@@ -107,7 +50,7 @@ void clear_report(const Params& p, cudaStream_t stream) {
 std::size_t workspace_bytes(int batch, int heads, int kv_heads, int query_length, int key_length,
                             int value_dim) {
   Plan plan = make_plan(batch, heads, kv_heads, query_length, key_length, value_dim);
-  return place(plan, value_dim, nullptr);
+  return place_results(plan, value_dim, nullptr);
 }
 
 // All that can fail on the host comes before the first write.
@@ -116,10 +59,7 @@ void launch(const Launch& l) {
   const auto stream = static_cast<cudaStream_t>(l.stream);
   if (p.batch == 0) return clear_report(p, stream);
   Plan plan = make_plan(p.batch, p.heads, p.kv_heads, p.query_length, p.keys.length, l.value_dim);
-  const std::size_t needed = place(plan, l.value_dim, static_cast<std::byte*>(l.workspace));
-  if (l.workspace_bytes < needed)
-    throw Error(BLASST_INVALID_ARGUMENT, "workspace_bytes is " + std::to_string(l.workspace_bytes) +
-                                             "; this call needs " + std::to_string(needed));
+  place_results(plan, l);
   plan.box_tokens = p.keys.page_table ? std::min(p.keys.page_size, kTileKeys) : kTileKeys;
   plan.half_queries = l.element == Element::kHalf;
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
@@ -150,20 +90,7 @@ void launch(const Launch& l) {
     enqueue(kernels.attend, blocks, kThreads, kernels.shared_bytes, stream,
             {&p, &work, &q, &k, &v});
 
-  // The combining kernel is set up while the attention kernel runs, and waits for its results.
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  const int slices = p.batch * p.kv_heads * plan.rows * combine_slices(l.value_dim);
-  const int warps = combine_warps(slices);
-  config.gridDim = dim3(adds_in_warp(plan) ? ceil_div(slices, warps) : slices);
-  config.blockDim = dim3(32 * warps);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  void* arguments[] = {&p, &plan};
-  check(cudaLaunchKernelExC(&config, kernels.combine, arguments), "cudaLaunchKernelExC");
+  enqueue_combine(kernels.combine, p, plan, l.value_dim, true, stream);
 }
 
 }  // namespace blasst::cuda::decode

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cuda/core/checks.h"
+#include "cuda/core/decode/plan.h"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/plan.h"
 #include "cuda/sm90/decode/latent/shape.h"
@@ -20,32 +21,21 @@ using problem::Phase;
 constexpr HeadSizes kSizes[] = {
     {64, 64}, {128, 128}, {192, 128}, {256, 256}, {latent::kQkDim, latent::kValueDim}};
 
-void check_decode(const AttentionParams& params) {
+void check_supported(const AttentionParams& params) {
+  cuda::check_supported(kCudaSm90, params, Phase::kDecode, kSizes,
+                        problem::Caches::kOfQueriesOr8Bits);
+  check_decode(kCudaSm90, params);
   const blasst_problem& p = params.problem;
-  const int64_t group = p.heads / p.kv_heads, rows = group * p.query_length;
-  if (p.query_layout == BLASST_LAYOUT_RAGGED)
-    refuse("query_layout is ragged; decode does dense queries");
   if (p.kv.k.dtype != p.kv.v.dtype)
-    refuse("k is {} and v {}; decode does both in one type", problem::dtype_name(p.kv.k.dtype),
-           problem::dtype_name(p.kv.v.dtype));
+    refuse(kCudaSm90, "k is {} and v {}; decode does both in one type",
+           problem::dtype_name(p.kv.k.dtype), problem::dtype_name(p.kv.v.dtype));
   if (problem::is_8_bits(p.kv.k.dtype) && p.head_dim != 128)
-    refuse("k is {} with head_dim {}; decode does caches in 8 bits of 128",
+    refuse(kCudaSm90, "k is {} with head_dim {}; decode does caches in 8 bits of 128",
            problem::dtype_name(p.kv.k.dtype), p.head_dim);
-  if (p.query_lengths) refuse("query_lengths is set; decode's requests use all of their rows");
-  const bool latents = latent::is_latent(p.value_dim);
-  if (latents && p.kv_heads != 1)
-    refuse("kv_heads is {}; a decode over latents (head_dim {}, value_dim {}) has 1", p.kv_heads,
-           p.head_dim, p.value_dim);
-  if (!latents && rows > kMaxRows)
-    refuse(
-        "decode of {} query heads for each KV head at {} positions, {} rows; it does {} rows at "
-        "most",
-        group, p.query_length, rows, kMaxRows);
-  if (p.mask.bands) refuse("mask.bands is set; decode has no bands");
-  const TileTest& test = params.decision.test;
-  if (test.places != 1)
-    refuse("test.places is {}; decode's thresholds do not depend on the place", test.places);
-  if (params.report.tile_maxima) refuse("report.tile_maxima is set; decode does not report them");
+  if (!latent::is_latent(p.value_dim)) return check_rows(kCudaSm90, p);
+  if (p.kv_heads != 1)
+    refuse(kCudaSm90, "kv_heads is {}; a decode over latents (head_dim {}, value_dim {}) has 1",
+           p.kv_heads, p.head_dim, p.value_dim);
 }
 
 // The kernel reads a latent once, as key and as value.
@@ -56,11 +46,11 @@ void check_values_in_keys(const blasst_problem& p) {
   if (v.data == k.data && v.stride_token == k.stride_token &&
       (v.stride_request == k.stride_request || outer == 1))
     return;
-  refuse(
-      "v is not k's first {} elements in their memory (data {} and {}, stride_token {} and {}, "
-      "stride_request {} and {}); a decode over latents takes v as a view of k",
-      p.value_dim, v.data, k.data, v.stride_token, k.stride_token, v.stride_request,
-      k.stride_request);
+  refuse(kCudaSm90,
+         "v is not k's first {} elements in their memory (data {} and {}, stride_token {} and {}, "
+         "stride_request {} and {}); a decode over latents takes v as a view of k",
+         p.value_dim, v.data, k.data, v.stride_token, k.stride_token, v.stride_request,
+         k.stride_request);
 }
 
 // Query heads that decide together, and their KV heads: of latents, several parts of the one.
@@ -71,8 +61,7 @@ int parts_of(const blasst_problem& p) {
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
-  check_supported(params, Phase::kDecode, kSizes);
-  check_decode(params);
+  check_supported(params);
   const blasst_problem& p = params.problem;
   const int parts = parts_of(p);
   const auto rows = static_cast<int>(p.heads / parts * p.query_length);
@@ -81,7 +70,7 @@ problem::Geometry geometry_of(const AttentionParams& params) {
                         .keys = kTileKeys,
                         .split_tiles = rule.least_tiles,
                         .most_splits = rule.most};
-  problem::check_tiles("cuda", params.decision, shape);
+  problem::check_tiles(kCudaSm90, params.decision, shape);
   return problem::geometry(p, Phase::kDecode, shape);
 }
 
@@ -109,22 +98,12 @@ blasst_plan plan(const AttentionParams& params) {
 
 Launch plan_launch(const AttentionParams& params) {
   const problem::Geometry geometry = geometry_of(params);
-  problem::check_arrays(params);
-  Launch l{};
-  plan_shapes(l, params);
-  plan_queries(l, params.problem);
-  plan_keys(l, params.problem);
-  l.params.kv_heads = parts_of(params.problem);
-  if (latent::is_latent(l.value_dim)) check_values_in_keys(params.problem);
-  l.cache = cache_of(params.problem.kv.k.dtype);
-  l.params.k_scales = scales_of(params.problem.k_scales);
-  l.params.v_scales = scales_of(params.problem.v_scales);
-  l.params.scale = scale_of(params.problem);
-  plan_mask_and_test(l.params, params);
-  plan_report(l.params, params.report, geometry);
-  check_workspace(params.execution, workspace_bytes(params.problem), 256);
-  l.workspace = params.execution.workspace;
-  l.workspace_bytes = params.execution.workspace_bytes;
+  const blasst_problem& p = params.problem;
+  Launch l = plan_call(kCudaSm90, params, geometry, parts_of(p), workspace_bytes(p));
+  if (latent::is_latent(l.value_dim)) check_values_in_keys(p);
+  l.cache = cache_of(p.kv.k.dtype);
+  l.params.k_scales = scales_of(p.k_scales);
+  l.params.v_scales = scales_of(p.v_scales);
   return l;
 }
 

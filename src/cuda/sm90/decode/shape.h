@@ -1,15 +1,11 @@
 // How the keys of a request are cut, by the sizes of its heads. Plain host code.
 #pragma once
 
+#include "cuda/core/decode/launch.h"
 #include "cuda/core/decode/splits.h"
 #include "cuda/sm90/decode/latent/shape.h"
 
 namespace blasst::cuda::decode {
-
-struct SplitRule {
-  int least_tiles;  // a split has at least so many
-  int most;         // splits of a request and KV head
-};
 
 // rows: that decide together; kv_heads: those, or the parts of them in which query heads decide.
 inline SplitRule split_rule(int rows, int kv_heads, int value_dim) {

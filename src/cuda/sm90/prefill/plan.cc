@@ -57,19 +57,20 @@ void plan_quantized(Params& p, const AttentionParams& params) {
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
-  check_supported(params, Phase::kPrefill, kSizes);
+  check_supported(kCudaSm90, params, Phase::kPrefill, kSizes, problem::Caches::kOfQueries);
   const blasst_problem& p = params.problem;
   const int dim = static_cast<int>(p.head_dim);
   check_work(p, rows_per_block(dim));
   if (scores_of(params.decision) == Scores::kInt8) {
     if (p.head_dim != p.value_dim)
-      refuse("scores in int8 of head_dim {} and value_dim {}; it has them where both are alike",
+      refuse(kCudaSm90,
+             "scores in int8 of head_dim {} and value_dim {}; it has them where both are alike",
              p.head_dim, p.value_dim);
     check_range("key tiles of all requests", quantized_layout_of(p).tiles, 0, kUnlimited - 1);
     check_range("kv_heads", p.kv_heads, 1, 65535);  // blocks of a launch
   }
   const TileShape shape{.query_rows = kQueryTileRows, .keys = tile_keys(dim)};
-  problem::check_tiles("cuda", params.decision, shape);
+  problem::check_tiles(kCudaSm90, params.decision, shape);
   return problem::geometry(p, Phase::kPrefill, shape);
 }
 
@@ -81,8 +82,9 @@ Plan plan(const AttentionParams& params) {
 
 Launch plan_launch(const AttentionParams& params) {
   const Scores scores = scores_of(params.decision);
-  Launch l = plan_call(params, geometry_of(params), scores);
-  check_workspace(params.execution, needed_workspace(params), scores == Scores::kInt8 ? 128 : 16);
+  Launch l = plan_call(kCudaSm90, params, geometry_of(params), scores);
+  check_workspace(kCudaSm90, params.execution, needed_workspace(params),
+                  scores == Scores::kInt8 ? 128 : 16);
   if (scores == Scores::kInt8) plan_quantized(l.params, params);
   return l;
 }

@@ -28,20 +28,6 @@ constexpr int least_split_tiles(int rows) { return std::max(kLeastSplitTiles, ro
 // For each of the parts in which a request's query heads decide.
 inline int most_splits(int parts) { return ceil_div(kSlots, parts); }
 
-// Splits that a block takes one after the other, after one look at the seeds: what lets `blocks`
-// blocks end soonest. pairs: requests times parts; splits: that each of them may have.
-inline int splits_of_item(int64_t pairs, int splits, int split_tiles, int blocks) {
-  constexpr int kMost = 4;
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int run = 1; run <= std::min(splits, kMost); ++run) {
-    const int64_t items = pairs * ceil_div(splits, run);
-    const int64_t rounds = (items + blocks - 1) / blocks;
-    // A seed's tile is scored, and no more: half of the work.
-    const int64_t tiles = run * split_tiles + (run < splits ? BLASST_SEED_TILES / 2 : 0);
-    if (rounds * tiles < least) least = rounds * tiles, best = run;
-  }
-  return best;
-}
+inline constexpr int kMostRun = 4;  // splits a work item
 
 }  // namespace blasst::cuda::decode::latent

@@ -1,0 +1,103 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "blasst/blasst.hpp"
+#include "cuda/core/decode/launch.h"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/runtime.h"
+
+namespace blasst::cuda::decode {
+
+Plan plan_splits(int batch, int kv_heads, int key_length, int rows, SplitRule rule,
+                 int item_splits) {
+  Plan plan{};
+  plan.rows = rows;
+  plan.least_split_tiles = rule.least_tiles;
+  plan.most_splits = rule.most;
+  plan.item_splits = item_splits;
+  plan.item_slots =
+      ceil_div(split_slots(key_length, rule.least_tiles, rule.most), plan.item_splits);
+  const int64_t items = int64_t{batch} * kv_heads * plan.item_slots;
+  if (items > 1 << 30)
+    throw Error(BLASST_UNSUPPORTED, "decode of batch " + std::to_string(batch) + " has " +
+                                        std::to_string(items) + " work items; at most " +
+                                        std::to_string(1 << 30) + " are supported");
+  plan.items = static_cast<int>(items);
+  return plan;
+}
+
+std::size_t place_results(Plan& plan, int value_dim, void* workspace) {
+  std::size_t at = 0;
+  const auto take = [&](std::size_t bytes) {
+    std::byte* here = static_cast<std::byte*>(workspace) + at;
+    at += (bytes + 255) / 256 * 256;
+    return here;
+  };
+  const std::size_t rows = std::size_t(plan.items) * plan.rows;
+  plan.partial = reinterpret_cast<float*>(take(rows * value_dim * sizeof(float)));
+  plan.statistics = reinterpret_cast<float*>(take(rows * kStatistics * sizeof(float)));
+  plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.items) * sizeof(int)));
+  plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
+  return at;
+}
+
+void place_results(Plan& plan, const Launch& l) {
+  const std::size_t needed = place_results(plan, l.value_dim, l.workspace);
+  if (l.workspace_bytes < needed)
+    throw Error(BLASST_INVALID_ARGUMENT, "workspace_bytes is " + std::to_string(l.workspace_bytes) +
+                                             "; this call needs " + std::to_string(needed));
+}
+
+Plan plan_runs(Plan plan, const Params& p, int most_blocks, int most) {
+  const int tiles = ceil_div(p.keys.length, kTileKeys);
+  const int64_t pairs = int64_t{p.batch} * p.kv_heads;
+  plan.item_splits = splits_of_item(pairs, plan.item_slots,
+                                    split_tiles(tiles, plan.least_split_tiles, plan.most_splits),
+                                    most_blocks, most);
+  plan.item_slots = ceil_div(plan.item_slots, plan.item_splits);
+  plan.items = static_cast<int>(pairs * plan.item_slots);
+  return plan;
+}
+
+Plan plan_chunks(Plan plan, int most_blocks) {
+  const int blocks = std::min(plan.items, most_blocks);
+  plan.chunk = chunk_items(plan.items, blocks);
+  if (blocks * plan.chunk >= plan.items) plan.next_item = nullptr;
+  return plan;
+}
+
+Variant variant_of(const Params& p) {
+  if (p.report.tile_bits || p.report.gap_histogram || p.report.dropped_mass_bound)
+    return Variant::kReport;
+  return p.test.kind == BLASST_TEST_NONE ? Variant::kDense : Variant::kSparse;
+}
+
+void clear_report(const Params& p, void* cuda_stream) {
+  const auto stream = static_cast<cudaStream_t>(cuda_stream);
+  const auto heads = static_cast<std::size_t>(p.heads);
+  clear(p.report.tile_bits,
+        sizeof(*p.report.tile_bits) * p.kv_heads * p.batch * std::size_t(p.report.tile_words),
+        stream);
+  clear(p.report.gap_histogram, sizeof(*p.report.gap_histogram) * heads * BLASST_GAP_BINS, stream);
+}
+
+void enqueue_combine(const void* kernel, const Params& p, const Plan& plan, int value_dim,
+                     bool early, void* stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  const int slices = p.batch * p.kv_heads * plan.rows * combine_slices(value_dim);
+  const int warps = combine_warps(slices);
+  config.gridDim = dim3(adds_in_warp(plan) ? ceil_div(slices, warps) : slices);
+  config.blockDim = dim3(32 * warps);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  void* arguments[] = {const_cast<Params*>(&p), const_cast<Plan*>(&plan)};
+  check(cudaLaunchKernelExC(&config, kernel, arguments), "cudaLaunchKernelExC");
+}
+
+}  // namespace blasst::cuda::decode

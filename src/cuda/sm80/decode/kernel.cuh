@@ -1,0 +1,367 @@
+// Decode attention for compute capability 8.0 and later. docs/kernels/sm80.md draws the schedule.
+//
+// A block of four warps walks over splits of the keys of one request and KV head. Of every tile of
+// 64 keys each warp copies and scores 16; all meet once a tile, for the row maxima. Of the outputs
+// each warp has a part of the elements, and adds the values of all keys to it.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/core/decode/combine.cuh"
+#include "cuda/core/decode/params.h"
+#include "cuda/core/decode/rows.cuh"
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/decode/work.cuh"
+#include "cuda/core/keys.cuh"
+#include "cuda/core/math.cuh"
+#include "cuda/core/tiles.h"
+#include "cuda/sm80/core/copies.cuh"
+#include "cuda/sm80/core/ptx.cuh"
+#include "cuda/sm80/decode/config.cuh"
+
+namespace blasst::cuda::decode::sm80 {
+
+template <typename C>
+class Block {
+  static constexpr int kRows = C::kRows;
+  static constexpr int kEights = kRows / 8;                 // of eight query rows
+  static constexpr int kPanels = (C::kValueDim + 63) / 64;  // of outputs: 16 elements a warp
+  static constexpr int kColumns = Rows<C>::kColumns;
+  using Element = typename C::Element;
+  using Stage = typename C::Stage;
+  using Shared = typename C::Shared;
+  using Scores = typename Rows<C>::Scores;
+  using Columns = typename Rows<C>::Columns;
+  using Outputs = float[kPanels][Rows<C>::kScores];
+
+ public:
+  __device__ __forceinline__ Block(const Params& p, const Plan& plan, const Sources& sources,
+                                   Shared& shared)
+      : p_(p),
+        plan_(plan),
+        sources_(sources),
+        shared_(shared),
+        behind_(sources.stages - 1),
+        rows_(p, plan, shared.rows) {}
+
+  // A block's first chunk of items has its number; later ones go to whoever comes first.
+  __device__ __forceinline__ void run() {
+    const int chunk = plan_.chunk;
+    for (int first = blockIdx.x * chunk; first < plan_.items;) {
+      if (threadIdx.x == 0 && plan_.next_item)
+        shared_.next_item = gridDim.x * chunk + atomicAdd(plan_.next_item, chunk);
+      // Items that short requests lack are passed over together.
+      const int mine = first + at_.lane;
+      const bool found =
+          at_.lane < chunk && mine < plan_.items && find_item(p_, plan_, mine, rows_.item);
+      for (unsigned rest = __ballot_sync(kAllLanes, found); rest; rest &= rest - 1) {
+        find_item(p_, plan_, first + __ffs(rest) - 1, rows_.item);
+        attend();
+      }
+      if (!plan_.next_item) return;
+      __syncthreads();
+      first = ptx::warp_uniform(shared_.next_item);
+      __syncthreads();
+    }
+  }
+
+ private:
+  // --- an item ----------------------------------------------------------------------------------
+
+  // Keys are copied a ring of stages ahead; values are asked for when a tile is kept, and added
+  // `behind_` tiles later, so that both have the time of the tiles in between to come. A step's
+  // copies are one group.
+  __device__ __forceinline__ void attend() {
+    begin_item();
+    const int count = steps_of(rows_.item);
+    copy_queries();
+    for (int i = 0; i <= behind_; ++i) {
+      copy_keys(i, count, shared_.stages[i]);
+      ptx::commit_copies();
+    }
+    wait_for_copies(behind_);
+    __syncthreads();
+    Outputs o = {};
+    unsigned kept = 0;  // bit i: the tile i steps ago is
+    int here = 0;       // its stage
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const Step step = step_of(rows_.item, i);
+      const int tile = tile_of(step);
+      Stage& stage = shared_.stages[here];
+      // 1. The scores of this warp's keys, and their maxima; other keys take their place.
+      wait_for_copies(behind_);
+      __syncwarp();
+      const int page = stage.pages[at_.warp];
+      Scores s;
+      score(stage, s);
+      __syncwarp();
+      copy_keys(i + sources_.stages, count, stage);
+      Columns maximum;
+      bool nan = rows_.finish_scores(s, tile, maximum);
+      bool keep = false;
+      if (step.flags & kOnlySeed) {
+        // 2. A seed of another item gives its maxima and no more.
+        rows_.take_seed(maximum);
+        if (step.flags & kLastSeed) rows_.share_maxima(rows_.seed, nan);
+      } else {
+        // 3. With the other warps, the tile's maxima: values and probabilities of `behind_` steps
+        // ago are there for all. The decision: a kept tile's values are asked for.
+        if (behind_ > 0) wait_for_copies(behind_ - 1);
+        rows_.share_maxima(maximum, nan);
+        if (step.flags & kSeed) rows_.take_seed(maximum);
+        if (step.flags & kFirstOfSplit) begin_split(o);
+        keep = rows_.decide(tile, maximum, nan);
+        if (keep) copy(sources_.v, stage.values[at_.warp], tile, page);
+      }
+      ptx::commit_copies();
+      if (keep) weigh(s, maximum, stage);
+      // 4. Values that have come are added.
+      kept = kept << 1 | keep;
+      if (behind_ == 0 && keep) meet_all_copies();
+      if (kept >> behind_ & 1) add(shared_.stages[stage_before(here, behind_)], o);
+      if (step.flags & kLastOfSplit) end_split(kept, here, o);
+      if (++here == sources_.stages) here = 0;
+    }
+    __syncthreads();  // before the next item's queries
+  }
+
+  __device__ __forceinline__ void begin_item() {
+    rows_.begin_item();
+    const Item& item = rows_.item;
+    seen_ = visible_keys(item.keys, p_.query_length, p_.distances);
+    slot_ = index_of({item.request, item.kv_head, item.begin / item.split_tiles},
+                     sources_.split_slots, p_.kv_heads);
+    if constexpr (C::kTests) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int row = at_.row(c);
+        const float threshold = row < plan_.rows ? threshold_of(p_, item, row) : 0;
+        rows_.below[c] = skip_limit(p_, plan_, item, row, threshold);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void begin_split(Outputs& o) {
+    rows_.begin_split();
+    rows_.dropped = 0;
+#pragma unroll
+    for (auto& panel : o)
+#pragma unroll
+      for (float& x : panel) x = 0;
+  }
+
+  // Adds what is left, and writes the result.
+  __device__ __forceinline__ void end_split(unsigned& kept, int here, Outputs& o) {
+    meet_all_copies();
+    for (int i = behind_ - 1; i >= 0; --i)
+      if (kept >> i & 1) add(shared_.stages[stage_before(here, i)], o);
+    kept = 0;
+    rows_.sum_over_keys();
+    float* partial = plan_.partial + int64_t{slot_} * plan_.rows * C::kValueDim;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int row = at_.row(c);
+      if (row >= plan_.rows) continue;
+#pragma unroll
+      for (int i = 0; i < kPanels; ++i) {
+        if (!has_panel(i)) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          partial[row * C::kValueDim + i * 64 + at_.key(half)] = o[i][at_.element(c, half)];
+      }
+    }
+    rows_.write_statistics(slot_, rows_.split,
+                           [&](int column) { return rows_.reports.of_split(column); });
+    slot_ += p_.kv_heads;
+  }
+
+  // --- copies -----------------------------------------------------------------------------------
+
+  __device__ __forceinline__ int tile_of(const Step& step) const {
+    return tile_at(p_.order, {rows_.item.tile_begin, rows_.item.tile_end}, step.position);
+  }
+  __device__ __forceinline__ int stage_before(int stage, int steps) const {
+    return stage >= steps ? stage - steps : stage - steps + sources_.stages;
+  }
+
+  // All of this thread's groups but the `pending` newest, 0 to 2, have come.
+  static __device__ __forceinline__ void wait_for_copies(int pending) {
+    pending == 2   ? ptx::wait_copies<2>()
+    : pending == 1 ? ptx::wait_copies<1>()
+                   : ptx::wait_copies<0>();
+  }
+  static __device__ __forceinline__ void meet_all_copies() {
+    ptx::wait_copies<0>();
+    __syncthreads();
+  }
+
+  // This warp's keys of the i-th step, if there is one.
+  __device__ __forceinline__ void copy_keys(int i, int count, Stage& stage) {
+    if (i >= count) return;
+    const int tile = tile_of(step_of(rows_.item, i)), page = page_of(tile);
+    if (at_.lane == 0) stage.pages[at_.warp] = page;
+    copy(sources_.k, stage.keys[at_.warp], tile, page);
+  }
+
+  // Of this warp's keys of a tile: a page has 16 tokens or more. -1: none.
+  __device__ __forceinline__ int page_of(int tile) const {
+    const int first = first_key(tile);
+    if (!p_.keys.page_table) return 0;
+    if (first >= seen_.end) return -1;
+    const int page =
+        p_.keys
+            .page_table[rows_.item.request * p_.keys.page_table_stride + first / p_.keys.page_size];
+    return page < p_.keys.pages ? page : -1;
+  }
+  __device__ __forceinline__ int first_key(int tile) const {
+    return tile * kTileKeys + kWarpKeys * at_.warp;
+  }
+
+  // This warp's 16 keys of a tile, or their values; zeros where no row sees them.
+  template <int kBytes>
+  __device__ __forceinline__ void copy(const Tensor& tensor, const uint8_t (&to)[kBytes], int tile,
+                                       int page) const {
+    using Tile = Panels32<kWarpKeys, kBytes / (2 * kWarpKeys)>;
+    using Copies = ThreadCopies<Tile, 32>;
+    const int first = first_key(tile);
+    const TokenPlace place =
+        place_of_token(p_.keys, rows_.item.request, rows_.item.first_key, first, page);
+    const uint16_t* from = static_cast<const uint16_t*>(tensor.data) +
+                           place.outer * tensor.stride_outer + place.token * tensor.stride_token +
+                           rows_.item.kv_head * tensor.stride_head;
+    const uint32_t destination = ptx::shared_address(to);
+    if (page >= 0 && first >= seen_.begin && first + kWarpKeys <= seen_.end)
+      return Copies::start_whole(destination, from, tensor.stride_token);
+    Copies::start(destination, [&](int pass) -> const uint16_t* {
+      const int row = Copies::row() + pass * Copies::kPassRows, key = first + row;
+      if (page < 0 || key < seen_.begin || key >= seen_.end) return nullptr;
+      return from + row * tensor.stride_token + Copies::element();
+    });
+  }
+
+  // All query rows of the KV head; zeros behind the last.
+  __device__ __forceinline__ void copy_queries() const {
+    using Tile = typename C::Queries;
+    const Tensor& q = sources_.q;
+    const Item& item = rows_.item;
+    constexpr int kPieces = C::kQkDim / 8;
+    for (int x = threadIdx.x; x < kRows * kPieces; x += kThreads) {
+      const int row = x / kPieces, piece = x % kPieces;
+      const auto* from = static_cast<const uint16_t*>(q.data) + item.request * q.stride_outer +
+                         row / rows_.group * q.stride_token +
+                         (item.kv_head * rows_.group + row % rows_.group) * q.stride_head +
+                         piece * 8;
+      ptx::copy_16(ptx::shared_address(shared_.queries) + piece / 4 * Tile::kPanelBytes +
+                       Tile::offset(row, piece % 4),
+                   from, row < plan_.rows);
+    }
+  }
+
+  // --- products ---------------------------------------------------------------------------------
+
+  // S^T = K Q^T of this warp's keys.
+  __device__ __forceinline__ void score(const Stage& stage, Scores& s) const {
+    using K = typename C::Keys;
+    using Q = typename C::Queries;
+    const uint32_t key = ptx::shared_address(stage.keys[at_.warp]);
+    const uint32_t query = ptx::shared_address(shared_.queries);
+    const uint32_t a_lane = K::offset(at_.lane % 16, at_.lane / 16);
+    const uint32_t b_lane = Q::offset(at_.lane % 8, at_.lane / 8);
+#pragma unroll
+    for (float& x : s) x = 0;
+#pragma unroll
+    for (int panel = 0; panel < C::kQkDim / 32; ++panel) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        ptx::load_matrices(a[half], key + K::advance(a_lane, 2 * panel + half));
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) {
+        uint32_t b[4];
+        ptx::load_matrices(b, query + b_lane + panel * Q::kPanelBytes + j * 8 * Q::kRowBytes);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          ptx::multiply_add<Element>(&s[4 * j], a[half], b[2 * half], b[2 * half + 1]);
+      }
+    }
+  }
+
+  // Softmax of a kept tile: its probabilities and factors for all warps.
+  __device__ __forceinline__ void weigh(Scores& s, const Columns& maximum, Stage& stage) {
+    Columns factor;
+    rows_.weigh(s, maximum, factor);
+    if (threadIdx.x < 4) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) stage.factors[at_.row(c)] = factor[c];
+    }
+#pragma unroll
+    for (int j = 0; j < kEights; ++j) {
+      const auto transposed = [&](int x) {
+        return ptx::transpose_matrix(pack2<Element>(s[x], s[x + 1]));
+      };
+      stage.probabilities[at_.warp][j][at_.lane] =
+          make_uint2(transposed(4 * j), transposed(4 * j + 2));
+    }
+  }
+
+  // Whether this warp has elements of the panel.
+  __device__ __forceinline__ bool has_panel(int i) const {
+    return C::kValueDim % 64 == 0 || i * 64 + 16 * at_.warp < C::kValueDim;
+  }
+
+  // O^T += V^T P, of this warp's elements and all keys.
+  __device__ __forceinline__ void add(const Stage& stage, Outputs& o) const {
+    using V = typename C::Values;
+    Columns factor;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) factor[c] = stage.factors[at_.row(c)];
+    rows_.rescale(o, factor);
+    const uint32_t lane = V::offset(at_.lane % 8 + at_.lane / 16 * 8, at_.lane / 8 % 2);
+    const uint32_t first = ptx::shared_address(stage.values[0]) + V::advance(lane, at_.warp);
+#pragma unroll
+    for (int keys = 0; keys < kWarps; ++keys) {
+      uint2 p[kEights];
+#pragma unroll
+      for (int j = 0; j < kEights; ++j) p[j] = stage.probabilities[keys][j][at_.lane];
+#pragma unroll
+      for (int i = 0; i < kPanels; ++i) {
+        if (!has_panel(i)) continue;
+        uint32_t a[4];
+        ptx::load_matrices_transposed(a, first + keys * V::kBytes + i * 2 * V::kPanelBytes);
+#pragma unroll
+        for (int j = 0; j < kEights; ++j)
+          ptx::multiply_add<Element>(&o[i][4 * j], a, p[j].x, p[j].y);
+      }
+    }
+  }
+
+  const Params& p_;
+  const Plan& plan_;
+  const Sources& sources_;
+  Shared& shared_;
+  const ThreadPlace at_;
+  const int behind_;  // steps from a tile's decision to where its values are added
+  Rows<C> rows_;
+  Range seen_;  // keys that some row sees
+  int slot_;    // of the split's result
+};
+
+template <typename C>
+__global__ void __launch_bounds__(kThreads, 2)
+    attend(const __grid_constant__ Params p, const __grid_constant__ Plan plan,
+           const __grid_constant__ Sources sources) {
+  extern __shared__ __align__(128) uint8_t memory[];
+  Block<C>(p, plan, sources, *reinterpret_cast<typename C::Shared*>(memory)).run();
+}
+
+// A kernel of its own: that of the Hopper backend has the same source, but is compiled for other
+// architectures.
+template <typename T, int kValueDim>
+__global__ void __launch_bounds__(kMostCombineThreads)
+    add_splits(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
+  __shared__ typename Combine<T, kValueDim>::Shared shared;
+  Combine<T, kValueDim>(p, plan, shared).run();
+}
+
+}  // namespace blasst::cuda::decode::sm80

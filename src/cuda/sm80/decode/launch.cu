@@ -1,0 +1,57 @@
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda/core/decode/splits.h"
+#include "cuda/core/runtime.h"
+#include "cuda/sm80/decode/config.cuh"
+#include "cuda/sm80/decode/kernels.h"
+#include "cuda/sm80/decode/launch.h"
+#include "cuda/sm80/decode/shape.h"
+
+namespace blasst::cuda::decode::sm80 {
+namespace {
+
+constexpr int kMostRun = 8;  // splits a work item
+
+// Stages that the current device has room for.
+int stages_of(const Kernels& kernels) {
+  const int n = stages({most_shared_memory(), shared_memory_of_multiprocessor()},
+                       kernels.shared_bytes, kernels.stage_bytes);
+  return std::max(1, n);  // allow_shared_memory() says what is lacking
+}
+
+}  // namespace
+
+// Every split has a result of its own.
+Plan make_plan(int batch, int kv_heads, int key_length, int rows) {
+  return plan_splits(batch, kv_heads, key_length, rows,
+                     {least_split_tiles(rows), most_splits(kv_heads)}, 1);
+}
+
+// All that can fail on the host comes before the first write.
+void launch(const Launch& l) {
+  const Params& p = l.params;
+  const auto stream = static_cast<cudaStream_t>(l.stream);
+  if (p.batch == 0) return clear_report(p, stream);
+  Plan plan = make_plan(p.batch, p.kv_heads, p.keys.length, p.heads / p.kv_heads * p.query_length);
+  place_results(plan, l);
+  plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
+
+  const Kernels kernels = find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
+  const Sources sources{l.q, l.k, l.v, stages_of(kernels), plan.item_slots};
+  const int bytes = kernels.shared_bytes + sources.stages * kernels.stage_bytes;
+  allow_shared_memory(kernels.attend, bytes);
+  allow_shared_memory(kernels.combine, 0);  // loads it
+  const int most_blocks = resident_blocks(kernels.attend, kThreads, bytes);
+  const Plan work = plan_chunks(plan_runs(plan, p, most_blocks, kMostRun), most_blocks);
+  const int blocks = std::min(work.items, most_blocks);
+
+  clear_report(p, stream);
+  clear(work.next_item, sizeof(int), stream);
+  enqueue(kernels.attend, blocks, kThreads, bytes, stream, {&p, &work, &sources});
+  // Not early: what was compiled for a capability before 9.0 has no way to wait.
+  enqueue_combine(kernels.combine, p, plan, l.value_dim, false, stream);
+}
+
+}  // namespace blasst::cuda::decode::sm80

@@ -1,0 +1,14 @@
+// Launching the decode kernels. No CUDA types, so that any host code may include it.
+#pragma once
+
+#include "cuda/core/decode/launch.h"
+
+namespace blasst::cuda::decode::sm80 {
+
+// The part of the plan that the shapes decide; rows: of a KV head. Throws Error.
+Plan make_plan(int batch, int kv_heads, int key_length, int rows);
+
+// Enqueues everything on the stream; allocates nothing. Throws Error.
+void launch(const Launch& launch);
+
+}  // namespace blasst::cuda::decode::sm80
