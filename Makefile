@@ -122,10 +122,10 @@ SANITIZED := PrefillRandom.*/0:DecodeRandom.*/0:Calls.*:DecodeKernels.G*
 
 .PHONY: gpu-sanitize
 gpu-sanitize: build ## kernels on small problems under compute-sanitizer: memory, barriers, races
-	for tool in memcheck synccheck racecheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 \
+	for backend in '' cuda-sm80; do for tool in memcheck synccheck racecheck; do \
+	  BLASST_CUDA_BACKEND=$$backend compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    build/release/tests/cuda/cuda_tests --gtest_filter='$(SANITIZED)'; \
-	done
+	done; done
 
 .PHONY: gpu-bench
 gpu-bench: build ## measure the kernels, beside FlashAttention-3 where it is installed

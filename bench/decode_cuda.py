@@ -1,4 +1,4 @@
-"""Decode on a GPU of compute capability 9.0, dense and sparse.
+"""Decode on a GPU, dense and sparse.
 
 FlashAttention-3 is measured beside it if it is installed: fa3-fwd, which has no pages, and a build
 that has them (tokenspeed-fa3). Every line checks the output first. Rates are bytes of the keys and
@@ -8,6 +8,7 @@ With --cache the same keys and values in 8 bits are measured beside them, agains
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -223,9 +224,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(WORKS)))
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.73, 0.87])
+    parser.add_argument("--backend", choices=("cuda-sm90", "cuda-sm80"), help="default: the first")
     parser.add_argument("--cache", nargs="*", choices=list(CACHES), default=[])
     arguments = parser.parse_args()
-    print(torch.cuda.get_device_name(), flush=True)
+    if arguments.backend:
+        os.environ["BLASST_CUDA_BACKEND"] = arguments.backend  # read at the first call
+    print(torch.cuda.get_device_name(), arguments.backend or "", flush=True)
     for line in arguments.lines:
         measure(WORKS[line], arguments.sparsity, arguments.cache)
         torch.cuda.empty_cache()

@@ -65,7 +65,11 @@ const GpuKernels& gpu_kernels() {
     blasst::Problem& p = params.problem;
     for (View* view : {&p.q, &p.kv.k, &p.kv.v, &p.out}) view->dtype = BLASST_BFLOAT16;
     if (plan(params, false).backend == BLASST_BACKEND_CUDA_SM80)
-      return GpuKernels{.prefill_sizes = {{64, 64}, {96, 96}, {128, 128}, {256, 256}},
+      return GpuKernels{.backward = false,
+                        .int8_scores = false,
+                        .latents = false,
+                        .caches_in_8_bits = false,
+                        .prefill_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)},
                         .decode_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)}};
     const std::vector<HeadSizes> sizes = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
     return GpuKernels{.backward = true,

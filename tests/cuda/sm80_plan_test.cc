@@ -1,14 +1,14 @@
 // What the host checks before a call reaches the portable kernels. No GPU needed.
 #include <gtest/gtest.h>
 
-#include <string>
+#include <cstdint>
+#include <tuple>
 
 #include "cuda/backend.h"
 #include "cuda/sm80/decode/plan.h"
 #include "cuda/sm80/decode/shape.h"
 #include "cuda/sm80/prefill/plan.h"
 #include "cuda/sm90/decode/plan.h"
-#include "cuda/sm90/prefill/plan.h"
 #include "plan_cases.h"
 
 namespace blasst::cuda {
@@ -93,19 +93,30 @@ INSTANTIATE_TEST_SUITE_P(
     name_of);
 
 // One calibration serves both.
-TEST(Sm80Plan, HasTheTilesOfTheHopperKernels) {
-  const P prefill = kPrefill(), decode = kDecode();
-  const Plan own[] = {prefill_plan(prefill), decode_plan(decode)};
-  const Plan hopper[] = {prefill::plan(prefill), decode::plan(decode)};
-  for (int phase = 0; phase < 2; ++phase) {
-    const Plan &a = own[phase], &b = hopper[phase];
-    EXPECT_EQ(a.backend, BLASST_BACKEND_CUDA_SM80);
-    EXPECT_EQ(a.shape.query_rows, b.shape.query_rows);
-    EXPECT_EQ(a.shape.keys, b.shape.keys);
-    EXPECT_EQ(a.shape.split_tiles, b.shape.split_tiles);
-    EXPECT_EQ(a.shape.most_splits, b.shape.most_splits);
-    EXPECT_EQ(a.tile_words, b.tile_words);
-    EXPECT_EQ(a.workspace_bytes, b.workspace_bytes);
+TEST(Sm80Plan, DecodesOnTheTilesOfTheHopperKernel) {
+  const P p = kDecode();
+  const Plan own = decode_plan(p), hopper = decode::plan(p);
+  EXPECT_EQ(own.backend, BLASST_BACKEND_CUDA_SM80);
+  EXPECT_EQ(own.shape.query_rows, hopper.shape.query_rows);
+  EXPECT_EQ(own.shape.keys, hopper.shape.keys);
+  EXPECT_EQ(own.shape.split_tiles, hopper.shape.split_tiles);
+  EXPECT_EQ(own.shape.most_splits, hopper.shape.most_splits);
+  EXPECT_EQ(own.tile_words, hopper.tile_words);
+  EXPECT_EQ(own.workspace_bytes, hopper.workspace_bytes);
+}
+
+TEST(Sm80Plan, PrefillTilesAreWhatRegistersHold) {
+  for (const auto& [qk, value, keys] : {std::tuple<int64_t, int64_t, int64_t>{64, 64, 128},
+                                        {96, 96, 64},
+                                        {128, 128, 64},
+                                        {192, 128, 32},
+                                        {256, 256, 32}}) {
+    P p = dense_call(kRoom);
+    p.problem.head_dim = qk, p.problem.value_dim = value;
+    const Plan plan = prefill_plan(p);
+    EXPECT_EQ(plan.backend, BLASST_BACKEND_CUDA_SM80);
+    EXPECT_EQ(plan.shape.query_rows, 64);
+    EXPECT_EQ(plan.shape.keys, keys) << qk;
   }
 }
 

@@ -10,18 +10,6 @@
 #include "cuda/sm80/decode/shape.h"
 
 namespace blasst::cuda::decode::sm80 {
-namespace {
-
-constexpr int kMostRun = 8;  // splits a work item
-
-// Stages that the current device has room for.
-int stages_of(const Kernels& kernels) {
-  const int n = stages({most_shared_memory(), shared_memory_of_multiprocessor()},
-                       kernels.shared_bytes, kernels.stage_bytes);
-  return std::max(1, n);  // allow_shared_memory() says what is lacking
-}
-
-}  // namespace
 
 // Every split has a result of its own.
 Plan make_plan(int batch, int kv_heads, int key_length, int rows) {
@@ -29,8 +17,12 @@ Plan make_plan(int batch, int kv_heads, int key_length, int rows) {
                      {least_split_tiles(rows), most_splits(kv_heads)}, 1);
 }
 
-// All that can fail on the host comes before the first write.
 void launch(const Launch& l) {
+  launch(l, {most_shared_memory(), shared_memory_of_multiprocessor()});
+}
+
+// All that can fail on the host comes before the first write.
+void launch(const Launch& l, SharedMemory room) {
   const Params& p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
   if (p.batch == 0) return clear_report(p, stream);
@@ -39,11 +31,13 @@ void launch(const Launch& l) {
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
 
   const Kernels kernels = find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
-  const Sources sources{l.q, l.k, l.v, stages_of(kernels), plan.item_slots};
+  const int fit = stages(room, kernels.shared_bytes, kernels.stage_bytes);
+  const Sources sources{l.q, l.k, l.v, std::max(1, fit), plan.item_slots};
   const int bytes = kernels.shared_bytes + sources.stages * kernels.stage_bytes;
-  allow_shared_memory(kernels.attend, bytes);
-  allow_shared_memory(kernels.combine, 0);  // loads it
+  allow_shared_memory(kernels.attend, bytes);  // says what is lacking, if less than a stage fits
+  allow_shared_memory(kernels.combine, 0);     // loads it
   const int most_blocks = resident_blocks(kernels.attend, kThreads, bytes);
+  constexpr int kMostRun = 8;  // splits a work item
   const Plan work = plan_chunks(plan_runs(plan, p, most_blocks, kMostRun), most_blocks);
   const int blocks = std::min(work.items, most_blocks);
 

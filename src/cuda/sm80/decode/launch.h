@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/core/decode/launch.h"
+#include "cuda/sm80/decode/shape.h"
 
 namespace blasst::cuda::decode::sm80 {
 
@@ -10,5 +11,8 @@ Plan make_plan(int batch, int kv_heads, int key_length, int rows);
 
 // Enqueues everything on the stream; allocates nothing. Throws Error.
 void launch(const Launch& launch);
+
+// The same with no more shared memory than that.
+void launch(const Launch& launch, SharedMemory room);
 
 }  // namespace blasst::cuda::decode::sm80

@@ -37,8 +37,6 @@ struct Config {
   static constexpr int kQueryTiles = query_tiles(kValueDim);
   static constexpr int kRowsPerBlock = rows_per_block(kValueDim);
   static constexpr int kKeys = tile_keys(kQkDim);
-  static constexpr int kStepKeys = step_keys(kQkDim);
-  static constexpr int kSteps = kKeys / kStepKeys;  // of a tile
 
   // A warp has 16 or 32 rows. Two strips of 16 use a fragment of keys or values twice, which halves
   // what is read from shared memory; outputs of 256 leave registers for one.
@@ -48,18 +46,16 @@ struct Config {
   static constexpr int kTileWarps = kQueryTileRows / 16 / kStrips;  // that decide together
   using Place = sm80::Place<kStrips>;
 
-  // Keys are copied two steps ahead where a tile's values wait for its decision, else both one.
-  static constexpr int kKeyStages = kTests ? 3 : 2;
-  static constexpr int kValueStages = kTests ? 1 : 2;
+  static constexpr int kStages = 2;  // of keys, and of values
 
   using Queries = Panels32<kRowsPerBlock, kQkDim>;
-  using Keys = Panels32<kStepKeys, kQkDim>;
-  using Values = Panels32<kStepKeys, kValueDim>;
+  using Keys = Panels32<kKeys, kQkDim>;
+  using Values = Panels32<kKeys, kValueDim>;
 
   struct Shared {
     alignas(128) uint8_t query[Queries::kBytes];
-    alignas(128) uint8_t key[kKeyStages][Keys::kBytes];
-    alignas(128) uint8_t value[kValueStages][Values::kBytes];
+    alignas(128) uint8_t key[kStages][Keys::kBytes];
+    alignas(128) uint8_t value[kStages][Values::kBytes];
     Work work;
     // Of each strip's rows; tiles alternate. Reports only.
     float gap[2][2][4], maximum[2][2][4];

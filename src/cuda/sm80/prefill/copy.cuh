@@ -23,7 +23,7 @@ __device__ __forceinline__ void copy_queries(const Params& p, const Tensor& q, c
   });
 }
 
-// Copies keys or values of an item, `kStepKeys` at a time.
+// Copies keys or values of an item, a tile at a time.
 template <typename C, typename Tile>
 class KeyCopies {
  public:
@@ -34,8 +34,9 @@ class KeyCopies {
       first_ += source_.outer * tensor.stride_outer + source_.first_token * tensor.stride_token;
   }
 
-  // Those from `first_key` on; zeros behind the last.
-  __device__ __forceinline__ void start(uint32_t destination, int first_key) const {
+  // Those of a tile; zeros behind the last.
+  __device__ __forceinline__ void start(uint32_t destination, int tile) const {
+    const int first_key = tile * Tile::kRows;
     if (!p_.keys.page_table && first_key + Tile::kRows <= keys_)
       Copies::start_whole(destination, first_ + first_key * tensor_.stride_token,
                           tensor_.stride_token);

@@ -58,13 +58,20 @@ class Block {
   using Element = typename C::Element;
   using Place = typename C::Place;
   using Shared = typename C::Shared;
-  using Scores = float[kStrips][C::kStepKeys / 2];
-  using Probabilities = uint32_t[kStrips][C::kStepKeys / 4];
+  using Scores = float[kStrips][C::kKeys / 2];
+  using Probabilities = uint32_t[kStrips][C::kKeys / 4];
   using Outputs = float[kStrips][C::kValueDim / 2];
   using Maxima = float[kStrips][2];
   using Softmax = OnlineSoftmax[kStrips];
-  using Keys = KeyCopies<C, typename C::Keys>;
-  using Values = KeyCopies<C, typename C::Values>;
+
+  // Over an item's tiles, with what copies them.
+  struct Walk {
+    const Work& work;
+    const KeyCopies<C, typename C::Keys> keys;
+    const KeyCopies<C, typename C::Values> values;
+    const int tiles;
+    Visit visit;
+  };
 
   template <int... kWhich>
   __device__ Block(const Params& p, const Sources& sources, Shared& s, int warp,
@@ -90,115 +97,96 @@ class Block {
     }
     if (tiles.begin < tiles.end) {
       copy_queries<C>(p_, sources_.q, work, base_ + offsetof(Shared, query));
+      Walk walk{work, {p_, sources_.k, work}, {p_, sources_.v, work}, tiles.end - tiles.begin, {}};
+      walk.visit.begin(p_.order, tiles);
       if constexpr (C::kTests)
-        attend_kept(work, tiles, plain, softmax, o);
+        attend_kept(walk, plain, softmax, o);
       else
-        attend_all(work, tiles, plain, softmax, o);
+        attend_all(walk, plain, softmax, o);
     }
     write(work, softmax, o);
   }
 
-  // Without a test: the next step's keys and values are copied under this one's products.
-  __device__ __forceinline__ void attend_all(const Work& work, Range tiles, Range plain,
-                                             Softmax& softmax, Outputs& o) {
-    const Keys keys(p_, sources_.k, work);
-    const Values values(p_, sources_.v, work);
-    const int steps = (tiles.end - tiles.begin) * C::kSteps;
-    Visit visit{};
-    visit.begin(p_.order, tiles);
-    const auto copy = [&](int index, int key) {
-      keys.start(key_stage(index), key);
-      values.start(value_stage(index), key);
+  // Without a test: the next tile's keys and values are copied under this one's products.
+  __device__ __forceinline__ void attend_all(Walk& walk, Range plain, Softmax& softmax,
+                                             Outputs& o) {
+    const auto copy = [&](int index, int tile) {
+      walk.keys.start(key_stage(index), tile);
+      walk.values.start(value_stage(index), tile);
       ptx::commit_copies();
     };
-    copy(0, visit.tile * C::kKeys);
+    copy(0, walk.visit.tile);
 #pragma unroll 1
-    for (int index = 0; index < steps; ++index) {
-      const bool last = index % C::kSteps == C::kSteps - 1;
-      const int key = visit.tile * C::kKeys + index % C::kSteps * C::kStepKeys;
-      // 1. Keys and values are there, and nobody reads those of the last step any more.
+    for (int index = 0; index < walk.tiles; ++index) {
+      // 1. Keys and values are there, and nobody reads those of the last tile any more.
       ptx::wait_copies<0>();
       __syncthreads();
-      if (last) visit.next();
-      if (index + 1 < steps) copy(index + 1, last ? visit.tile * C::kKeys : key + C::kStepKeys);
+      const int tile = walk.visit.tile;
+      walk.visit.next();
+      if (index + 1 < walk.tiles) copy(index + 1, walk.visit.tile);
       // 2. Scores, probabilities, outputs.
       Scores s;
       Maxima maxima;
       Probabilities p;
-      take_scores(work, plain, key, key_stage(index), s, maxima);
-      weigh(s, maxima, softmax, o, p);
+      take_scores(walk.work, plain, tile, key_stage(index), s, maxima);
+#pragma unroll
+      for (int i = 0; i < kStrips; ++i) weigh(i, s, maxima, softmax, o, p);
       multiply_values<C>(o, p, value_stage(index));
     }
   }
 
-  // With a test. A query tile decides on all keys of a tile, but where that takes two steps it has
-  // the scores of one at a time: if the first step's scores do for keeping, it goes on with them at
-  // once; if only the second's do, those of the first are computed again after it.
-  __device__ __forceinline__ void attend_kept(const Work& work, Range tiles, Range plain,
-                                              Softmax& softmax, Outputs& o) {
-    const Keys keys(p_, sources_.k, work);
-    const Values values(p_, sources_.v, work);
-    const int steps = (tiles.end - tiles.begin) * C::kSteps;
-    Visit visit{};
-    visit.begin(p_.order, tiles);
-    TileSoFar so_far;
-    unsigned kept_before = 0;  // bit t: query tile t keeps this tile for its first step
-    unsigned missing = 0;      // the same: it lacks the first step, which comes once more
-    const auto copy_keys = [&](int index, int key) {
-      if (index < steps) keys.start(key_stage(index), key);
-      ptx::commit_copies();
+  // With a test. Keys are copied two tiles ahead. Values are asked for one tile ahead while tiles
+  // are kept, since neighbours are often alike, else when their tile is.
+  __device__ __forceinline__ void attend_kept(Walk& walk, Range plain, Softmax& softmax,
+                                              Outputs& o) {
+    Visit& visit = walk.visit;
+    const auto copy_keys = [&](int index, int tile) {
+      if (index < walk.tiles) walk.keys.start(key_stage(index), tile);
     };
-    copy_keys(0, visit.tile * C::kKeys);
-    copy_keys(1,
-              C::kSteps == 2 ? visit.tile * C::kKeys + C::kStepKeys : visit.next_tile * C::kKeys);
+    copy_keys(0, visit.tile);
+    ptx::commit_copies();
+    copy_keys(1, visit.next_tile);
+    walk.values.start(value_stage(0), visit.tile);
+    ptx::commit_copies();
     ptx::wait_copies<1>();
     __syncthreads();
+    bool asked = true;  // for this tile's values
 #pragma unroll 1
-    for (int index = 0; index < steps;) {
-      const bool again = missing != 0;
-      const int step = again ? index - 1 : index, half = step % C::kSteps;
-      const bool last = half == C::kSteps - 1;
-      const int key = visit.tile * C::kKeys + half * C::kStepKeys;
+    for (int index = 0; index < walk.tiles; ++index) {
       visit.masked = visit.tile < plain.begin || visit.tile >= plain.end;
       // 1. Scores, and what this warp says to them.
       Scores s;
       Maxima maxima;
-      bool wanted = is_own(missing);
-      if (!again || wanted) take_scores(work, plain, key, key_stage(step), s, maxima);
-      if (!again) {
-        wanted = is_own(kept_before) || votes_to_keep(work, maxima, softmax);
-        so_far.add(half == 0, maxima, softmax);
-        if (last) offer(visit, so_far);
-      }
-      // 2. What the query tiles say; the next step's keys are there for everyone, and nobody reads
-      // this one's any more, nor the last values.
+      take_scores(walk.work, plain, visit.tile, key_stage(index), s, maxima);
+      const bool wanted = votes_to_keep(walk.work, maxima, softmax);
+      offer(visit, maxima, softmax);
+      // 2. What the query tiles say. The next keys, and values that were asked for, are there for
+      // everyone; nobody reads these keys any more, nor the last tile's values.
       ptx::wait_copies<0>();
       const unsigned use = wanted_by_tiles(wanted);
-      const unsigned late = again || half == 0 ? 0 : use & ~kept_before;
-      if (!again && last) decided(work, visit, is_own(use), so_far, softmax);
-      // 3. Values that somebody wants; keys of the step after next, in the stage of the last one's.
-      if (use) {
-        values.start(value_stage(0), key);
-        ptx::commit_copies();
-      }
-      if (!late) {
-        const int tile = C::kSteps == 2 ? visit.next_tile : visit.next_tile + visit.step;
-        copy_keys(index + 2, tile * C::kKeys + index % C::kSteps * C::kStepKeys);
-      }
-      // 4. Probabilities, under the copy; outputs.
+      decided(walk.work, visit, is_own(use), maxima, softmax);
+      // 3. Values that some query tile wants, if they were not asked for; keys and values to come.
+      if (use && !asked) walk.values.start(value_stage(index), visit.tile);
+      ptx::commit_copies();
+      copy_keys(index + 2, visit.next_tile + visit.step);
+      if (use && index + 1 < walk.tiles) walk.values.start(value_stage(index + 1), visit.next_tile);
+      ptx::commit_copies();
+      // 4. Probabilities, outputs.
       if (use) {
         Probabilities p;
-        if (is_own(use)) weigh(s, maxima, softmax, o, p);
-        late ? ptx::wait_copies<0>() : ptx::wait_copies<1>();
-        __syncthreads();
-        if (is_own(use)) multiply_values<C>(o, p, value_stage(0));
+        if (is_own(use)) weigh(0, s, maxima, softmax, o, p);
+        if (!asked) {
+          ptx::wait_copies<1>();
+          __syncthreads();
+        }
+        if (is_own(use)) {
+#pragma unroll
+          for (int i = 1; i < kStrips; ++i) weigh(i, s, maxima, softmax, o, p);
+          multiply_values<C>(o, p, value_stage(index));
+        }
       }
-      // 5. The next step, or the first one once more.
-      missing = late;
-      if (late) continue;
-      kept_before = again || last ? 0 : use;
-      if (index % C::kSteps == C::kSteps - 1) visit.next();
-      ++index;
+      asked = use != 0;
+      visit.next();
     }
   }
 
@@ -211,14 +199,13 @@ class Block {
     return {ptx::warp_uniform(plain.begin), ptx::warp_uniform(plain.end)};
   }
 
-  // The scores of a step, and the largest ones of the thread's own.
-  __device__ __forceinline__ void take_scores(const Work& work, Range plain, int key,
+  // The scores of a tile, and the largest ones of the thread's own.
+  __device__ __forceinline__ void take_scores(const Work& work, Range plain, int tile,
                                               uint32_t stage, Scores& s, Maxima& maxima) const {
     const uint32_t query =
         base_ + offsetof(Shared, query) + warp_ * kStrips * 16 * C::Queries::kRowBytes;
     multiply_scores<C>(s, query, stage);
-    const int tile = key / C::kKeys;
-    if (tile < plain.begin || tile >= plain.end) cap_and_mask(work, key, s);
+    if (tile < plain.begin || tile >= plain.end) cap_and_mask(work, tile * C::kKeys, s);
 #pragma unroll
     for (int i = 0; i < kStrips; ++i) row_maxima(s[i], maxima[i]);
   }
@@ -269,56 +256,28 @@ class Block {
     return (count >= 32 ? 1 : 0) | (count % 32 != 0 ? 2 : 0);
   }
 
-  // What the test compares, of a tile whose scores come in steps: reports need it whole.
-  struct TileSoFar {
-    Maxima maxima;   // of the tile
-    Softmax before;  // of the tiles before
-
-    __device__ __forceinline__ void add(bool first, const Maxima& more, const Softmax& softmax) {
-      if constexpr (C::kVariant == Variant::kReport) {
+  __device__ __forceinline__ void offer(const Visit& visit, const Maxima& maxima,
+                                        const Softmax& softmax) {
 #pragma unroll
-        for (int i = 0; i < kStrips; ++i) {
-          if (first) before[i] = softmax[i];
-#pragma unroll
-          for (int r = 0; r < 2; ++r)
-            maxima[i][r] = first ? more[i][r] : max_nan(maxima[i][r], more[i][r]);
-        }
-      }
-    }
-  };
-
-  __device__ __forceinline__ void offer(const Visit& visit, const TileSoFar& tile) {
-    if constexpr (C::kVariant == Variant::kReport) {
-#pragma unroll
-      for (int i = 0; i < kStrips; ++i) {
-        reports_[i].offer(visit, tile.maxima[i], {tile.maxima[i][0], tile.maxima[i][1]},
-                          tile.before[i]);
-      }
-    }
+    for (int i = 0; i < kStrips; ++i)
+      reports_[i].offer(visit, maxima[i], {maxima[i][0], maxima[i][1]}, softmax[i]);
   }
 
   __device__ __forceinline__ void decided(const Work& work, const Visit& visit, bool keep,
-                                          const TileSoFar& tile, const Softmax& softmax) {
+                                          const Maxima& maxima, const Softmax& softmax) {
 #pragma unroll
-    for (int i = 0; i < kStrips; ++i) {
-      TileMaxima maxima = {};
-      if constexpr (C::kVariant == Variant::kReport)
-        maxima = {tile.maxima[i][0], tile.maxima[i][1]};
-      reports_[i].decided(work, visit, keep, maxima, softmax[i]);
-    }
+    for (int i = 0; i < kStrips; ++i)
+      reports_[i].decided(work, visit, keep, {maxima[i][0], maxima[i][1]}, softmax[i]);
   }
 
   // --- probabilities and outputs ----------------------------------------------------------------
 
-  // The scores of a step that is kept become probabilities; the outputs so far follow the maxima.
-  __device__ __forceinline__ void weigh(const Scores& s, Maxima& maxima, Softmax& softmax,
-                                        Outputs& o, Probabilities& p) const {
-#pragma unroll
-    for (int i = 0; i < kStrips; ++i) {
-      quad_maxima(maxima[i]);
-      softmax[i].move(maxima[i], o[i]);
-      softmax[i].template exponentials<Element>(s[i], p[i]);
-    }
+  // The scores of a strip become probabilities; its outputs so far follow the maxima.
+  __device__ __forceinline__ void weigh(int strip, const Scores& s, Maxima& maxima,
+                                        Softmax& softmax, Outputs& o, Probabilities& p) const {
+    quad_maxima(maxima[strip]);
+    softmax[strip].move(maxima[strip], o[strip]);
+    softmax[strip].template exponentials<Element>(s[strip], p[strip]);
   }
 
   // Normalises and writes the rows.
@@ -352,11 +311,11 @@ class Block {
   // --- places -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ Place place(int strip) const { return {warp_, strip}; }
-  __device__ __forceinline__ uint32_t key_stage(int step) const {
-    return base_ + offsetof(Shared, key) + step % C::kKeyStages * C::Keys::kBytes;
+  __device__ __forceinline__ uint32_t key_stage(int index) const {
+    return base_ + offsetof(Shared, key) + index % C::kStages * C::Keys::kBytes;
   }
-  __device__ __forceinline__ uint32_t value_stage(int step) const {
-    return base_ + offsetof(Shared, value) + step % C::kValueStages * C::Values::kBytes;
+  __device__ __forceinline__ uint32_t value_stage(int index) const {
+    return base_ + offsetof(Shared, value) + index % C::kStages * C::Values::kBytes;
   }
 
   const Params& p_;

@@ -10,6 +10,7 @@ Kernel find_kernel(Element element, int qk_dim, int value_dim, Variant variant) 
   if (is(64, 64)) return find_kernel_of<64, 64>(element, variant);
   if (is(96, 96)) return find_kernel_of<96, 96>(element, variant);
   if (is(128, 128)) return find_kernel_of<128, 128>(element, variant);
+  if (is(192, 128)) return find_kernel_of<192, 128>(element, variant);
   if (is(256, 256)) return find_kernel_of<256, 256>(element, variant);
   throw Error(BLASST_INTERNAL, formatted("no kernel of dimensions {} and {}", qk_dim, value_dim));
 }

@@ -18,6 +18,7 @@ Kernel find_kernel_of(Element element, Variant variant);
 BLASST_DECLARE(64, 64)
 BLASST_DECLARE(96, 96)
 BLASST_DECLARE(128, 128)
+BLASST_DECLARE(192, 128)
 BLASST_DECLARE(256, 256)
 #undef BLASST_DECLARE
 

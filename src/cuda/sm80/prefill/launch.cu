@@ -2,8 +2,7 @@
 
 #include <algorithm>
 
-#include "cuda/core/prefill/batch.h"
-#include "cuda/core/prefill/rows.cuh"
+#include "cuda/core/prefill/frame.h"
 #include "cuda/core/runtime.h"
 #include "cuda/sm80/prefill/config.cuh"
 #include "cuda/sm80/prefill/kernels.h"
@@ -11,27 +10,18 @@
 
 namespace blasst::cuda::prefill::sm80 {
 
-// All that can fail on the host comes before the first write.
 void launch(const Launch& l) {
-  Params p = l.params;
-  const auto stream = static_cast<cudaStream_t>(l.stream);
-  const int block_rows = rows_per_block(l.value_dim);
-  const int items = p.rows == 0 ? 0 : plan_work(p, l, block_rows);
-  if (items == 0) return clear_report(p, stream);
-
-  const Sources sources{l.q, l.k, l.v};
-  const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.variant);
-  allow_shared_memory(kernel.function, kernel.shared_bytes);
-  const int blocks =
-      std::min(items, resident_blocks(kernel.function, kernel.threads, kernel.shared_bytes));
-
-  clear_report(p, stream);
-  if (p.first_block)
-    list_blocks(p, block_rows, stream);
-  else
-    clear(p.next_item, sizeof(int), stream);
-  enqueue(kernel.function, blocks, kernel.threads, kernel.shared_bytes, stream, {&p, &sources});
-  if (may_be_padded(p)) clear_padding(p, l.value_dim, stream);
+  launch_items(l, rows_per_block(l.value_dim), [&](const Params& p, int items) {
+    const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.variant);
+    allow_shared_memory(kernel.function, kernel.shared_bytes);
+    const int blocks =
+        std::min(items, resident_blocks(kernel.function, kernel.threads, kernel.shared_bytes));
+    return [&l, &p, kernel, blocks] {
+      const Sources sources{l.q, l.k, l.v};
+      enqueue(kernel.function, blocks, kernel.threads, kernel.shared_bytes,
+              static_cast<cudaStream_t>(l.stream), {&p, &sources});
+    };
+  });
 }
 
 }  // namespace blasst::cuda::prefill::sm80

@@ -22,7 +22,7 @@ __device__ __forceinline__ uint32_t offset_by_rows() {
 
 // s = Q K^T: of each strip. query: of the warp's first row.
 template <typename C>
-__device__ __forceinline__ void multiply_scores(float (&s)[C::kStrips][C::kStepKeys / 2],
+__device__ __forceinline__ void multiply_scores(float (&s)[C::kStrips][C::kKeys / 2],
                                                 uint32_t query, uint32_t key) {
   using T = typename C::Element;
   const uint32_t a_lane = offset_by_blocks<typename C::Queries>();
@@ -36,7 +36,7 @@ __device__ __forceinline__ void multiply_scores(float (&s)[C::kStrips][C::kStepK
           a[i], query + i * 16 * C::Queries::kRowBytes + C::Queries::advance(a_lane, step));
     }
 #pragma unroll
-    for (int j = 0; j < C::kStepKeys / 16; ++j) {
+    for (int j = 0; j < C::kKeys / 16; ++j) {
       uint32_t b[4];
       ptx::load_matrices(b, key + j * 16 * C::Keys::kRowBytes + C::Keys::advance(b_lane, step));
 #pragma unroll
@@ -55,12 +55,12 @@ __device__ __forceinline__ void multiply_scores(float (&s)[C::kStrips][C::kStepK
 // o += P V.
 template <typename C>
 __device__ __forceinline__ void multiply_values(float (&o)[C::kStrips][C::kValueDim / 2],
-                                                const uint32_t (&p)[C::kStrips][C::kStepKeys / 4],
+                                                const uint32_t (&p)[C::kStrips][C::kKeys / 4],
                                                 uint32_t value) {
   using T = typename C::Element;
   const uint32_t b_lane = offset_by_blocks<typename C::Values>();
 #pragma unroll
-  for (int step = 0; step < C::kStepKeys / 16; ++step) {
+  for (int step = 0; step < C::kKeys / 16; ++step) {
     uint32_t a[C::kStrips][4];
 #pragma unroll
     for (int i = 0; i < C::kStrips; ++i) {

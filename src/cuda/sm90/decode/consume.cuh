@@ -42,11 +42,7 @@ class Consumer {
  public:
   __device__ __forceinline__ Consumer(const Params& p, const Plan& plan, typename L::Shared& shared,
                                       const CUtensorMap* v_map)
-      : p_(p),
-        plan_(plan),
-        shared_(shared),
-        v_map_(v_map),
-        rows_(p, plan, shared.rows) {}
+      : p_(p), plan_(plan), shared_(shared), v_map_(v_map), rows_(p, plan, shared.rows) {}
 
   __device__ __forceinline__ void run() {
     while (true) {

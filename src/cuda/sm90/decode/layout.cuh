@@ -64,7 +64,7 @@ struct Layout {
     alignas(1024) std::byte values[kValueStages][Values::kBytes];
     alignas(1024) std::byte queries[2][Queries::kBytes];
     alignas(1024) std::byte probabilities[kValueStages][Probabilities::kBytes];
-    float factors[kValueStages][kRows];      // for results before a kept tile is added
+    float factors[kValueStages][kRows];  // for results before a kept tile is added
     float below[2][kRows];  // of an item: what the tested value must stay below for a skip
     SharedRows<kRows> rows;
     Work items[2];

@@ -1,37 +1,27 @@
 // Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM, and one
 // arithmetic of the scores, BLASST_SCORES.
+#include "cuda/core/prefill/choose.cuh"
 #include "cuda/sm90/prefill/kernel.cuh"
 #include "cuda/sm90/prefill/kernels.h"
 
 namespace blasst::cuda::prefill {
 namespace {
 
-template <typename T, Variant kVariant>
-Kernel kernel() {
-  using C = Config<T, BLASST_QK_DIM, BLASST_VALUE_DIM, Scores::BLASST_SCORES, kVariant>;
-  return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared),
-          C::Layout::kThreads};
-}
-
-template <typename T>
-Kernel kernel(Variant variant) {
-  switch (variant) {
-    case Variant::kDense:
-      return kernel<T, Variant::kDense>();
-    case Variant::kSparse:
-      return kernel<T, Variant::kSparse>();
-    case Variant::kReport:
-      return kernel<T, Variant::kReport>();
+struct Compiled {
+  template <typename T, Variant kVariant>
+  static Kernel of() {
+    using C = Config<T, BLASST_QK_DIM, BLASST_VALUE_DIM, Scores::BLASST_SCORES, kVariant>;
+    return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared),
+            C::Layout::kThreads};
   }
-  __builtin_unreachable();
-}
+};
 
 }  // namespace
 
 template <>
 Kernel find_kernel_of<BLASST_QK_DIM, BLASST_VALUE_DIM, Scores::BLASST_SCORES>(Element element,
                                                                               Variant variant) {
-  return element == Element::kHalf ? kernel<__half>(variant) : kernel<__nv_bfloat16>(variant);
+  return choose<Compiled>(element, variant);
 }
 
 }  // namespace blasst::cuda::prefill

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/core/prefill/batch.h"
-#include "cuda/core/prefill/rows.cuh"
+#include "cuda/core/prefill/frame.h"
 #include "cuda/core/runtime.h"
 #include "cuda/sm90/core/tensor_map.h"
 #include "cuda/sm90/prefill/kernels.h"
@@ -33,35 +32,27 @@ Tensor quantized_keys(const Params& p, int dim, int keys) {
 
 }  // namespace
 
-// All that can fail on the host comes before the first write.
 void launch(const Launch& l) {
-  Params p = l.params;
-  const auto stream = static_cast<cudaStream_t>(l.stream);
-  const int block_rows = rows_per_block(l.qk_dim);
-  const int items = p.rows == 0 ? 0 : plan_work(p, l, block_rows);
-  if (items == 0) return clear_report(p, stream);
-
-  const int keys = tile_keys(l.qk_dim);
-  const int key_rows = p.keys.page_table ? std::min(p.keys.page_size, keys) : keys;
-  const CUtensorMap q = map_of(l.q, l.element, kQueryTileRows);
-  // Without keys nothing is copied; any tensor will do.
-  const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const bool int8 = l.scores == Scores::kInt8 && keys_at_all;
-  const CUtensorMap k = int8 ? map_of(quantized_keys(p, l.qk_dim, keys), Element::kInt8, keys)
-                             : map_of(keys_at_all ? l.k : l.q, l.element, key_rows);
-  const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l.element, key_rows);
-  const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.scores, l.variant);
-  allow_shared_memory(kernel.function, kernel.shared_bytes);
-  const int blocks = std::min(items, multiprocessors());
-
-  clear_report(p, stream);
-  if (p.first_block)
-    list_blocks(p, block_rows, stream);
-  else
-    clear(p.next_item, sizeof(int), stream);
-  if (int8) quantize_keys(p, l.k, l.element, l.qk_dim, stream);
-  enqueue(kernel.function, blocks, kernel.threads, kernel.shared_bytes, stream, {&p, &q, &k, &v});
-  if (may_be_padded(p)) clear_padding(p, l.value_dim, stream);
+  launch_items(l, rows_per_block(l.qk_dim), [&](const Params& p, int items) {
+    const int keys = tile_keys(l.qk_dim);
+    const int key_rows = p.keys.page_table ? std::min(p.keys.page_size, keys) : keys;
+    const CUtensorMap q = map_of(l.q, l.element, kQueryTileRows);
+    // Without keys nothing is copied; any tensor will do.
+    const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
+    const bool int8 = l.scores == Scores::kInt8 && keys_at_all;
+    const CUtensorMap k = int8 ? map_of(quantized_keys(p, l.qk_dim, keys), Element::kInt8, keys)
+                               : map_of(keys_at_all ? l.k : l.q, l.element, key_rows);
+    const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l.element, key_rows);
+    const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.scores, l.variant);
+    allow_shared_memory(kernel.function, kernel.shared_bytes);
+    const int blocks = std::min(items, multiprocessors());
+    return [&l, &p, q, k, v, int8, kernel, blocks] {
+      const auto stream = static_cast<cudaStream_t>(l.stream);
+      if (int8) quantize_keys(p, l.k, l.element, l.qk_dim, stream);
+      enqueue(kernel.function, blocks, kernel.threads, kernel.shared_bytes, stream,
+              {&p, &q, &k, &v});
+    };
+  });
 }
 
 }  // namespace blasst::cuda::prefill
