@@ -113,6 +113,7 @@ docs: $(VENV)/.docs ## the site, from docs/ and the docstrings, into build/docs
 gpu-test: build ## kernels and operator against the reference and the CPU
 	build/release/tests/cuda/cuda_tests $(ARGS)
 	BLASST_CUDA_BACKEND=cuda-sm80 build/release/tests/cuda/cuda_tests $(ARGS)
+	BLASST_CUDA_BACKEND=cuda-sm80 $(python) -m pytest tests/python/test_cuda.py
 	$(python) -m pytest tests/python/test_cuda.py tests/python/test_cuda_training.py \
 	  tests/python/test_cuda_huggingface.py tests/python/test_cuda_calibration.py
 	@if $(python) -c 'import vllm' 2>/dev/null; then $(python) -m pytest tests/vllm/test_cuda_engine.py; \
