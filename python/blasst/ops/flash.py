@@ -4,6 +4,7 @@ Tensors are [batch, tokens, heads, head_dim]; causal masks and windows are align
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,9 @@ def flash_attn_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:
     """Attention with FlashAttention's arguments; `blasst.attention` says more about each.
 
+    One query a request is a decode, but for a gradient: the query heads of a KV head decide
+    together. More are a prefill.
+
     Args:
         q: [batch, seqlen_q, heads, head_dim].
         k: [batch, seqlen_k, kv_heads, head_dim].
@@ -78,22 +82,11 @@ def flash_attn_func(
     """
     _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes, **others)
     check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
-    result = attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=softmax_scale,
-        window=_window(window_size),
-        softcap=_softcap(softcap),
-        threshold=skip_softmax_threshold,
-        threshold_scale_factor=skip_softmax_threshold_scale_factor,
-        scores=scores,
-        k_scale=k_descale,
-        v_scale=v_descale,
-        phase=_phase(q, k, v),
-        return_lse=return_attn_probs,
+    options = _options(
+        *(softmax_scale, causal, window_size, softcap, scores, k_descale, v_descale),
+        *(skip_softmax_threshold, skip_softmax_threshold_scale_factor),
     )
+    result = attention(q, k, v, **options, phase=_phase(q, k, v), return_lse=return_attn_probs)
     return (*_with_lse(result), None) if return_attn_probs else result
 
 
@@ -176,19 +169,13 @@ def flash_attn_varlen_func(
             raise ValueError("block_table is given without cu_seqlens_k or seqused_k")
         lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
         keys = {"page_table": block_table, "lengths": lengths}
+    options = _options(
+        *(softmax_scale, causal, window_size, softcap, scores, k_descale, v_descale),
+        *(skip_softmax_threshold, skip_softmax_threshold_scale_factor),
+    )
     result = attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=softmax_scale,
-        window=_window(window_size),
-        softcap=_softcap(softcap),
-        threshold=skip_softmax_threshold,
-        threshold_scale_factor=skip_softmax_threshold_scale_factor,
-        scores=scores,
-        k_scale=k_descale,
-        v_scale=v_descale,
+        *(q, k, v),
+        **options,
         phase="prefill",
         cu_seqlens_q=cu_seqlens_q,
         **keys,
@@ -299,19 +286,13 @@ def flash_attn_with_kvcache(
         lengths = _append(k_cache, v_cache, k, v, lengths, block_table, room)
     if lengths is None and block_table is not None:
         lengths = torch.full((q.shape[0],), room, dtype=torch.int32, device=q.device)
+    options = _options(
+        *(softmax_scale, causal, window_size, softcap, scores, k_descale, v_descale),
+        *(skip_softmax_threshold, skip_softmax_threshold_scale_factor),
+    )
     result = attention(
-        q,
-        k_cache,
-        v_cache,
-        causal=causal,
-        scale=softmax_scale,
-        window=_window(window_size),
-        softcap=_softcap(softcap),
-        threshold=skip_softmax_threshold,
-        threshold_scale_factor=skip_softmax_threshold_scale_factor,
-        scores=scores,
-        k_scale=k_descale,
-        v_scale=v_descale,
+        *(q, k_cache, v_cache),
+        **options,
         starts=cache_leftpad,
         lengths=lengths,
         page_table=block_table,
@@ -337,6 +318,31 @@ def _refuse(**arguments: object) -> None:
                 f"{name} is {what}; of FlashAttention's argument blasst takes only "
                 f"{' or '.join(map(repr, taken))}"
             )
+
+
+def _options(
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    scores: str,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    threshold: Threshold,
+    threshold_scale_factor: Threshold,
+) -> dict[str, Any]:
+    """blasst.attention's arguments for those that all functions here take."""
+    return {
+        "scale": softmax_scale,
+        "causal": causal,
+        "window": _window(window_size),
+        "softcap": _softcap(softcap),
+        "scores": scores,
+        "k_scale": k_descale,
+        "v_scale": v_descale,
+        "threshold": threshold,
+        "threshold_scale_factor": threshold_scale_factor,
+    }
 
 
 def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:

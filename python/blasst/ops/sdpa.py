@@ -27,7 +27,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """Attention with the arguments of torch.nn.functional's function of this name.
 
-    A query without a key gives 0.
+    A query without a key gives 0. One query a request is a decode, but for a gradient: the query
+    heads of a KV head decide together.
 
     Args:
         query: [batch, heads, queries, head_dim], or [batch, queries, head_dim].
