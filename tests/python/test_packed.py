@@ -132,8 +132,20 @@ def test_a_compiled_pass_takes_one_sequence_and_refuses_several():
     one = sequences()[0]
     assert torch.equal(compiled(one, use_cache=False).logits, model(one).logits)
     for mask in (None, torch.ones_like(ids)):
-        with pytest.raises(RuntimeError, match="not support in a pass that is compiled"):
+        with pytest.raises(RuntimeError, match="must be told cu_seq_lens_q and cu_seq_lens_k"):
             compiled(ids, position_ids=positions, attention_mask=mask, use_cache=False)
+
+
+def test_a_compiled_pass_trains_on_a_flattened_batch():
+    features = [{"input_ids": ids[0].tolist()} for ids in sequences()]
+    batch = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True)(features)
+    assert "position_ids" in batch and "cu_seq_lens_q" in batch
+    model = make_model("llama").train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**batch, use_cache=False).loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    for name, wanted in gradients(make_model("llama").train(), **batch).items():
+        torch.testing.assert_close(got[name], wanted, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,8 @@ def key_ranges(
         [batch, 1, 1, 5] int32: first key, end of the keys, end of the queries; sliding window (0:
         none), causal. The last two are the same for all requests. A `KeyRanges`; an ordinary
         tensor in a pass that is compiled, captured in a CUDA graph, or that a compiled one may
-        follow (`q_offset` a tensor).
+        follow (`q_offset` a tensor), where a negative end of the queries is that of several packed
+        sequences.
 
     Raises:
         ValueError: padding between tokens, or a mask of another shape.
@@ -214,9 +215,9 @@ def key_ranges(
     pattern = _pattern(mask_function)
     window = pattern.window if pattern.window is not None and pattern.window < kv_length else 0
     tracing = torch.compiler.is_compiling()
-    deferred = is_deferred(torch.device(device))
+    deferred, several = is_deferred(torch.device(device)), None
     if deferred and pattern.sequences is not None:  # there: also where there is one only
-        require((pattern.sequences[:, -1] == 0).all(), PACKED_COMPILED)
+        several = pattern.sequences[:, -1] > 0
         pattern = pattern._replace(sequences=None)
     for_compiled = deferred or isinstance(q_offset, Tensor)
     if not deferred:
@@ -242,6 +243,8 @@ def key_ranges(
     # A request that is padded on the right has as many trailing queries of padding.
     all_queries = torch.full_like(last, q_length)
     queries = (last - first_query).clamp(0, q_length) if pattern.causal else all_queries
+    if several is not None:
+        queries = torch.where(several, -queries, queries)
     ranges = _ranges(first, last, queries, window, pattern.causal)
     if for_compiled:
         made = ranges[:, None, None]
@@ -270,8 +273,8 @@ _BIAS = (
     "biases"
 )
 PACKED_COMPILED = (
-    "position_ids start anew within a pass: packed sequences, which blasst does not support in a "
-    "pass that is compiled or captured in a CUDA graph; run it without torch.compile"
+    "position_ids start anew within a pass: packed sequences, of which a pass that is compiled or "
+    "captured in a CUDA graph must be told cu_seq_lens_q and cu_seq_lens_k"
 )
 
 

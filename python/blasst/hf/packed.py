@@ -79,18 +79,18 @@ def find(
         and position_ids.shape[0] in (1, query.shape[0])
         and position_ids.shape[1] == rows
     )
+    if mask is not None and not isinstance(mask, KeyRanges):
+        seen = noted(mask)
+        # A trace keeps nothing, and torch 2.11 knows no id of a tensor there.
+        if torch.compiler.is_compiling() or id(position_ids) not in seen:
+            _refuse_compiled(mask[:, 0, 0], position_ids if is_text else None, rows)
+            if not torch.compiler.is_compiling():
+                seen[id(position_ids)] = position_ids
+        return None
     if not is_text and known is None:
         return None
     if mask is None:
         mask = KeyRanges.plain(query.shape[0], rows, key.shape[2], causal, query.device)
-    if not isinstance(mask, KeyRanges):
-        seen = noted(mask)
-        # A trace keeps nothing, and torch 2.11 knows no id of a tensor there.
-        if torch.compiler.is_compiling() or id(position_ids) not in seen:
-            _refuse_compiled(mask[:, 0, 0], position_ids)
-            if not torch.compiler.is_compiling():
-                seen[id(position_ids)] = position_ids
-        return None
     token = id(position_ids)
     if token not in mask.packed:
         found = _from_positions(mask, position_ids if is_text else None, rows, key.shape[2])
@@ -98,9 +98,13 @@ def find(
     return mask.packed[token][1]
 
 
-def _refuse_compiled(ranges: Tensor, position_ids: Tensor) -> None:
+def _refuse_compiled(ranges: Tensor, position_ids: Tensor | None, rows: int) -> None:
     """Checks in the graph of a compiled pass that each request is one sequence."""
-    rows, requests = position_ids.shape[1], ranges.shape[0]
+    if rows > 1:
+        require((ranges[:, 2] >= 0).all(), PACKED_COMPILED)
+    if position_ids is None:
+        return
+    requests = ranges.shape[0]
     position_ids = position_ids.expand(requests, -1)
     used = _used(ranges, rows)
     require(_starts(position_ids, used).sum() <= requests, PACKED_COMPILED)
