@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from blasst.config import PHASES
 from blasst.errors import NotSupportedError
 from blasst.integrations.vllm import eight_bit
-from blasst.integrations.vllm.limits import most_positions
+from blasst.integrations.vllm.limits import FAST_BLOCK_SIZE, most_positions
 from blasst.integrations.vllm.options import REQUESTS, options_of, passes_requests_on
 from blasst.integrations.vllm.requests import Requests
 from blasst.integrations.vllm.statistics import Statistics
@@ -89,6 +89,11 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         self.reorder_batch_threshold = min(self.reorder_batch_threshold, most)
         self._most_keys = vllm_config.model_config.max_model_len
         self._block_size = kv_cache_spec.block_size
+        if not self._on_cpu and self._block_size < FAST_BLOCK_SIZE:
+            _say_once(
+                f"blocks of {self._block_size} tokens make blasst's prefill up to twice as long; "
+                f"--block-size {FAST_BLOCK_SIZE} or none costs nothing"
+            )
         is_8_bit = attentions[0].kv_cache_dtype in eight_bit.NAMES
         self._widens = is_8_bit and not self._on_cpu
         if self._widens and HOST_LENGTHS not in {f.name for f in fields(CommonAttentionMetadata)}:
