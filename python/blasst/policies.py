@@ -11,7 +11,7 @@ mapping with a "kind", which is saved with the model.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Visit(NamedTuple):
     """No request may have more keys; None: no limit."""
 
 
+@runtime_checkable
 class VisitPolicy(Protocol):
     """A policy for all the layers of a model."""
 

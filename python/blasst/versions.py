@@ -5,8 +5,6 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from packaging.version import Version
-
 LOWEST = "5.6"
 """The oldest that the tests run under."""
 CACHE_NAMES = ("cache", "past_key_values")
@@ -19,6 +17,8 @@ def check_version() -> None:
     Raises:
         ImportError: it is; the message names both versions.
     """
+    from packaging.version import Version  # Transformers' own requirement, not torch's
+
     found = version("transformers")
     if Version(found) < Version(LOWEST):
         raise ImportError(

@@ -108,7 +108,6 @@ blasst_status blasst_chunks_select(const blasst_chunks* chunks, int64_t kv_heads
   return guarded([&] {
     check_struct(queries, "queries");
     check_struct(budget, "budget");
-    require(blocks, "blocks");
     problem::check_range("decode", decode, 0, 1);
     const ChunkView known = view_of(chunks, row_elements(queries, kv_heads));
     chunks::select(known, kv_heads, *queries, decode != 0, *budget, blocks, threads);

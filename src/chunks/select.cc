@@ -110,6 +110,9 @@ void select(ChunkView chunks, int64_t kv_heads, const HeadRows& queries, bool de
   check_range("rows of queries", queries.rows, 1, std::max<int64_t>(chunks.keys, 1));
   if (chunks.keys == 0) fail("there are no keys to choose from");
   if (!blocks) fail("blocks is null; the choice is written there");
+  if (budget.keys != 0 && budget.share != 0)
+    fail("the budget is {} keys and a share of {}; one of them must be 0", budget.keys,
+         budget.share);
   if (budget.keys == 0 && !(budget.share > 0 && budget.share <= 1))
     fail("the budget is a share of {}; it must be above 0 and at most 1", budget.share);
   if (budget.keys != 0) check_range("budget of keys", budget.keys, 1, chunks.keys);

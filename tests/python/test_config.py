@@ -51,6 +51,25 @@ def as_read(parsed: SparseAttention) -> dict:
     return json.loads(json.dumps(parsed.to_dict()))
 
 
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"phase": "prefil"}, ValueError, "phase is 'prefil'; it must be one of"),
+        ({"layer": -1}, ValueError, "layer is -1; it must be 0 or more"),
+        ({"layer": "0"}, TypeError, "layer is '0'; it must be a whole number"),
+        ({"lengths": []}, ValueError, "lengths is empty; it must be the keys of each request"),
+        ({"lengths": [4096, -5]}, ValueError, "a length is -5; it must be 0 or more"),
+        ({"lengths": [math.nan]}, TypeError, "a length is nan; it must be a whole number"),
+        ({"entry": None}, TypeError, "sparse_attention_config is None"),
+        ({"entry": 3}, TypeError, "sparse_attention_config is 3"),
+    ],
+)
+def test_what_no_call_can_be_is_named(changed, error, message):
+    call = {"entry": ECOSYSTEM, "layer": 0, "phase": "prefill", "lengths": [4096]} | changed
+    with pytest.raises(error, match=message):
+        thresholds_for(attention_class="LlamaAttention", **call)
+
+
 def test_ecosystem_law_divides_by_each_requests_length():
     rule = thresholds_for(ECOSYSTEM, "LlamaAttention", 3, "prefill", [8192, 65536])
     a = 7.93 * math.exp(8.61 * 0.5)
@@ -407,7 +426,7 @@ def test_a_missing_key_is_an_error_that_names_it(missing):
 
 
 def test_no_object_is_an_error():
-    with pytest.raises(TypeError, match="is a list; it must be an object"):
+    with pytest.raises(TypeError, match=r"is \[\]; it must be an object"):
         config.parse([])
 
 

@@ -284,6 +284,8 @@ BAD = [
     (lambda: from_dict({"kind": "dhsa"}), "missing 1 required positional argument: 'budget'"),
     (lambda: choose(budget=(1001, 0.0)), "budget of keys is 1001; it must be 1 to 1000"),
     (lambda: choose(budget=(0, 0.0)), "the budget is a share of 0; it must be above 0"),
+    (lambda: choose(budget=(100, 0.5)), "the budget is 100 keys and a share of 0.5; one of them"),
+    (lambda: choose(budget=(100, math.nan)), "100 keys and a share of nan; one of them must be 0"),
     (lambda: choose(starts=[0, 500, 400]), "chunk 2 begins at 400; chunks must cover the sequen"),
     (lambda: choose(starts=[5, 500, 700]), "chunk 0 begins at 5; chunks must cover the sequence"),
     (lambda: choose(starts=[0, 500, 1000]), "the last chunk begins at 1000, but there are 1000"),

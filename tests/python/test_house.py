@@ -88,6 +88,23 @@ def test_functions_and_classes_are_read_in_one_sitting(path):
         assert lines <= most, f"{node.name} has {lines} lines beside its docstring"
 
 
+def test_the_operator_and_the_native_commands_need_torch_alone():
+    """`pip install blasst` brings nothing else."""
+    code = (
+        "import sys, torch; before = {*sys.modules}; import blasst, blasst.__main__; "
+        "new = {name.partition('.')[0] for name in {*sys.modules} - before}; "
+        "print(*sorted(new - sys.stdlib_module_names))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(ROOT.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == ["blasst"]
+
+
 def test_importing_the_package_does_not_import_what_is_slow():
     slow = ("transformers", "matplotlib", "lm_eval", "torch._dynamo")
     loaded = f"[m for m in {slow} if m in sys.modules]"

@@ -569,6 +569,17 @@ def test_configure_refuses():
         blasst.configure(model, prefill=Threshold(), layers=[0, 7])
     with pytest.raises(ValueError, match="implementation is 'sdpa'; load it with 'blasst'"):
         blasst.configure(make_model("llama", "sdpa"), prefill=Threshold())
+    for layers, error, message in (
+        ([], ValueError, "layers is empty; it must name one layer at least, or be None"),
+        (3, TypeError, "layers is 3; it must be a list of layers' numbers, or None"),
+        ("12", TypeError, "layers is '12'; it must be a list of layers' numbers, or None"),
+    ):
+        with pytest.raises(error, match=message):
+            blasst.configure(model, prefill=Threshold(), layers=layers)
+    with pytest.raises(TypeError, match=r"model is str; it must be a torch\.nn\.Module"):
+        blasst.configure("llama", prefill=Threshold())
+    with pytest.raises(TypeError, match=r"policy is 3; it must be one, for example blasst\.Bands"):
+        blasst.set_policy(model, 3)
     with pytest.raises(ValueError, match="more than one threshold; they exclude each other"):
         Threshold(0.1, 3.0)
     blasst.configure(model, prefill=Threshold((0.1, 0.2)))
@@ -586,6 +597,11 @@ def test_configure_refuses():
     [
         (lambda: Threshold(1.5), ValueError, "threshold is 1.5; it must be a number from 0 to 1"),
         (lambda: Threshold((0.1, -0.2)), ValueError, "threshold is -0.2; it must be a number from"),
+        (
+            lambda: Threshold(torch.tensor([0.1, math.nan])),
+            ValueError,
+            "threshold is nan; it must be a number from 0",
+        ),
         (lambda: Threshold(math.nan), ValueError, "threshold is nan; it must be a number from 0"),
         (lambda: Threshold(torch.tensor(2.0)), ValueError, "threshold is 2; it must be a number"),
         (lambda: Threshold("0.1"), TypeError, "threshold is '0.1'; it must be a number from 0 to"),

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from blasst.config.schema import (
     TableEntry,
     validated,
 )
-from blasst.config.sparse_attention import PHASES, Rule, SparseAttention
+from blasst.config.sparse_attention import PHASES, Rule, SparseAttention, check_phase
 from blasst.config.tables import Find, in_no_folder, read_tables
 
 
@@ -121,8 +122,18 @@ def thresholds_for(
         `Rule.scores`.
 
     Raises:
-        ValueError: the entry cannot be honoured; the message says why.
+        TypeError: a layer or a length that is no whole number, or an entry that is no object.
+        ValueError: the entry cannot be honoured, another phase, no lengths, or one below 0; the
+            message says why.
     """
+    check_phase(phase)
+    for what, number in (("layer", layer), *(("a length", length) for length in lengths)):
+        if not isinstance(number, Integral):
+            raise TypeError(f"{what} is {number!r}; it must be a whole number")
+        if number < 0:
+            raise ValueError(f"{what} is {number}; it must be 0 or more")
+    if not lengths:
+        raise ValueError("lengths is empty; it must be the keys of each request")
     keys = max(lengths) if keys is None else keys
     return parsed(entry, layer).result.rule(attention_class, layer, phase, lengths, keys, name)
 
@@ -209,6 +220,8 @@ def parsed(entry: Any, layer: int, find: Find = in_no_folder) -> Read:
     for known in _read:
         if known.entry is entry and known.watch.is_unchanged(layer):
             return known
+    if not isinstance(entry, dict):
+        parse(entry, find)  # which says what is wrong
     found = Read(entry, _Watch(entry), parse(entry, find))
     with _reading:
         others = [known for known in _read if known.entry is not entry]

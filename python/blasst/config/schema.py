@@ -305,7 +305,7 @@ def validated(entry: Any) -> ConfigEntry:
             names the key and says what was there and what is accepted.
     """
     if not isinstance(entry, dict):
-        raise TypeError(f"{ENTRY} is a {type(entry).__name__}; it must be an object")
+        raise TypeError(f"{ENTRY} is {entry!r}; it must be an object")
     try:
         return ConfigEntry.model_validate(entry)
     except ValidationError as error:

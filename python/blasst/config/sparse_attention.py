@@ -275,6 +275,12 @@ def _pattern(entry: str) -> re.Pattern[str]:
     return re.compile(rf"(?:^|\.){anchored[:-2]}(?:\.|$)")
 
 
+def check_phase(phase: str) -> None:
+    """A ValueError unless this is a phase."""
+    if phase not in PHASES:
+        raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
+
+
 def check_target(phase: str, target: float) -> None:
     """An error unless a phase may have this target sparsity.
 
@@ -282,8 +288,7 @@ def check_target(phase: str, target: float) -> None:
         TypeError: no number.
         ValueError: another phase, or a number out of range.
     """
-    if phase not in PHASES:
-        raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
+    check_phase(phase)
     if not isinstance(target, int | float) or isinstance(target, bool):
         raise TypeError(f"target sparsity of {phase} is {target!r}; it must be a number, 0 to 1")
     if not 0 <= target <= 1:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -48,8 +49,12 @@ def modules_of_layers(model: nn.Module, layers: Iterable[int] | None) -> list[nn
     """The attention modules that run blasst, of these layers of the language model or of all.
 
     Raises:
+        TypeError: no model, or layers that are no whole numbers.
         ValueError: the model runs another attention, or has no such layer.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
+    wanted = None if layers is None else _checked(layers)
     modules = attention_modules(model)
     if not modules:
         raise NotSupportedError(
@@ -60,14 +65,22 @@ def modules_of_layers(model: nn.Module, layers: Iterable[int] | None) -> list[nn
     if not running:
         used = modules[0].config._attn_implementation
         raise ValueError(f"the model's attn_implementation is {used!r}; load it with {NAME!r}")
-    if layers is None:
+    if wanted is None:
         return running
     places = {module: place_of(module) for module in running}
     known = {place.layer for place in places.values() if not place.tower}
-    wanted = set(layers)
     if unknown := wanted - known:
         raise ValueError(f"no attention layer {sorted(unknown)}; the model has {sorted(known)}")
     return [module for module, place in places.items() if not place.tower and place.layer in wanted]
+
+
+def _checked(layers: Iterable[int]) -> set[int]:
+    numbers = list(layers) if isinstance(layers, Iterable) else [None]
+    if isinstance(layers, str) or not all(isinstance(number, Integral) for number in numbers):
+        raise TypeError(f"layers is {layers!r}; it must be a list of layers' numbers, or None")
+    if not numbers:
+        raise ValueError("layers is empty; it must name one layer at least, or be None: all")
+    return set(numbers)
 
 
 def runs_blasst(module: nn.Module) -> bool:

@@ -80,9 +80,7 @@ def _check_threshold(name: str, value: Any) -> None:
         raise TypeError(f"{name} is {value!r}; it must be {what}, a list of them, or a tensor")
     if numbers.device.type != "cpu":
         return
-    # A tensor may hold NaN, which drops nothing.
     inside = (numbers >= low) & (numbers <= high)
-    inside |= numbers.isnan() if isinstance(value, Tensor) else False
     if not inside.all():
         wrong = numbers[~inside].flatten()[0].item()
         raise ValueError(f"{name} is {wrong:g}; it must be {what}")

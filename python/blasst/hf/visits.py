@@ -34,9 +34,12 @@ def set_policy(
         For a `with` statement, after which the model is as it was before.
 
     Raises:
+        TypeError: something else than a policy.
         ValueError: the model runs another attention, or has no such layer, or the policy is for
             another model.
     """
+    if not isinstance(policy, VisitPolicy | None):
+        raise TypeError(f"policy is {policy!r}; it must be one, for example blasst.Bands(2048)")
     modules = modules_of_layers(model, layers)
     if policy is not None:
         causal = [module for module in modules if getattr(module, "is_causal", False)]
