@@ -33,6 +33,7 @@ struct Case {
   // Of k and v, if they are of other types than dtype: int8 and float8_e4m3, with scales.
   std::optional<DType> k_dtype = {}, v_dtype = {};
   bool scales_per_request = false, scales_per_head = false;
+  bool scales_are_powers = false;  // of two
 
   Inputs inputs = Inputs::kDrift;
   double density = 0.25;  // planted inputs: share of tiles that match

@@ -95,13 +95,16 @@ Case for_gpu(Case c) {
   c.padding = (c.padding + 7) / 8 * 8;
   c.blocks = false;
   if (!kernels.int8_scores) c.scores = BLASST_SCORES_EXACT;
-  if (!c.decode || !kernels.caches_in_8_bits) c.k_dtype = c.v_dtype = {};
-  if (!c.decode) return c;
+  if (c.decode && !kernels.caches_in_8_bits) c.k_dtype = c.v_dtype = {};
+  if (c.k_dtype || c.v_dtype) c.padding = (c.padding + 15) / 16 * 16;
+  if (!c.decode) {
+    c.scales_are_powers = true;  // with others it rounds keys and values once more
+    return c;
+  }
   if (c.values_in_keys) c.k_dtype = c.v_dtype = {};
   if (c.k_dtype || c.v_dtype) {  // both, of one type
     c.k_dtype = c.v_dtype = c.k_dtype.value_or(c.v_dtype.value_or(BLASST_INT8));
     c.head_dim = c.value_dim = 128;
-    c.padding = (c.padding + 15) / 16 * 16;
   }
   c.scores = BLASST_SCORES_EXACT;
   c.places = 1;

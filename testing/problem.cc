@@ -273,9 +273,11 @@ Scales Problem::make_scales(std::vector<float>& values, DType dtype, uint64_t pa
   const int64_t heads = c.scales_per_head ? c.kv_heads : 1;
   const int64_t requests = c.scales_per_request ? std::ssize(c.requests) : 1;
   const double largest = dtype == BLASST_INT8 ? 127 : 448;
-  for (int64_t i = 0; i < std::max<int64_t>(requests, 1) * heads; ++i)
+  for (int64_t i = 0; i < std::max<int64_t>(requests, 1) * heads; ++i) {
+    const double scale = 16 / largest * (1 + uniform(hash(description.seed, part, i)));
     values.push_back(
-        static_cast<float>(16 / largest * (1 + uniform(hash(description.seed, part, i)))));
+        static_cast<float>(c.scales_are_powers ? std::exp2(std::ceil(std::log2(scale))) : scale));
+  }
   return {.values = values.data(),
           .stride_request = c.scales_per_request ? heads : 0,
           .stride_head = c.scales_per_head ? 1 : 0};

@@ -7,6 +7,8 @@
 #include <utility>
 
 #include "cuda/core/checks.h"
+#include "cuda/core/plan.h"
+#include "cuda/core/prefill/widen.h"
 #include "cuda/core/runtime.h"
 #include "cuda/merge.h"
 #include "cuda/pages.h"
@@ -183,6 +185,33 @@ class Cuda : public api::Backend {
  protected:
   std::string name() const { return std::string("cuda-") + architecture_; }
 
+  // Prefill's plan, and a launch, by functions that know no 8 bits.
+  template <typename PlanCall>
+  Plan plan_prefill(const AttentionParams& params, const PlanCall& plan_call) const {
+    if (!prefill::needs_widening(params)) return plan_call(params);
+    const prefill::Widening widening = prefill::plan_widening(name(), params);
+    Plan plan = plan_call(widening.params);
+    plan.workspace_bytes += widening.bytes;
+    return plan;
+  }
+  template <typename PlanCall, typename PlanLaunch, typename Launch>
+  void run_prefill(const AttentionParams& params, const PlanCall& plan_call,
+                   const PlanLaunch& plan_launch, const Launch& launch) const {
+    if (!prefill::needs_widening(params)) {
+      const prefill::Launch planned = plan_launch(params);
+      check_device(params);
+      return launch(planned);
+    }
+    const std::size_t needed = plan_prefill(params, plan_call).workspace_bytes;
+    prefill::check_widening(name(), params);
+    check_workspace(name(), params.execution, needed, 256);
+    const prefill::Widening widening = prefill::plan_widening(name(), params);
+    const prefill::Launch planned = plan_launch(widening.params);
+    check_device(params);
+    prefill::widen(widening);
+    launch(planned);
+  }
+
   template <typename CallParams>
   void check_device(const CallParams& params) const {
     check_usable(kernels_);
@@ -200,7 +229,8 @@ class Sm90 : public Cuda {
   Sm90() : Cuda(BLASST_BACKEND_CUDA_SM90, "sm90", kSm90) {}
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
-    return phase == Phase::kDecode ? decode::plan(params) : prefill::plan(params);
+    if (phase == Phase::kDecode) return decode::plan(params);
+    return plan_prefill(params, prefill::plan);
   }
 
   Plan plan(const BackwardParams& params) const override { return backward::plan(params); }
@@ -211,9 +241,7 @@ class Sm90 : public Cuda {
       check_device(params);
       decode::launch(launch);
     } else {
-      const prefill::Launch launch = prefill::plan_launch(params);
-      check_device(params);
-      prefill::launch(launch);
+      run_prefill(params, prefill::plan, prefill::plan_launch, prefill::launch);
     }
   }
 
@@ -229,7 +257,8 @@ class Sm80 : public Cuda {
   Sm80() : Cuda(BLASST_BACKEND_CUDA_SM80, "sm80", kSm80) {}
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
-    return phase == Phase::kDecode ? decode::sm80::plan(params) : prefill::sm80::plan(params);
+    if (phase == Phase::kDecode) return decode::sm80::plan(params);
+    return plan_prefill(params, prefill::sm80::plan);
   }
 
   Plan plan(const BackwardParams&) const override { refuse_backward(); }
@@ -240,9 +269,7 @@ class Sm80 : public Cuda {
       check_device(params);
       decode::sm80::launch(launch);
     } else {
-      const prefill::Launch launch = prefill::sm80::plan_launch(params);
-      check_device(params);
-      prefill::sm80::launch(launch);
+      run_prefill(params, prefill::sm80::plan, prefill::sm80::plan_launch, prefill::sm80::launch);
     }
   }
 

@@ -2,7 +2,11 @@
 #include <gtest/gtest.h>
 
 #include <cstddef>
+#include <string>
 
+#include "cuda/backend.h"
+#include "cuda/core/checks.h"
+#include "cuda/core/prefill/widen.h"
 #include "cuda/sm90/prefill/plan.h"
 #include "cuda/sm90/prefill/quantize.h"
 #include "plan_cases.h"
@@ -164,6 +168,75 @@ TEST(PrefillPlan, Int8ScoresNeedRoomForTheKeysBytes) {
   EXPECT_TRUE(plan_launch(p).params.quantized.level);
   p.execution.workspace = static_cast<std::byte*>(p.execution.workspace) + 64;
   EXPECT_THROW(plan_launch(p), Error);
+}
+
+P in_8_bits(P p) {
+  for (View* view : {&p.problem.kv.k, &p.problem.kv.v}) {
+    view->dtype = BLASST_INT8;
+    view->elements *= 2;  // of the same buffer
+  }
+  p.problem.k_scales = {.values = array<float>(0x80000000), .stride_head = 1};
+  return p;
+}
+
+TEST(Widening, IsTheSameCallOverTheWorkspace) {
+  for (const P& given : {dense(), ragged(), paged()}) {
+    EXPECT_FALSE(needs_widening(given));
+    const P p = in_8_bits(given);
+    EXPECT_TRUE(needs_widening(p));
+    EXPECT_NO_THROW(check_widening(kCudaSm90, p));
+    const Widening w = plan_widening(kCudaSm90, p);
+    const KeysValues &from = p.problem.kv, &to = w.params.problem.kv;
+    const int64_t tokens = from.layout == BLASST_LAYOUT_RAGGED  ? 1500
+                           : from.layout == BLASST_LAYOUT_PAGED ? 3 * 15 * 64
+                                                                : 3 * kRoom;
+    const auto bytes = static_cast<std::size_t>(2 * tokens * kKvHeads * kDim);
+    EXPECT_GE(w.bytes, 2 * bytes);
+    EXPECT_LT(w.bytes, 2 * bytes + 512);
+    EXPECT_EQ(w.bytes % 256, 0u);
+    EXPECT_EQ(to.k.dtype, BLASST_BFLOAT16);
+    EXPECT_EQ(to.v.dtype, BLASST_BFLOAT16);
+    EXPECT_EQ(w.params.problem.k_scales.values, nullptr);
+    EXPECT_EQ(w.k.scales.values, p.problem.k_scales.values);
+    EXPECT_EQ(w.k.to, p.execution.workspace);
+    EXPECT_EQ(w.params.execution.workspace,
+              static_cast<std::byte*>(p.execution.workspace) + w.bytes);
+    EXPECT_EQ(to.layout, from.layout == BLASST_LAYOUT_PAGED ? BLASST_LAYOUT_DENSE : from.layout);
+    P call = w.params;
+    call.execution.workspace_bytes = plan(call).workspace_bytes;
+    const Launch l = plan_launch(call);
+    EXPECT_EQ(l.k.data, w.k.to);
+    EXPECT_EQ(l.v.data, w.v.to);
+    EXPECT_EQ(l.k.outer * l.k.tokens, tokens);
+    EXPECT_EQ(l.params.keys.page_table, nullptr);
+    EXPECT_EQ(l.params.keys.lengths, from.lengths);
+    const Plan all = sm90_backend().plan(p, problem::Phase::kPrefill);
+    EXPECT_EQ(all.workspace_bytes, w.bytes + plan(call).workspace_bytes);
+  }
+}
+
+TEST(Widening, RefusesWhatItCannotRead) {
+  const auto refusal = [](const auto& bend) {
+    P p = in_8_bits(dense());
+    bend(p);
+    try {
+      plan_widening(kCudaSm90, p);
+      check_widening(kCudaSm90, p);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(refusal([](P&) {}), "");
+  EXPECT_NE(refusal([](P& p) { p.problem.kv.k.stride_token += 8; }).find("k.stride_token is 264"),
+            std::string::npos);
+  EXPECT_NE(refusal([](P& p) { p.problem.kv.v.dtype = BLASST_FLOAT16; })
+                .find("q is bfloat16 and v float16; prefill does tensors of one type, and keys and "
+                      "values in int8 and float8_e4m3"),
+            std::string::npos);
+  EXPECT_NE(refusal([](P& p) { p.problem.kv.k.elements = 5; }).find("k"), std::string::npos);
+  EXPECT_NE(refusal([](P& p) { p.problem.batch = 70000; }).find("batch is 70000"),
+            std::string::npos);
 }
 
 TEST(QuantizedLayout, FollowsTheRequests) {

@@ -34,7 +34,8 @@ def on_gpu(value):
 
 
 def both(q, k, v, **options):
-    cpu = blasst.attention(q.float(), k.float(), v.float(), return_lse=True, **options)
+    wide = [t.float() if t.dtype == torch.bfloat16 else t for t in (q, k, v)]  # but for 8 bits
+    cpu = blasst.attention(*wide, return_lse=True, **options)
     options = {name: on_gpu(value) for name, value in options.items()}
     gpu = blasst.attention(q.cuda(), k.cuda(), v.cuda(), return_lse=True, **options)
     return cpu, gpu
@@ -466,3 +467,39 @@ def test_streams_and_graphs_of_a_second_device(phase: str) -> None:
         graph.replay()
         torch.cuda.synchronize(1)
         assert torch.equal(out.cpu(), run(first).cpu())
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("pair", [("int8", "int8"), ("fp8", "fp8"), ("int8", None), (None, "fp8")])
+def test_prefill_over_caches_in_8_bits_is_that_over_the_rounded_numbers(dim: int, pair) -> None:
+    q, *kv = (t.cuda() for t in inputs(2, 300, 700, 8, 2, dim))
+    scales = torch.tensor([[0.031, 0.017], [0.023, 0.05]], device="cuda")
+    small, given, numbers = [], {}, []
+    for name, kind, t in zip(("k_scale", "v_scale"), pair, kv, strict=True):
+        if kind is None:
+            small.append(t)
+            numbers.append(t)
+            continue
+        units = t.float() / scales[:, None, :, None]
+        dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
+        small.append(
+            units.round().clamp(-127, 127).to(dtype) if kind == "int8" else units.to(dtype)
+        )
+        given[name] = scales
+        numbers.append((small[-1].float() * scales[:, None, :, None]).to(q.dtype))
+    options = {"causal": True, "phase": "prefill", "threshold": 0.1}
+    for more in ({}, {"scores": "int8"}, {"lengths": torch.tensor([650, 300], device="cuda")}):
+        got = blasst.attention(q, *small, **given, **options, **more)
+        assert torch.equal(got, blasst.attention(q, *numbers, **options, **more))
+    table = torch.randperm(22, device="cuda").reshape(2, 11)
+    lengths = torch.tensor([700, 690], device="cuda")
+    pages = []
+    for t in small:
+        room = torch.zeros(2, 704, *t.shape[2:], dtype=t.dtype, device="cuda")
+        bits = torch.uint8 if t.element_size() == 1 else t.dtype
+        room.view(bits)[:, :700] = t.view(bits)
+        paged = torch.empty(22, 64, *t.shape[2:], dtype=t.dtype, device="cuda")
+        paged.view(bits)[table.flatten()] = room.view(bits).unflatten(1, (11, 64)).flatten(0, 1)
+        pages.append(paged)
+    got = blasst.attention(q, *pages, **given, **options, page_table=table, lengths=lengths)
+    assert torch.equal(got, blasst.attention(q, *numbers, **options, lengths=lengths))
