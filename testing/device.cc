@@ -102,9 +102,11 @@ Case for_gpu(Case c) {
     return c;
   }
   if (c.values_in_keys) c.k_dtype = c.v_dtype = {};
-  if (c.k_dtype || c.v_dtype) {  // both, of one type
-    c.k_dtype = c.v_dtype = c.k_dtype.value_or(c.v_dtype.value_or(BLASST_INT8));
+  if (c.k_dtype == BLASST_INT8 && !c.v_dtype) {
     c.head_dim = c.value_dim = 128;
+  } else if (c.k_dtype || c.v_dtype) {  // both, of one type
+    c.k_dtype = c.v_dtype = c.k_dtype.value_or(c.v_dtype.value_or(BLASST_INT8));
+    c.head_dim = c.value_dim;
   }
   c.scores = BLASST_SCORES_EXACT;
   c.places = 1;

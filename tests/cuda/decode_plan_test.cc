@@ -101,10 +101,18 @@ INSTANTIATE_TEST_SUITE_P(
           [](P& p) { p.problem.kv.v.dtype = BLASST_INT8; },
           {"cuda", "k is float8_e4m3 and v int8; decode does both in one type"},
           BLASST_UNSUPPORTED},
-         {"CacheDim",
+         {"CacheDims",
           in_8_bits,
-          [](P& p) { p.problem.head_dim = p.problem.value_dim = 64; },
-          {"cuda", "k is float8_e4m3 with head_dim 64", "128"},
+          [](P& p) { p.problem.head_dim = 192; },
+          {"cuda", "k is float8_e4m3 with head_dim 192 and value_dim 128", "64, 128 and 256"},
+          BLASST_UNSUPPORTED},
+         {"Int8KeysOfAnotherDim",
+          in_8_bits,
+          [](P& p) {
+            p.problem.head_dim = p.problem.value_dim = 64;
+            p.problem.kv.k.dtype = BLASST_INT8, p.problem.kv.v.dtype = BLASST_BFLOAT16;
+          },
+          {"cuda", "k is int8 and v bfloat16 with head_dim 64", "128"},
           BLASST_UNSUPPORTED},
          {"CacheStride",
           in_8_bits,

@@ -503,3 +503,15 @@ def test_prefill_over_caches_in_8_bits_is_that_over_the_rounded_numbers(dim: int
         pages.append(paged)
     got = blasst.attention(q, *pages, **given, **options, page_table=table, lengths=lengths)
     assert torch.equal(got, blasst.attention(q, *numbers, **options, lengths=lengths))
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+@pytest.mark.parametrize(("dim", "kinds"), [(64, 2), (128, 2), (128, 1), (256, 2)])
+def test_decode_over_quantised_keys(dim: int, kinds: int, positions: int) -> None:
+    q, k, v = inputs(2, positions, 700, 8, 2, dim)
+    keys = blasst.quantize_keys(k)
+    options = {"k_scale": keys.scale, "causal": True, "phase": "decode"}
+    if kinds == 2:
+        options["v_scale"] = 0.04
+        v = (v.float() / 0.04).round().clamp(-127, 127).to(torch.int8)
+    assert_close(*both(blasst.rotate(q), keys.k, v, **options))

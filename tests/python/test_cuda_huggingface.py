@@ -240,3 +240,42 @@ def test_absolute_thresholds_by_place() -> None:
         assert recording.sparsity("prefill") == pytest.approx(found.sparsity(keep, 1024), abs=0.2)
     with pytest.raises(ValueError, match="for tiles of 64 x 128; on cpu"):
         found.apply(model.cpu(), 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"keys": "fp8", "values": "fp8"},
+        {"max_cache_len": 256},
+        {"max_cache_len": 256, "keys": "fp8", "values": "fp8"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compiles", [False, True])
+@torch.inference_mode()
+def test_caches_in_8_bits(options: dict, compiles: bool) -> None:
+    if compiles and "max_cache_len" not in options:
+        pytest.skip("a compiled step has a static cache")
+    model = on_gpu("llama", "blasst", torch.bfloat16)
+    name, ids = cache_name(type(model)), tokens(2, 200)
+
+    def logits(cache) -> torch.Tensor:
+        forward = model.forward
+        if compiles:
+            forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        parts = [model(ids[:, :90], **{name: cache}).logits]
+        parts += [model(ids[:, 90:190], **{name: cache}).logits]
+        for i in range(190, 200):
+            parts.append(forward(ids[:, i : i + 1], **{name: cache}).logits.clone())
+        return torch.cat(parts, 1).float()
+
+    exact = logits(
+        StaticCache(config=model.config, max_cache_len=256)
+        if "max_cache_len" in options
+        else DynamicCache(config=model.config)
+    )
+    got = logits(blasst.eight_bit_cache(model, **options))
+    assert torch.equal(got[:, :90], exact[:, :90])
+    error = (got[:, 90:] - exact[:, 90:]).norm() / exact[:, 90:].norm()
+    assert 1e-4 < error < 0.15

@@ -42,7 +42,7 @@ struct Plan {
   int chunk;          // items that a block takes at a time
   int* next_item;     // zero when the kernel starts; null: no block has more than one chunk
   int box_tokens;     // tokens a copy: kTileKeys or a smaller page
-  bool half_queries;  // of a cache in 8 bits: queries are fp16, not bf16
+  bool half_queries;  // of keys in 8 bits: queries are fp16, not bf16
   float unit_scale;   // a score in natural units / a score as the kernel keeps it
   float* partial;     // [items, rows, dim]
   float* statistics;  // [items, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
@@ -57,7 +57,16 @@ enum class Variant {
 };
 
 // What keys and values are stored as.
-enum class Cache { kOfQueries, kInt8, kFloat8 };
+enum class Cache {
+  kOfQueries,
+  kInt8,
+  kFloat8,
+  kInt8Keys,  // and values as queries
+};
+constexpr bool narrow_keys(Cache cache) { return cache != Cache::kOfQueries; }
+constexpr bool narrow_values(Cache cache) {
+  return cache == Cache::kInt8 || cache == Cache::kFloat8;
+}
 
 inline constexpr int kTileKeys = 64;
 inline constexpr int kStatistics = 4;

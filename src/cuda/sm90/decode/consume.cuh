@@ -24,8 +24,8 @@ namespace blasst::cuda::decode {
 template <typename C>
 class Consumer {
   using L = typename C::Layout;
-  static constexpr bool kIn8Bits = L::kIn8Bits;
-  using Operands = std::conditional_t<kIn8Bits, WidenedOperands<C>, SharedOperands<C>>;
+  using Keys = std::conditional_t<L::kNarrowKeys, WidenedKeys<C>, SharedKeys<C>>;
+  using Values = std::conditional_t<L::kNarrowValues, WidenedValues<C>, SharedValues<C>>;
   static constexpr int kRows = C::kRows;
   static constexpr bool kTests = C::kTests;
   static constexpr bool kFolds = adds_splits(C::kValueDim, kRows);  // items of several splits
@@ -94,7 +94,7 @@ class Consumer {
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_full[slot]), queries_.phase);
     rows_.item = shared_.items[slot];
-    if constexpr (kIn8Bits) prepare_queries(slot);
+    if constexpr (L::kNarrowKeys) prepare_queries(slot);
     rows_.begin_item();
     total_empty_ = true;
     if constexpr (kTests) {
@@ -111,9 +111,9 @@ class Consumer {
   __device__ __forceinline__ void prepare_queries(int slot) {
     std::byte* queries = shared_.queries[slot];
     if (plan_.half_queries) {
-      Operands::template prepare_queries<__half>(queries, shared_.query_units);
+      Keys::template prepare_queries<__half>(queries, shared_.query_units);
     } else {
-      Operands::template prepare_queries<__nv_bfloat16>(queries, shared_.query_units);
+      Keys::template prepare_queries<__nv_bfloat16>(queries, shared_.query_units);
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
@@ -153,23 +153,23 @@ class Consumer {
       for (int i = 0; i < kPanels; ++i)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          partial[row * C::kValueDim + i * 64 + Operands::value_element(at_, half)] =
+          partial[row * C::kValueDim + i * 64 + Values::value_element(at_, half)] =
               value_scaled(o[i][at_.element(c, half)]);
     }
     rows_.write_statistics(slot, softmax, mass_of);
   }
 
   __device__ __forceinline__ float value_scaled(float x) const {
-    if constexpr (kIn8Bits) return __fmul_rn(x, rows_.item.v_scale);
+    if constexpr (L::kNarrowValues) return __fmul_rn(x, rows_.item.v_scale);
     return x;
   }
 
   // --- scores -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ void score(Scores& s) {
-    Operands::scores(at_, s, ptx::shared_address(shared_.keys[ring_.stage]),
-                     ptx::shared_address(shared_.queries[queries_.stage]));
-    if constexpr (kIn8Bits) {
+    Keys::scores(at_, s, ptx::shared_address(shared_.keys[ring_.stage]),
+                 ptx::shared_address(shared_.queries[queries_.stage]));
+    if constexpr (L::kNarrowKeys) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
 #pragma unroll
@@ -204,7 +204,7 @@ class Consumer {
       }
     }
     if (at_.lane == 0) shared_.kept[stage] = index;
-    copy_tile<typename L::Values, L::kCachedBytes>(
+    copy_tile<typename L::Values, L::kNarrowValues ? 1 : 2>(
         p_, plan_, v_map_, ptx::shared_address(shared_.values[stage]), shared_.values_full[stage],
         rows_.item, index, boxes_of(p_, plan_, rows_.item.keys, index), page, ptx::L2Hint::kFirst);
   }
@@ -256,8 +256,8 @@ class Consumer {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) factor[c] = shared_.factors[stage][at_.row(c)];
     rows_.rescale(o_, factor);
-    Operands::add_values(at_, o_, ptx::shared_address(shared_.values[stage]),
-                         ptx::shared_address(shared_.probabilities[stage]));
+    Values::add(at_, o_, ptx::shared_address(shared_.values[stage]),
+                ptx::shared_address(shared_.probabilities[stage]));
   }
 
   // Values that no row sees may be anything, NaN too, and are multiplied by zero.
@@ -311,7 +311,7 @@ class Consumer {
   int unfolded_ = 0;                    // of them, those of the split before
 
   bool total_empty_;
-  Columns units_;  // of a cache in 8 bits: a score is a product times it
+  Columns units_;  // of keys in 8 bits: a score is a product times it
 
   Softmax before_;  // of the split before the one at hand, until its last tile is added
   Softmax total_;   // of the item's splits before that

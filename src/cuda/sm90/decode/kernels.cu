@@ -15,7 +15,8 @@ constexpr Cache kCache = Cache::BLASST_CACHE;
 struct Compiled {
   template <typename T, int kRows, Variant kVariant>
   static Kernels of() {
-    using Multiplied = std::conditional_t<kCache == Cache::kOfQueries, T, __half>;
+    // Where both operands are widened, the queries' type is known when the kernel runs.
+    using Multiplied = std::conditional_t<narrow_values(kCache), __half, T>;
     using C = Config<Multiplied, BLASST_QK_DIM, BLASST_VALUE_DIM, kRows, kVariant, kCache>;
     return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared),
             C::Layout::kBlocks, reinterpret_cast<const void*>(&combine<T, BLASST_VALUE_DIM>)};

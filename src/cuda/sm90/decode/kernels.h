@@ -23,14 +23,24 @@ Kernels find_kernels_of(Element element, int rows, Variant variant);
 template <>
 Kernels find_kernels_of<64, 64, Cache::kOfQueries>(Element element, int rows, Variant variant);
 template <>
+Kernels find_kernels_of<64, 64, Cache::kInt8>(Element element, int rows, Variant variant);
+template <>
+Kernels find_kernels_of<64, 64, Cache::kFloat8>(Element element, int rows, Variant variant);
+template <>
 Kernels find_kernels_of<128, 128, Cache::kOfQueries>(Element element, int rows, Variant variant);
 template <>
 Kernels find_kernels_of<128, 128, Cache::kInt8>(Element element, int rows, Variant variant);
 template <>
 Kernels find_kernels_of<128, 128, Cache::kFloat8>(Element element, int rows, Variant variant);
 template <>
+Kernels find_kernels_of<128, 128, Cache::kInt8Keys>(Element element, int rows, Variant variant);
+template <>
 Kernels find_kernels_of<192, 128, Cache::kOfQueries>(Element element, int rows, Variant variant);
 template <>
 Kernels find_kernels_of<256, 256, Cache::kOfQueries>(Element element, int rows, Variant variant);
+template <>
+Kernels find_kernels_of<256, 256, Cache::kInt8>(Element element, int rows, Variant variant);
+template <>
+Kernels find_kernels_of<256, 256, Cache::kFloat8>(Element element, int rows, Variant variant);
 
 }  // namespace blasst::cuda::decode

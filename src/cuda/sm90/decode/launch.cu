@@ -67,9 +67,13 @@ void launch(const Launch& l) {
   const CUtensorMap q = map_of(l.q, l.element, p.heads / p.kv_heads, p.query_length);
   // Without keys nothing is copied; any tensor will do.
   const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const Element of_keys = l.cache == Cache::kOfQueries ? l.element : Element::kInt8;  // any byte
-  const CUtensorMap k = map_of(keys_at_all ? l.k : l.q, of_keys, 1, plan.box_tokens);
-  const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, of_keys, 1, plan.box_tokens);
+  const auto element = [&](bool narrow) {
+    return narrow ? Element::kInt8 : l.element;
+  };  // any byte
+  const CUtensorMap k =
+      map_of(keys_at_all ? l.k : l.q, element(narrow_keys(l.cache)), 1, plan.box_tokens);
+  const CUtensorMap v =
+      map_of(keys_at_all ? l.v : l.q, element(narrow_values(l.cache)), 1, plan.box_tokens);
 
   const bool latents = latent::is_latent(l.value_dim);
   const Kernels kernels =

@@ -1,6 +1,8 @@
 // Shared memory of the decode kernel, and what travels with a tile.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -16,7 +18,7 @@ inline constexpr int kConsumers = 32 * kWarps;
 inline constexpr int kThreads = kConsumers + 32;  // and the warp that feeds them
 inline constexpr int kMostBoxes = 4;              // pages of 16 tokens in a tile
 
-struct CacheItem : Item {  // of keys and values in 8 bits
+struct CacheItem : Item {  // of keys in 8 bits
   float k_scale, v_scale;
 };
 
@@ -28,21 +30,21 @@ struct Tile {
 };
 
 // kRows: query rows, rounded up. Queries and keys have kQkDim elements, values kValueDim.
-template <int kQkDim, int kValueDim, int kRows, bool kIn8Bits_ = false>
+template <int kQkDim, int kValueDim, int kRows, Cache kCache = Cache::kOfQueries>
 struct Layout {
-  static constexpr bool kIn8Bits = kIn8Bits_;            // keys and values
-  static constexpr int kCachedBytes = kIn8Bits ? 1 : 2;  // of their elements
-  using Work = std::conditional_t<kIn8Bits, CacheItem, Item>;
-  template <int kDim>
-  using Cached = std::conditional_t<kIn8Bits, BytePanels<kTileKeys, kDim>, Panels<kTileKeys, kDim>>;
-  using Keys = Cached<kQkDim>;
-  using Values = Cached<kValueDim>;
+  // In 8 bits.
+  static constexpr bool kNarrowKeys = narrow_keys(kCache), kNarrowValues = narrow_values(kCache);
+  using Work = std::conditional_t<kNarrowKeys, CacheItem, Item>;
+  template <int kDim, bool kNarrow>
+  using Cached = std::conditional_t<kNarrow, BytePanels<kTileKeys, kDim>, Panels<kTileKeys, kDim>>;
+  using Keys = Cached<kQkDim, kNarrowKeys>;
+  using Values = Cached<kValueDim, kNarrowValues>;
   using Queries = Panels<kRows, kQkDim>;
   using Probabilities = Panels<kRows, kTileKeys>;
 
   // Two blocks share a multiprocessor where 113 KiB and 168 registers a thread are enough; three
   // where 75 KiB and 136 are.
-  static constexpr bool kSmall = kIn8Bits && kRows == 8;
+  static constexpr bool kSmall = kNarrowValues && kRows == 8;
   static constexpr int kBlocks = kValueDim == 256 || kRows > (kQkDim == 192 ? 8 : 16) ? 1
                                  : kSmall                                             ? 3
                                                                                       : 2;
@@ -74,7 +76,8 @@ struct Layout {
     uint64_t tiles_full[kKeyStages], keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_full[kValueStages];
     uint64_t queries_full[2], queries_empty[2];
-    float query_units[kIn8Bits ? kRows : 1];  // of an item: of its queries as they are multiplied
+    float
+        query_units[kNarrowKeys ? kRows : 1];  // of an item: of its queries as they are multiplied
   };
 };
 
@@ -82,9 +85,11 @@ struct Layout {
 template <typename T, int kQkDim_, int kValueDim_, int kRows_, Variant kVariant_,
           Cache kCache_ = Cache::kOfQueries>
 struct Config {
-  using Element = T;  // of probabilities, and of queries unless keys are in 8 bits
-  using Layout = decode::Layout<kQkDim_, kValueDim_, kRows_, kCache_ != Cache::kOfQueries>;
   static constexpr Cache kCache = kCache_;
+  // What keys in 8 bits meet queries as, and values in 8 bits probabilities.
+  using OfKeys = std::conditional_t<narrow_keys(kCache), __half, T>;
+  using Element = std::conditional_t<narrow_values(kCache), __half, T>;  // of probabilities
+  using Layout = decode::Layout<kQkDim_, kValueDim_, kRows_, kCache>;
   using Shared = typename Layout::Shared;
   using Work = typename Layout::Work;
   static constexpr int kQkDim = kQkDim_;

@@ -16,11 +16,10 @@ namespace blasst::cuda::decode {
 
 // As they lie in shared memory, in the type of the queries.
 template <typename C>
-class SharedOperands {
+class SharedKeys {
   using L = typename C::Layout;
-  using Mma = ptx::Wgmma<typename C::Element, C::kRows>;
+  using Mma = ptx::Wgmma<typename C::OfKeys, C::kRows>;
   static constexpr int kSums = C::kRows / 2;
-  static constexpr int kPanels = C::kValueDim / 64;
 
  public:
   static __device__ __forceinline__ void scores(const ThreadPlace&, float (&s)[kSums],
@@ -38,9 +37,18 @@ class SharedOperands {
     ptx::wgmma_wait<0>();
     ptx::fence_registers(s);
   }
+};
 
-  static __device__ __forceinline__ void add_values(const ThreadPlace&, float (&o)[kPanels][kSums],
-                                                    uint32_t values, uint32_t probabilities) {
+template <typename C>
+class SharedValues {
+  using L = typename C::Layout;
+  using Mma = ptx::Wgmma<typename C::Element, C::kRows>;
+  static constexpr int kSums = C::kRows / 2;
+  static constexpr int kPanels = C::kValueDim / 64;
+
+ public:
+  static __device__ __forceinline__ void add(const ThreadPlace&, float (&o)[kPanels][kSums],
+                                             uint32_t values, uint32_t probabilities) {
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kTileKeys; k += 16)
@@ -110,21 +118,29 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint3
                : "r"(address));
 }
 
-// Of a cache in 8 bits, widened to fp16 on the way to the tensor core, in registers. Queries and
-// probabilities are fp16, too.
+inline constexpr int kChunk = 16;  // bytes, elements of a key or value in 8 bits
+
+// Where a key's or value's chunk lies.
+template <typename Tile>
+__device__ __forceinline__ uint32_t place_of_chunk(uint32_t tile, int token, int chunk) {
+  constexpr int kChunks = Tile::kRowBytes / kChunk;
+  static_assert(kChunks == 8 || kChunks == 4);
+  const int swizzle = kChunks == 8 ? token % 8 : token / 2 % 4;
+  return tile + chunk / kChunks * Tile::kPanelBytes + token * Tile::kRowBytes +
+         (chunk % kChunks ^ swizzle) * kChunk;
+}
+
+// In 8 bits, widened to fp16 on the way to the tensor core, in registers. Queries are fp16, too.
 //
 // A 16-byte chunk of a key that a thread loads as a matrix row gives it elements 4 c to 4 c + 3,
 // c = lane % 4, where the product wants 2 c, 2 c + 1, 2 c + 8 and 2 c + 9: the queries' elements
-// are permuted alike. Of a value's chunk it gets elements 2 r and 2 r + 1, r = lane / 4, for the
-// product's rows r and r + 8: so the output is permuted.
+// are permuted alike.
 template <typename C>
-class WidenedOperands {
+class WidenedKeys {
   using L = typename C::Layout;
-  using Mma = ptx::Wgmma<__half, C::kRows>;
-  using To = Widen<C::kCache>;
+  using Mma = ptx::Wgmma<typename C::OfKeys, C::kRows>;
+  using To = Widen<C::kCache == Cache::kInt8Keys ? Cache::kInt8 : C::kCache>;
   static constexpr int kSums = C::kRows / 2;
-  static constexpr int kPanels = C::kValueDim / 64;
-  static constexpr int kChunk = 16;  // bytes, elements of a key or value
 
  public:
   // Queries in shared memory, as they were copied, become fp16 in the order above, each row times a
@@ -133,7 +149,7 @@ class WidenedOperands {
   template <typename Stored>
   static __device__ __forceinline__ void prepare_queries(std::byte* queries, float* units) {
     constexpr int kGroups = C::kQkDim / kChunk;  // of two 16-byte chunks of queries
-    static_assert(kGroups == 8, "eight neighbouring lanes share a row");
+    static_assert(kGroups <= 16 && 32 % kGroups == 0, "neighbouring lanes share a row");
 #pragma unroll
     for (int first = 0; first < C::kRows * kGroups; first += kConsumers) {
       const int task = first + static_cast<int>(threadIdx.x);
@@ -177,7 +193,7 @@ class WidenedOperands {
 #pragma unroll
     for (int step = 0; step < kSteps; step += 2) {
       uint32_t x[4];
-      ptx::load_matrices(x, place<typename L::Keys>(keys, key, step + at.lane / 16));
+      ptx::load_matrices(x, place_of_chunk<typename L::Keys>(keys, key, step + at.lane / 16));
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // keys 8 (i % 2) on, step i / 2
         To::neighbours(x[i], a[step + i / 2][i % 2], a[step + i / 2][i % 2 + 2]);
@@ -193,49 +209,58 @@ class WidenedOperands {
     ptx::wgmma_wait<0>();
     ptx::fence_registers(s);
   }
+};
 
-  static __device__ __forceinline__ void add_values(const ThreadPlace& at,
-                                                    float (&o)[kPanels][kSums], uint32_t values,
-                                                    uint32_t probabilities) {
+// Of a value's 16-byte chunk a thread gets elements 2 r and 2 r + 1, r = lane / 4, for the
+// product's rows r and r + 8: so the output is permuted. Probabilities are fp16, too.
+template <typename C>
+class WidenedValues {
+  using L = typename C::Layout;
+  using Mma = ptx::Wgmma<typename C::Element, C::kRows>;
+  using To = Widen<C::kCache>;
+  static constexpr int kSums = C::kRows / 2;
+  static constexpr int kPanels = C::kValueDim / 64;
+
+ public:
+  static __device__ __forceinline__ void add(const ThreadPlace& at, float (&o)[kPanels][kSums],
+                                             uint32_t values, uint32_t probabilities) {
     constexpr int kSteps = kTileKeys / 16;
-    uint32_t a[kPanels][kSteps][4];
+    // All that is multiplied at once is in registers: of four panels, one at a time.
+    constexpr int kAtOnce = kPanels == 4 ? 1 : kPanels;
 #pragma unroll
-    for (int i = 0; i < kPanels; ++i) {
+    for (int first = 0; first < kPanels; first += kAtOnce) {
+      uint32_t a[kAtOnce][kSteps][4];
 #pragma unroll
-      for (int step = 0; step < kSteps; step += 2) {
-        uint32_t x[4];
-        load_matrices_transposed(
-            x, place<typename L::Values>(values, 16 * step + at.lane, 4 * i + at.warp));
+      for (int i = 0; i < kAtOnce; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {  // keys 8 (j % 2) on, step j / 2
-          uint32_t* to = a[i][step + j / 2] + j % 2 * 2;
-          To::alternate(x[j], to[0], to[1]);
+        for (int step = 0; step < kSteps; step += 2) {
+          uint32_t x[4];
+          load_matrices_transposed(x, place_of_chunk<typename L::Values>(
+                                          values, 16 * step + at.lane, 4 * (first + i) + at.warp));
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {  // keys 8 (j % 2) on, step j / 2
+            uint32_t* to = a[i][step + j / 2] + j % 2 * 2;
+            To::alternate(x[j], to[0], to[1]);
+          }
         }
       }
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          Mma::add_registers(o[first + i], a[i][step],
+                             ptx::wgmma_descriptor(probabilities + step * 32));
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>();
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) ptx::fence_registers(o[first + i]);
     }
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i)
-        Mma::add_registers(o[i], a[i][step], ptx::wgmma_descriptor(probabilities + step * 32));
-    ptx::wgmma_commit();
-    ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i) ptx::fence_registers(o[i]);
   }
 
+  // The value element, of a panel's 64, of a thread's half.
   static __device__ __forceinline__ int value_element(const ThreadPlace& at, int half) {
     return 16 * at.warp + 2 * (at.lane / 4) + half;
-  }
-
- private:
-  // Of a key's or value's chunk.
-  template <typename Tile>
-  static __device__ __forceinline__ uint32_t place(uint32_t tile, int token, int chunk) {
-    static_assert(Tile::kRowBytes == kPanelRowBytes);
-    return tile + chunk / 8 * Tile::kPanelBytes + token * kPanelRowBytes +
-           (chunk % 8 ^ token % 8) * 16;
   }
 };
 

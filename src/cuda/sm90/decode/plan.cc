@@ -21,17 +21,30 @@ using problem::Phase;
 constexpr HeadSizes kSizes[] = {
     {64, 64}, {128, 128}, {192, 128}, {256, 256}, {latent::kQkDim, latent::kValueDim}};
 
+// Types of keys and values, of which check_types has looked at each.
+void check_cache(const blasst_problem& p) {
+  const DType k = p.kv.k.dtype, v = p.kv.v.dtype;
+  const bool int8_keys = k == BLASST_INT8 && v == p.q.dtype;
+  if (k != v && !int8_keys)
+    refuse(kCudaSm90,
+           "k is {} and v {}; decode does both in one type, or k in int8 and v in the type of q",
+           problem::dtype_name(k), problem::dtype_name(v));
+  if (int8_keys && p.head_dim != 128)
+    refuse(kCudaSm90, "k is int8 and v {} with head_dim {}; decode does these with 128",
+           problem::dtype_name(v), p.head_dim);
+  if (problem::is_8_bits(k) && p.head_dim != p.value_dim)
+    refuse(kCudaSm90,
+           "k is {} with head_dim {} and value_dim {}; decode does caches in 8 bits of 64, 128 and "
+           "256, both alike",
+           problem::dtype_name(k), p.head_dim, p.value_dim);
+}
+
 void check_supported(const AttentionParams& params) {
   cuda::check_supported(kCudaSm90, params, Phase::kDecode, kSizes,
                         problem::Caches::kOfQueriesOr8Bits);
   check_decode(kCudaSm90, params);
   const blasst_problem& p = params.problem;
-  if (p.kv.k.dtype != p.kv.v.dtype)
-    refuse(kCudaSm90, "k is {} and v {}; decode does both in one type",
-           problem::dtype_name(p.kv.k.dtype), problem::dtype_name(p.kv.v.dtype));
-  if (problem::is_8_bits(p.kv.k.dtype) && p.head_dim != 128)
-    refuse(kCudaSm90, "k is {} with head_dim {}; decode does caches in 8 bits of 128",
-           problem::dtype_name(p.kv.k.dtype), p.head_dim);
+  check_cache(p);
   if (!latent::is_latent(p.value_dim)) return check_rows(kCudaSm90, p);
   if (p.kv_heads != 1)
     refuse(kCudaSm90, "kv_heads is {}; a decode over latents (head_dim {}, value_dim {}) has 1",
@@ -74,10 +87,9 @@ problem::Geometry geometry_of(const AttentionParams& params) {
   return problem::geometry(p, Phase::kDecode, shape);
 }
 
-Cache cache_of(DType keys) {
-  return keys == BLASST_INT8          ? Cache::kInt8
-         : keys == BLASST_FLOAT8_E4M3 ? Cache::kFloat8
-                                      : Cache::kOfQueries;
+Cache cache_of(DType keys, DType values) {
+  if (keys == BLASST_INT8) return values == BLASST_INT8 ? Cache::kInt8 : Cache::kInt8Keys;
+  return keys == BLASST_FLOAT8_E4M3 ? Cache::kFloat8 : Cache::kOfQueries;
 }
 
 Scales scales_of(const blasst_scales& s) { return {s.values, s.stride_request, s.stride_head}; }
@@ -101,7 +113,7 @@ Launch plan_launch(const AttentionParams& params) {
   const blasst_problem& p = params.problem;
   Launch l = plan_call(kCudaSm90, params, geometry, parts_of(p), workspace_bytes(p));
   if (latent::is_latent(l.value_dim)) check_values_in_keys(p);
-  l.cache = cache_of(p.kv.k.dtype);
+  l.cache = cache_of(p.kv.k.dtype, p.kv.v.dtype);
   l.params.k_scales = scales_of(p.k_scales);
   l.params.v_scales = scales_of(p.v_scales);
   return l;

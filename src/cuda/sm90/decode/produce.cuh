@@ -68,7 +68,7 @@ class Producer {
       Work mine{};
       const bool found =
           lane_ < chunk && first + lane_ < plan_.items && find_item(p_, plan_, first + lane_, mine);
-      if constexpr (L::kIn8Bits) {
+      if constexpr (L::kNarrowKeys) {
         if (found) {
           mine.k_scale = scale_of(p_.k_scales, mine);
           mine.v_scale = scale_of(p_.v_scales, mine);
@@ -92,7 +92,7 @@ class Producer {
                    get(item.keys),     get(item.first_key),   get(item.tile_begin),
                    get(item.tile_end), get(item.split_tiles), get(item.begin),
                    get(item.end)};
-    if constexpr (L::kIn8Bits) {
+    if constexpr (L::kNarrowKeys) {
       return {all, get(item.k_scale), get(item.v_scale)};
     } else {
       return all;
@@ -175,7 +175,7 @@ class Producer {
       ptx::mbarrier_arrive(address(shared_.tiles_full[stage]));
     }
     __syncwarp();
-    copy_tile<typename L::Keys, L::kCachedBytes>(
+    copy_tile<typename L::Keys, L::kNarrowKeys ? 1 : 2>(
         p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]), shared_.keys_full[stage], item,
         tile, boxes, page, flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
     ring_.next();
