@@ -3,14 +3,15 @@
 FlashAttention-3 is measured beside it if it is installed: fa3-fwd, which has no pages, and a build
 that has them (tokenspeed-fa3). Every line checks the output first. Rates are bytes of the keys and
 values that dense attention reads, divided by the time of one call in a replayed graph.
-With --cache the same keys and values in 8 bits are measured beside them, against 16 bits dense.
+With --cache the same keys and values in 8 bits are measured beside them, against 16 bits dense
+("int8-keys": values stay in 16 bits).
 """
 
 import argparse
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,11 +27,14 @@ try:
 except ImportError:
     paged_flash_attn = None
 
-DIM = 128
 BLOCK = 128  # keys that score alike
 AMPLITUDE = 22.0  # a matching key beats another by e^43
 THRESHOLD = 1e-3
-CACHES = {"fp8": (torch.float8_e4m3fn, 448), "int8": (torch.int8, 127)}
+CACHES = {
+    "fp8": (torch.float8_e4m3fn, 448),
+    "int8": (torch.int8, 127),
+    "int8-keys": (torch.int8, 127),
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Work:
     keys: int
     heads: int
     kv_heads: int
+    dim: int = 128
     page: int = 0
     """0: contiguous keys, all of them in use; else lengths are drawn from 1,024 to `keys`."""
 
@@ -52,7 +57,7 @@ WORKS = (
     Work("batch 16, 32K, 32/8", 16, 32768, 32, 8),
     Work("batch 1, 128K, 32/8", 1, 131072, 32, 8),
     Work("batch 1, 16K, 32/8", 1, 16384, 32, 8),
-    Work("batch 256, 1K-64K, pages of 64, 32/8", 256, 65536, 32, 8, 64),
+    Work("batch 256, 1K-64K, pages of 64, 32/8", 256, 65536, 32, 8, page=64),
 )
 
 
@@ -61,8 +66,8 @@ class Inputs:
 
     def __init__(self, work: Work, device: torch.device):
         w = self.work = work
-        shape = (w.batch, w.keys, w.kv_heads, DIM)
-        self.q = torch.empty(w.batch, 1, w.heads, DIM, dtype=torch.bfloat16, device=device)
+        shape = (w.batch, w.keys, w.kv_heads, w.dim)
+        self.q = torch.empty(w.batch, 1, w.heads, w.dim, dtype=torch.bfloat16, device=device)
         self.k = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.v = torch.empty_like(self.k)
         for request in self.v:
@@ -77,9 +82,9 @@ class Inputs:
     def plant(self, sparsity: float) -> None:
         """Gives each block of keys one of two directions: the queries' own, or another."""
         w, device = self.work, self.k.device
-        signs = torch.ones(2, DIM, device=device)
+        signs = torch.ones(2, w.dim, device=device)
         signs[1, 1::2] = -1
-        directions = AMPLITUDE * signs / math.sqrt(DIM)
+        directions = AMPLITUDE * signs / math.sqrt(w.dim)
         self.q.normal_(0, 0.5).add_(directions[0])
         block = w.page or BLOCK
         for request in self.k:
@@ -88,14 +93,14 @@ class Inputs:
             if sparsity == 0:
                 match[:] = True
             match[0] = True
-            blocks = request.view(-1, block, w.kv_heads, DIM)
+            blocks = request.view(-1, block, w.kv_heads, w.dim)
             blocks.normal_(0, 0.5).add_(directions[(~match).long()].to(torch.bfloat16)[:, None])
         if self.table is not None:  # a request's first page is not the first in memory
             first = self.pages(self.k)[self.table[:, 0].long()]
             self.pages(self.k)[self.table[:, 0].long()] = first.normal_(0, 0.5).add_(directions[0])
 
     def pages(self, t: Tensor) -> Tensor:
-        return t.view(-1, self.work.page, self.work.kv_heads, DIM)
+        return t.view(-1, self.work.page, self.work.kv_heads, self.work.dim)
 
     def blasst(self, threshold: float | Tensor | None, stats: bool = False, cache=None):
         k, v, k_scale, v_scale = cache or (self.k, self.v, None, None)
@@ -112,11 +117,15 @@ class Inputs:
             return_stats=stats,
         )
 
-    def in_8_bits(self, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values, and the scale of each."""
+    def in_8_bits(self, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Keys and values, and the scale of each; None: not in 8 bits."""
         dtype, most = CACHES[kind]
         small, scales = [], []
         for t in (self.k, self.v):
+            if kind == "int8-keys" and t is self.v:
+                small.append(t)
+                scales.append(None)
+                continue
             scale = max(request.abs().max() for request in t).float() / most
             small.append(torch.empty_like(t, dtype=dtype))
             for into, request in zip(small[-1], t, strict=True):
@@ -154,16 +163,18 @@ class Inputs:
                     self.pages(t).view(torch.uint8)[at].flatten(0, 1).view(t.dtype)
                     for t in (stored_k, stored_v)
                 )
-            k, v = k[: self.lengths[b]].float() * k_scale, v[: self.lengths[b]].float() * v_scale
-            q = self.q[b, 0].float().view(w.kv_heads, -1, DIM)
-            p = (torch.einsum("hgd,nhd->hgn", q, k) / math.sqrt(DIM)).softmax(-1)
-            exact = torch.einsum("hgn,nhd->hgd", p, v).reshape(w.heads, DIM)
+            k = k[: self.lengths[b]].float() * k_scale
+            v = v[: self.lengths[b]].float() * (1 if v_scale is None else v_scale)
+            q = self.q[b, 0].float().view(w.kv_heads, -1, w.dim)
+            p = (torch.einsum("hgd,nhd->hgn", q, k) / math.sqrt(w.dim)).softmax(-1)
+            exact = torch.einsum("hgn,nhd->hgd", p, v).reshape(w.heads, w.dim)
             worst = max(worst, ((out[b, 0] - exact).norm() / exact.norm()).item())
         return worst
 
-    @property
-    def bytes(self) -> int:
-        return int(self.lengths.sum()) * self.work.kv_heads * DIM * 2 * 2
+    def bytes(self, k: Tensor, v: Tensor) -> int:
+        """Of such keys and values, those that are in use."""
+        elements = int(self.lengths.sum()) * self.work.kv_heads * self.work.dim
+        return elements * (k.element_size() + v.element_size())
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -197,7 +208,7 @@ def measure(work: Work, sparsities: list[float], caches: list[str]) -> None:
             raise SystemExit(f"{work.name}: the output is off by {error:.1e}")
         dense = microseconds(lambda: inputs.blasst(None))
         sparse = microseconds(lambda: inputs.blasst(threshold))
-        rate = inputs.bytes / 1e6
+        rate = inputs.bytes(inputs.k, inputs.v) / 1e6
         line = f"{work.name:37} {100 * result.stats.sparsity:5.1f} % | "
         line += f"dense {rate / dense:5.2f} TB/s"
         for name, run in inputs.peers().items():
@@ -214,7 +225,8 @@ def measure(work: Work, sparsities: list[float], caches: list[str]) -> None:
             small = microseconds(lambda cache=cache: inputs.blasst(None, cache=cache))
             sparse = microseconds(lambda cache=cache: inputs.blasst(threshold, cache=cache))
             line = f"{kind:>37} {100 * result.stats.sparsity:5.1f} % | of 16 bits dense: "
-            line += f"dense {dense / small:5.3f}x ({rate / 2 / small:5.2f} TB/s), "
+            small_rate = inputs.bytes(*cache[:2]) / 1e6 / small
+            line += f"dense {dense / small:5.3f}x ({small_rate:5.2f} TB/s), "
             print(f"{line}sparse {dense / sparse:5.3f}x", flush=True)
             del cache
 
@@ -225,13 +237,14 @@ def main() -> None:
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(WORKS)))
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.73, 0.87])
     parser.add_argument("--backend", choices=("cuda-sm90", "cuda-sm80"), help="default: the first")
+    parser.add_argument("--dim", type=int, default=128, help="of a head")
     parser.add_argument("--cache", nargs="*", choices=list(CACHES), default=[])
     arguments = parser.parse_args()
     if arguments.backend:
         os.environ["BLASST_CUDA_BACKEND"] = arguments.backend  # read at the first call
     print(torch.cuda.get_device_name(), arguments.backend or "", flush=True)
     for line in arguments.lines:
-        measure(WORKS[line], arguments.sparsity, arguments.cache)
+        measure(replace(WORKS[line], dim=arguments.dim), arguments.sparsity, arguments.cache)
         torch.cuda.empty_cache()
 
 

@@ -36,8 +36,8 @@ Problem make_problem(const BenchOptions& options, int64_t length, double sparsit
                 .kv_heads = options.kv_heads,
                 .head_dim = options.head_dim,
                 .value_dim = options.head_dim,
-                .k_dtype = options.cache,
-                .v_dtype = options.cache,
+                .k_dtype = options.cache.k,
+                .v_dtype = options.cache.v,
                 .inputs = check::Inputs::kPlanted,
                 .causal = true,
                 .order = options.order,
@@ -269,7 +269,7 @@ void add_options(CLI::App& app, BenchOptions& options) {
   if (options.phase == Phase::kPrefill)
     add_choice(app, "--scores", options.scores, kScores, "the arithmetic of q.k");
   if (options.phase != Phase::kBackward)
-    add_choice(app, "--cache", options.cache, kCaches, "of k and v; dtype: of q's");
+    add_choice(app, "--cache", options.cache, kCaches, "types of k and v; dtype: of q's");
   count("--batch", options.batch, "requests");
   count("--length", options.lengths, "tokens; several give a row each");
   count("--heads", options.heads, "query heads");

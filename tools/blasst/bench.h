@@ -15,10 +15,17 @@
 namespace blasst::command {
 
 enum class Phase { kPrefill, kDecode, kBackward };
-inline const std::map<std::string, std::optional<DType>> kCaches = {{"dtype", std::nullopt},
-                                                                    {"bf16", BLASST_BFLOAT16},
-                                                                    {"int8", BLASST_INT8},
-                                                                    {"fp8", BLASST_FLOAT8_E4M3}};
+// Types of keys and values, if they are not the queries'.
+struct Cache {
+  std::optional<DType> k, v;
+  bool operator==(const Cache&) const = default;
+};
+inline const std::map<std::string, Cache> kCaches = {
+    {"dtype", {}},
+    {"bf16", {BLASST_BFLOAT16, BLASST_BFLOAT16}},
+    {"int8", {BLASST_INT8, BLASST_INT8}},
+    {"int8-keys", {BLASST_INT8, {}}},
+    {"fp8", {BLASST_FLOAT8_E4M3, BLASST_FLOAT8_E4M3}}};
 inline const std::map<std::string, Phase> kPhases = {
     {"prefill", Phase::kPrefill}, {"decode", Phase::kDecode}, {"backward", Phase::kBackward}};
 
@@ -28,7 +35,7 @@ struct BenchOptions {
   DType dtype = BLASST_FLOAT32;
   Order order = BLASST_SINK_FIRST;
   Scores scores = BLASST_SCORES_EXACT;
-  std::optional<DType> cache = {};  // type of k and v
+  Cache cache = {};
   int64_t batch = 1;
   std::vector<int64_t> lengths = {8192};
   int64_t heads = 8;

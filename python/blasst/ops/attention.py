@@ -131,8 +131,9 @@ def attention(
         k: [batch, keys, kv_heads, head_dim]; ragged [total keys, kv_heads, head_dim]; paged
             [pages, page_size, kv_heads, head_dim]. heads must be a multiple of kv_heads.
             k and v are of q's type, or each of them int8 or float8_e4m3fn, with scales: a quantised
-            cache. Then without a backward pass; on cuda in decode only, both of one type, head_dim
-            128, strides multiples of 16.
+            cache. Then without a backward pass. On cuda strides are multiples of 16; prefill rounds
+            k * k_scale and v * v_scale to q's type; decode takes both in one type with head_dim
+            64, 128 or 256, or int8 keys and v of q's type with 128.
         v: like k; its last dimension may differ (the same range). Over latents on a GPU it is the
             view k[..., :512].
         causal: a query sees no key after its own position.
