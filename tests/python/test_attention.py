@@ -892,7 +892,10 @@ BAD = {
         ),
         ({"order": None}, "order is None; it must be one of forward, reverse, sink_first"),
         ({"lengths": [3, 3]}, "lengths is a list; it must be a torch.Tensor, or None"),
-        ({"lengths": torch.zeros(2)}, "lengths is Float; it must be int32 or int64"),
+        (
+            {"lengths": torch.zeros(2)},
+            "lengths is torch.float32; it must be torch.int32 or torch.int64",
+        ),
         ({"order": 3}, "order is 3; it must be one of forward, reverse, sink_first"),
         ({"phase": True}, "phase is True; it must be one of prefill, decode"),
         (
@@ -912,7 +915,10 @@ BAD = {
         ),
         ({"threshold": torch.ones(4) * 1j}, "threshold is torch.complex64; it must be a number"),
         ({"max_seqlen_q": 2.5}, "max_seqlen_q is 2.5; it must be an integer of 0 or more, or None"),
-        ({"starts": torch.zeros(2)}, "starts is Float; it must be int32 or int64"),
+        (
+            {"starts": torch.zeros(2)},
+            "starts is torch.float32; it must be torch.int32 or torch.int64",
+        ),
         ({"q": Q.to_mkldnn()}, "q is torch._mkldnn; it must be torch.strided"),
     ],
     ValueError: [

@@ -15,6 +15,7 @@ from blasst import (
     flash_attn_with_kvcache,
     scaled_dot_product_attention,
 )
+from blasst.ops.kv_cache import Cache, appended
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 
@@ -184,6 +185,39 @@ def test_a_cache_without_new_keys():
     assert_close(padded, exact(q, k, v, visible[:, None, None]))
 
 
+def test_pages_that_are_not_in_use_may_be_anything():
+    table = i32([0, -1], [2, 99])
+    got = paged_kvcache(table, cache_seqlens=i32(15, 9))
+    assert torch.equal(got, kvcache(cache_seqlens=i32(15, 9)))
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_new_keys_without_a_place_are_dropped(pages):
+    """As on cuda, where nobody looks at the lengths and page ids."""
+    k, v = (torch.randn(6, 16, 2, 8) for _ in range(2))
+    table = torch.tensor([[3, 0], [-1, 6], [4, 5], [2, 1], [-(2**40), 2**40], [1, 1]])
+    before = torch.tensor([15, 15, 31, -1, 0, 2**40])
+    if not pages:
+        before = torch.tensor([15, 16, -2, 2**40, -(2**40), 0])
+    new = [torch.randn(6, 2, 2, 8) for _ in (k, v)]
+    wanted = [k.clone(), v.clone()]
+    for cache, t in zip(wanted, new, strict=True):
+        if pages:  # each of what has one: the last of page 3, the first of 0, the last of 5, ...
+            cache[3, 15], cache[0, 0], cache[5, 15], cache[2, 0] = (
+                t[0, 0],
+                t[0, 1],
+                t[2, 0],
+                t[3, 1],
+            )
+        else:
+            cache[0, 15], cache[5, 0], cache[5, 1] = t[0, 0], t[5, 0], t[5, 1]
+    for first in (before, torch.full((6,), 99)):
+        with appended(Cache(k, v, table if pages else None, first + 2), *new):
+            pass
+        assert torch.equal(k, wanted[0])
+        assert torch.equal(v, wanted[1])
+
+
 SDPA_SHAPES = [(70, 130), (130, 70), (1, 130), (64, 64), (130, 1)]
 
 
@@ -255,6 +289,29 @@ def test_the_fronts_compile():
         assert torch.equal(compiled(q, k, v), front(q, k, v))
 
 
+def kvcache(q=None, caches=None, k=None, **arguments):
+    """A call over caches that are looked at behind it: an error must leave them as they were."""
+    q = Q[:, :1] if q is None else q
+    caches = [K.clone(), V.clone()] if caches is None else caches
+    new = [t[:, -1:] + 1 for t in (K, V)]
+    before = [t.clone() for t in caches]
+    try:
+        arguments = {"cache_seqlens": i32(3, 5), "v": new[1]} | arguments
+        return flash_attn_with_kvcache(q, *caches, new[0] if k is None else k, **arguments)
+    except Exception:
+        assert all(torch.equal(t, kept) for t, kept in zip(caches, before, strict=True))
+        raise
+
+
+def paged_kvcache(table, **arguments):
+    caches = [t.unflatten(1, (2, 16)).flatten(0, 1).clone() for t in (K, V)]
+    return kvcache(caches=caches, block_table=table, **arguments)
+
+
+def i32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
 Q, K, V = inputs(batch=2, queries=20, keys=32)
 CU = torch.tensor([0, 20, 40], dtype=torch.int32)
 TURNED = [t.transpose(1, 2) for t in (Q, K, V)]
@@ -270,7 +327,7 @@ REFUSED = [
     ),
     (lambda: flash_attn_with_kvcache(Q, K, V, rotary_cos=Q), "rotary_cos is a tensor"),
     (
-        lambda: flash_attn_with_kvcache(Q, K[:, :30], V, cache_batch_idx=CU[:2]),
+        lambda: flash_attn_with_kvcache(Q, K[:, :30], V[:, :30], cache_batch_idx=CU[:2]),
         "cache_batch_idx is given with k_cache",
     ),
     (
@@ -328,6 +385,20 @@ WRONG = [
         ),
         "max_seqlen_q is 19, but request 0 has 20 tokens",
     ),
+    (
+        ValueError,
+        lambda: flash_attn_varlen_func(
+            Q.flatten(0, 1), K, V, CU, CU[:2], 20, 20, block_table=CU[:2, None]
+        ),
+        r"cu_seqlens_k is \[2\]; it must be \[batch \+ 1\] = \[3\]",
+    ),
+    (
+        TypeError,
+        lambda: flash_attn_varlen_func(
+            Q.flatten(0, 1), K, V, CU, CU.float(), 20, 20, block_table=CU[:2, None]
+        ),
+        "cu_seqlens_k is torch.float32; it must be torch.int32 or torch.int64",
+    ),
     (TypeError, lambda: flash_attn_with_kvcache(Q, K, V, cache_seqlens="a"), "cache_seqlens is"),
     (
         ValueError,
@@ -337,7 +408,7 @@ WRONG = [
     (
         ValueError,
         lambda: flash_attn_with_kvcache(Q, K, V, K[:, :3], V[:, :3], cache_seqlens=30),
-        r"cache_seqlens is \[30, 30\], with 3 new keys; the cache has room for 32",
+        r"cache_seqlens is 30, with 3 new keys; the cache has room for 32, so .* 0 to 29",
     ),
     (
         ValueError,
@@ -354,6 +425,130 @@ WRONG = [
         lambda: flash_attn_with_kvcache(Q, K, V, cache_batch_idx=CU[:2], block_table=CU[None, :2]),
         "cache_batch_idx and block_table exclude each other",
     ),
+    (ValueError, lambda: kvcache(skip_softmax_threshold=3.0), "is 3; it must be a number from 0"),
+    (ValueError, lambda: kvcache(scores="int9"), "scores is 'int9'; it must be one of exact, int8"),
+    (ValueError, lambda: kvcache(window_size=(1,)), r"window_size is \(1,\); it must be"),
+    (ValueError, lambda: kvcache(softmax_scale=-1.0), "scale is -1.0; it must be positive"),
+    (ValueError, lambda: kvcache(k_descale=torch.ones(2, 2)), "k_scale is given, but k is torch"),
+    (ValueError, lambda: kvcache(Q[0, 0]), r"q is \[4, 32\]; it must be \[batch, seqlen_q, heads"),
+    (ValueError, lambda: kvcache(Q[:, :1, :3]), "heads is 3 and kv_heads is 2; heads must be"),
+    (
+        ValueError,
+        lambda: kvcache(Q[..., :16]),
+        r"k_cache is \[2, 32, 2, 32\], but q has head_dim 16",
+    ),
+    (ValueError, lambda: kvcache(Q[:1]), r"cache_seqlens is \[2\]; .* with batch 1"),
+    (
+        ValueError,
+        lambda: kvcache(caches=[K[0, 0], V]),
+        r"k_cache is \[2, 32\]; it must be \[batch, ",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(caches=[K[0, 0, 0], V]),
+        r"k_cache is \[32\]; it must be \[batch, r",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(caches=[K, V[:, :9]]),
+        r"v_cache is \[2, 9, 2, 32\], but k_cache is",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(caches=[K[:1], V[:1]]),
+        r"k_cache is \[1, .*\], but q has batch 2",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(caches=[K[:, :, :1].expand(K.shape), V.clone()]),
+        r"k_cache is .* of strides .*, which overlap; new keys need a place of their own",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(caches=[K[:, :0], V[:, :0]]),
+        r"k_cache .* has no room for new keys",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(k=K[0, 0, 0]),
+        r"k is \[32\]; it must be .* = \[2, new keys, 2, 32\]",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(v=V[:, :2]),
+        r"v is \[2, 2, 2, 32\]; it must be .* = \[2, 1, 2, 32\]",
+    ),
+    (ValueError, lambda: kvcache(v=None), "k, v and cache_seqlens go together"),
+    (
+        TypeError,
+        lambda: kvcache(cache_seqlens=torch.tensor([3.7, 5])),
+        "cache_seqlens is torch.float3",
+    ),
+    (
+        TypeError,
+        lambda: kvcache(cache_seqlens=True),
+        "cache_seqlens is True; it must be an integer",
+    ),
+    (ValueError, lambda: kvcache(cache_seqlens=i32(3)), r"cache_seqlens is \[1\]; .* with batch 2"),
+    (
+        ValueError,
+        lambda: kvcache(cache_seqlens=i32(32, 0)),
+        r"cache_seqlens is \[32, 0\], with 1 new",
+    ),
+    (ValueError, lambda: kvcache(cache_seqlens=i32(-1, 0)), r"is \[-1, 0\], .* must be 0 to 31"),
+    (
+        ValueError,
+        lambda: kvcache(cache_seqlens=2**70),
+        "cache_seqlens is 1180591620717411303424, wi",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(cache_seqlens=torch.tensor([2**40, 0])),
+        r"cache_seqlens is \[1099511627776, 0\], with 1 new keys; the cache has room for 32",
+    ),
+    (ValueError, lambda: kvcache(cache_leftpad=i32(0, 7)), r"cache_leftpad\[1\] is 7; .* 0 to 6, "),
+    (
+        ValueError,
+        lambda: kvcache(cache_leftpad=i32(-1, 0)),
+        r"cache_leftpad\[0\] is -1; .* 0 to 4, ",
+    ),
+    (
+        TypeError,
+        lambda: kvcache(cache_leftpad=torch.ones(2)),
+        "cache_leftpad is torch.float32; it m",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(cache_batch_idx=i32(-1, 0)),
+        r"cache_batch_idx\[0\] is -1; .* 0 to 1,",
+    ),
+    (
+        ValueError,
+        lambda: kvcache(cache_batch_idx=i32(0, 2)),
+        r"cache_batch_idx\[1\] is 2; .* 0 to 1, ",
+    ),
+    (TypeError, lambda: kvcache(cache_batch_idx=torch.ones(2)), "cache_batch_idx is torch.float32"),
+    (
+        ValueError,
+        lambda: paged_kvcache(i32([-1, 1], [2, 3])),
+        r"block_table\[0, 0\] is -1; .* 0 to 3, ",
+    ),
+    (
+        ValueError,
+        lambda: paged_kvcache(i32([0, 1], [4, 3])),
+        r"block_table\[1, 0\] is 4; .* 0 to 3, a",
+    ),
+    (
+        TypeError,
+        lambda: paged_kvcache(torch.ones(2, 2)),
+        "block_table is torch.float32; it must be",
+    ),
+    (
+        ValueError,
+        lambda: paged_kvcache(i32(0, 1)),
+        r"block_table is \[2\]; it must be \[batch, pages",
+    ),
+    (ValueError, lambda: paged_kvcache(i32([0, 1])), r"block_table is \[1, 2\]; .* with batch 2"),
     (ValueError, lambda: scaled_dot_product_attention(*TURNED), "query has 4 heads and key 2"),
     (
         ValueError,

@@ -41,9 +41,14 @@ def check_positive(name: str, value: float | None, default: str) -> None:
         raise ValueError(f"{name} is {value}; {accepted}")
 
 
+def is_integer(value: object) -> bool:
+    """Whether it is a whole number, which True and False are not."""
+    return isinstance(value, _INTEGERS) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: int | None) -> None:
     """An error unless it is None or an integer."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, _INTEGERS)):
+    if value is not None and not is_integer(value):
         raise TypeError(f"{name} is {value!r}; it must be an integer of 0 or more, or None")
 
 
@@ -62,7 +67,7 @@ def places_on_cuda(
 
     Decode there has no query_lengths: a request without a query gets no keys either.
     """
-    places = {name: _narrowed(name, index) for name, index in places.items()}
+    places = {name: _narrowed(index) for name, index in places.items()}
     query_lengths, starts, lengths = (
         places[name] for name in ("query_lengths", "starts", "lengths")
     )
@@ -82,12 +87,18 @@ def places_on_cuda(
     return places, (query_lengths <= 0)[:, None, None]
 
 
-def _narrowed(name: str, index: Tensor | None) -> Tensor | None:
-    if index is None:
-        return None
-    if index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} is {index.dtype}; it must be torch.int32 or torch.int64")
-    return index.to(torch.int32)
+def _narrowed(index: Tensor | None) -> Tensor | None:
+    """As int32; what is beyond its range stays out of any."""
+    if index is None or index.dtype == torch.int32:
+        return index
+    return index.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+
+
+def check_indices(indices: dict[str, Tensor | None]) -> None:
+    """An error unless all are of a type for indices."""
+    for name, index in indices.items():
+        if index is not None and index.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} is {index.dtype}; it must be torch.int32 or torch.int64")
 
 
 def check_page_table(k: Tensor, lengths: Tensor | None, page_table: Tensor | None) -> None:

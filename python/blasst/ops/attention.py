@@ -12,6 +12,7 @@ from blasst.ops.arguments import (
     check_choice,
     check_count,
     check_flags,
+    check_indices,
     check_page_table,
     check_positive,
     check_tensors,
@@ -215,6 +216,7 @@ def attention(
         {"q": q, "k": k, "v": v},
         {"sinks": sinks, **places, "blocks": blocks, "out": out, "workspace": workspace},
     )
+    check_indices(places)
     scales = scales_of({"k_scale": (k, k_scale), "v_scale": (v, v_scale)})
     if workspace is not None and out is None:
         raise ValueError("workspace is given without out; the two go together")

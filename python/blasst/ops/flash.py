@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.ops.arguments import check_flags, check_tensors
+from blasst.ops.arguments import check_flags, check_indices, check_tensors
 from blasst.ops.attention import Result, attention
+from blasst.ops.kv_cache import appended, cache_of
 
 Threshold = float | Sequence[float] | Tensor | None
 
@@ -158,17 +159,7 @@ def flash_attn_varlen_func(
         {"q": q, "cu_seqlens_q": cu_seqlens_q},
         {"cu_seqlens_k": cu_seqlens_k, "block_table": block_table, "seqused_k": seqused_k},
     )
-    if block_table is None:
-        if seqused_k is not None:
-            raise NotSupportedError("seqused_k is given without block_table")
-        if cu_seqlens_k is None:
-            raise ValueError("cu_seqlens_k is None; it may be so with block_table and seqused_k")
-        keys = {"cu_seqlens_k": cu_seqlens_k}
-    else:
-        if seqused_k is None and cu_seqlens_k is None:
-            raise ValueError("block_table is given without cu_seqlens_k or seqused_k")
-        lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
-        keys = {"page_table": block_table, "lengths": lengths}
+    keys = _ranges(cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
     options = _options(
         *(softmax_scale, causal, window_size, softcap, scores, k_descale, v_descale),
         *(skip_softmax_threshold, skip_softmax_threshold_scale_factor),
@@ -224,8 +215,9 @@ def flash_attn_with_kvcache(
         k_cache: [cache batch, room, kv_heads, head_dim], or with block_table [pages, page_size,
             kv_heads, head_dim]. Written in place if k is given.
         v_cache: like k_cache, with value_dim.
-        k: [batch, new keys, kv_heads, head_dim] put into the cache from cache_seqlens on. On cuda
-            nobody looks whether the cache has room for them.
+        k: [batch, new keys, kv_heads, head_dim] put into the cache from cache_seqlens on, unless
+            the call ends in an error. On cuda the values of index tensors are not looked at: keys
+            for which the cache has no room or no page are dropped.
         v: like k, with value_dim.
         rotary_cos: None.
         rotary_sin: None.
@@ -271,33 +263,22 @@ def flash_attn_with_kvcache(
             "an input requires a gradient, and flash_attn_with_kvcache has no backward pass: run "
             "it under torch.no_grad()"
         )
-    lengths = _cache_lengths(cache_seqlens, q)
-    if cache_batch_idx is not None:
-        if block_table is not None:
-            raise ValueError("cache_batch_idx and block_table exclude each other")
-        k_cache, block_table = _as_pages("k_cache", k_cache, cache_batch_idx)
-        v_cache, _ = _as_pages("v_cache", v_cache, cache_batch_idx)
-    if cache_leftpad is not None and block_table is not None:
-        raise NotSupportedError(
-            "cache_leftpad is given together with block_table or cache_batch_idx"
-        )
-    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if k is not None or v is not None:
-        lengths = _append(k_cache, v_cache, k, v, lengths, block_table, room)
-    if lengths is None and block_table is not None:
-        lengths = torch.full((q.shape[0],), room, dtype=torch.int32, device=q.device)
     options = _options(
         *(softmax_scale, causal, window_size, softcap, scores, k_descale, v_descale),
         *(skip_softmax_threshold, skip_softmax_threshold_scale_factor),
     )
-    result = attention(
-        *(q, k_cache, v_cache),
-        **options,
-        starts=cache_leftpad,
-        lengths=lengths,
-        page_table=block_table,
-        return_lse=return_softmax_lse,
+    cache = cache_of(
+        *(q, k_cache, v_cache, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
     )
+    with appended(cache, k, v):
+        result = attention(
+            *(q, cache.k, cache.v),
+            **options,
+            starts=cache_leftpad,
+            lengths=cache.lengths,
+            page_table=cache.page_table,
+            return_lse=return_softmax_lse,
+        )
     return _with_lse(result) if return_softmax_lse else result
 
 
@@ -367,71 +348,31 @@ def _phase(*inputs: Tensor) -> str | None:
     return "prefill" if torch.is_grad_enabled() and any(t.requires_grad for t in inputs) else None
 
 
+def _ranges(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    block_table: Tensor | None,
+    seqused_k: Tensor | None,
+) -> dict[str, Tensor]:
+    """blasst.attention's arguments that say which keys each ragged request has."""
+    if block_table is None:
+        if seqused_k is not None:
+            raise NotSupportedError("seqused_k is given without block_table")
+        if cu_seqlens_k is None:
+            raise ValueError("cu_seqlens_k is None; it may be so with block_table and seqused_k")
+        return {"cu_seqlens_k": cu_seqlens_k}
+    if seqused_k is not None:
+        return {"page_table": block_table, "lengths": seqused_k}
+    if cu_seqlens_k is None:
+        raise ValueError("block_table is given without cu_seqlens_k or seqused_k")
+    check_indices({"cu_seqlens_k": cu_seqlens_k})
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k is {list(cu_seqlens_k.shape)}; it must be [batch + 1] = "
+            f"{list(cu_seqlens_q.shape)}"
+        )
+    return {"page_table": block_table, "lengths": cu_seqlens_k.diff()}
+
+
 def _with_lse(result: Result) -> tuple[Tensor, Tensor]:
     return result.out, result.lse
-
-
-def _cache_lengths(cache_seqlens: int | Tensor | None, q: Tensor) -> Tensor | None:
-    if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
-    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
-        raise TypeError(
-            f"cache_seqlens is {cache_seqlens!r}; it must be an integer, a torch.Tensor, or None"
-        )
-    return cache_seqlens
-
-
-def _as_pages(name: str, cache: Tensor, batch_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """The same memory as pages, and the page table that finds each request's."""
-    room = cache.shape[1]
-    size = next((size for size in (256, 128, 64, 32, 16) if room % size == 0), None)
-    behind_each_other = cache.shape[0] == 1 or cache.stride(0) == room * cache.stride(1)
-    if size is None or room == 0 or not behind_each_other:
-        raise NotSupportedError(
-            f"cache_batch_idx is given with {name} {list(cache.shape)} of strides "
-            f"{list(cache.stride())}; it works where the requests lie one behind the other, with "
-            "room for a multiple of 16 keys"
-        )
-    pages = cache.unflatten(1, (-1, size)).flatten(0, 1)
-    each = room // size
-    table = batch_idx.to(torch.int64)[:, None] * each + torch.arange(each, device=cache.device)
-    return pages, table.to(torch.int32)
-
-
-def _append(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    lengths: Tensor | None,
-    block_table: Tensor | None,
-    room: int,
-) -> Tensor:
-    """Puts k and v into the caches behind the keys that are there; the lengths with them."""
-    if k is None or v is None or lengths is None:
-        raise ValueError("k, v and cache_seqlens go together; new keys need all three")
-    batch, new = k.shape[:2]
-    for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
-        if t.dtype != cache.dtype:
-            raise TypeError(f"{name} is {t.dtype}; it must be {cache.dtype}, as its cache is")
-        if t.dim() != 4 or t.shape != (batch, new, *cache.shape[2:]):
-            raise ValueError(
-                f"{name} is {list(t.shape)}; it must be [batch, new keys, kv_heads, head_dim] = "
-                f"{[batch, new, *cache.shape[2:]]}"
-            )
-    if lengths.shape != (batch,):
-        raise ValueError(f"cache_seqlens is {list(lengths.shape)}; it must be [batch] = [{batch}]")
-    ends = lengths + new
-    if k.device.type == "cpu" and batch > 0 and not (lengths.min() >= 0 and ends.max() <= room):
-        raise ValueError(
-            f"cache_seqlens is {lengths.tolist()}, with {new} new keys; the cache has room for "
-            f"{room}"
-        )
-    at = lengths.to(torch.int64)[:, None] + torch.arange(new, device=k.device)
-    outer = torch.arange(batch, device=k.device)[:, None]
-    if block_table is not None:
-        outer = block_table.to(torch.int64).gather(1, at // k_cache.shape[1])
-        at = at % k_cache.shape[1]
-    k_cache[outer, at] = k
-    v_cache[outer, at] = v
-    return ends
