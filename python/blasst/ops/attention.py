@@ -253,14 +253,13 @@ def attention(
     # A backward pass needs the forward's lse and, where tiles may be skipped, its decisions.
     cached = k.dtype in CACHES or v.dtype in CACHES
     differentiable = with_gradient and phase == "prefill" and scores == "exact" and not cached
-    may_skip = decision["test"] != "none"
     wanted = {
         "lse": return_lse or differentiable,
         "dropped_mass_bound": return_error_bound,
         "tiles": return_stats,
         "gaps": return_gaps,
         "maxima": return_tile_maxima,
-        "bits": (differentiable and may_skip) or return_tile_mask,
+        "bits": (differentiable and decision["test"] != "none") or return_tile_mask,
     }
     results = call(
         phase if out is None else f"{phase}_into",
