@@ -1,7 +1,8 @@
 """Caches in float8_e4m3, which vLLM keeps as bytes.
 
-Kernels read them in decode, those of the CPU in prefill, too. A GPU has none for prefill, so the
-pages of its requests are widened before it, into one buffer that all layers share.
+Kernels read them in decode, those of the CPU in prefill, too. A GPU's prefill reads 16 bits: the
+operator would widen each of a call's requests into room for the longest that there may be. So the
+pages in use are widened before it, into one buffer that all layers share.
 """
 
 from collections.abc import Sequence
