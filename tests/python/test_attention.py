@@ -627,7 +627,7 @@ def test_an_output_that_does_not_fit_is_refused():
     good = torch.empty_like(q)
     for out, error, message in [
         (good[:, 1:], ValueError, r"out is \[2, 149, 4, 32\]; it must be \[\.\.\., heads"),
-        (good.half(), TypeError, "out is Half; it must be Float"),
+        (good.half(), TypeError, "out is torch.float16; it must be torch.float32"),
         (good.mT.contiguous().mT, ValueError, "out has a last dimension that is not contiguous"),
         (good[:1].expand(2, -1, -1, -1), ValueError, "overlaps elements of out"),
         (q, ValueError, "out and q share memory; out needs a buffer of its own"),
@@ -636,10 +636,43 @@ def test_an_output_that_does_not_fit_is_refused():
     ]:
         with pytest.raises(error, match=message):
             attention(q, k, v, out=out)
+    with pytest.raises(NotImplementedError, match="out requires a gradient, and what is written"):
+        attention(q, k, v, out=torch.zeros_like(q, requires_grad=True))
     with pytest.raises(NotImplementedError, match="out is given, but an input requires a gradient"):
         attention(q.requires_grad_(), k, v, out=good)
     with torch.no_grad():
         attention(q, k, v, out=good)
+        leaf = torch.zeros_like(q, requires_grad=True)
+        assert torch.equal(attention(q, k, v, out=leaf), good)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch": 0}, ValueError, "batch is 0; it must be an integer from 1 to 2147483647"),
+        ({"query_length": 0}, ValueError, "query_length is 0; it must be an integer from 1"),
+        ({"batch": 2.0}, TypeError, "batch is 2.0; it must be an integer from 1 to 2147483647"),
+        ({"heads": True}, TypeError, "heads is True; it must be an integer from 1 to 2147483647"),
+        (
+            {"keys": 2**70},
+            ValueError,
+            "keys is 1180591620717411303424; it must be an integer from 0",
+        ),
+        ({"heads": 2**70}, ValueError, "heads is 1180591620717411303424; it must be an integer fr"),
+        ({"device": "meta"}, blasst.NotSupportedError, "device is meta; blasst runs on: cpu, cuda"),
+        ({"device": "mps"}, blasst.NotSupportedError, "device is mps; blasst runs on: cpu, cuda"),
+        ({"phase": "decod"}, ValueError, "phase is 'decod'; it must be one of prefill, decode"),
+        ({"dtype": torch.float64}, ValueError, "dtype is 'float64'; it must be one of float32"),
+    ],
+    ids=str,
+)
+def test_what_no_workspace_can_be_named_for(changes, error, message):
+    given = {"phase": "decode", "device": "cpu", "dtype": torch.float32, "batch": 2, "keys": 99}
+    given |= {"heads": 4, "kv_heads": 2, "head_dim": 32}
+    assert blasst.workspace_bytes(**given) > 0
+    for phase in {given["phase"], "prefill"}:
+        with pytest.raises(error, match=message):
+            blasst.workspace_bytes(**({**given, "phase": phase} | changes))
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
@@ -655,7 +688,7 @@ def test_a_workspace_goes_with_an_output(phase):
         got = attention(q, k, v, causal=True, out=out, workspace=workspace, phase=phase)
         assert torch.equal(got, attention(q, k, v, causal=True, phase=phase))
     for workspace, error, message in [
-        (enough.float(), TypeError, "workspace is Float; it must be Byte"),
+        (enough.float(), TypeError, "workspace is torch.float32; it must be torch.uint8"),
         (enough[None], ValueError, rf"workspace is \[1, {more}\]; it must be \[bytes\], contig"),
         (enough[:8], ValueError, r"workspace is \[8\]; .* of at least \d+ for this call"),
         (enough.to("meta"), ValueError, "workspace is on meta, q on cpu"),
@@ -871,9 +904,9 @@ BAD = {
     TypeError: [
         (
             {"q": Q.double(), "k": K.double(), "v": V.double()},
-            "q is Double; blasst takes float32, fl",
+            "q is torch.float64; blasst takes float32, fl",
         ),
-        ({"k": K.half()}, "k is Half, but q is Float; they must be of one type"),
+        ({"k": K.half()}, "k is torch.float16, but q is torch.float32; they must be of one type"),
         ({"q": [1, 2]}, "q is a list; it must be a torch.Tensor"),
         ({"k": None}, "k is a NoneType; it must be a torch.Tensor"),
         ({"q": Q.to_sparse()}, "q is torch.sparse_coo; it must be torch.strided"),
@@ -903,6 +936,8 @@ BAD = {
             "scale is '1'; it must be positive and finite, or None for 1 / sqrt(head_dim)",
         ),
         ({"softcap": True}, "softcap is True; it must be positive and finite, or None for none"),
+        ({"softcap": torch.ones(2)}, "softcap is tensor([1., 1.]); it must be positive and finite"),
+        ({"bands": [[0, 2**70]] * 4}, "it must be [heads, 2] whole numbers that fit in int64"),
         ({"causal": None}, "causal is None; it must be True or False"),
         ({"return_lse": 1}, "return_lse is 1; it must be True or False"),
         (
@@ -954,7 +989,7 @@ BAD = {
             "threshold is [1, 1, 0]; it must be a number, [heads]",
         ),
         ({"bands": [(0, 3)] * 3}, "bands is [3, 2]; it must be [heads, 2] = [4, 2]"),
-        ({"bands": [(5, 3)] * 4}, "mask.bands[0] is 5 to 3; the first distance must not exceed"),
+        ({"bands": [(5, 3)] * 4}, "bands[0] is 5 to 3; the first distance must not exceed"),
         (
             {"blocks": torch.ones(4, 1, 1, dtype=torch.bool)},
             "blocks is [4, 1, 1]; for tiles of 64 rows and 64 keys it must be [4, 2, at least 1]",
@@ -982,6 +1017,14 @@ BAD = {
             "threshold and threshold_scale_factor exclude each other",
         ),
         ({"scale": 0.0}, "scale is 0.0; it must be positive and finite, or None"),
+        ({"scale": 1e-50}, "scale is 1e-50; it must be 1.1754944e-38 to 3.4028235e+38, a normal"),
+        ({"scale": 1e39}, "scale is 1e+39; it must be 1.1754944e-38 to 3.4028235e+38, a normal"),
+        ({"softcap": 1e-40}, "softcap is 1e-40; it must be 1.1754944e-38 to 3.4028235e+38"),
+        (
+            {"threshold_scale_factor": 1e39},
+            "threshold_scale_factor is 1e+39; it must fit in float32, up to 3.4028235e+38",
+        ),
+        ({"absolute_threshold": -1e39}, "absolute_threshold is -1e+39; it must fit in float32"),
         ({"scale": math.nan}, "scale is nan; it must be positive and finite, or None"),
         ({"softcap": -1.0}, "softcap is -1.0; it must be positive and finite, or None"),
         ({"window": (-2, 0)}, "window is (-2, 0); it must be (before, after)"),
@@ -1049,7 +1092,9 @@ BAD = {
             "query_length is 20; it must be 1 to 16",
         ),
         ({"window": (1, 2, 3)}, "window is (1, 2, 3); it must be (before, after)"),
+        ({"window": (2**31, 0)}, "window is (2147483648, 0); each side must fit in int32"),
         ({"max_seqlen_q": 20}, "max_seqlen_q is given without cu_seqlens_q"),
+        ({**RAGGED, "max_seqlen_q": 2**63}, "max_seqlen_q is 9223372036854775808; it must be 0 or"),
         ({"max_seqlen_k": 30}, "max_seqlen_k is given without cu_seqlens_k or page_table"),
         ({**RAGGED, **RAGGED_KEYS, "max_seqlen_q": -1}, "max_seqlen_q is -1; it must be 0 or more"),
         (
@@ -1156,9 +1201,9 @@ def test_merge_traces_and_refuses():
         assert torch.equal(got, wanted)
     with pytest.raises(ValueError, match=r"lse2 is \[2, 3, 4\] with an output of \[2, 3, 4, 16\]"):
         blasst.merge(out, lse, out, lse.transpose(1, 2))
-    with pytest.raises(ValueError, match=r"out_b is \[2, 3, 4, 24\], but out_a is"):
+    with pytest.raises(ValueError, match=r"out2 is \[2, 3, 4, 24\], but out1 is"):
         blasst.merge(out, lse, torch.randn(2, 3, 4, 24), lse)
-    with pytest.raises(TypeError, match=r"lse_b is Double; it must be Float"):
+    with pytest.raises(TypeError, match=r"lse2 is torch.float64; it must be torch.float32"):
         blasst.merge(out, lse, out, lse.double())
     with pytest.raises(TypeError, match=r"lse1 is a NoneType; it must be a torch\.Tensor$"):
         blasst.merge(out, None, out, lse)
@@ -1185,7 +1230,7 @@ def test_tile_shape_refuses_what_attention_would(phase):
     q, k, v = inputs(queries=3)
     for tensors, error, message in [
         ((q[0], k, v), ValueError, r"q is \[3, 4, 32\]; it must be \[batch, query_length"),
-        ((q, k.half(), v), TypeError, "k is Half, but q is Float"),
+        ((q, k.half(), v), TypeError, "k is torch.float16, but q is torch.float32"),
         ((q, k, v[:, 1:]), ValueError, r"v is \[2, 149, 2, 32\], but k is"),
         ((q, k, v.to("meta")), ValueError, "v is on meta, q on cpu"),
         ((q, k, None), TypeError, r"v is a NoneType; it must be a torch\.Tensor"),

@@ -195,6 +195,8 @@ K8, V8 = K.to(FP8), V.to(FP8)
         (lambda: attention(Q, K8, V, v_scale=0.5), ValueError, "v_scale is given, but v is"),
         (lambda: attention(Q, K8, V8, k_scale=0.0), ValueError, "k_scale is 0.0; it must be posi"),
         (lambda: attention(Q, K8, V8, v_scale=-1), ValueError, "v_scale is -1; it must be posit"),
+        (lambda: attention(Q, K8, V8, k_scale=1e-50), ValueError, "k_scale is 1e-50; it must be 1"),
+        (lambda: attention(Q, K8, V8, v_scale=1e39), ValueError, "v_scale is 1e.39; it must be 1"),
         (lambda: attention(Q, K8, V8, k_scale=float("nan")), ValueError, "k_scale is nan"),
         (lambda: attention(Q, K8, V8, k_scale="1"), TypeError, "k_scale is '1'; it must be a nu"),
         (lambda: attention(Q, K8, V8, k_scale=True), TypeError, "k_scale is True"),
@@ -231,9 +233,13 @@ K8, V8 = K.to(FP8), V.to(FP8)
         (
             lambda: attention(Q, K.to(torch.float8_e5m2), V),
             TypeError,
-            "k is Float8_e5m2, but q is Float; they must be of one type, or k int8 or float8_e4m3",
+            "k is torch.float8_e5m2, but q is torch.float32; they must be of one type, or k",
         ),
-        (lambda: attention(K8[:, :3].repeat(1, 1, 2, 1), K8, V8), TypeError, "q is Float8_e4m3fn"),
+        (
+            lambda: attention(K8[:, :3].repeat(1, 1, 2, 1), K8, V8),
+            TypeError,
+            "q is torch.float8_e4m3fn",
+        ),
         (
             lambda: attention(Q.clone().requires_grad_(), K8, V8).sum().backward(),
             NotSupportedError,

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -318,6 +319,12 @@ TURNED = [t.transpose(1, 2) for t in (Q, K, V)]
 REFUSED = [
     (lambda: flash_attn_func(Q, K, V, 0.1), "dropout_p is 0.1; of FlashAttention's argument"),
     (lambda: flash_attn_func(Q, K, V, alibi_slopes=Q[0, 0, :, 0]), "alibi_slopes is a tensor"),
+    (lambda: flash_attn_func(Q, K, V, np.zeros(2)), r"dropout_p is array\(\[0\., 0\.\]\)"),
+    (lambda: flash_attn_func(Q, K, V, pack_gqa=[]), r"pack_gqa is \[\]; .* None or False or True"),
+    (
+        lambda: scaled_dot_product_attention(*TURNED, dropout_p=torch.zeros(2)),
+        r"dropout_p is tensor\(\[0\., 0\.\]\); blasst takes only 0",
+    ),
     (lambda: flash_attn_func(Q, K, V, attention_chunk=64), "attention_chunk is 64"),
     (lambda: flash_attn_func(Q, K, V, q_descale=V), "q_descale is a tensor"),
     (lambda: flash_attn_func(Q, K, V, num_splits=4), "num_splits is 4; .* takes only 0 or 1"),
@@ -362,6 +369,10 @@ WRONG = [
     (TypeError, lambda: flash_attn_func(Q, K, V, deterministic=None), "deterministic is None"),
     (ValueError, lambda: flash_attn_func(Q, K, V, window_size=(-2, 0)), "window_size is"),
     (ValueError, lambda: flash_attn_func(Q, K, V, window_size=(1, 2, 3)), "window_size is"),
+    (TypeError, lambda: flash_attn_func(Q, K, V, softcap=torch.ones(2)), r"softcap is tensor"),
+    (TypeError, lambda: flash_attn_func(Q, K, V, softcap=False), "softcap is False; it must be"),
+    (ValueError, lambda: flash_attn_func(Q, K, V, softcap=1e-50), "softcap is 1e-50; it must be 1"),
+    (ValueError, lambda: flash_attn_func(Q, K, V, softmax_scale=1e-50), "scale is 1e-50; it must"),
     (ValueError, lambda: flash_attn_func(Q, K, V, softcap=-1.0), "softcap is -1.0; it must be"),
     (
         ValueError,

@@ -495,7 +495,7 @@ BAD_MODELS = {
     "output_attentions is not supported": lambda: make_model("llama", output_attentions=True),
     "head_dim is 20; it must be a multiple of 8": lambda: make_model("llama", head_dim=20),
     "unknown key 'x'": lambda: make_model("llama", sparse_attention_config={"x": 1}),
-    "q is Double": lambda: make_model("llama").double(),
+    "q is torch.float64": lambda: make_model("llama").double(),
     "mask pattern causal_mask_function & chunked_overlay": llama4,
     "BloomConfig does not call Transformers' attention interface": lambda: causal_lm(
         BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=1, n_head=4)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.ops.library import CACHES, call
+from blasst.ops.library import CACHES, DEVICES, call
 
 _INTEGERS = (numbers.Integral, torch.SymInt)
 _NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -31,14 +32,27 @@ def check_flags(**flags: bool) -> None:
 
 
 def check_positive(name: str, value: float | None, default: str) -> None:
-    """An error unless it is None or a finite number above 0."""
+    """An error unless it is None or a number above 0 that is finite and no less in float32.
+
+    Of what is subnormal there nothing may be left: 0, which would mean the default.
+    """
     if value is None:
         return
     accepted = f"it must be positive and finite, or None for {default}"
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+    if not is_number(value):
         raise TypeError(f"{name} is {value!r}; {accepted}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}; {accepted}")
+    if not _FLOAT32.tiny <= value <= _FLOAT32.max:
+        raise ValueError(
+            f"{name} is {value}; it must be {_FLOAT32.tiny:.8g} to {_FLOAT32.max:.8g}, a normal "
+            f"number in float32, or None for {default}"
+        )
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, which True and False are not."""
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def is_integer(value: object) -> bool:
@@ -47,9 +61,14 @@ def is_integer(value: object) -> bool:
 
 
 def check_count(name: str, value: int | None) -> None:
-    """An error unless it is None or an integer."""
-    if value is not None and not is_integer(value):
+    """An error unless it is None or an integer that the operator can take."""
+    if value is None:
+        return
+    if not is_integer(value):
         raise TypeError(f"{name} is {value!r}; it must be an integer of 0 or more, or None")
+    # A compiled call may not ask what a symbol is.
+    if not torch.compiler.is_compiling() and value >= 2**63:
+        raise ValueError(f"{name} is {value}; it must be 0 or more, and fit in int64")
 
 
 def phase_of(phase: str | None, q: Tensor) -> str:
@@ -169,7 +188,7 @@ def _scale_of(name: str, cache: Tensor, value: float | Tensor | None) -> Tensor 
             f"{name} is given, but {name[0]} is {cache.dtype}; it goes with "
             f"{' and '.join(map(str, CACHES))}"
         )
-    if isinstance(value, bool) or not isinstance(value, (*_NUMBERS, Tensor)):
+    if not isinstance(value, Tensor) and not is_number(value):
         raise TypeError(f"{name} is {value!r}; {accepted}")
     if not isinstance(value, Tensor):
         check_positive(name, value, "1")
@@ -199,6 +218,8 @@ def _sides(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
         raise TypeError(f"window is {window!r}; {accepted}")
     if len(window) != 2 or any(w is not None and w < 0 for w in window):
         raise ValueError(f"window is {window!r}; {accepted}")
+    if any(w is not None and w >= 2**31 for w in window):
+        raise ValueError(f"window is {window!r}; each side must fit in int32, or be None")
     left, right = (-1 if w is None else w for w in window)
     return left, right
 
@@ -209,8 +230,10 @@ def _bands(bands: Sequence[Sequence[int]] | Tensor | None, device: torch.device)
         return None
     try:
         values = torch.as_tensor(bands, device=device)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"bands is {bands!r}; it must be [heads, 2] whole numbers") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise TypeError(
+            f"bands is {bands!r}; it must be [heads, 2] whole numbers that fit in int64"
+        ) from error
     if values.is_floating_point() or values.dtype == torch.bool:
         raise TypeError(f"bands is {values.dtype}; it must be [heads, 2] whole numbers")
     return values.to(torch.int64)
@@ -255,6 +278,8 @@ def _thresholds(
         raise TypeError(f"{name} is {value!r}; {accepted}")
     if device.type == "cuda":
         _check_host_values(name, test, value)
+    if isinstance(value, _NUMBERS) and _FLOAT32.max < abs(value) < math.inf:
+        raise ValueError(f"{name} is {value}; it must fit in float32, up to {_FLOAT32.max:.8g}")
     if isinstance(value, _NUMBERS):  # no copy from the host, so that a graph can capture it
         if torch.finfo(torch.float32).max < abs(value) < math.inf:
             raise ValueError(f"{name} is {value:g}; it must be a number that float32 can hold")
@@ -295,8 +320,8 @@ def check_tensors(needed: dict[str, Tensor], optional: dict[str, Tensor | None])
     """An error unless all are strided tensors on one device that has a backend."""
     [first, *_] = needed
     q = needed[first]
-    if isinstance(q, Tensor) and q.device.type not in ("cpu", "cuda"):
-        raise NotSupportedError(f"{first} is on {q.device}; blasst runs on: cpu, cuda")
+    if isinstance(q, Tensor) and q.device.type not in DEVICES:
+        raise NotSupportedError(f"{first} is on {q.device}; blasst runs on: {', '.join(DEVICES)}")
     for name, t in {**needed, **optional}.items():
         if t is None and name in optional:
             continue

@@ -371,6 +371,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _with_gradient(out: Tensor | None, inputs: tuple[Tensor | None, ...]) -> bool:
+    if torch.is_grad_enabled() and out is not None and out.requires_grad:
+        raise NotSupportedError(
+            "out requires a gradient, and what is written there has none: pass out.detach(), or "
+            "run under torch.no_grad()"
+        )
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
         return False
     if out is not None:

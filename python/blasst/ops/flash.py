@@ -3,6 +3,7 @@
 Tensors are [batch, tokens, heads, head_dim]; causal masks and windows are aligned bottom-right.
 """
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.ops.arguments import check_flags, check_indices, check_tensors
+from blasst.ops.arguments import check_flags, check_indices, check_tensors, is_number
 from blasst.ops.attention import Result, attention
 from blasst.ops.kv_cache import appended, cache_of
 
@@ -293,7 +294,8 @@ def _refuse(**arguments: object) -> None:
         if name not in neutral:
             raise TypeError(f"there is no argument {name!r}")
         taken = neutral[name]
-        if isinstance(value, Tensor) or value not in taken:
+        # What is no number may have an equality of its own, as arrays have.
+        if not (value is None or isinstance(value, numbers.Number)) or value not in taken:
             what = "a tensor" if isinstance(value, Tensor) else repr(value)
             raise NotSupportedError(
                 f"{name} is {what}; of FlashAttention's argument blasst takes only "
@@ -340,7 +342,7 @@ def _window(window_size: tuple[int, int]) -> tuple[int | None, int | None]:
 
 
 def _softcap(softcap: float) -> float | None:
-    return None if softcap == 0 else softcap
+    return None if is_number(softcap) and softcap == 0 else softcap
 
 
 def _phase(*inputs: Tensor) -> str | None:

@@ -1,5 +1,6 @@
 """Loads and calls `torch.ops.blasst`."""
 
+import re
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -40,7 +41,31 @@ def call(operator: str, **arguments: object) -> Any:
         kind, _, message = str(error).partition(": ")
         if kind not in _ERRORS:
             raise
-        raise _ERRORS[kind](message) from None
+        raise _ERRORS[kind](_in_python(message)) from None
+
+
+_NAMES = {
+    **{"mask.bands": "bands", "kv.cu_seqlens": "cu_seqlens_k"},
+    **{f"kv.{name}": name for name in ("lengths", "page_table", "starts")},
+    **{"out_a": "out1", "lse_a": "lse1", "out_b": "out2", "lse_b": "lse2"},
+}
+"""Python's names for what messages call otherwise."""
+
+_TYPES = {"Byte": torch.uint8, "Char": torch.int8, "ComplexFloat": torch.complex64}
+"""Types that torch's Python has by another name than its C++."""
+
+
+def _in_python(message: str) -> str:
+    """A message with the names of Python's arguments and types."""
+    words = "|".join(map(re.escape, _NAMES))
+    message = re.sub(rf"\b({words})\b", lambda name: _NAMES[name[0]], message)
+
+    def named(match: re.Match[str]) -> str:
+        verb, name = match.groups()
+        dtype = _TYPES.get(name, getattr(torch, name.lower(), None))
+        return f"{verb} {dtype}" if isinstance(dtype, torch.dtype) else match[0]
+
+    return re.sub(r"\b(is|be) ([A-Z]\w+)", named, message)
 
 
 @cache
@@ -54,6 +79,9 @@ def arguments_of(operator: str, inputs: tuple[object, ...]) -> dict[str, object]
     """The inputs by name. torch leaves out the last ones if they are the default, None."""
     return dict(zip_longest(names(operator), inputs))
 
+
+DEVICES = ("cpu", "cuda")
+"""Where blasst runs."""
 
 CACHES = (torch.int8, torch.float8_e4m3fn)
 """Types that keys and values may have beside that of the queries."""
@@ -95,10 +123,12 @@ def plan(
     keys: that a request has room for. rows: of all requests, of ragged queries. scores: "exact" or
     "int8". k_dtype, v_dtype: of k and v, if they are in 8 bits.
     """
+    if device.type not in DEVICES:
+        raise NotSupportedError(f"device is {device}; blasst runs on: {', '.join(DEVICES)}")
     numbers = call(
         "plan",
         phase=phase,
-        device="cuda" if device.type == "cuda" else "cpu",
+        device=device.type,
         dtype=_name(dtype),
         k_dtype=None if k_dtype is None else _name(k_dtype),
         v_dtype=None if v_dtype is None else _name(v_dtype),
@@ -117,6 +147,14 @@ def plan(
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _check_size(name: str, value: int, least: int) -> None:
+    accepted = f"it must be an integer from {least} to {2**31 - 1}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; {accepted}")
+    if not least <= value < 2**31:
+        raise ValueError(f"{name} is {value}; {accepted}")
 
 
 def workspace_bytes(
@@ -153,10 +191,15 @@ def workspace_bytes(
         v_dtype: of v; default: dtype.
 
     Raises:
-        NotSupportedError: calls that the device does not do.
+        NotSupportedError: calls that the device does not do, or another device.
+        TypeError: numbers that are not whole.
         ValueError: numbers out of range.
     """
+    value_dim = head_dim if value_dim is None else value_dim
     numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+    for name, value in {**numbers, "batch": batch, "query_length": query_length}.items():
+        _check_size(name, value, 1)
+    _check_size("keys", keys, 0)
     # A decode of fewer requests is spread over more splits, each with a result of its own.
     fewer = range(1, batch + 1) if phase == "decode" else (batch,)
     shorter = range(1, query_length + 1) if phase == "decode" else (query_length,)

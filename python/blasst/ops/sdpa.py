@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.ops.arguments import check_flags, check_tensors
+from blasst.ops.arguments import check_flags, check_tensors, is_number
 from blasst.ops.attention import attention
 from blasst.ops.layouts import check_layout
 
@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
     """
     check_tensors({"query": query, "key": key, "value": value}, {"attn_mask": attn_mask})
     check_flags(is_causal=is_causal, enable_gqa=enable_gqa)
-    if dropout_p != 0:
+    if not is_number(dropout_p) or dropout_p != 0:
         raise NotSupportedError(f"dropout_p is {dropout_p!r}; blasst takes only 0")
     dims = query.dim()
     if dims not in (3, 4) or key.dim() != dims or value.dim() != dims:
