@@ -31,6 +31,7 @@ from transformers import (
     SplinterConfig,
     SplinterModel,
 )
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import blasst
@@ -154,6 +155,95 @@ def test_a_mask_for_other_keys_is_refused(keys):
     q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, keys, 16)
     with pytest.raises(NotSupportedError, match=f"has {keys} keys, but the model's mask is for 5"):
         attention_forward(module, q, k, k, key_ranges(1, 5, 5))
+
+
+# A mask, and another number of queries than it was made for
+
+KEYS = 12
+PADDED = torch.ones(2, KEYS, dtype=torch.bool)
+PADDED[0, 9:] = False
+
+
+def bert_layer():
+    return attention_modules(make(BertModel, BertConfig(**ENCODER)))[0]
+
+
+def padding_masks(layer):
+    """Of each kind that a layer may be handed for `PADDED`, made for one query and for all."""
+    states = torch.randn(2, KEYS, 64)
+    return {
+        "for one query": create_bidirectional_mask(layer.config, states[:, :1], PADDED),
+        "for all": create_bidirectional_mask(layer.config, states, PADDED),
+        "the model's own": PADDED[:, None, None].clone(),
+        "added to the scores": torch.zeros(2, 1, 1, KEYS).masked_fill(
+            ~PADDED[:, None, None], torch.finfo(torch.float32).min
+        ),
+    }
+
+
+def expected_of(q, kv, used):
+    out = nn.functional.scaled_dot_product_attention(q, kv, kv, attn_mask=used[:, None, None])
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("kind", ["for one query", "for all", "the model's own",
+                                  "added to the scores"])  # fmt: skip
+def test_a_padding_mask_holds_for_any_number_of_queries(kind, inference):
+    with torch.inference_mode(inference), torch.no_grad():
+        layer = bert_layer()
+        mask, kv = padding_masks(layer)[kind], torch.randn(2, 4, KEYS, 16)
+        for queries in (4, 12, 1, 20, 3):
+            q = torch.randn(2, 4, queries, 16)
+            got, _ = attention_forward(layer, q, kv, kv, mask)
+            torch.testing.assert_close(got, expected_of(q, kv, PADDED))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_edited_in_place_is_read_again(inference):
+    with torch.inference_mode(inference), torch.no_grad():
+        layer = bert_layer()
+        mask = torch.ones(2, 1, 1, KEYS, dtype=torch.bool)
+        q, kv = torch.randn(2, 4, 5, 16), torch.randn(2, 4, KEYS, 16)
+        attention_forward(layer, q, kv, kv, mask)
+        mask[..., 7:] = False
+        got, _ = attention_forward(layer, q, kv, kv, mask)
+        torch.testing.assert_close(got, expected_of(q, kv, mask[:, 0, 0]))
+
+
+@pytest.mark.parametrize("queries", [3, 20])
+def test_a_causal_mask_for_other_queries_is_refused(queries):
+    layer = make_model("llama").model.layers[0].self_attn
+    q, k = torch.randn(2, 4, queries, 16), torch.randn(2, 2, KEYS, 16)
+    message = f"a layer has {queries} queries, but the model's causal mask is for 12"
+    for mask in (key_ranges(2, KEYS, KEYS), key_ranges(2, KEYS, KEYS, attention_mask=PADDED)):
+        with pytest.raises(NotSupportedError, match=message):
+            attention_forward(layer, q, k, k, mask)
+    static = key_ranges(2, KEYS, KEYS, q_offset=torch.tensor(0))
+    with pytest.raises(NotSupportedError, match=message):
+        attention_forward(layer, q, k, k, static)
+
+
+@torch.no_grad()
+def test_a_mask_and_other_queries_when_compiled():
+    layer, causal = bert_layer(), make_model("llama").model.layers[0].self_attn
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def encoder(q, kv, states):
+        mask = create_bidirectional_mask(layer.config, states[:, :1], PADDED)
+        return attention_forward(layer, q, kv, kv, mask)[0]
+
+    q, kv = torch.randn(2, 4, 20, 16), torch.randn(2, 4, KEYS, 16)
+    got = encoder(q, kv, torch.randn(2, KEYS, 64))
+    torch.testing.assert_close(got, expected_of(q, kv, PADDED))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def decoder(q, kv):
+        return attention_forward(causal, q, kv, kv, key_ranges(2, KEYS, KEYS))[0]
+
+    kv = torch.randn(2, 2, KEYS, 16)
+    with pytest.raises(RuntimeError, match="causal mask is for another number"):
+        decoder(torch.randn(2, 4, 20, 16), kv)
 
 
 @torch.no_grad()

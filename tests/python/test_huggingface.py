@@ -678,8 +678,8 @@ def test_key_ranges_of_padding_and_offsets():
     mask = torch.ones(2, 60, dtype=torch.bool)
     mask[0, :7] = mask[1, 50:] = False
     ranges = key_ranges(2, 60, 60, attention_mask=mask)
-    assert ranges.ranges.tolist() == [[7, 60, 60, 0, 1], [0, 50, 50, 0, 1]]
+    assert ranges.ranges.tolist() == [[7, 60, 60, 0, 1, 60], [0, 50, 50, 0, 1, 60]]
     chunk = key_ranges(2, 20, 60, q_offset=40, attention_mask=mask)
-    assert chunk.ranges.tolist() == [[7, 60, 20, 0, 1], [0, 50, 10, 0, 1]]
+    assert chunk.ranges.tolist() == [[7, 60, 20, 0, 1, 20], [0, 50, 10, 0, 1, 20]]
     static = key_ranges(2, 1, 100, q_offset=torch.tensor(59), attention_mask=mask)
-    assert static[:, 0, 0].tolist() == [[7, 60, 1, 0, 1], [0, 50, 0, 0, 1]]
+    assert static[:, 0, 0].tolist() == [[7, 60, 1, 0, 1, 1], [0, 50, 0, 0, 1, 1]]

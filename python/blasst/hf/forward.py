@@ -9,7 +9,15 @@ from blasst.errors import NotSupportedError
 from blasst.hf import eight_bit, operator, packed, recording
 from blasst.hf.latents import take
 from blasst.hf.layers import NAME, tower_and_layer
-from blasst.hf.masks import KeyRanges, noted, require, with_facts
+from blasst.hf.masks import (
+    COLUMNS,
+    KeyRanges,
+    noted,
+    ranges_when_compiled,
+    require,
+    require_made_for,
+    with_facts,
+)
 from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import NAMES, Pass, options_of, options_when_compiled
@@ -240,7 +248,7 @@ class _Lengths:
 def _pattern(
     module: nn.Module, mask: Tensor | None, says_causal: bool, window: int, queries: int, keys: int
 ) -> tuple[Tensor | None, bool, int]:
-    """Key ranges [batch, 5] (None: all), whether causal, and the sliding window (0: none).
+    """Key ranges [batch, 6] (None: all), whether causal, and the sliding window (0: none).
 
     The mask decides, if the model asked for one; what the layer says must not contradict it.
     """
@@ -256,7 +264,11 @@ def _pattern(
         ranges = None if mask.everything else mask.ranges
         causal, found = mask.causal, mask.window
     else:  # compiled or captured: the pattern must be known before the numbers are
-        ranges, causal, found = mask[:, 0, 0], says_causal, window
+        ranges, causal, found = (
+            ranges_when_compiled(mask, queries, says_causal),
+            says_causal,
+            window,
+        )
         if (seen := noted(mask)).get("pattern") != (causal, window, queries):
             seen["pattern"] = causal, window, queries
             _require_pattern(name, ranges, causal, window, queries)
@@ -291,6 +303,7 @@ def _require_pattern(name: str, ranges: Tensor, causal: bool, window: int, queri
         f"{name} passes a sliding window of {window or None} to attention, but the model's mask "
         "has another",
     )
+    require_made_for(ranges, queries)
     if queries > 1:
         require(
             ranges[0, 4] == causal,
@@ -308,7 +321,7 @@ def _refuse_unsupported(
             f"{name} asks for attention dropout {dropout}; blasst supports 0 only (model.eval(), "
             "or attention_dropout=0)"
         )
-    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] != (1, 1, 5)):
+    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] != (1, 1, COLUMNS)):
         raise NotSupportedError(
             f"attention_mask of {name} is a {mask.dtype} tensor of shape {list(mask.shape)}: the "
             "model, or its caller, prepares a number for every "

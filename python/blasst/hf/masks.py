@@ -27,14 +27,14 @@ class Pattern(NamedTuple):
 
 
 class KeyRanges(Tensor):
-    """[batch, 1, 1, 5] int32, see `key_ranges`, with what the host knows of it.
+    """[batch, 1, 1, 6] int32, see `key_ranges`, with what the host knows of it.
 
     Four dimensions, for Transformers passes those on untouched. A model that computes with its mask
     as if it held a number for every query and key gets an error.
     """
 
     ranges: Tensor
-    """The same numbers as an ordinary tensor [batch, 5]."""
+    """The same numbers as an ordinary tensor [batch, 6]."""
     causal: bool
     window: int
     """0: none."""
@@ -42,6 +42,8 @@ class KeyRanges(Tensor):
     """Every request uses all keys and queries."""
     sequences: Tensor | None
     """See `Pattern`."""
+    queries: int
+    """How many the mask was made for."""
     keys: int | None
     """How many the mask was made for; None: not known."""
     packed: dict[int, tuple[Tensor, Any]]
@@ -61,13 +63,14 @@ class KeyRanges(Tensor):
         pattern: Pattern,
         window: int,
         everything: bool,
+        queries: int,
         keys: int | None = None,
     ) -> "KeyRanges":
-        """From [batch, 5]."""
+        """From [batch, 6]."""
         made = ranges[:, None, None].as_subclass(cls)
         made.ranges, made.sequences, made.everything = ranges, pattern.sequences, everything
         made.causal, made.window = pattern.causal, window
-        made.packed, made.keys = {}, keys
+        made.packed, made.queries, made.keys = {}, queries, keys
         if everything and keys is not None:
             made._lengths = [keys] * ranges.shape[0]
         return made
@@ -77,9 +80,19 @@ class KeyRanges(Tensor):
         cls, batch: int, queries: int, keys: int, causal: bool, device: torch.device
     ) -> "KeyRanges":
         """All keys and all queries of every request."""
-        numbers = (0, keys, queries, 0, int(causal))  # not copied from the host, to wait for none
+        # Not copied from the host, to wait for none.
+        numbers = (0, keys, queries, 0, int(causal), queries)
         columns = [torch.full((batch,), n, dtype=torch.int32, device=device) for n in numbers]
-        return cls.of(torch.stack(columns, -1), Pattern(causal), 0, True, keys)
+        return cls.of(torch.stack(columns, -1), Pattern(causal), 0, True, queries, keys)
+
+    def for_queries(self, queries: int) -> "KeyRanges":
+        """Without a causal pattern: the same keys for another number of queries."""
+        known = self.__dict__.setdefault("_others", {})
+        if queries not in known:
+            ranges = _for_queries(self.ranges, queries)
+            made = KeyRanges.of(ranges, Pattern(False), 0, self.everything, queries, self.keys)
+            known[queries] = made
+        return known[queries]
 
     @classmethod
     def __torch_function__(
@@ -106,12 +119,16 @@ class KeyRanges(Tensor):
                 )
             moved = result.as_subclass(cls)
             moved.__dict__.update(args[0].__dict__)
+            moved.__dict__.pop("_others", None)
             moved.ranges = result[:, 0, 0]
             return moved
 
 
 def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
-    """The mask as `KeyRanges`, read once a pass; as it is while a pass is compiled or captured.
+    """The mask as `KeyRanges` for these queries; as it is while a pass is compiled or captured.
+
+    A mask that is not causal holds for any number of queries: models make one for one query and
+    use it for all. Numbers are read once a pass.
 
     Args:
         mask: what `key_ranges` returned, or a model's own [batch, 1, 1, keys]: true, or 0, at keys
@@ -119,29 +136,75 @@ def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         queries: of a request.
         keys: of a request.
     """
-    if mask is None or isinstance(mask, KeyRanges) or is_deferred(mask.device):
+    if mask is None or is_deferred(mask.device):
         return mask
-    if not hasattr(mask, "blasst_facts"):
-        if mask.dtype == torch.int32:
-            ranges = mask[:, 0, 0]
-            window, causal = ranges[0, 3:].tolist()
-        elif mask.shape[1:] == (1, 1, keys):
-            ranges = _ranges_of_padding(mask[:, 0, 0], queries)
-            window, causal = 0, False
-        else:
-            return mask
-        mask.blasst_facts = KeyRanges.of(ranges, Pattern(bool(causal)), window, False)
-    return mask.blasst_facts
+    facts = mask if isinstance(mask, KeyRanges) else _facts(mask, queries, keys)
+    if facts is None:
+        return mask
+    if facts.queries == queries:
+        return facts
+    if facts.causal or facts.sequences is not None:
+        kind = "causal" if facts.causal else "packed sequences'"
+        raise NotSupportedError(
+            f"a layer has {queries} queries, but the model's {kind} mask is for {facts.queries}: "
+            "blasst cannot tell which keys each of them sees"
+        )
+    return facts.for_queries(queries)
+
+
+def _facts(mask: Tensor, queries: int, keys: int) -> KeyRanges | None:
+    """What an ordinary tensor says, noted at the tensor; None: neither of the two kinds."""
+    # An inference tensor does not count its edits.
+    version = None if mask.is_inference() else mask._version
+    is_own = mask.dtype != torch.int32
+    noted_at, facts = getattr(mask, "blasst_facts", (None, None))
+    if facts is not None and noted_at == version and not (is_own and version is None):
+        return facts
+    if is_own and mask.shape[1:] == (1, 1, keys):
+        ranges = _ranges_of_padding(mask[:, 0, 0], queries)
+        window, causal, made_for = 0, False, queries
+    elif not is_own and mask.shape[1:] == (1, 1, COLUMNS):
+        ranges = mask[:, 0, 0]
+        window, causal, made_for = ranges[0, 3:].tolist()
+    else:
+        return None
+    facts = KeyRanges.of(ranges, Pattern(bool(causal)), window, False, made_for)
+    mask.blasst_facts = version, facts
+    return facts
+
+
+def ranges_when_compiled(mask: Tensor, queries: int, causal: bool) -> Tensor:
+    """[batch, 6] of what `key_ranges` returned, for the queries of a layer that says `causal`."""
+    ranges = mask[:, 0, 0]
+    if causal:  # as the mask is, else an error: see `require_made_for`
+        return ranges
+    return torch.where(ranges[:, 4:5] > 0, ranges, _for_queries(ranges, queries))
+
+
+def require_made_for(ranges: Tensor, queries: int) -> None:
+    """A check in the graph that a causal mask is used with the queries that it was made for."""
+    require(
+        ranges[0, 5] == queries,
+        f"a layer has {queries} queries, but the model's causal mask is for another number",
+    )
+
+
+def _for_queries(ranges: Tensor, queries: int) -> Tensor:
+    """[batch, 6] of a pattern that is not causal, for another number of queries."""
+    first, last, made_for, window, causal, _ = ranges.unbind(1)
+    count = torch.full_like(made_for, queries)
+    end = torch.where(made_for < 0, -count, count)  # several packed sequences
+    return torch.stack([first, last, end, window, causal, count], 1)
 
 
 def _ranges_of_padding(padding: Tensor, queries: int) -> Tensor:
-    """[batch, 5] of a model's own mask [batch, keys], added to the scores unless it is bool."""
+    """[batch, 6] of a model's own mask [batch, keys], added to the scores unless it is bool."""
     used = padding
     if padding.dtype != torch.bool:
         used = padding == 0
         require((used | (padding <= -1e4)).all(), _BIAS, may_wait=queries > 1)
     first, last = _first_and_last(used, may_wait=queries > 1)
-    return _ranges(first, last, torch.full_like(last, queries), 0, False)
+    return _ranges(first, last, torch.full_like(last, queries), queries, Pattern(False), 0)
 
 
 def _first_and_last(used: Tensor, *, may_wait: bool = True) -> tuple[Tensor, Tensor]:
@@ -202,11 +265,11 @@ def key_ranges(
         device: where the ranges go.
 
     Returns:
-        [batch, 1, 1, 5] int32: first key, end of the keys, end of the queries; sliding window (0:
-        none), causal. The last two are the same for all requests. A `KeyRanges`; an ordinary
-        tensor in a pass that is compiled, captured in a CUDA graph, or that a compiled one may
-        follow (`q_offset` a tensor), where a negative end of the queries is that of several packed
-        sequences.
+        [batch, 1, 1, 6] int32: first key, end of the keys, end of the queries; sliding window (0:
+        none), causal, queries. The last three are the same for all requests. A `KeyRanges`;
+        an ordinary tensor in a pass that is compiled, captured in a CUDA graph, or that a compiled
+        one may follow (`q_offset` a tensor), where a negative end of the queries is that of
+        several packed sequences.
 
     Raises:
         ValueError: padding between tokens, or a mask of another shape.
@@ -231,9 +294,9 @@ def key_ranges(
     if everything and attention_mask is not None:
         everything = bool(attention_mask[:, kv_offset : kv_offset + end].all())
     if everything:
-        row = [0, kv_length, q_length, window, int(pattern.causal)]
+        row = [0, kv_length, q_length, window, int(pattern.causal), q_length]
         ranges = torch.tensor([row], dtype=torch.int32, device=device).expand(batch_size, -1)
-        return KeyRanges.of(ranges, pattern, window, everything, kv_length)
+        return KeyRanges.of(ranges, pattern, window, everything, q_length, kv_length)
 
     used = (torch.arange(kv_length, device=device) < end).expand(batch_size, -1)
     if attention_mask is not None:
@@ -245,19 +308,26 @@ def key_ranges(
     queries = (last - first_query).clamp(0, q_length) if pattern.causal else all_queries
     if several is not None:
         queries = torch.where(several, -queries, queries)
-    ranges = _ranges(first, last, queries, window, pattern.causal)
+    ranges = _ranges(first, last, queries, q_length, pattern, window)
     if for_compiled:
         made = ranges[:, None, None]
         if not deferred:  # for layers that are not compiled after all
-            made.blasst_facts = KeyRanges.of(ranges, pattern, window, False)
+            facts = KeyRanges.of(ranges, pattern, window, False, q_length)
+            made.blasst_facts = None if made.is_inference() else made._version, facts
         return made
-    return KeyRanges.of(ranges, pattern, window, everything, kv_length)
+    return KeyRanges.of(ranges, pattern, window, everything, q_length, kv_length)
 
 
-def _ranges(first: Tensor, last: Tensor, queries: Tensor, window: int, causal: bool) -> Tensor:
-    """[batch, 5] int32 of [batch] each."""
-    same = torch.ones_like(last)
-    return torch.stack([first, last, queries, same * window, same * causal], -1).to(torch.int32)
+COLUMNS = 6
+"""Of what `key_ranges` returns."""
+
+
+def _ranges(
+    first: Tensor, last: Tensor, used: Tensor, queries: int, pattern: Pattern, window: int
+) -> Tensor:
+    """[batch, 6] int32 of [batch] each."""
+    same = [torch.full_like(last, n) for n in (window, int(pattern.causal), queries)]
+    return torch.stack([first, last, used, *same], -1).to(torch.int32)
 
 
 TRACES_CELLS = Version(torch.__version__) >= Version("2.12")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
-from blasst.hf.masks import PACKED_COMPILED, KeyRanges, noted, require
+from blasst.hf.masks import PACKED_COMPILED, KeyRanges, noted, ranges_when_compiled, require
 
 BEHIND_OTHERS = (
     "position_ids say that a sequence starts behind other tokens in the cache; packed sequences "
@@ -83,7 +83,8 @@ def find(
         seen = noted(mask)
         # A trace keeps nothing, and torch 2.11 knows no id of a tensor there.
         if torch.compiler.is_compiling() or id(position_ids) not in seen:
-            _refuse_compiled(mask[:, 0, 0], position_ids if is_text else None, rows)
+            ranges = ranges_when_compiled(mask, rows, causal)
+            _refuse_compiled(ranges, position_ids if is_text else None, rows)
             if not torch.compiler.is_compiling():
                 seen[id(position_ids)] = position_ids
         return None
@@ -142,7 +143,7 @@ def _given(ends_q: Tensor | None, ends_k: Tensor | None, query: Tensor, key: Ten
 
 def _offset(ranges: Tensor) -> Tensor:
     """[batch]: the key at which the first row stands; causal rows end where the keys do."""
-    _, last, queries, _, causal = ranges.unbind(1)
+    _, last, queries, _, causal, _ = ranges.unbind(1)
     return torch.where(causal > 0, last - queries, 0)
 
 
