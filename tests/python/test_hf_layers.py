@@ -1,6 +1,7 @@
 """Layers of any kind of model: what they attend to, which are reached, how they are named."""
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from transformers import (
     BartModel,
     BertConfig,
     BertModel,
+    BridgeTowerConfig,
+    BridgeTowerModel,
     ClapTextConfig,
     ClapTextModel,
     CLIPVisionConfig,
@@ -136,16 +139,54 @@ def test_the_mask_decides_what_is_causal():
     torch.testing.assert_close(out.transpose(1, 2), expected)
 
 
-def test_a_causal_call_without_a_mask_over_other_keys_is_refused():
+def test_a_layer_that_says_it_is_causal_and_has_no_mask():
+    """Eager attention then sees every key, SDPA the earlier ones: only the call can say which."""
     module = make_model("llama").model.layers[0].self_attn
-    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 9, 16)
+    sdpa = functools.partial(nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    k = torch.randn(1, 2, 9, 16)
+    for queries in (5, 9):
+        q = torch.randn(1, 4, queries, 16)
+        message = f"{queries} queries over 9 keys, but the model made no mask"
+        with pytest.raises(NotSupportedError, match=message):
+            attention_forward(module, q, k, k, None)
+        out, _ = attention_forward(module, q, k, k, None, is_causal=False)
+        torch.testing.assert_close(out.transpose(1, 2), sdpa(q, k, k))
+    out, _ = attention_forward(module, q, k, k, None, is_causal=True)
+    torch.testing.assert_close(out.transpose(1, 2), sdpa(q, k, k, is_causal=True))
     with pytest.raises(
         NotSupportedError, match="5 queries over 9 keys, but the model made no mask"
     ):
-        attention_forward(module, q, k, k, None)
-    out, _ = attention_forward(module, q, k, k, None, is_causal=False)
-    expected = nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
-    torch.testing.assert_close(out.transpose(1, 2), expected)
+        attention_forward(module, q[:, :, :5], k, k, None, is_causal=True)
+    out, _ = attention_forward(module, q[:, :, :1], k, k, None)  # sees all in either case
+    torch.testing.assert_close(out.transpose(1, 2), sdpa(q[:, :, :1], k, k))
+
+
+@torch.no_grad()
+def test_image_layers_that_say_they_are_causal():
+    """BridgeTower's: refused, until told that they are not; its text has a mask for one query."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": 40, "pad_token_id": 1}
+    image = {"image_size": 32, "patch_size": 16, "num_channels": 3}
+    config = BridgeTowerConfig(
+        **sizes,
+        intermediate_size=64,
+        text_config=sizes | text | {"num_hidden_layers": 3, "intermediate_size": 64},
+        vision_config=image | {"hidden_size": 64, "num_hidden_layers": 3},
+    )
+    batch = {"input_ids": tokens(2, 12), "pixel_values": torch.randn(2, 3, 32, 32)}
+    batch["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+    batch["attention_mask"][0, 9:] = 0
+    expected, model = (make(BridgeTowerModel, config, i) for i in ("eager", "blasst"))
+    with pytest.raises(NotSupportedError, match="set is_causal=False on the layer"):
+        model(**batch)
+    for module in attention_modules(model):
+        module.is_causal = False
+    got, expected = model(**batch), expected(**batch)
+    used = batch["attention_mask"] > 0
+    torch.testing.assert_close(
+        got.text_features[used], expected.text_features[used], rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(got.image_features, expected.image_features, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("keys", [3, 11])

@@ -52,10 +52,11 @@ def attention_forward(
         key: [batch, kv_heads, keys, head_dim].
         value: [batch, kv_heads, keys, value_dim].
         attention_mask: what `key_ranges` returned. It decides what is causal; None: the model asked
-            for no mask, see `_without_mask`.
+            for no mask, see `_refuse_unclear`.
         dropout: must be 0.
         scaling: softmax scale.
-        is_causal: default: the layer's; of no effect where there is a mask.
+        is_causal: of no effect where there is a mask; without one, needed from a layer whose class
+            says that it is causal.
         sliding_window: keys that a query sees, itself included.
         softcap: cap of the scores.
         s_aux: [heads] sink logits.
@@ -70,6 +71,8 @@ def attention_forward(
     mask = with_facts(attention_mask, queries, keys)
     _refuse_unsupported(module, dropout, mask, kwargs)
     layer_window = sliding_window if sliding_window is not None and sliding_window < keys else 0
+    if mask is None:
+        _refuse_unclear(module, is_causal, queries, keys)
     says_causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     ranges, causal, window = _pattern(module, mask, says_causal, layer_window, queries, keys)
     phase = _phase(queries, query, key, value)
@@ -254,7 +257,7 @@ def _pattern(
     """
     name = type(module).__name__
     if mask is None:
-        ranges, causal, found = None, _without_mask(name, says_causal, queries, keys), 0
+        ranges, causal, found = None, says_causal, 0
     elif isinstance(mask, KeyRanges):
         if mask.keys not in (keys, None):
             raise NotSupportedError(
@@ -281,19 +284,28 @@ def _pattern(
     return ranges, causal, found
 
 
-def _without_mask(name: str, says_causal: bool, queries: int, keys: int) -> bool:
-    """Whether a call is causal that the model asked no mask for.
+def _refuse_unclear(module: nn.Module, is_causal: bool | None, queries: int, keys: int) -> None:
+    """An error where it cannot be told what a call without a mask sees.
 
-    As under Transformers' own implementations: a layer that does not say that it is causal
-    (cross-attention, an image encoder) sees every key. One that does can only mean the keys of its
-    own queries.
+    Every model that is causal asks for a mask, and always gets one. So a layer that says it is
+    causal and has none stands outside of its model, or means every key, as BridgeTower's image
+    layers do: Transformers' eager attention then sees every key, its SDPA the earlier ones. A
+    layer that does not say so (cross-attention, an image encoder) sees every key.
     """
-    if says_causal and queries > 1 and queries != keys:
+    name = type(module).__name__
+    if queries == 1:  # sees every key in either case
+        return
+    if is_causal is None and getattr(module, "is_causal", False):
+        raise NotSupportedError(
+            f"{name} says is_causal=True and has {queries} queries over {keys} keys, but the model "
+            "made no mask: blasst cannot tell whether each query sees every key or the earlier "
+            "ones; set is_causal=False on the layer, or pass it a mask or is_causal"
+        )
+    if is_causal and queries != keys:
         raise NotSupportedError(
             f"{name} is causal and has {queries} queries over {keys} keys, but the model made no "
             "mask: blasst cannot tell which key each query stands at"
         )
-    return says_causal
 
 
 def _require_pattern(name: str, ranges: Tensor, causal: bool, window: int, queries: int) -> None:
