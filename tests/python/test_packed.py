@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    CTRLConfig,
+    DataCollatorWithFlattening,
+    DynamicCache,
+    GPTBigCodeConfig,
+    PersimmonConfig,
+    StaticCache,
+)
 
 import blasst
 from blasst import NotSupportedError, Threshold
@@ -52,6 +60,61 @@ def test_sequences_do_not_see_each_other(name, situation):
     ids, positions = packed()
     got = model(ids, position_ids=positions, **SITUATIONS[situation]).logits
     assert torch.equal(got, alone(model))
+
+
+SIZES = {"vocab_size": VOCABULARY, "pad_token_id": 0, "initializer_range": 0.3}
+OLD_SIZES = {**SIZES, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
+KEEP_POSITIONS = [
+    CTRLConfig(**OLD_SIZES, dff=64),
+    GPTBigCodeConfig(**OLD_SIZES),
+    PersimmonConfig(
+        **SIZES,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    ),
+]
+"""Of models that do not hand position_ids on to the attention interface."""
+
+
+def make_of(config):
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="blasst").eval()
+
+
+@pytest.mark.parametrize("situation", [s for s in SITUATIONS if s != "cumulative lengths"])
+@pytest.mark.parametrize("config", KEEP_POSITIONS, ids=lambda config: config.model_type)
+@torch.no_grad()
+def test_layers_that_are_not_told_position_ids(config, situation):
+    model = make_of(config)
+    ids, positions = packed()
+    got = model(ids, position_ids=positions, **SITUATIONS[situation]).logits
+    torch.testing.assert_close(got, alone(model), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_packed_sequences_behind_a_cache_of_layers_that_are_not_told():
+    model = make_of(KEEP_POSITIONS[1])
+    ids, positions = packed()
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=400)):
+        model(ids, position_ids=positions, **cached(model, cache))
+        with pytest.raises(NotSupportedError, match="a sequence starts behind other tokens"):
+            model(ids[:, :1], position_ids=torch.tensor([[LENGTHS[-1]]]), **cached(model, cache))
+
+
+@torch.no_grad()
+def test_padded_requests_of_layers_that_are_not_told_position_ids():
+    """Nothing is packed: a cache, padding on the left, and one step after it."""
+    model = make_of(KEEP_POSITIONS[1])
+    ids = torch.cat([sequences()[0], sequences()[2][:, :70]])
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    assert torch.equal(out, expected)
 
 
 @torch.no_grad()

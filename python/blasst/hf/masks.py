@@ -3,7 +3,9 @@
 Transformers asks it once a pass for each pattern of layers, and hands the answer on to them.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ class Pattern(NamedTuple):
     """Keys that a query sees, itself included; None: all."""
     sequences: Tensor | None = None
     """[batch, queries] ascending: which of the packed sequences each query belongs to."""
+    positions: Tensor | None = None
+    """position_ids [1 or batch, queries] of the pass; None: not known."""
 
 
 class KeyRanges(Tensor):
@@ -41,6 +45,8 @@ class KeyRanges(Tensor):
     everything: bool
     """Every request uses all keys and queries."""
     sequences: Tensor | None
+    """See `Pattern`."""
+    positions: Tensor | None
     """See `Pattern`."""
     queries: int
     """How many the mask was made for."""
@@ -69,6 +75,7 @@ class KeyRanges(Tensor):
         """From [batch, 6]."""
         made = ranges[:, None, None].as_subclass(cls)
         made.ranges, made.sequences, made.everything = ranges, pattern.sequences, everything
+        made.positions = pattern.positions
         made.causal, made.window = pattern.causal, window
         made.packed, made.queries, made.keys = {}, queries, keys
         if everything and keys is not None:
@@ -120,6 +127,10 @@ class KeyRanges(Tensor):
             moved = result.as_subclass(cls)
             moved.__dict__.update(args[0].__dict__)
             moved.__dict__.pop("_others", None)
+            moved.packed = {}
+            for part in ("sequences", "positions"):
+                known = getattr(moved, part)
+                setattr(moved, part, known if known is None else known.to(result.device))
             moved.ranges = result[:, 0, 0]
             return moved
 
@@ -285,8 +296,10 @@ def key_ranges(
     for_compiled = deferred or isinstance(q_offset, Tensor)
     if not deferred:
         q_offset = int(q_offset)
-    if not tracing and config is not None:
-        check_model(type(config))
+    if not tracing:
+        if config is not None:
+            check_model(type(config))
+        pattern = pattern._replace(positions=_positions_of(sys._getframe(1), device))
     first_query = q_offset - kv_offset if pattern.causal else 0
     end = first_query + q_length if pattern.causal else kv_length
     _check_padding(attention_mask, kv_offset + end)
@@ -311,11 +324,24 @@ def key_ranges(
     ranges = _ranges(first, last, queries, q_length, pattern, window)
     if for_compiled:
         made = ranges[:, None, None]
+        if not tracing:
+            made.positions = pattern.positions
         if not deferred:  # for layers that are not compiled after all
             facts = KeyRanges.of(ranges, pattern, window, False, q_length)
             made.blasst_facts = None if made.is_inference() else made._version, facts
         return made
     return KeyRanges.of(ranges, pattern, window, everything, q_length, kv_length)
+
+
+def _positions_of(caller: FrameType, device: torch.device | str) -> Tensor | None:
+    """The position_ids that a function of `masking_utils` was asked for a mask with.
+
+    Some models hand them neither on to their layers nor, through it, to the mask interface, which
+    sees them in the pattern only where there is no cache and no padding mask.
+    """
+    found = caller.f_locals.get("position_ids")
+    known = isinstance(found, Tensor) and found.device == torch.empty(0, device=device).device
+    return found if known else None
 
 
 COLUMNS = 6

@@ -61,7 +61,8 @@ def find(
         causal: whether the call is.
         query: [batch, heads, query_length, head_dim].
         key: [batch, kv_heads, keys, head_dim].
-        kwargs: `cu_seq_lens_q`, `cu_seq_lens_k` and `position_ids` are looked at.
+        kwargs: `cu_seq_lens_q`, `cu_seq_lens_k` and `position_ids` are looked at; position_ids that
+            a layer is not told, its mask knows.
 
     Raises:
         ValueError: lengths that are not those of query and key.
@@ -71,6 +72,8 @@ def find(
     if any(given is not None for given in ends):
         return _given(*ends, query, key)
     position_ids = kwargs.get("position_ids")
+    if position_ids is None and not torch.compiler.is_compiling():
+        position_ids = getattr(mask, "positions", None)
     rows = query.shape[2]
     known = mask.sequences if isinstance(mask, KeyRanges) else None
     is_text = (
