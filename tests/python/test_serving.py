@@ -122,7 +122,8 @@ def test_engines_that_hear_of_their_requests():
         ({"head_size": 80, "on_cpu": False}, "head size 80; it must be 64, 128 or 256"),
         ({"attn_type": "encoder_only"}, "a layer of encoder_only attention"),
         ({"alibi_slopes": [1.0]}, "ALiBi"),
-        ({"kv_cache_dtype": "fp8"}, "a cache of fp8"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "a cache of fp8_e5m2; --kv-cache-dtype must be one of"),
+        ({"kv_cache_dtype": "fp8", "on_cpu": False}, "a cache of fp8 with head size 64; on a GPU"),
         ({"others": {"chunk_lookback": 4}}, "a layer with chunk_lookback"),
     ],
 )
@@ -136,6 +137,7 @@ def test_layers_that_are_refused(changes, message):
         "others": {"chunk_lookback": -1, "use_alibi_sqrt": False},
     }
     check_layer(**layer)
+    check_layer(**{**layer, "kv_cache_dtype": "fp8"})
     with pytest.raises(NotSupportedError, match=message):
         check_layer(**layer | changes)
 
