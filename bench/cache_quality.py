@@ -31,7 +31,6 @@ KINDS = {
 }
 
 
-@torch.inference_mode()
 def read(loaded: Loaded, tokens: Tensor, prompt: int, cache: Cache) -> Tensor:
     """[tokens, hidden] of those behind the prompt."""
     model = loaded.model
@@ -41,6 +40,7 @@ def read(loaded: Loaded, tokens: Tensor, prompt: int, cache: Cache) -> Tensor:
     return body(tokens[:, prompt:], **{name: cache}).last_hidden_state[0]
 
 
+@torch.inference_mode()
 def main() -> None:
     """Measure every kind of cache."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
