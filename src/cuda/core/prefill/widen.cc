@@ -23,7 +23,7 @@ Widening plan_widening(std::string_view backend, const AttentionParams& params) 
   problem::check_range("the most keys of a request", problem::most_keys(p), 0, kUnlimited - 1);
   const bool ragged = p.kv.layout == BLASST_LAYOUT_RAGGED;
   const int64_t outer = ragged ? 1 : p.batch, tokens = ragged ? p.kv.tokens : problem::most_keys(p);
-  const auto [from_outer, from_tokens] = problem::key_tensor(p);
+  const problem::RowTensor from = problem::key_tensor(p);
 
   Widening w{};
   w.params = params;
@@ -48,7 +48,7 @@ Widening plan_widening(std::string_view backend, const AttentionParams& params) 
           .stride_request = tokens * p.kv_heads * dim,
           .stride_token = p.kv_heads * dim,
           .stride_head = dim};
-    return Widened{tensor(view, from_outer, from_tokens, p.kv_heads, dim), view.dtype, scales, here,
+    return Widened{tensor(view, from.outer, from.tokens, p.kv_heads, dim), view.dtype, scales, here,
                    tokens};
   };
   blasst_problem& to = w.params.problem;
