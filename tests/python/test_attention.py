@@ -1246,3 +1246,11 @@ def test_pages_are_always_checked_on_the_cpu():
     paged = {"page_table": torch.tensor([[0], [2]]), "lengths": torch.tensor([64, 64])}
     with pytest.raises(ValueError, match=r"page_table\[1, 0\] is 2; kv.pages is 2"):
         attention(q, k, v, check_pages=True, **paged)
+
+
+def test_indices_of_64_bits_stay_out_of_range_on_cuda():
+    lengths = torch.tensor([2**40, -(2**40), 2**32 + 3, 5])
+    given = {"starts": None, "lengths": lengths, "query_lengths": None}
+    places, _ = arguments.places_on_cuda(given, Q, K, "prefill")
+    assert places["lengths"].dtype == torch.int32
+    assert places["lengths"].tolist() == [2**31 - 1, -(2**31), 2**31 - 1, 5]

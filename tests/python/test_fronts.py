@@ -16,7 +16,7 @@ from blasst import (
     flash_attn_with_kvcache,
     scaled_dot_product_attention,
 )
-from blasst.ops.kv_cache import Cache, appended
+from blasst.ops.kv_cache import Cache, only_placed, places
 
 HEADS, KV_HEADS, DIM = 4, 2, 32
 
@@ -213,8 +213,9 @@ def test_new_keys_without_a_place_are_dropped(pages):
         else:
             cache[0, 15], cache[5, 0], cache[5, 1] = t[0, 0], t[5, 0], t[5, 1]
     for first in (before, torch.full((6,), 99)):
-        with appended(Cache(k, v, table if pages else None, first + 2), *new):
-            pass
+        cache = Cache(k, v, table if pages else None, first + 2)
+        place, values = only_placed([k, v], places(cache, 2), new)
+        k[place], v[place] = values
         assert torch.equal(k, wanted[0])
         assert torch.equal(v, wanted[1])
 

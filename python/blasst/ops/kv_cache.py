@@ -79,16 +79,13 @@ def appended(cache: Cache, k: Tensor | None, v: Tensor | None) -> Iterator[None]
     if k is None or v is None or k.numel() == 0:
         yield
         return
-    has_place, row, *place = _places(cache, k.shape[1])
-    place = tuple(place)
-    caches = [_raw(cache.k), _raw(cache.v)]
+    caches, new = [_raw(cache.k), _raw(cache.v)], [_raw(k), _raw(v)]
+    place = places(cache, k.shape[1])
+    if cache.k.device.type != "cpu":  # where they have been looked at
+        place, new = only_placed(caches, place, new)
     before = [t[place] for t in caches]
-    after = [
-        torch.where(has_place, _raw(new).flatten(0, 1)[row], old)
-        for new, old in zip((k, v), before, strict=True)
-    ]
     try:
-        _write(caches, place, after)
+        _write(caches, place, new)
         yield
     except BaseException:
         _write(caches, place, before)
@@ -105,27 +102,37 @@ def _raw(t: Tensor) -> Tensor:
     return t.view(torch.uint8) if t.itemsize == 1 else t
 
 
-def _places(cache: Cache, new: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each of batch * new writes: whether it changes anything, of which new key, and where.
+def places(cache: Cache, new: int) -> tuple[Tensor, Tensor]:
+    """Page, or request, of each new key, and the place in it: [batch, new], or what broadcasts.
 
-    A key that has no place is not written: the first that has one is, once more. Where none has
-    one, nothing changes.
+    A key that its request has no room for has a place before or behind the page.
     """
-    batch, size = cache.lengths.shape[0], cache.k.shape[1]
-    # Without pages, each request is one.
-    table = cache.page_table
-    table = torch.arange(batch, device=cache.k.device)[:, None] if table is None else table
-    at = cache.lengths[:, None] - new + torch.arange(new, device=cache.k.device)
-    within = (at >= 0) & (at < table.shape[1] * size)
-    at = torch.where(within, at, 0)
-    page = table.to(torch.int64).gather(1, at // size)
-    has_place = (within & (page >= 0) & (page < cache.k.shape[0])).flatten()
-    row = torch.where(
-        has_place, torch.arange(batch * new, device=at.device), has_place.int().argmax()
-    )
-    has_place = has_place[row]
-    page, at = (torch.where(has_place, t.flatten()[row], 0) for t in (page, at % size))
-    return has_place[:, None, None], row, page, at
+    device, size = cache.k.device, cache.k.shape[1]
+    at = (cache.lengths - new)[:, None] + torch.arange(new, device=device)
+    if cache.page_table is None:
+        return torch.arange(at.shape[0], device=device)[:, None], at
+    nth = (at // size).clamp(0, cache.page_table.shape[1] - 1)
+    return cache.page_table.to(torch.int64).gather(1, nth), at - nth * size
+
+
+def only_placed(
+    caches: list[Tensor], place: tuple[Tensor, Tensor], new: list[Tensor]
+) -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
+    """Places that exist, and what comes there, [batch * new] each, without waiting for the device.
+
+    Instead of a key without a place the first that has one is written once more; where none has
+    one, what is there already.
+    """
+    pages, size = caches[0].shape[:2]
+    page, at = (t.flatten() for t in torch.broadcast_tensors(*place))
+    exists = (page >= 0) & (page < pages) & (at >= 0) & (at < size)
+    row = torch.where(exists, torch.arange(len(at), device=at.device), exists.int().argmax())
+    exists = exists[row]
+    place = torch.where(exists, page[row], 0), torch.where(exists, at[row], 0)
+    return place, [
+        torch.where(exists[:, None, None], t.flatten(0, 1)[row], cache[place])
+        for t, cache in zip(new, caches, strict=True)
+    ]
 
 
 def _check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
