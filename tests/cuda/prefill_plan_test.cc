@@ -234,7 +234,8 @@ TEST(Widening, RefusesWhatItCannotRead) {
                 .find("q is bfloat16 and v float16; prefill does tensors of one type, and keys and "
                       "values in int8 and float8_e4m3"),
             std::string::npos);
-  EXPECT_NE(refusal([](P& p) { p.problem.kv.k.elements = 5; }).find("k"), std::string::npos);
+  EXPECT_NE(refusal([](P& p) { p.problem.kv.k.elements = 5; }).find("k.elements is 5"),
+            std::string::npos);
   EXPECT_NE(refusal([](P& p) { p.problem.batch = 70000; }).find("batch is 70000"),
             std::string::npos);
 }
