@@ -184,7 +184,7 @@ typedef struct blasst_mask {
  * k and v are of the type of q, or each of 8 bits (a quantised cache): exact in every type of q, so
  * that they give what the same numbers in that type give. A score is scale * k_scale * q.k, an
  * output row v_scale times the sum over v. A backend that has no kernel for a pair of types says
- * so. */
+ * so. CUDA's prefill first rounds k_scale * k and v_scale * v to the type of q. */
 typedef struct blasst_problem {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_problem));
   int64_t batch BLASST_DEFAULT(1);
