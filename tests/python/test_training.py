@@ -378,7 +378,7 @@ def test_the_backward_reads_strided_tensors():
         ("v", lambda t: t.half(), TypeError, "v is torch.float16, but q is torch.float32"),
         ("k", lambda t: t[:, 1:], ValueError, "v is [2, 330, 2, 32], but k is [2, 329, 2, 32]"),
         ("bands", lambda t: t.int(), TypeError, "bands is torch.int32; it must be torch.int64"),
-        ("blocks", lambda t: t.bool(), TypeError, "blocks is Bool; it must be Byte"),
+        ("blocks", lambda t: t.bool(), TypeError, "blocks is torch.bool; it must be torch.uint8"),
         ("blocks", lambda t: t[:, 1:], ValueError, "blocks is [4, 5, 6]; for tiles of 64 rows"),
         (
             "starts",

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save
@@ -103,6 +104,8 @@ class BoundaryModel(nn.Module):
 
 class _Keys:
     """A policy that leaves attention as it is and keeps each layer's keys."""
+
+    chooses_blocks: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.found: dict[int, list[Tensor]] = {}
