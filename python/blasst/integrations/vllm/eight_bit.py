@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blasst.ops.quantize import in_units
+
 NAMES = ("fp8", "fp8_e4m3")
 """Of `--kv-cache-dtype`."""
 TYPE = torch.float8_e4m3fn
@@ -72,5 +74,4 @@ def widen(cache: Tensor, pages: Tensor, into: Tensor) -> Tensor:
 
 def narrow(values: Tensor, scale: Tensor) -> Tensor:
     """Bytes of keys or values, the nearest that there are, the largest for what is beyond."""
-    most = torch.finfo(TYPE).max
-    return (values.float() / scale).clamp(-most, most).to(TYPE).view(torch.uint8)
+    return in_units(values, scale, TYPE).view(torch.uint8)
