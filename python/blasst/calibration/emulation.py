@@ -74,7 +74,7 @@ class Emulation:
             skipped = (~kept).sum(-1)
             counts[1, :, mine] += _to_heads(skipped, phase, group)
             keys = kept.repeat_interleave(shape[1], -1)[:, :, None]
-            scores = block.scores.masked_fill(~keys, -math.inf)
+            scores = block.scores.masked_fill_(~keys, -math.inf)
             found, found_lse = _softmax(scores, v[:, :, block.heads], phase, group, options, mine)
             out[:, block.rows, mine] = found.to(out.dtype)
             lse[:, mine, block.rows] = found_lse
@@ -129,7 +129,6 @@ def _blocks(
     height, width = (rows if phase == "decode" else tile_shape[0]), tile_shape[1]
     scale = options.get("scale") or size**-0.5
     at_once = max(1, SCORES_AT_ONCE // max(1, batch * group * height * keys))
-    position = torch.arange(keys, device=q.device)
     for first in range(0, kv_heads, at_once):
         mine = slice(first, min(first + at_once, kv_heads))
         known = k[:, :, mine].permute(0, 2, 3, 1).float()  # [batch, kv_heads, size, keys]
@@ -143,10 +142,13 @@ def _blocks(
             if cap := options.get("softcap"):
                 scores = cap * torch.tanh(scores / cap)
             scores = scores.unflatten(2, (group, -1))
-            last = torch.arange(offset + part.start, seen, device=q.device)
-            scores = scores.masked_fill(position[:seen] > last[:, None], -math.inf)
+            # Every row sees the keys before the tile's own.
+            position = torch.arange(part.stop - part.start, device=q.device)
+            hidden = position > position[:, None]
+            scores[..., offset + part.start :].masked_fill_(hidden, -math.inf)
             scores = scores.flatten(2, 3) if phase == "decode" else scores.flatten(1, 2)
-            scores = pad(scores, (0, tiles * width - seen), value=-math.inf)
+            if missing := tiles * width - seen:
+                scores = pad(scores, (0, missing), value=-math.inf)
             yield _Block(mine, part, scores, scores.unflatten(-1, (tiles, width)).amax(-1))
 
 
@@ -171,19 +173,23 @@ def _gaps(block: _Block, order: str) -> tuple[list[int], Tensor]:
 def _softmax(
     scores: Tensor, v: Tensor, phase: str, group: int, options: dict[str, Any], mine: slice
 ) -> tuple[Tensor, Tensor]:
-    """[batch, rows, heads, value_dim] and [batch, heads, rows] natural log of the denominator."""
+    """[batch, rows, heads, value_dim] and [batch, heads, rows] natural log of the denominator.
+
+    The scores are overwritten.
+    """
     # [batch, kv_heads, group, rows, keys]
     scores = (
         scores.unflatten(2, (group, -1)) if phase == "decode" else scores.unflatten(1, (-1, group))
     )
-    lse = scores.logsumexp(-1)
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    lse = (weights.sum(-1, keepdim=True).log() + largest)[..., 0]
     if options.get("sinks") is not None:
         sinks = options["sinks"][mine].float().unflatten(0, (-1, group))[..., None]
         lse = torch.logaddexp(lse, sinks)
-    shares = (scores - lse[..., None]).exp()[..., : v.shape[1]]
-    if shares.shape[-1] < v.shape[1]:
-        v = v[:, : shares.shape[-1]]
-    out = shares @ v.permute(0, 2, 1, 3).float()[:, :, None]
+    keys = min(weights.shape[-1], v.shape[1])
+    out = weights[..., :keys] @ v[:, :keys].permute(0, 2, 1, 3).float()[:, :, None]
+    out *= (largest - lse[..., None]).exp()
     return out.flatten(1, 2).transpose(1, 2), lse.flatten(1, 2)
 
 
