@@ -2,12 +2,15 @@
 
 import inspect
 
+import gguf
 import pytest
 import torch
 
 from blasst.cli import commands
 from blasst.cli.app import main
-from blasst.hf.models import Loading, load
+from blasst.errors import NotSupportedError
+from blasst.hf.models import Loading, _reading_once, load
+from blasst.hf.operator import Kernels
 from recency_model import make_recency_model, make_tokenizer
 
 
@@ -41,9 +44,38 @@ def test_what_cannot_be_is_said_at_once(options, message):
         Loading(**options)
 
 
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "demo"])
+def test_without_a_gpu_a_command_says_so_in_one_line(command, folder, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main([command, str(folder), "--device", "cuda"]) == 1
+    said = capsys.readouterr().err
+    assert said == "blasst: device is 'cuda'; torch finds 0 GPUs here\n"
+
+
+def test_a_gpu_that_the_kernels_are_not_for_is_named_before_the_work(folder, monkeypatch, capsys):
+    why = "cuda-sm80: device 0 has compute capability 7.5; the kernels are for 8.0 and later"
+
+    def refused(*_, **__):
+        raise NotSupportedError(why)
+
+    monkeypatch.setattr(Kernels, "attention", staticmethod(refused))
+    for command in ("calibrate", "evaluate"):
+        assert main([command, str(folder)]) == 1
+        assert capsys.readouterr().err == f"blasst: {str(folder)!r} cannot run with blasst: {why}\n"
+
+
 def test_a_folder_has_no_revision(folder):
     with pytest.raises(ValueError, match="revision is 'main'; only hub models have one"):
         load(str(folder), loading=Loading(revision="main"))
+
+
+def test_a_gguf_file_is_read_once_while_it_is_converted(monkeypatch):
+    reads = []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: reads.append(path) or object())
+    with _reading_once():
+        assert gguf.GGUFReader("a") is gguf.GGUFReader("a")
+    assert gguf.GGUFReader("a") is not gguf.GGUFReader("a"), "as before"
+    assert reads == ["a"] * 3
 
 
 @pytest.mark.parametrize("command", ["calibrate", "evaluate", "finetune", "demo", "bsfa", "chunks"])

