@@ -167,6 +167,21 @@ def test_a_folder_that_must_not_be_written_is_said_before_the_work(tmp_path, cap
     assert "nothing can be written into" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_read_only_disk_is_said_before_the_work(command, tmp_path, monkeypatch, capsys):
+    """As root, too, whom no folder's rights keep out."""
+    folder, out = saved_model(tmp_path / "model"), tmp_path / "new"
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    assert main([command, str(folder), "--out", str(out)]) == 1
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"nothing can be written into {tmp_path}: Read-only file system" in said
+    assert not out.exists()
+
+
 def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
     def stopped(*_, **__):
         raise KeyboardInterrupt
