@@ -8,11 +8,10 @@ from torch import nn
 from transformers import DynamicCache
 
 import blasst
-from blasst.calibration import calibrate, memory, run
+from blasst.calibration import calibrate, run
 from blasst.calibration.collector import output_gram
 from blasst.calibration.emulation import Emulation
 from blasst.calibration.measurement import LAW
-from blasst.calibration.memory import Sizes, bytes_needed, check_fits, chunk_that_fits
 from blasst.calibration.setup import DECODE_STEPS, Setup
 from blasst.config import parse
 from blasst.hf.models import attention_layers
@@ -168,43 +167,6 @@ def test_a_cache_is_put_back_without_a_copy(name):
     for layer, old in zip(cache.layers, before.layers, strict=True):
         assert torch.equal(layer.keys, old.keys)
         assert torch.equal(layer.values, old.values)
-
-
-EIGHT_B = Sizes(32, 4096, 14336, 32, 8, 128, 2048, 2)
-
-
-def test_memory_grows_with_prompt_batch_and_chunk():
-    at = bytes_needed(EIGHT_B, 131072, 1, 8192)
-    assert 17e9 < at < 40e9, "the cache alone is 17 GB"
-    assert bytes_needed(EIGHT_B, 131072, 1, 131072) > at
-    assert bytes_needed(EIGHT_B, 131072, 2, 8192) > 1.8 * at
-    fits = chunk_that_fits(EIGHT_B, 131072, 1, 131072, at)
-    assert fits % 128 == 0
-    assert bytes_needed(EIGHT_B, 131072, 1, fits) <= at
-    assert bytes_needed(EIGHT_B, 131072, 1, fits + 128) > at
-    assert chunk_that_fits(EIGHT_B, 131072, 1, 8192, int(10e9)) is None
-
-
-@pytest.mark.parametrize(
-    ("chunk", "batch", "message"),
-    [
-        (
-            None,
-            1,
-            r"a prompt of 1024 tokens in chunks of 1024 need .* cuda:0 has .*: a chunk of \d",
-        ),
-        (128, 2, "2 prompts of 1024 .*: no chunk fits: a smaller batch, or shorter prompts, would"),
-    ],
-)
-def test_too_little_memory_is_said_with_the_chunk_that_would_fit(
-    chunk, batch, message, monkeypatch
-):
-    monkeypatch.setattr(memory, "SCORES_AT_ONCE", 1)
-    model = make_recency_model()
-    sizes = memory.sizes_of(model, len(attention_layers(model)))
-    free = bytes_needed(sizes, 1024, batch, 256 if chunk is None else 64) - 1
-    with pytest.raises(ValueError, match=message):
-        check_fits(sizes, 1024, batch, chunk or 1024, "cuda:0", free)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 import blasst
 from blasst.calibration import calibrate, emulation
 from blasst.calibration.curves import sparsity_at
-from blasst.calibration.memory import bytes_needed, sizes_of
+from blasst.calibration.memory import Reading, bytes_needed, sizes_of
 from blasst.config import parse
 from blasst.evaluation import Options, evaluate, report
 from blasst.evaluation.summary import timings
@@ -126,7 +126,7 @@ def test_memory_stays_within_what_is_said_before(calibrated):
     before = torch.cuda.memory_allocated()
     calibrate(model, make_tokenizer(), **OPTIONS, chunk=1024)
     used = torch.cuda.max_memory_allocated() - before
-    assert used <= bytes_needed(sizes_of(model, 2), LENGTH, 1, 1024)
+    assert used <= bytes_needed(sizes_of(model, 2), Reading(LENGTH), 1024)
 
 
 def test_too_little_memory_is_said_first(monkeypatch):

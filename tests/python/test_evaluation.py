@@ -194,8 +194,8 @@ def test_prompts_may_be_timed_and_asked_at_fewer_targets(tmp_path):
 def test_torchs_attention_is_left_out_where_a_whole_prompt_does_not_fit(
     tmp_path, monkeypatch, caplog
 ):
-    def check(model, layers, length, *, chunk=None, kept=0):
-        if (chunk or length) > 400:
+    def check(model, layers, readings, chunk=None):
+        if (chunk or readings[0].length) > 400:
             raise ValueError("too large")
 
     monkeypatch.setattr(timing, "check_memory", check)

@@ -1,5 +1,7 @@
 """Whether prompts fit in a GPU's memory, said before the work."""
 
+from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -7,7 +9,9 @@ from transformers import PreTrainedModel
 
 from blasst.calibration.emulation import SCORES_AT_ONCE
 from blasst.heads import query_size
+from blasst.hf.models import attention_layers
 from blasst.hf.reading import TILE
+from blasst.measure.agreement import prediction_bytes
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -25,6 +29,7 @@ class Sizes(NamedTuple):
     head_dim: int
     cached: int
     """Elements of a token in a layer's cache."""
+    vocabulary: int
     bytes: int
     """Of a number of the model's type."""
 
@@ -43,20 +48,32 @@ def sizes_of(model: PreTrainedModel, layers: int) -> Sizes:
         kv_heads,
         size,
         rank + config.qk_rope_head_dim if rank else 2 * kv_heads * size,
+        config.vocab_size,
         next(model.parameters()).element_size(),
     )
 
 
-def bytes_needed(sizes: Sizes, length: int, batch: int, chunk: int) -> int:
-    """Besides the weights, at a prompt's end.
+class Reading(NamedTuple):
+    """Prompts that are read at once, and what is done with them."""
+
+    length: int
+    """Tokens of each."""
+    batch: int = 1
+    compared: int | None = None
+    """Positions whose predictions are compared with dense; None: they are not."""
+    what: str = "a prompt"
+    """For messages."""
+
+
+def bytes_needed(sizes: Sizes, reading: Reading, chunk: int | None) -> int:
+    """Besides the weights, at the prompts' end.
 
     Args:
         sizes: of the model.
-        length: tokens of a prompt.
-        batch: prompts at once.
-        chunk: tokens that are read at once.
+        reading: what is read.
+        chunk: tokens that are read at once; None: all.
     """
-    s = sizes
+    s, length, batch = sizes, reading.length, reading.batch
     keys = 2 * s.kv_heads * s.head_dim * s.bytes
     # The cache, a layer of it that grows expanded, the hidden states of all chunks and all in one.
     whole = (
@@ -71,42 +88,40 @@ def bytes_needed(sizes: Sizes, length: int, batch: int, chunk: int) -> int:
     row += 4 * s.heads * FLOAT + 3 * s.intermediate * s.bytes
     group = s.heads // s.kv_heads
     scores = 4 * FLOAT * max(SCORES_AT_ONCE, batch * group * TILE * length)
-    return batch * (length * whole + min(chunk, length) * row) + scores
-
-
-def chunk_that_fits(sizes: Sizes, length: int, batch: int, chunk: int, free: int) -> int | None:
-    """The largest one, up to `chunk` tokens; None: no chunk does."""
-    tiles = range(min(chunk, length) // TILE, 0, -1)
-    fitting = (t * TILE for t in tiles if bytes_needed(sizes, length, batch, t * TILE) <= free)
-    return next(fitting, None)
+    needed = batch * (length * whole + min(chunk or length, length) * row) + scores
+    if reading.compared is not None:  # dense hidden states, and predictions
+        needed += batch * length * s.hidden * s.bytes
+        needed += prediction_bytes(s.vocabulary, reading.compared)
+    return needed
 
 
 def check_memory(
     model: PreTrainedModel,
-    layers: int,
-    length: int,
-    *,
-    batch: int = 1,
+    layers: Collection[int],
+    readings: Collection[Reading],
     chunk: int | None = None,
-    kept: int = 0,
 ) -> None:
-    """An error if the model's GPU has too little memory, with the chunk that would fit.
+    """An error if a GPU of the model's has too little memory, with the chunk that would fit.
 
     Args:
         model: where it will run.
         layers: those that keep all keys.
-        length: tokens of a prompt.
-        batch: prompts at once.
+        readings: what is read, one after the other.
         chunk: tokens that are read at once; None: all.
-        kept: bytes that the caller keeps besides.
 
     Raises:
         ValueError: it has.
     """
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        free = free_bytes(device) - kept
-        check_fits(sizes_of(model, layers), length, batch, chunk or length, str(device), free)
+    for device, here in layers_by_device(model, layers).items():
+        if device.type == "cuda":
+            check_fits(sizes_of(model, here), readings, chunk, str(device), free_bytes(device))
+
+
+def layers_by_device(model: PreTrainedModel, layers: Collection[int]) -> Counter[torch.device]:
+    """How many of these layers each device has; a model may be split over several."""
+    modules = attention_layers(model)
+    here = [next(modules[layer].parameters()).device for layer in layers]
+    return Counter(here or {next(model.parameters()).device: 0})
 
 
 def free_bytes(device: torch.device) -> int:
@@ -115,17 +130,26 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def check_fits(sizes: Sizes, length: int, batch: int, chunk: int, device: str, free: int) -> None:
+def check_fits(
+    sizes: Sizes, readings: Collection[Reading], chunk: int | None, device: str, free: int
+) -> None:
     """The same, of a device with so many free bytes."""
-    needed = bytes_needed(sizes, length, batch, chunk)
-    if needed <= free:
+
+    def needed(chunk: int | None) -> dict[Reading, int]:
+        return {reading: bytes_needed(sizes, reading, chunk) for reading in readings}
+
+    most = max(needed(chunk).items(), key=lambda item: item[1])
+    if most[1] <= free:
         return
-    fits = chunk_that_fits(sizes, length, batch, chunk, free)
+    length, batch, _, what = most[0]
+    longest = min(chunk or length, length)
+    chunks = range(longest // TILE * TILE, 0, -TILE)
+    fits = next((c for c in chunks if max(needed(c).values()) <= free), None)
     advice = f"a chunk of {fits} tokens fits" if fits else "no chunk fits: shorter prompts would"
     if batch > 1 and not fits:
         advice = "no chunk fits: a smaller batch, or shorter prompts, would"
-    prompts = f"{batch} prompts" if batch > 1 else "a prompt"
+    prompts = f"{batch} prompts" if batch > 1 else what
     raise ValueError(
-        f"{prompts} of {length} tokens in chunks of {chunk} need about {needed / 1e9:.1f} GB "
+        f"{prompts} of {length} tokens in chunks of {longest} need about {most[1] / 1e9:.1f} GB "
         f"besides the weights; {device} has {max(free, 0) / 1e9:.1f} GB free: {advice}"
     )

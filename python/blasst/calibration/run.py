@@ -23,9 +23,9 @@ from blasst.calibration.collector import Collector
 from blasst.calibration.curves import UnreachableError, promised_sparsity, sparsity_at
 from blasst.calibration.kept import Kept
 from blasst.calibration.measurement import LAW, Measurements
-from blasst.calibration.memory import check_memory
+from blasst.calibration.memory import Reading, check_memory
 from blasst.calibration.result import Calibration, HeldOut
-from blasst.calibration.search import choose, running
+from blasst.calibration.search import choose, compared_every, running
 from blasst.calibration.setup import (
     Setup,
     check_attention,
@@ -125,6 +125,8 @@ def calibrate(
     check_attention(model)
     found = lengths_of(model, lengths)
     most = max([*found, *(held_out or [])]) * (prompts + 2)
+    if held_out is None:
+        held_out = default_held_out(found, context_length(model))
     setup = Setup(
         model,
         _maker(model, tokenizer, most, text=text, documents=documents, forward=forward),
@@ -138,7 +140,7 @@ def calibrate(
         operator_for(tile_shape, model),
         batch,
     )
-    check_memory(model, len(setup.layers), setup.longest, batch=batch, chunk=chunk)
+    _check_memory(setup, held_out)
     asked = [lengths, target_sparsity, prompts, swept_prompts, orders, schemes]
     asked += [
         chunk,
@@ -150,6 +152,15 @@ def calibrate(
     made_by = fingerprint(model, *asked) if resume else ""
     with dense_on_purpose():
         return _Calibrating(setup, resume, made_by).run(prompts, swept_prompts, held_out)
+
+
+def _check_memory(setup: Setup, held_out: Sequence[int]) -> None:
+    """An error if the longest prompts do not fit."""
+    length = setup.longest
+    compared = length // compared_every(length)
+    readings = [Reading(length, setup.batch), Reading(length, compared=compared)]
+    readings += [Reading(n, what="a held-out prompt") for n in held_out]
+    check_memory(setup.model, setup.layers, readings, setup.chunk)
 
 
 def _maker(
@@ -185,11 +196,9 @@ class _Calibrating:
         self._collector = Collector(setup, self._measured)
         self._tables = Tables(self._measured, setup.layers, setup.lengths)
 
-    def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int] | None) -> Calibration:
+    def run(self, prompts: int, swept_prompts: int, held_out: Sequence[int]) -> Calibration:
         setup = self._setup
         self._first = min(setup.batch, prompts)
-        if held_out is None:
-            held_out = default_held_out(setup.lengths, context_length(setup.model))
         # Made first: a text that is too short is found before hours of work.
         fresh = {length: self._held_out_prompts(length, prompts) for length in held_out}
         validation = setup.maker.make("needle", setup.longest, seed=VALIDATION_SEED).tokens

@@ -96,11 +96,16 @@ def running(
         del model.config.sparse_attention_config
 
 
+def compared_every(length: int) -> int:
+    """How far apart the positions are at which candidates are compared."""
+    return max(1, length // SCORED)
+
+
 class Judge:
     """Runs candidates on one prompt and compares their predictions with dense ones."""
 
     def __init__(self, setup: Setup, tokens: Tensor) -> None:
-        """Run the model densely.
+        """Take the model as it is.
 
         Args:
             setup: whose model forgets any configuration of its sparsity.
@@ -112,10 +117,6 @@ class Judge:
         self._tokens = tokens.to(model.device)
         model.config.__dict__.pop("sparse_attention_config", None)
         self._cache = DynamicCache(config=model.config)
-        hidden = read(model, self._tokens, self._cache, self._chunk)[0]
-        every = max(1, len(hidden) // SCORED)
-        self._dense = DenseRun(model, hidden, self._tokens[0], every=every)
-        self._last = hidden[-1:]
 
     def try_out(self, phase: str, config: SparseAttention) -> tuple[float, Agreement]:
         """Sparsity and agreement with dense of one configuration."""
@@ -130,10 +131,22 @@ class Judge:
         return recording.sparsity(phase, self._layers), dense.compare(hidden)
 
     @cached_property
+    def _dense(self) -> DenseRun:
+        """Of the prompt."""
+        hidden = read(self._model, self._tokens, chunk=self._chunk)[0]
+        every = compared_every(len(hidden))
+        return DenseRun(self._model, hidden, self._tokens[0], every=every)
+
+    @cached_property
     def _dense_decode(self) -> tuple[DenseRun, Tensor]:
-        """A dense, greedy decode, and the tokens [steps] that it read."""
+        """A dense, greedy decode, and the tokens [steps] that it read.
+
+        The prompt's cache is kept from here on: candidates of prefill, each of which fills one of
+        its own, come first.
+        """
         head = self._model.get_output_embeddings()
-        tokens, hidden = [head(self._last).argmax(-1)], []
+        last = read(self._model, self._tokens, self._cache, self._chunk)[0, -1:]
+        tokens, hidden = [head(last).argmax(-1)], []
         with put_back(self._cache):
             for _ in range(DECODE_STEPS):
                 hidden.append(self._step(tokens[-1]))

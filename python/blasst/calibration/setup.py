@@ -152,7 +152,7 @@ def lengths_of(model: PreTrainedModel, given: Sequence[int] | None) -> list[int]
 def targets_by_phase(
     given: float | Mapping[str, float] | Sequence[float],
 ) -> dict[str, list[float]]:
-    """Targets by phase, without those that are 0: dense needs no threshold.
+    """Targets by phase, prefill first, without those that are 0: dense needs no threshold.
 
     Raises:
         ValueError: an unknown phase, a target outside 0 to 1, or none above 0.
@@ -171,7 +171,7 @@ def targets_by_phase(
     positive = {p: list(dict.fromkeys(t for t in some if t)) for p, some in by_phase.items()}
     if not any(positive.values()):
         raise ValueError("every target sparsity is 0: dense needs no calibration")
-    return {phase: targets for phase, targets in positive.items() if targets}
+    return {phase: positive[phase] for phase in PHASES if positive.get(phase)}
 
 
 def operator_for(

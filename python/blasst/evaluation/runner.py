@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from blasst.calibration.memory import check_memory
+from blasst.calibration.memory import Reading, check_memory
 from blasst.evaluation.options import Options
 from blasst.evaluation.prompted import measure_lengths, measure_needles, needle_prompt
 from blasst.evaluation.session import Session
@@ -13,7 +13,6 @@ from blasst.evaluation.settings import Scheme
 from blasst.evaluation.texts import check_unchanged, measure_texts
 from blasst.evaluation.timing import measure_times
 from blasst.hf.models import Loaded, check_length, unwindowed_layers
-from blasst.measure.agreement import KEPT_BYTES
 from blasst.measure.results import Results
 from blasst.methods.registry import Method
 from blasst.progress import Progress, silent
@@ -51,8 +50,9 @@ def evaluate(
     lengths = {*options.other_lengths, *options.needle_lengths, *options.timed_lengths}
     for length in lengths:
         check_length(loaded.model, length, "a prompt")
-    layers, longest = len(unwindowed_layers(loaded.model)), max({options.length, *lengths})
-    check_memory(loaded.model, layers, longest, chunk=options.chunk, kept=KEPT_BYTES)
+    compared = options.length // options.every if texts else None
+    readings = [Reading(options.length, compared=compared), *map(Reading, lengths)]
+    check_memory(loaded.model, unwindowed_layers(loaded.model), readings, options.chunk)
     for length in options.other_lengths:
         for index in range(options.length_prompts):
             session.any_prompt(index, length)

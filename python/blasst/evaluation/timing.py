@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blasst.calibration.memory import check_memory
+from blasst.calibration.memory import Reading, check_memory
 from blasst.evaluation.clock import now
 from blasst.evaluation.session import Session
 from blasst.evaluation.settings import SDPA, Setting
@@ -68,9 +68,8 @@ def measure_times(session: Session) -> None:
 
 def _fits_whole(session: Session, length: int) -> bool:
     """Whether a prompt can be read at once, as torch's attention needs it; says so if not."""
-    layers = len(unwindowed_layers(session.model))
     try:
-        check_memory(session.model, layers, length)
+        check_memory(session.model, unwindowed_layers(session.model), [Reading(length)])
     except ValueError as error:
         _log.warning("%s is not timed at %d tokens: %s", SDPA.name, length, error)
         return False

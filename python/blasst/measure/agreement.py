@@ -13,6 +13,16 @@ PIECE = 128
 enough for malloc to use the same memory again."""
 KEPT_BYTES = 1 << 30
 """Dense predictions up to this size are kept between comparisons, larger ones computed again."""
+FLOAT = 4
+"""Bytes of a float32."""
+PIECES_AT_ONCE = 6
+"""Of predictions: logits, the same in float32 and as probabilities, of both runs."""
+
+
+def prediction_bytes(vocabulary: int, positions: int) -> int:
+    """What comparing so many positions takes, besides the hidden states of both runs."""
+    kept = positions * vocabulary * FLOAT
+    return (kept if kept <= KEPT_BYTES else 0) + PIECES_AT_ONCE * PIECE * vocabulary * FLOAT
 
 
 @dataclass(frozen=True)
@@ -48,7 +58,7 @@ class DenseRun:
         positions = torch.arange(0, len(tokens) - 1, every)
         self._pieces = [(piece, tokens[piece + 1][:, None]) for piece in positions.split(PIECE)]
         self._count = len(positions)
-        size = self._count * model.get_output_embeddings().weight.shape[0] * 4
+        size = self._count * model.get_output_embeddings().weight.shape[0] * FLOAT
         self._kept = list(self._predictions(hidden)) if size <= KEPT_BYTES else None
 
     def _predictions(self, hidden: Tensor) -> Iterator[Tensor]:
