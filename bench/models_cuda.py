@@ -8,7 +8,8 @@ some scaled down, and the threshold drops just those. A line is a length and a s
 skipped tiles (by `blasst.record`): time to the first token, the median of warm repeats with the
 lowest and highest; attention's share of it, from the calls alone; the time that attention alone
 predicts, and how much of the predicted gain over dense is there. Then milliseconds a token of 32
-decode steps, captured in a CUDA graph.
+decode steps, captured in a CUDA graph, and microseconds of host time a layer: of the graph's
+launch, and of a step without a graph, the rest of the layer included.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from thresholds import make_calibration
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
@@ -61,6 +63,10 @@ class Line:
     predicted: float | None = None
     gain_reached: float | None = None
     """Of the predicted gain over dense."""
+    replay: float | None = None
+    """Of the host, a layer, to launch a captured step."""
+    eager: float | None = None
+    """Of the host, a layer, for a step without a graph."""
 
 
 class Planted:
@@ -92,9 +98,12 @@ class Planted:
         return self._keys[:, : k.shape[1]]
 
 
-def make_model(shape: str, layers: int | None, longest: int) -> PreTrainedModel:
-    """Of random weights, bfloat16, on the GPU."""
-    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+def make_model(shape: str, layers: int | None, longest: int, **more: Any) -> PreTrainedModel:
+    """Of random weights, bfloat16, on the GPU.
+
+    more: of its configuration.
+    """
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}) | more
     config = LlamaConfig(vocab_size=32000, max_position_embeddings=longest + STEPS, **sizes)
     torch.manual_seed(0)
     with torch.device("cuda"):
@@ -115,6 +124,17 @@ def seconds(run: Callable[[], object], repeats: int) -> list[float]:
         torch.cuda.synchronize()
         found.append(perf_counter() - began)
     return sorted(found)
+
+
+def host_seconds(run: Callable[[], object]) -> float:
+    """Until a run returns on an idle device, the median."""
+    found = []
+    for _ in range(STEPS):
+        torch.cuda.synchronize()
+        began = perf_counter()
+        run()
+        found.append(perf_counter() - began)
+    return statistics.median(found)
 
 
 def first_token(model: PreTrainedModel, ids: Tensor, chunk: int | None) -> Tensor:
@@ -195,11 +215,16 @@ def decode(model: PreTrainedModel, length: int, repeats: int) -> Iterator[Line]:
         model(token, position_ids=position, **{name: cache})
         position.add_(1)
 
+    layers = model.config.num_hidden_layers
+
     def measured(what: str, skipped: float) -> Line:
         start()
         with torch.cuda.stream(torch.cuda.Stream()):
             step()  # what is made once, before the capture
+        start()
+        eager = host_seconds(step) / layers
         torch.cuda.synchronize()
+        start()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
@@ -210,7 +235,10 @@ def decode(model: PreTrainedModel, length: int, repeats: int) -> Iterator[Line]:
                 graph.replay()
 
         times = [t / STEPS for t in seconds(steps, repeats)]
-        return Line(length, what, skipped, statistics.median(times), times[0], times[-1])
+        start()
+        replay = host_seconds(graph.replay) / layers
+        found = statistics.median(times), times[0], times[-1]
+        return Line(length, what, skipped, *found, replay=replay, eager=eager)
 
     yield measured("decode, torch sdpa", 0.0)
     model.set_attn_implementation("blasst")
@@ -222,6 +250,14 @@ def decode(model: PreTrainedModel, length: int, repeats: int) -> Iterator[Line]:
                 step()
             what = "decode, blasst" if sparsity else "decode, blasst, dense"
             yield measured(what, recording.sparsity("decode"))
+    blasst.reset(model)
+    calibration = make_calibration(layers, model.config.num_attention_heads)
+    model.config.sparse_attention_config = calibration.to_dict()
+    start()
+    with blasst.record() as recording:
+        step()
+    yield measured("decode, calibrated", recording.sparsity("decode"))
+    del model.config.sparse_attention_config
 
 
 def shown(line: Line) -> str:
@@ -234,6 +270,8 @@ def shown(line: Line) -> str:
         text += f"  attention {line.attention / line.median:.0%}"
     if line.gain_reached is not None:
         text += f"  predicted {1e3 * line.predicted:.2f} ms, {line.gain_reached:.0%} of the gain"
+    if line.replay is not None:
+        text += f"  host {1e6 * line.replay:.1f} us a layer, {1e6 * line.eager:.0f} without a graph"
     return text
 
 
@@ -243,7 +281,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--shape", choices=SHAPES, default="8b")
     options.add_argument("--layers", type=int)
-    options.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072])
+    options.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     options.add_argument("--decode-lengths", type=int, nargs="*", default=[32768, 131072])
     options.add_argument("--chunk", type=int, default=8192)
     options.add_argument("--repeats", type=int, default=3)

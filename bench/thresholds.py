@@ -23,17 +23,22 @@ from blasst.hf.thresholds import Pass, options_of
 LENGTHS = (1024, 2048, 4096, 8192)
 
 
-def make_modules(layers: int, heads: int) -> list[nn.Module]:
-    """The attention layers of a calibrated model."""
-    torch.manual_seed(0)
-    ln_threshold = -8 * torch.rand(len(LENGTHS), len(TARGETS), layers, heads)
+def make_calibration(layers: int, heads: int) -> SparseAttention:
+    """Of decode, with random thresholds."""
+    generator = torch.Generator().manual_seed(0)
+    shape = len(LENGTHS), len(TARGETS), layers, heads
+    ln_threshold = -8 * torch.rand(shape, generator=generator)
     table = ThresholdTable("reverse", "equal_mass", Law(3, 5), LENGTHS, TARGETS, ln_threshold)
-    config = SparseAttention(
+    return SparseAttention(
         ("LlamaAttention",),
         {"decode": Law(3, 5)},
         {"decode": 0.5},
         measured={"decode": Measured((1, 64), (table,))},
     )
+
+
+def make_modules(layers: int, heads: int) -> list[nn.Module]:
+    """The attention layers of a calibrated model."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=8,
@@ -42,7 +47,7 @@ def make_modules(layers: int, heads: int) -> list[nn.Module]:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             attn_implementation="blasst",
-            sparse_attention_config=config.to_dict(),
+            sparse_attention_config=make_calibration(layers, heads).to_dict(),
         )
     )
     return attention_modules(model)
