@@ -221,6 +221,7 @@ def decode(model: PreTrainedModel, length: int, repeats: int) -> Iterator[Line]:
         start()
         with torch.cuda.stream(torch.cuda.Stream()):
             step()  # what is made once, before the capture
+        torch.cuda.synchronize()
         start()
         eager = host_seconds(step) / layers
         torch.cuda.synchronize()
