@@ -17,6 +17,8 @@ from transformers import (
     Gemma3Config,
     GPTNeoConfig,
     Llama4TextConfig,
+    MptConfig,
+    OpenAIGPTConfig,
     StaticCache,
     T5Config,
 )
@@ -497,9 +499,6 @@ BAD_MODELS = {
     "unknown key 'x'": lambda: make_model("llama", sparse_attention_config={"x": 1}),
     "q is torch.float64": lambda: make_model("llama").double(),
     "mask pattern causal_mask_function & chunked_overlay": llama4,
-    "BloomConfig does not call Transformers' attention interface": lambda: causal_lm(
-        BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=1, n_head=4)
-    ),
     "position_bias (of T5Attention) is not supported": lambda: AutoModel.from_config(
         T5Config(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4),
         attn_implementation="blasst",
@@ -538,6 +537,24 @@ def test_models_that_pick_attention_from_a_table_of_their_own_are_refused(config
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         model(IDS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(hidden_size=64, n_layer=1, n_head=4),
+        MptConfig(d_model=64, n_layers=1, n_heads=4),
+        OpenAIGPTConfig(n_embd=64, n_layer=1, n_head=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_that_compute_attention_themselves_are_refused(config):
+    message = "attn_implementation is 'blasst'; .* does not call Transformers' attention interface"
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    with pytest.raises(blasst.NotSupportedError, match=message):
+        model.set_attn_implementation("blasst")
+    with pytest.raises(blasst.NotSupportedError, match=message):
+        AutoModelForCausalLM.from_config(config, attn_implementation="blasst")
 
 
 def test_a_window_that_only_the_layer_knows_is_refused(llama):

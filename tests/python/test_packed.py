@@ -199,6 +199,33 @@ def test_a_compiled_pass_takes_one_sequence_and_refuses_several():
             compiled(ids, position_ids=positions, attention_mask=mask, use_cache=False)
 
 
+@pytest.mark.parametrize("situation", ["plain", "with a cache", "mask of ones"])
+@pytest.mark.parametrize("config", KEEP_POSITIONS, ids=lambda config: config.model_type)
+@torch.no_grad()
+def test_compiled_layers_that_are_not_told_position_ids(config, situation):
+    model = make_of(config)
+    compiled = torch.compile(model, backend="aot_eager")
+    ids, positions = packed()
+    options = SITUATIONS[situation]
+    one = torch.arange(ids.shape[1])[None]
+    wanted = model(ids, position_ids=one, **options).logits
+    assert torch.equal(compiled(ids, position_ids=one, **options).logits, wanted)
+    with pytest.raises(RuntimeError, match="must be told cu_seq_lens_q and cu_seq_lens_k"):
+        compiled(ids, position_ids=positions, **options)
+
+
+@torch.no_grad()
+def test_a_compiled_padded_batch_of_layers_that_are_not_told_position_ids():
+    model = make_of(KEEP_POSITIONS[1])
+    ids = torch.cat([sequences()[0], sequences()[2][:, :70]])
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    compiled = torch.compile(model, backend="aot_eager")
+    got = compiled(ids, attention_mask=mask, position_ids=places).logits
+    assert torch.equal(got, model(ids, attention_mask=mask, position_ids=places).logits)
+
+
 def test_a_compiled_pass_trains_on_a_flattened_batch():
     features = [{"input_ids": ids[0].tolist()} for ids in sequences()]
     batch = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True)(features)

@@ -2,7 +2,6 @@
 
 import gc
 import inspect
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,7 @@ from blasst.hf.tracing import module_of
 
 NAME = "blasst"
 PHASES = ("prefill", "decode")
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 """What modeling files call the interface."""
 
 
@@ -184,7 +183,7 @@ def _calls_interface(kind: type) -> bool:
     methods = {}
     for base in reversed(kind.__mro__):
         methods |= {name: f for name, f in vars(base).items() if isinstance(f, FunctionType)}
-    return any(_INTERFACE in _names(inspect.unwrap(f).__code__) for f in methods.values())
+    return any(INTERFACE in _names(inspect.unwrap(f).__code__) for f in methods.values())
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -193,15 +192,3 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
-
-
-@cache
-def check_model(config_class: type) -> None:
-    """An error for a model that computes attention itself, whatever implementation it is given."""
-    name = config_class.__module__.replace(".configuration_", ".modeling_")
-    module = sys.modules.get(name)
-    if module is not None and not hasattr(module, _INTERFACE):
-        raise NotSupportedError(
-            f"the model of {config_class.__name__} does not call Transformers' attention "
-            f"interface; attn_implementation={NAME!r} cannot reach it"
-        )

@@ -3,19 +3,17 @@
 Transformers asks it once a pass for each pattern of layers, and hands the answer on to them.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from packaging.version import Version
 from torch import Tensor
-from transformers import PreTrainedConfig, masking_utils
+from transformers import masking_utils
 
 from blasst.errors import NotSupportedError
-from blasst.hf.layers import NAME, check_model
-from blasst.hf.tracing import is_at_hand, is_deferred
+from blasst.hf.layers import NAME
+from blasst.hf.positions import are_packed
+from blasst.hf.tracing import TRACES_CELLS, is_at_hand, is_deferred
 
 
 class Pattern(NamedTuple):
@@ -24,8 +22,6 @@ class Pattern(NamedTuple):
     causal: bool
     window: int | None = None
     """Keys that a query sees, itself included; None: all."""
-    sequences: Tensor | None = None
-    """[batch, queries] ascending: which of the packed sequences each query belongs to."""
     positions: Tensor | None = None
     """position_ids [1 or batch, queries] of the pass; None: not known."""
 
@@ -44,8 +40,6 @@ class KeyRanges(Tensor):
     """0: none."""
     everything: bool
     """Every request uses all keys and queries."""
-    sequences: Tensor | None
-    """See `Pattern`."""
     positions: Tensor | None
     """See `Pattern`."""
     queries: int
@@ -74,8 +68,7 @@ class KeyRanges(Tensor):
     ) -> "KeyRanges":
         """From [batch, 6]."""
         made = ranges[:, None, None].as_subclass(cls)
-        made.ranges, made.sequences, made.everything = ranges, pattern.sequences, everything
-        made.positions = pattern.positions
+        made.ranges, made.positions, made.everything = ranges, pattern.positions, everything
         made.causal, made.window = pattern.causal, window
         made.packed, made.queries, made.keys = {}, queries, keys
         if everything and keys is not None:
@@ -128,9 +121,8 @@ class KeyRanges(Tensor):
             moved.__dict__.update(args[0].__dict__)
             moved.__dict__.pop("_others", None)
             moved.packed = {}
-            for part in ("sequences", "positions"):
-                known = getattr(moved, part)
-                setattr(moved, part, known if known is None else known.to(result.device))
+            if moved.positions is not None:
+                moved.positions = moved.positions.to(result.device)
             moved.ranges = result[:, 0, 0]
             return moved
 
@@ -154,10 +146,9 @@ def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         return mask
     if facts.queries == queries:
         return facts
-    if facts.causal or facts.sequences is not None:
-        kind = "causal" if facts.causal else "packed sequences'"
+    if facts.causal:
         raise NotSupportedError(
-            f"a layer has {queries} queries, but the model's {kind} mask is for {facts.queries}: "
+            f"a layer has {queries} queries, but the model's causal mask is for {facts.queries}: "
             "blasst cannot tell which keys each of them sees"
         )
     return facts.for_queries(queries)
@@ -177,6 +168,7 @@ def _facts(mask: Tensor, queries: int, keys: int) -> KeyRanges | None:
     elif not is_own and mask.shape[1:] == (1, 1, COLUMNS):
         ranges = mask[:, 0, 0]
         window, causal, made_for = ranges[0, 3:].tolist()
+        require((ranges[:, 2] >= 0).all(), PACKED_COMPILED, NotSupportedError)
     else:
         return None
     facts = KeyRanges.of(ranges, Pattern(bool(causal)), window, False, made_for)
@@ -258,7 +250,6 @@ def key_ranges(
     kv_offset: int = 0,
     mask_function: Callable = masking_utils.causal_mask_function,
     attention_mask: Tensor | None = None,
-    config: PreTrainedConfig | None = None,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor:
@@ -272,7 +263,6 @@ def key_ranges(
         kv_offset: position of the first key.
         mask_function: the pattern: causal, sliding window or all keys; packed sequences.
         attention_mask: [batch, positions] bool, false at padding.
-        config: the model's.
         device: where the ranges go.
 
     Returns:
@@ -284,22 +274,15 @@ def key_ranges(
 
     Raises:
         ValueError: padding between tokens, or a mask of another shape.
-        NotSupportedError: another pattern, or a model that has its own attention.
+        NotSupportedError: another pattern.
     """
     pattern = _pattern(mask_function)
     window = pattern.window if pattern.window is not None and pattern.window < kv_length else 0
     tracing = torch.compiler.is_compiling()
-    deferred, several = is_deferred(torch.device(device)), None
-    if deferred and pattern.sequences is not None:  # there: also where there is one only
-        several = pattern.sequences[:, -1] > 0
-        pattern = pattern._replace(sequences=None)
+    deferred = is_deferred(torch.device(device))
     for_compiled = deferred or isinstance(q_offset, Tensor)
     if not deferred:
         q_offset = int(q_offset)
-    if not tracing:
-        if config is not None:
-            check_model(type(config))
-        pattern = pattern._replace(positions=_positions_of(sys._getframe(1), device))
     first_query = q_offset - kv_offset if pattern.causal else 0
     end = first_query + q_length if pattern.causal else kv_length
     _check_padding(attention_mask, kv_offset + end)
@@ -319,11 +302,9 @@ def key_ranges(
     # A request that is padded on the right has as many trailing queries of padding.
     all_queries = torch.full_like(last, q_length)
     queries = (last - first_query).clamp(0, q_length) if pattern.causal else all_queries
-    if several is not None:
-        queries = torch.where(several, -queries, queries)
     ranges = _ranges(first, last, queries, q_length, pattern, window)
     if for_compiled:
-        made = ranges[:, None, None]
+        made = _with_packed_marked(ranges, pattern.positions)[:, None, None]
         if not tracing:
             made.positions = pattern.positions
         if not deferred:  # for layers that are not compiled after all
@@ -331,17 +312,6 @@ def key_ranges(
             made.blasst_facts = None if made.is_inference() else made._version, facts
         return made
     return KeyRanges.of(ranges, pattern, window, everything, q_length, kv_length)
-
-
-def _positions_of(caller: FrameType, device: torch.device | str) -> Tensor | None:
-    """The position_ids that a function of `masking_utils` was asked for a mask with.
-
-    Some models hand them neither on to their layers nor, through it, to the mask interface, which
-    sees them in the pattern only where there is no cache and no padding mask.
-    """
-    found = caller.f_locals.get("position_ids")
-    known = isinstance(found, Tensor) and found.device == torch.empty(0, device=device).device
-    return found if known else None
 
 
 COLUMNS = 6
@@ -356,8 +326,6 @@ def _ranges(
     return torch.stack([first, last, used, *same], -1).to(torch.int32)
 
 
-TRACES_CELLS = Version(torch.__version__) >= Version("2.12")
-"""Whether torch can trace what is asked of a mask's functions; else each is taken as constant."""
 _HOLES = (
     "attention_mask has padding between tokens of a request; blasst needs the tokens of a request "
     "to follow each other (pad on the left for generation; where the cache begins with a prefix, "
@@ -369,9 +337,19 @@ _BIAS = (
     "biases"
 )
 PACKED_COMPILED = (
-    "position_ids start anew within a pass: packed sequences, of which a pass that is compiled or "
-    "captured in a CUDA graph must be told cu_seq_lens_q and cu_seq_lens_k"
+    "position_ids start anew within a pass or behind other tokens in the cache: packed sequences, "
+    "of which a pass that is compiled or captured in a CUDA graph must be told cu_seq_lens_q and "
+    "cu_seq_lens_k"
 )
+
+
+def _with_packed_marked(ranges: Tensor, position_ids: Tensor | None) -> Tensor:
+    """[batch, 6] for layers that are not told position_ids: a negative end of packed queries."""
+    if position_ids is None:
+        return ranges
+    sign = torch.ones_like(ranges)
+    sign[:, 2] -= 2 * are_packed(ranges, position_ids).int()
+    return ranges * sign
 
 
 def _check_padding(attention_mask: Tensor | None, end: int | Tensor) -> None:
@@ -432,15 +410,15 @@ def _pattern(mask_function: Callable) -> Pattern:
     parts = dict(_parts(mask_function))
     names = parts.keys() - {"packed_sequence_mask_function"}
     packed = parts.get("packed_sequence_mask_function")
-    sequences = packed and _cell(packed, "packed_sequence_mask")
+    known = packed and _cell(packed, "packed_sequence_mask")  # see `hand_positions_to_masks`
     if names == {"bidirectional_mask_function"}:
-        return Pattern(False, None, sequences)
+        return Pattern(False, None, known)
     if "causal_mask_function" in names and names <= {
         "causal_mask_function",
         "sliding_window_overlay",
     }:
         overlay = parts.get("sliding_window_overlay")
-        return Pattern(True, overlay and _cell(overlay, "sliding_window"), sequences)
+        return Pattern(True, overlay and _cell(overlay, "sliding_window"), known)
     raise NotSupportedError(
         f"mask pattern {' & '.join(sorted(names))} is not supported by attn_implementation="
         f"{NAME!r}; it does causal, causal with a sliding window, and bidirectional masks with "

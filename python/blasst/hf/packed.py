@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from blasst.errors import NotSupportedError
+from blasst.hf import positions
 from blasst.hf.masks import PACKED_COMPILED, KeyRanges, noted, ranges_when_compiled, require
 
 BEHIND_OTHERS = (
@@ -71,48 +72,47 @@ def find(
     ends = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if any(given is not None for given in ends):
         return _given(*ends, query, key)
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None and not torch.compiler.is_compiling():
-        position_ids = getattr(mask, "positions", None)
     rows = query.shape[2]
-    known = mask.sequences if isinstance(mask, KeyRanges) else None
-    is_text = (
-        isinstance(position_ids, Tensor)
-        and position_ids.dim() == 2
-        and position_ids.shape[0] in (1, query.shape[0])
-        and position_ids.shape[1] == rows
-    )
+    position_ids = _positions(mask, query.shape[0], rows, kwargs)
     if mask is not None and not isinstance(mask, KeyRanges):
         seen = noted(mask)
         # A trace keeps nothing, and torch 2.11 knows no id of a tensor there.
         if torch.compiler.is_compiling() or id(position_ids) not in seen:
-            ranges = ranges_when_compiled(mask, rows, causal)
-            _refuse_compiled(ranges, position_ids if is_text else None, rows)
+            _refuse_compiled(ranges_when_compiled(mask, rows, causal), position_ids, rows)
             if not torch.compiler.is_compiling():
                 seen[id(position_ids)] = position_ids
         return None
-    if not is_text and known is None:
+    if position_ids is None:
         return None
     if mask is None:
         mask = KeyRanges.plain(query.shape[0], rows, key.shape[2], causal, query.device)
     token = id(position_ids)
     if token not in mask.packed:
-        found = _from_positions(mask, position_ids if is_text else None, rows, key.shape[2])
+        found = _from_positions(mask, position_ids, rows, key.shape[2])
         mask.packed[token] = (position_ids, found)
     return mask.packed[token][1]
 
 
+def _positions(mask: Tensor | None, batch: int, rows: int, kwargs: dict[str, Any]) -> Tensor | None:
+    """position_ids [1 or batch, rows] that the layer is told, or else those its mask knows."""
+    told = kwargs.get("position_ids")
+    if positions.of_text(told, batch, rows):
+        return told
+    known = None if torch.compiler.is_compiling() else getattr(mask, "positions", None)
+    return known if positions.of_text(known, batch, rows) else None
+
+
 def _refuse_compiled(ranges: Tensor, position_ids: Tensor | None, rows: int) -> None:
     """Checks in the graph of a compiled pass that each request is one sequence."""
-    if rows > 1:
-        require((ranges[:, 2] >= 0).all(), PACKED_COMPILED)
     if position_ids is None:
+        require((ranges[:, 2] >= 0).all(), PACKED_COMPILED)
         return
+    ranges = torch.cat([ranges[:, :2], ranges[:, 2:3].abs(), ranges[:, 3:]], 1)
     requests = ranges.shape[0]
     position_ids = position_ids.expand(requests, -1)
-    used = _used(ranges, rows)
-    require(_starts(position_ids, used).sum() <= requests, PACKED_COMPILED)
-    require(~_begin_later(ranges, position_ids, used).any(), BEHIND_OTHERS)
+    used = positions.used(ranges, rows)
+    require(positions.starts(position_ids, used).sum() <= requests, PACKED_COMPILED)
+    require(~positions.begin_later(ranges, position_ids, used).any(), BEHIND_OTHERS)
 
 
 def _given(ends_q: Tensor | None, ends_k: Tensor | None, query: Tensor, key: Tensor) -> Sequences:
@@ -144,58 +144,20 @@ def _given(ends_q: Tensor | None, ends_k: Tensor | None, query: Tensor, key: Ten
     return found
 
 
-def _offset(ranges: Tensor) -> Tensor:
-    """[batch]: the key at which the first row stands; causal rows end where the keys do."""
-    _, last, queries, _, causal, _ = ranges.unbind(1)
-    return torch.where(causal > 0, last - queries, 0)
-
-
-def _used(ranges: Tensor, rows: int) -> Tensor:
-    """[batch, rows] bool: rows that are no padding."""
-    first, last, queries = (column[:, None] for column in ranges[:, :3].unbind(1))
-    row = torch.arange(rows, device=ranges.device)
-    position = row + _offset(ranges)[:, None]
-    return (row < queries) & (position >= first) & (position < last)
-
-
-def _cached(ranges: Tensor) -> Tensor:
-    """[batch]: tokens in the cache, before the first row."""
-    return (_offset(ranges) - ranges[:, 0]).clamp(min=0)
-
-
-def _begin_later(ranges: Tensor, position_ids: Tensor, used: Tensor) -> Tensor:
-    """[batch] bool: whether the first row belongs to a sequence that began behind another one."""
-    first = position_ids.gather(1, used.int().argmax(-1, keepdim=True))[:, 0]
-    return (first < _cached(ranges)) & used.any(-1)
-
-
-def _starts(position_ids: Tensor, used: Tensor) -> Tensor:
-    """[batch, rows] bool: the first row of each sequence."""
-    follows = torch.zeros_like(used)
-    follows[:, 1:] = (position_ids.diff(dim=-1) == 1) & used[:, :-1]
-    return used & ~follows
-
-
 def _from_positions(
-    mask: KeyRanges, position_ids: Tensor | None, rows: int, keys: int
+    mask: KeyRanges, position_ids: Tensor, rows: int, keys: int
 ) -> Sequences | None:
-    """What position_ids say, or the mask where a layer is not told them."""
+    """What position_ids say."""
     ranges = mask.ranges
-    used = _used(ranges, rows)
+    position_ids = position_ids.expand(len(ranges), -1)
+    used = positions.used(ranges, rows)
+    later = positions.begin_later(ranges, position_ids, used)
     if rows == 1:  # one sequence; a decode step does not wait for the device
-        if position_ids is not None:
-            later = _begin_later(ranges, position_ids.expand(len(ranges), -1), used).any()
-            require(~later, BEHIND_OTHERS, NotSupportedError, may_wait=False)
+        require(~later.any(), BEHIND_OTHERS, NotSupportedError, may_wait=False)
         return None
-    if position_ids is None:  # the mask was made from them
-        starts = used & (mask.sequences.diff(dim=-1, prepend=mask.sequences[:, :1] - 1) > 0)
-        later = torch.zeros_like(used)
-    else:
-        position_ids = position_ids.expand(len(ranges), -1)
-        starts = _starts(position_ids, used)
-        later = _begin_later(ranges, position_ids, used)
+    starts = positions.starts(position_ids, used)
     several = starts.sum() > used.any(-1).sum()
-    cached = _cached(ranges).any()
+    cached = positions.cached(ranges).any()
     later, several, cached = torch.stack([later.any(), several, cached]).tolist()
     if later or (several and cached):
         raise NotSupportedError(BEHIND_OTHERS)
@@ -208,5 +170,5 @@ def _from_positions(
     if len(row) == used.numel() and rows == keys:
         return Sequences(ends, ends, lengths, lengths)
     request = row // rows
-    key = row + request * (keys - rows) + _offset(ranges)[request]
+    key = row + request * (keys - rows) + positions.offset(ranges)[request]
     return Sequences(ends, ends, lengths, lengths, row, key)

@@ -3,7 +3,11 @@
 import ctypes
 
 import torch
+from packaging.version import Version
 from torch import nn
+
+TRACES_CELLS = Version(torch.__version__) >= Version("2.12")
+"""Whether torch can trace what is asked of a mask's functions; else each is taken as constant."""
 
 
 def is_deferred(device: torch.device) -> bool:
