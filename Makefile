@@ -108,14 +108,13 @@ format: $(VENV)/.complete ## rewrite the sources in the project's format
 docs: $(VENV)/.docs ## the site, from docs/ and the docstrings, into build/docs
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --quiet
 
-##@ GPU of compute capability 9.0
+##@ GPU
 .PHONY: gpu-test
-gpu-test: build ## kernels and operator against the reference and the CPU
-	build/release/tests/cuda/cuda_tests $(ARGS)
-	BLASST_CUDA_BACKEND=cuda-sm80 build/release/tests/cuda/cuda_tests $(ARGS)
-	BLASST_CUDA_BACKEND=cuda-sm80 $(python) -m pytest tests/python/test_cuda.py
-	$(python) -m pytest tests/python/test_cuda.py tests/python/test_cuda_training.py \
-	  tests/python/test_cuda_huggingface.py tests/python/test_cuda_calibration.py
+gpu-test: build ## kernels, operator and models on a GPU, against the reference and the CPU
+	for backend in '' cuda-sm80; do \
+	  BLASST_CUDA_BACKEND=$$backend build/release/tests/cuda/cuda_tests $(ARGS); \
+	  BLASST_CUDA_BACKEND=$$backend $(python) -m pytest tests/python/test_cuda*.py; \
+	done
 	@if $(python) -c 'import vllm' 2>/dev/null; then $(python) -m pytest tests/vllm/test_cuda_engine.py; \
 	else echo "gpu-test: engines SKIPPED: vLLM is not installed in $(VENV)"; fi
 

@@ -1,4 +1,4 @@
-"""Calibration on a GPU of compute capability 9.0: its tiles, the CPU's, and what it costs there."""
+"""Calibration on a GPU: its tiles, the CPU's, and what it costs there."""
 
 from base64 import b64decode
 
@@ -16,13 +16,11 @@ from blasst.evaluation import Options, evaluate, report
 from blasst.evaluation.summary import timings
 from blasst.hf.models import Loaded
 from blasst.prompts import reference_text
+from gpu import needs_gpu
 from recency_model import make_recency_model, make_tokenizer
 from test_calibration import tokens
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="needs a GPU of compute capability 9.0",
-)
+pytestmark = needs_gpu
 
 LENGTH = 4096
 OPTIONS = {

@@ -1,4 +1,4 @@
-"""attn_implementation="blasst" on a GPU of compute capability 9.0, against Transformers' own."""
+"""attn_implementation="blasst" on a GPU, against Transformers' own."""
 
 import pytest
 import torch
@@ -8,18 +8,16 @@ import blasst
 from blasst import Threshold
 from blasst.methods import bsfa
 from blasst.versions import cache_name
+from gpu import hopper, needs_gpu
 from latent_models import make_latent_model, present
 from recency_model import make_recency_model, make_tokenizer
 from tiny_models import MODELS, VOCABULARY, make_model
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="needs a GPU of compute capability 9.0",
-)
+pytestmark = needs_gpu
 
 
-def on_gpu(name: str, implementation: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = make_model(name, implementation, head_dim=64).to("cuda", dtype)
+def on_gpu(name: str, implementation: str, dtype: torch.dtype, **options: float) -> PreTrainedModel:
+    model = make_model(name, implementation, head_dim=64, **options).to("cuda", dtype)
     if implementation == "blasst":
         blasst.configure(model, prefill=Threshold(0.0), decode=Threshold(0.0))
     return model
@@ -52,6 +50,7 @@ def test_logits_of_padded_batches(name: str, side: str) -> None:
     assert ours < 2 * own
 
 
+@hopper
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral_sliding", "gemma2_softcap"])
 def test_gradients_of_training(name: str, checkpointed: bool) -> None:
@@ -93,7 +92,7 @@ def test_decode_with_a_static_cache(compiled: bool) -> None:
     assert ours < 2 * own
 
 
-@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("absorbed", [False, pytest.param(True, marks=hopper)])
 @pytest.mark.parametrize("name", [n for n in ("DeepseekV2", "DeepseekV3") if n in present()])
 @torch.inference_mode()
 def test_latent_attention(name: str, absorbed: bool) -> None:
@@ -242,6 +241,7 @@ def test_absolute_thresholds_by_place() -> None:
         found.apply(model.cpu(), 1)
 
 
+@hopper
 @pytest.mark.parametrize(
     "options",
     [
@@ -257,7 +257,7 @@ def test_absolute_thresholds_by_place() -> None:
 def test_caches_in_8_bits(options: dict, compiles: bool) -> None:
     if compiles and "max_cache_len" not in options:
         pytest.skip("a compiled step has a static cache")
-    model = on_gpu("llama", "blasst", torch.bfloat16)
+    model = on_gpu("llama", "blasst", torch.bfloat16, initializer_range=0.05)
     name, ids = cache_name(type(model)), tokens(2, 200)
 
     def logits(cache) -> torch.Tensor:
@@ -278,4 +278,4 @@ def test_caches_in_8_bits(options: dict, compiles: bool) -> None:
     got = logits(blasst.eight_bit_cache(model, **options))
     assert torch.equal(got[:, :90], exact[:, :90])
     error = (got[:, 90:] - exact[:, 90:]).norm() / exact[:, 90:].norm()
-    assert 1e-4 < error < 0.15
+    assert 1e-5 < error < (0.03 if options.get("keys") == "fp8" else 0.02)  # as on the CPU

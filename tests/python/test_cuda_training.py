@@ -9,11 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from blasst import attention
 from blasst.ops.library import prefill_tile
+from gpu import hopper
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-    reason="needs a GPU of compute capability 9.0",
-)
+pytestmark = hopper
 THRESHOLD = 0.3
 
 

@@ -1,0 +1,13 @@
+"""Which GPU there is for tests, and which of the CUDA backends they run on."""
+
+import os
+
+import pytest
+import torch
+
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+needs_gpu = pytest.mark.skipif(
+    CAPABILITY < (8, 0), reason="needs a GPU of compute capability 8.0 or later"
+)
+ON_SM90 = CAPABILITY == (9, 0) and os.environ.get("BLASST_CUDA_BACKEND") != "cuda-sm80"
+hopper = pytest.mark.skipif(not ON_SM90, reason="cuda-sm90 alone has it")
