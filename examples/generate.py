@@ -2,8 +2,8 @@
 
     python examples/generate.py MODEL TEXT
 
-MODEL is a folder or a hub name, TEXT a file of several thousand tokens. Runs on a Hopper GPU if
-there is one, else on the CPU.
+MODEL is a folder or a hub name, TEXT a file of several thousand tokens. Runs on a GPU if there is
+one, else on the CPU.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import sys
+
 import pytest
 import torch
 
@@ -11,3 +13,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def forgets_what_was_compiled():
+    """Torch compiles a function a few times and no more, however many models it belongs to."""
+    yield
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
