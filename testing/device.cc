@@ -110,15 +110,18 @@ Case for_gpu(Case c) {
   }
   c.scores = BLASST_SCORES_EXACT;
   c.places = 1;
-  c.bands = c.ragged_queries = c.padded = false;
-  int64_t most = std::min<int64_t>(c.requests[0].queries, 4);
+  c.bands = c.padded = false;
+  int64_t most = 4;
   if (c.values_in_keys) {
     c.head_dim = kLatentSizes.qk, c.value_dim = kLatentSizes.value;
   } else {
     c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
-    most = std::min<int64_t>(c.requests[0].queries, 64 / (c.heads / c.kv_heads));
+    most = 64 / (c.heads / c.kv_heads);
   }
-  for (Lengths& r : c.requests) r.queries = std::max<int64_t>(1, most);
+  for (Lengths& r : c.requests) {
+    if (!c.ragged_queries) r.queries = std::max<int64_t>(1, c.requests[0].queries);
+    r.queries = std::min(r.queries, most);
+  }
   return c;
 }
 

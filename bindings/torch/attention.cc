@@ -119,7 +119,7 @@ template <Phase phase>
 Reported run(Arguments a, Decision decision, const Wanted& wanted, OptionalTensor& out,
              OptionalTensor workspace = {}) {
   const Place place(a.q);
-  blasst::AttentionParams params{.problem = describe(a), .execution = place.execution()};
+  blasst::AttentionParams params{.problem = describe(a, phase), .execution = place.execution()};
   blasst::Problem& p = params.problem;
   params.decision = describe_decision(decision, p, a.q);
   check(!wanted.maxima || !a.cu_seqlens_q,
@@ -258,7 +258,8 @@ template <Phase phase>
 std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
   Arguments a{.q = q, .k = k, .v = v};
   const Place place(a.q);
-  const blasst::AttentionParams params{.problem = describe(a), .execution = place.execution()};
+  const blasst::AttentionParams params{.problem = describe(a, phase),
+                                       .execution = place.execution()};
   const blasst::TileShape shape = plan(params, phase).shape;
   return {shape.query_rows, shape.keys, shape.split_tiles};
 }

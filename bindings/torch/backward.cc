@@ -19,7 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill_backward(Tensor dout, Optiona
                                                             std::optional<int64_t> max_seqlen_k) {
   Arguments a = BLASST_ARGUMENTS_GIVEN;
   const Place place(a.q);
-  blasst::BackwardParams params{.problem = describe(a), .execution = place.execution()};
+  blasst::BackwardParams params{.problem = describe(a, Phase::kPrefill),
+                                .execution = place.execution()};
   blasst::Problem& p = params.problem;
   blasst::Gradients& g = params.gradients;
   check_devices("q", a.q,

@@ -78,7 +78,7 @@ void check_most(std::string_view name, int64_t most, std::string_view array, con
   }
 }
 
-void describe_queries(Problem& p, Arguments& a) {
+void describe_queries(Problem& p, Arguments& a, Phase phase) {
   const bool ragged = a.cu_seqlens_q.has_value();
   check(a.q.dim() == (ragged ? 3 : 4), "q is ", a.q, "; it must be ",
         ragged ? "[rows, heads, head_dim], since cu_seqlens_q is given"
@@ -97,7 +97,9 @@ void describe_queries(Problem& p, Arguments& a) {
   p.query_layout = BLASST_LAYOUT_RAGGED;
   p.batch = a.cu_seqlens_q->size(0) - 1;
   p.rows = a.q.size(0);
-  p.query_length = std::min(a.max_seqlen_q.value_or(p.rows), p.rows);
+  // What decode decides on is of the most rows of a request, whatever the others of the batch have.
+  p.query_length = a.max_seqlen_q.value_or(p.rows);
+  if (phase == Phase::kPrefill) p.query_length = std::min(p.query_length, p.rows);
   p.cu_seqlens_q = indices("cu_seqlens_q", a.cu_seqlens_q, "[batch + 1]", {p.batch + 1});
   if (a.q.is_cuda()) return;
   check(p.cu_seqlens_q[p.batch] == p.rows, "cu_seqlens_q ends at ", p.cu_seqlens_q[p.batch],
@@ -106,7 +108,7 @@ void describe_queries(Problem& p, Arguments& a) {
     check_most("max_seqlen_q", *a.max_seqlen_q, "cu_seqlens_q", p.cu_seqlens_q, p.batch, true);
     return;
   }
-  p.query_length = 0;
+  p.query_length = phase == Phase::kDecode ? 1 : 0;
   for (int64_t b = 0; b < p.batch; ++b)
     p.query_length = std::max(p.query_length, int64_t{p.cu_seqlens_q[b + 1]} - p.cu_seqlens_q[b]);
 }
@@ -234,11 +236,11 @@ Place::Place(const Tensor& first) {
   execution_.stream = current_stream(first.get_device_index());
 }
 
-Problem describe(Arguments& a) {
+Problem describe(Arguments& a, Phase phase) {
   check_tensors(a);
   dtype_of("q", a.q);
   Problem p;
-  describe_queries(p, a);
+  describe_queries(p, a, phase);
   describe_keys(p, a);
   describe_padding(p, a);
   p.scale = static_cast<float>(a.scale);

@@ -54,10 +54,10 @@ class Place {
 
 enum class Phase { kPrefill, kDecode };
 
-// Checks the arguments against each other and makes the problem that they describe; the core checks
-// the rest. The tensors are made fit to be read in place and must outlive the call. Of `out`, the
-// type alone.
-Problem describe(Arguments& a);
+// Checks the arguments of a phase against each other and makes the problem that they describe; the
+// core checks the rest. The tensors are made fit to be read in place and must outlive the call. Of
+// `out`, the type alone.
+Problem describe(Arguments& a, Phase phase);
 
 Plan plan(const AttentionParams& p, Phase phase);
 

@@ -287,12 +287,12 @@ typedef struct blasst_execution {
 
 /* Prefill: many query rows a request.
  *
- * Decode: the last query_length (1 to 16) positions of each request. The query heads of a KV head
- * form one query tile and decide together. Long KV is cut into splits of visited tiles
- * (blasst_tile_shape). A split's tiles are also tested against the scores of the first
- * BLASST_SEED_TILES tiles that the query tile visits, of those that lie before the split: no split
- * but the one that begins the visit starts blind, a row's first keys are never skipped, and the
- * result does not depend on the number of threads. */
+ * Decode: the last query_length (1 to 16) positions of each request, fewer of ragged queries,
+ * whose splits are those of so many. The query heads of a KV head form one query tile and decide
+ * together. Long KV is cut into splits of visited tiles (blasst_tile_shape). A split's tiles are
+ * also tested against the scores of the first BLASST_SEED_TILES tiles that the query tile visits,
+ * of those before the split: no split but the one that begins the visit starts blind, a row's
+ * first keys are never skipped, and the result does not depend on the number of threads. */
 #define BLASST_SEED_TILES 4
 typedef struct blasst_attention_params {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_attention_params));

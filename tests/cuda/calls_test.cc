@@ -291,7 +291,7 @@ struct AnyCall {
   static Case case_of(bool decode, Layout layout) {
     Case c = paged_case(decode);
     c.layout = layout;
-    c.ragged_queries = !decode && layout == Layout::kRagged;
+    c.ragged_queries = layout == Layout::kRagged;
     c.bands = !decode;
     c.sinks = true;
     c.test = BLASST_TEST_RELATIVE;

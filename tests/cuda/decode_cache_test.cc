@@ -134,6 +134,20 @@ TEST_F(DecodeCache, SameBitsInEveryLayoutAndRun) {
   }
 }
 
+TEST_F(DecodeCache, RaggedQueries) {
+  Seen seen;
+  for (const DType cache : kCaches) {
+    Case c = mixed_case(cache);
+    c.ragged_queries = true;
+    c.requests = {{2, 900}, {0, 500}, {4, 3000}, {1, 3}, {3, 64}, {4, 0}, {1, 2500}};
+    expect_agreement(c, seen);
+    for (Lengths& r : c.requests) r.queries = 4;
+    const std::vector<std::byte> ragged = bits_of(c, false);
+    c.ragged_queries = false;
+    EXPECT_EQ(bits_of(c, false), ragged);
+  }
+}
+
 TEST_F(DecodeCache, DenseIsThresholdZero) {
   for (const DType cache : kCaches) {
     Case c = mixed_case(cache);

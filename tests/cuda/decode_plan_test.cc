@@ -40,6 +40,16 @@ P latents() {
   return p;
 }
 
+// Requests of 5 positions in all, 2 at most.
+P ragged() {
+  P p = paged();
+  p.problem.query_layout = BLASST_LAYOUT_RAGGED;
+  p.problem.rows = 5;
+  p.problem.cu_seqlens_q = array<int32_t>(0x80000000);
+  p.problem.q.elements = p.problem.out.elements = 5 * kHeads * kDim;
+  return p;
+}
+
 P in_8_bits() {
   P p = dense();
   p.problem.kv.k.dtype = p.problem.kv.v.dtype = BLASST_FLOAT8_E4M3;
@@ -76,11 +86,18 @@ INSTANTIATE_TEST_SUITE_P(
           [](P& p) { p.problem.kv.v.stride_token = 512; },
           {"v is not k's first 512 elements", "512 and 576"},
           BLASST_UNSUPPORTED},
-         {"Ragged",
-          dense,
-          [](P& p) { p.problem.query_layout = BLASST_LAYOUT_RAGGED, p.problem.rows = 5; },
-          {"query_layout is ragged"},
-          BLASST_UNSUPPORTED},
+         {"RaggedWithoutStarts",
+          ragged,
+          [](P& p) { p.problem.cu_seqlens_q = nullptr; },
+          {"cu_seqlens_q is null"}},
+         {"MoreRowsThanRequestsHave",
+          ragged,
+          [](P& p) { p.problem.rows = 7; },
+          {"rows is 7, more than batch 3 times query_length 2"}},
+         {"RaggedShort",
+          ragged,
+          [](P& p) { p.problem.q.elements -= 1; },
+          {"q reaches element", "[1, 5,"}},
          {"QueryLengths",
           dense,
           [](P& p) { p.problem.query_lengths = p.problem.kv.lengths; },
@@ -158,6 +175,20 @@ TEST(DecodePlan, PassesOnWhatItIsGiven) {
   p = dense();
   p.problem.kv.starts = p.problem.kv.lengths;
   EXPECT_EQ(plan_launch(p).params.keys.starts, p.problem.kv.starts);
+}
+
+TEST(DecodePlan, RaggedQueriesAreOneTensorAndDecidedOnAsTheMostPositions) {
+  const P p = ragged();
+  const Launch l = plan_launch(p);
+  EXPECT_EQ(l.params.cu_seqlens_q, p.problem.cu_seqlens_q);
+  EXPECT_EQ(l.params.rows, 5);
+  EXPECT_EQ(l.params.query_length, 2);
+  EXPECT_EQ(l.q.outer, 1);
+  EXPECT_EQ(l.q.tokens, 5);
+  EXPECT_EQ(plan(p).shape.query_rows, plan(paged()).shape.query_rows);
+  EXPECT_EQ(plan(p).workspace_bytes, plan(paged()).workspace_bytes);
+  EXPECT_EQ(plan_launch(paged()).params.cu_seqlens_q, nullptr);
+  EXPECT_EQ(plan_launch(paged()).params.rows, 6);
 }
 
 TEST(DecodePlan, HeadsOverLatentsDecideInPartsOf64Rows) {

@@ -36,7 +36,7 @@ Case device_case(uint64_t seed, int64_t budget) {
   Case c = random_case(seed, budget);
   c.decode = true;
   c.scores = BLASST_SCORES_EXACT;
-  c.ragged_queries = c.padded = c.bands = c.blocks = false;
+  c.padded = c.bands = c.blocks = false;
   c.places = 1;
   c.dtype = choose.pick({BLASST_FLOAT16, BLASST_BFLOAT16});
   const GpuKernels& kernels = gpu_kernels();
@@ -60,7 +60,7 @@ Case device_case(uint64_t seed, int64_t budget) {
                                              : choose.between(1, std::min<int64_t>(16, 64 / group));
   const int64_t most = budget / (c.heads * 2 * c.head_dim * queries * std::ssize(c.requests));
   for (Lengths& r : c.requests) {
-    r.queries = queries;
+    r.queries = c.ragged_queries ? choose.between(0, queries) : queries;
     if (choose.one_in(2)) r.keys = choose.between(1, std::max<int64_t>(most, 1));
     r.keys = std::min(r.keys, most);
   }
@@ -286,6 +286,131 @@ TEST_F(DecodeKernels, SameBitsAloneAndInAnyBatch) {
     std::vector<std::byte> batch = bits_of(c, false);
     batch.resize(alone.size());
     EXPECT_EQ(batch, alone);
+  }
+}
+
+// Of different numbers of positions, none included. Where keys come first to last under a window,
+// what is no row of a short request would see other keys than its rows do.
+Case ragged_case(int64_t group) {
+  return {.seed = 4,
+          .decode = true,
+          .dtype = BLASST_BFLOAT16,
+          .requests = {{2, 900}, {0, 500}, {4, 3000}, {1, 3}, {3, 64}, {4, 0}, {1, 2500}, {0, 0}},
+          .heads = 2 * group,
+          .kv_heads = 2,
+          .head_dim = 128,
+          .value_dim = 128,
+          .inputs = Inputs::kDrift,
+          .layout = Layout::kPaged,
+          .ragged_queries = true,
+          .page_size = 64,
+          .sinks = true,
+          .causal = true,
+          .test = BLASST_TEST_RELATIVE,
+          .threshold = 0.2f,
+          .per_request = true};
+}
+
+// Of every kind that the backend has.
+std::vector<Case> ragged_cases() {
+  std::vector<Case> cases;
+  for (const int64_t group : {1, 4, 12}) cases.push_back(ragged_case(group));
+  for (const auto [qk, value] : gpu_kernels().decode_sizes) {
+    cases.push_back(ragged_case(4));
+    cases.back().head_dim = qk, cases.back().value_dim = value;
+  }
+  if (!gpu_kernels().latents) return cases;
+  Case& latents = cases.emplace_back(ragged_case(32));
+  latents.heads = 32, latents.kv_heads = 1;
+  latents.head_dim = kLatentSizes.qk, latents.value_dim = kLatentSizes.value;
+  latents.values_in_keys = true;
+  return cases;
+}
+
+TEST_F(DecodeKernels, RaggedQueries) {
+  Seen seen;
+  for (Case c : ragged_cases()) {
+    for (const int64_t window : {-1, 700}) {
+      for (const Order order : {BLASST_FORWARD, BLASST_SINK_FIRST}) {
+        c.window_left = window, c.order = order;
+        expect_agreement(c, seen);
+      }
+    }
+  }
+  EXPECT_GT(seen.skipped, seen.decisions / 20);
+}
+
+TEST_F(DecodeKernels, RaggedQueriesOfOneNumberHaveTheBitsOfDenseOnes) {
+  for (Case c : ragged_cases()) {
+    for (Lengths& r : c.requests) r.queries = 4;
+    const std::vector<std::byte> ragged = bits_of(c, false);
+    c.ragged_queries = false;
+    EXPECT_EQ(bits_of(c, false), ragged) << describe(c);
+  }
+}
+
+// Alone with as many positions at most.
+TEST_F(DecodeKernels, RaggedQueriesHaveTheBitsThatTheyHaveAlone) {
+  for (Case c : ragged_cases()) {
+    c.per_request = false;
+    for (const int64_t positions : {1, 2, 4}) {
+      c.requests = {{positions, 5000}};
+      Problem one(c);
+      one.params.problem.query_length = 4;
+      DeviceProblem(one, Reports::kCounts).run();
+      const std::vector<std::byte> alone = one.out_bits();
+      for (int64_t b = 1; b < 90; ++b) c.requests.push_back({b % 5, 7 * b});
+      std::vector<std::byte> batch = bits_of(c, false);
+      batch.resize(alone.size());
+      EXPECT_EQ(batch, alone) << positions << ": " << describe(c);
+    }
+  }
+}
+
+// Another request's queries lie behind those of a short one.
+TEST_F(DecodeKernels, AQueryThatIsNotANumberStaysInItsRequest) {
+  for (Case c : ragged_cases()) {
+    c.requests = {{1, 3000}, {4, 900}};
+    Problem problem(c);
+    const Access access(problem.params);
+    for (int64_t i = 0; i < 4; ++i)
+      for (int64_t h = 0; h < c.heads; ++h)
+        std::memset(access.query(1, i, h), 0xff, 2 * static_cast<size_t>(c.head_dim));
+    DeviceProblem(problem).run();
+    EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "") << describe(c);
+  }
+}
+
+TEST_F(DecodeKernels, NoQueriesAtAll) {
+  for (Case c : ragged_cases()) {
+    c.requests = {{0, 3000}, {0, 0}};
+    Problem problem(c);
+    DeviceProblem(problem).run();
+    EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "") << describe(c);
+  }
+}
+
+// A captured graph keeps the number of rows and their most, and reads whose they are.
+TEST_F(DecodeKernels, GraphSeesNewNumbersOfPositions) {
+  for (const Case& c : ragged_cases()) {
+    Problem problem(c);
+    DeviceProblem device(problem);
+    Graph graph([&](cudaStream_t stream) {
+      device.params.execution.stream = stream;
+      device.launch();
+    });
+    for (const std::vector<int32_t>& cu : {std::vector<int32_t>{0, 2, 2, 6, 7, 10, 14, 15, 15},
+                                           {0, 0, 4, 5, 6, 7, 11, 15, 15},
+                                           {0, 4, 4, 4, 8, 8, 12, 15, 15}}) {
+      problem.cu_queries = cu;
+      problem.params.problem.cu_seqlens_q = problem.cu_queries.data();
+      DeviceProblem::put(device.params.problem.cu_seqlens_q, cu);
+      device.mark();
+      graph.replay();
+      device.download();
+      EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
+          << describe(c);
+    }
   }
 }
 

@@ -367,6 +367,15 @@ def test_decode_of_ragged_queries_is_each_request_alone():
         assert torch.equal(got[rows], alone[0])
 
 
+def test_a_decode_without_queries():
+    q, k, v = inputs(batch=2, queries=5, keys=150)
+    options = {"cu_seqlens_q": torch.zeros(3, dtype=torch.int32), "phase": "decode"}
+    for most in (None, 5):
+        got = attention(q[0, :0], k, v, max_seqlen_q=most, return_stats=True, **options)
+        assert got.out.shape == (0, *q.shape[2:])
+        assert got.stats.visitable.sum() == 0
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_padded_row_without_a_key_keeps_its_sink(phase, causal):
@@ -593,6 +602,11 @@ def test_fake_tensors_have_the_real_shapes():
         torch.library.opcheck(
             torch.ops.blasst.decode,
             (one_row, k, v, *[None] * 6, *tail(blocks[:2, :2]), *report, True, True),
+        )
+        decoded = (q[0, :7], k, v, None, None, None, torch.tensor([0, 2, 7]), None, None)
+        torch.library.opcheck(
+            torch.ops.blasst.decode,
+            (*decoded, *tail(blocks[:2, :2]), *report, False, True, 5),
         )
         torch.library.opcheck(
             torch.ops.blasst.prefill_into,
@@ -1251,6 +1265,6 @@ def test_pages_are_always_checked_on_the_cpu():
 def test_indices_of_64_bits_stay_out_of_range_on_cuda():
     lengths = torch.tensor([2**40, -(2**40), 2**32 + 3, 5])
     given = {"starts": None, "lengths": lengths, "query_lengths": None}
-    places, _ = arguments.places_on_cuda(given, Q, K, "prefill")
+    places, _ = arguments.places_on_cuda(given, Q, K, "prefill", None)
     assert places["lengths"].dtype == torch.int32
     assert places["lengths"].tolist() == [2**31 - 1, -(2**31), 2**31 - 1, 5]

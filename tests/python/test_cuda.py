@@ -149,6 +149,111 @@ def test_a_graph_sees_new_lengths_and_thresholds() -> None:
         assert torch.equal(out, run())
 
 
+def ragged(numbers: list[int], q: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """Queries of requests that have so many positions, of those in q, and what a call takes."""
+    flat = torch.cat([one[:n] for one, n in zip(q, numbers, strict=True)])
+    ends = torch.tensor([0, *torch.tensor(numbers).cumsum(0)])
+    return flat, {"phase": "decode", "cu_seqlens_q": ends, "max_seqlen_q": q.shape[1]}
+
+
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+)
+def test_decode_of_ragged_queries(dim: int, value_dim: int) -> None:
+    q, k, v = inputs(4, 5, 700, 8, 2, dim)
+    v = v[..., :value_dim]
+    lengths = torch.tensor([700, 333, 3, 640])
+    flat, options = ragged([2, 5, 0, 1], q)
+    assert_close(*both(flat, k, v, causal=True, lengths=lengths, **options))
+    q, k, v, flat, lengths = (t.cuda() for t in (q, k, v, flat, lengths))
+    options["cu_seqlens_q"] = options["cu_seqlens_q"].cuda()
+    options |= {"causal": True, "threshold": 0.3, "return_stats": True, "return_lse": True}
+    got = blasst.attention(flat, k, v, lengths=lengths, **options)
+    assert got.stats.visitable[2].sum() == 0
+    for b, rows in ((0, slice(0, 2)), (1, slice(2, 7)), (3, slice(7, 8))):
+        alone, own = ragged([rows.stop - rows.start], q[b : b + 1])
+        own["cu_seqlens_q"] = own["cu_seqlens_q"].cuda()
+        wanted = blasst.attention(
+            alone, k[b : b + 1], v[b : b + 1], lengths=lengths[b : b + 1], **options | own
+        )
+        assert torch.equal(got.out[rows], wanted.out)
+        assert torch.equal(got.lse[:, rows], wanted.lse)
+        assert torch.equal(got.stats.skipped[b], wanted.stats.skipped[0])
+
+
+@hopper
+@pytest.mark.parametrize("heads", [16, 96])
+def test_decode_of_ragged_queries_over_latents(heads: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    q = torch.randn(3, 2, heads, 576, generator=generator).bfloat16()
+    latents = torch.randn(3, 700, 1, 576, generator=generator).bfloat16()
+    flat, options = ragged([1, 0, 2], q)
+    options |= {"causal": True, "return_lse": True}
+    cpu = blasst.attention(flat.float(), latents.float(), latents[..., :512].float(), **options)
+    on_device = latents.cuda()
+    options = {name: on_gpu(value) for name, value in options.items()}
+    assert_close(cpu, blasst.attention(flat.cuda(), on_device, on_device[..., :512], **options))
+
+
+@hopper
+def test_decode_of_ragged_queries_over_quantised_keys() -> None:
+    q, k, v = inputs(3, 4, 700, 8, 2, 128)
+    keys = blasst.quantize_keys(k)
+    v = (v.float() / 0.04).round().clamp(-127, 127).to(torch.int8)
+    flat, options = ragged([4, 1, 3], blasst.rotate(q))
+    assert_close(*both(flat, keys.k, v, k_scale=keys.scale, v_scale=0.04, causal=True, **options))
+
+
+def test_a_graph_sees_new_numbers_of_positions() -> None:
+    q, k, v = inputs(3, 4, 700, 8, 2, 128)
+    flat = q.flatten(0, 1)[:7]
+    on_device = [t.cuda() for t in (flat, k, v)]
+    ends = torch.tensor([0, 4, 6, 7], dtype=torch.int32, device="cuda")
+    options = {"causal": True, "phase": "decode", "max_seqlen_q": 4, "return_lse": True}
+
+    def run() -> blasst.Result:
+        return blasst.attention(*on_device, cu_seqlens_q=ends, **options)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    for numbers in ([0, 4, 6, 7], [0, 0, 3, 7], [0, 3, 7, 7]):
+        ends.copy_(torch.tensor(numbers))
+        graph.replay()
+        wide = [t.float() for t in (flat, k, v)]
+        assert_close(blasst.attention(*wide, cu_seqlens_q=ends.cpu(), **options), result)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_ragged_decode_compiled(dynamic: bool) -> None:
+    q, k, v = inputs(4, 5, 700, 8, 2, 128)
+    k, v = k.cuda(), v.cuda()
+
+    def run(flat: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        ragged = {"phase": "decode", "cu_seqlens_q": ends, "max_seqlen_q": 5}
+        return 2 * blasst.attention(flat, k, v, causal=True, threshold=0.1, **ragged)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic)
+    for numbers in ([2, 5, 0, 1], [4, 1, 4, 4]):
+        flat, options = ragged(numbers, q)
+        given = flat.cuda(), options["cu_seqlens_q"].cuda()
+        assert torch.equal(compiled(*given), run(*given))
+
+
+def test_a_ragged_decode_says_how_many_positions_a_request_may_have() -> None:
+    q, k, v = (t.cuda() for t in inputs(2, 5, 100, 8, 2, 128))
+    flat, options = ragged([5, 1], q)
+    options["cu_seqlens_q"] = options["cu_seqlens_q"].cuda()
+    with pytest.raises(ValueError, match="given without max_seqlen_q; a decode on cuda needs"):
+        blasst.attention(flat, k, v, **options | {"max_seqlen_q": None})
+    with pytest.raises(ValueError, match="query_length is 17; it must be 1 to 16"):
+        blasst.attention(flat, k, v, **options | {"max_seqlen_q": 17})
+    with pytest.raises(NotImplementedError, match="8 query heads for each KV head at 16 positions"):
+        wide = flat.repeat(1, 2, 1)
+        blasst.attention(wide, k, v, **options | {"max_seqlen_q": 16})
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prefill_agrees_with_the_cpu(side: str) -> None:
     q, k, v = inputs(3, 200, 200, 8, 2, 64)

@@ -80,12 +80,17 @@ def phase_of(phase: str | None, q: Tensor) -> str:
 
 
 def places_on_cuda(
-    places: dict[str, Tensor | None], q: Tensor, k: Tensor, phase: str
+    places: dict[str, Tensor | None], q: Tensor, k: Tensor, phase: str, max_seqlen_q: int | None
 ) -> tuple[dict[str, Tensor | None], Tensor | None]:
     """The index tensors as they are read on cuda, and [batch, 1, 1] requests without a query.
 
     Decode there has no query_lengths: a request without a query gets no keys either.
     """
+    if phase == "decode" and places["cu_seqlens_q"] is not None and max_seqlen_q is None:
+        raise ValueError(
+            "cu_seqlens_q is given without max_seqlen_q; a decode on cuda needs the most rows of a "
+            "request, 1 to 16"
+        )
     places = {name: _narrowed(index) for name, index in places.items()}
     query_lengths, starts, lengths = (
         places[name] for name in ("query_lengths", "starts", "lengths")
@@ -95,7 +100,7 @@ def places_on_cuda(
     if q.shape[1] != 1:
         raise NotSupportedError(
             f"query_lengths is given for a decode of {q.shape[1]} positions on {q.device}; there "
-            "it works with one"
+            "it works with one, and ragged queries (cu_seqlens_q) with any"
         )
     if starts is None:
         starts = torch.zeros_like(query_lengths)

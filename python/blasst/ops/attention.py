@@ -163,8 +163,8 @@ def attention(
             q.k. A number, or a tensor of them: [], [kv_heads] or [1 or batch, 1 or kv_heads];
             positive and finite. Default: 1.
         v_scale: of v in 8 bits, likewise: the output is v_scale times the sum over v.
-        phase: "prefill", or "decode" (1 to 16 queries a request, dense; the query heads of a KV
-            head decide together). Default: decode if query_length is 1.
+        phase: "prefill", or "decode" (1 to 16 queries a request; the query heads of a KV head
+            decide together). Default: decode if query_length is 1.
         starts: [batch] first key in use of each request: padding on the left. For k of 4 dimensions
             without pages.
         lengths: [batch] end of the keys in use of each request: a cache not yet full, padding on
@@ -175,7 +175,8 @@ def attention(
         cu_seqlens_k: [batch + 1] first key of each request, for ragged k and v.
         page_table: [batch, pages a request] page ids, for paged k and v; needs lengths.
         max_seqlen_q: no request of a ragged q has more rows; default: one may have them all.
-            Checked on the cpu; on cuda rows beyond it are not computed.
+            Checked on the cpu; on cuda rows beyond it are not computed, and decode needs it: it
+            decides for as many, so that a request gets what it gets alone with the same number.
         max_seqlen_k: no request of ragged or paged keys has more; default: as many as k, or the
             page table, has room for. Checked on the cpu; on cuda keys beyond it are not seen.
         out: where the output is written: its shape and type, the last dimension contiguous, sharing
@@ -243,7 +244,7 @@ def attention(
         raise ValueError("return_tile_mask is set; it needs q of 4 dimensions, no cu_seqlens_q")
     idle = None
     if q.device.type == "cuda":
-        places, idle = places_on_cuda(places, q, k, phase)
+        places, idle = places_on_cuda(places, q, k, phase, max_seqlen_q)
         if check_pages:
             check_page_table(k, places["lengths"], places["page_table"])
     sinks = sinks_of(sinks)

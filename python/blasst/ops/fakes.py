@@ -60,7 +60,8 @@ def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tup
     if operator.startswith("decode"):
         if a.q.device.type != "cuda":
             return a.k.shape[-2], batch, keys
-        q = a.q.device, a.q.dtype, int(a.q.shape[-2]), int(a.q.shape[1])
+        positions = a.q.shape[1] if a.cu_seqlens_q is None else a.max_seqlen_q
+        q = a.q.device, a.q.dtype, int(a.q.shape[-2]), int(positions)
         return decode_tile_heads(*q, int(a.k.shape[-2]), *sizes), batch, keys
     query_rows, _ = tile_of("prefill", a.q.device, a.q.dtype, *sizes)
     if a.cu_seqlens_q is not None:

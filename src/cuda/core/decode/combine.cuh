@@ -6,6 +6,7 @@
 
 #include "cuda/core/decode/fold.cuh"
 #include "cuda/core/decode/params.h"
+#include "cuda/core/decode/queries.cuh"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
@@ -70,24 +71,26 @@ class Combine {
     const int index = in_warp ? blockIdx.x * warps_ + warp_ : blockIdx.x;
     if (index >= slices) return;
     slice_ = index % kSlices;
-    find(index / kSlices);
+    if (!find(index / kSlices)) return;
     wait_for_items();
     in_warp ? add_in_warp() : add_splits();
   }
 
  private:
-  // Which row this is, and how many splits it has.
-  __device__ __forceinline__ void find(int index) {
+  // Which row this is, and how many splits it has; false if the request has no such row, but for
+  // the first, which says what was counted.
+  __device__ __forceinline__ bool find(int index) {
     const int pair = index / plan_.rows;
     row_ = index % plan_.rows;
     request_ = pair / p_.kv_heads;
     head_ = pair % p_.kv_heads * group_ + row_ % group_;
     position_ = row_ / group_;
+    const int positions = rows_of_request(p_, request_).count;
     first_slot_ = index_of({request_, pair % p_.kv_heads, 0}, plan_.item_slots, p_.kv_heads);
-    const Range tiles =
-        visit(keys_of_request(p_.keys, request_).count, p_.query_length, p_.distances);
+    const Range tiles = visit(keys_of_request(p_.keys, request_).count, positions, p_.distances);
     tiles_ = tiles.end - tiles.begin;
     splits_ = ceil_div(tiles_, split_tiles(tiles_, plan_.least_split_tiles, plan_.most_splits));
+    return position_ < max(1, positions);
   }
 
   // Whole groups, or the splits of one.
@@ -178,9 +181,13 @@ class Combine {
   }
 
   __device__ __forceinline__ void write(Result& total) const {
-    T* out = static_cast<T*>(p_.out.data) + request_ * p_.out.stride_request +
-             position_ * p_.out.stride_token + head_ * p_.out.stride_head + slice_ * kSlice;
-    const int64_t cell = (int64_t{head_} * p_.batch + request_) * p_.query_length + position_;
+    const Span rows = rows_of_request(p_, request_);
+    if (rows.count == 0) return;
+    const TokenPlace first = first_query(p_, request_);
+    T* out = static_cast<T*>(p_.out.data) + first.outer * p_.out.stride_request +
+             (first.token + position_) * p_.out.stride_token + head_ * p_.out.stride_head +
+             slice_ * kSlice;
+    const int64_t cell = int64_t{head_} * p_.rows + rows.first + position_;
     const bool none = total.m == -INFINITY && total.l == 0;  // no valid key
     if (!none && p_.sinks) {
       Result sink;

@@ -83,6 +83,12 @@ void clear_report(const Params& p, void* cuda_stream) {
   clear(p.report.gap_histogram, sizeof(*p.report.gap_histogram) * heads * BLASST_GAP_BINS, stream);
 }
 
+void report_nothing(const Params& p, void* stream) {
+  clear_report(p, stream);
+  for (auto* tiles : {p.report.visitable, p.report.skipped})
+    clear(tiles, sizeof *tiles * p.batch * p.heads, static_cast<cudaStream_t>(stream));
+}
+
 void enqueue_combine(const void* kernel, const Params& p, const Plan& plan, int value_dim,
                      bool early, void* stream) {
   cudaLaunchAttribute attribute{};

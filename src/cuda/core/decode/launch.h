@@ -50,6 +50,9 @@ Variant variant_of(const Params& params);
 // What no item writes.
 void clear_report(const Params& params, void* stream);
 
+// Of a call without queries.
+void report_nothing(const Params& params, void* stream);
+
 // Enqueues the kernel that adds the plan's results. early: it is set up while the kernel before it
 // runs, and waits for that one's results.
 void enqueue_combine(const void* kernel, const Params& params, const Plan& plan, int value_dim,

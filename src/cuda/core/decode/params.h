@@ -15,8 +15,10 @@ struct Scales {
 
 struct Params {
   int batch, heads, kv_heads;
-  int query_length;  // positions a request, 1 to 16: its last ones
-  OutputRows out;    // [batch, query_length, heads, dim]
+  int query_length;         // the most positions of a request, 1 to 16: its last ones
+  int rows;                 // of all requests
+  const int* cu_seqlens_q;  // [batch + 1] first row of each request; null: query_length each
+  OutputRows out;           // [batch, query_length, heads, dim], or [rows, heads, dim]
   KeyLayout keys;
   Scales k_scales, v_scales;
 
@@ -33,7 +35,7 @@ struct Params {
 
 // What launch() adds: the split rule and where partial results lie (splits.h).
 struct Plan {
-  int rows;               // query rows of a KV head: heads / kv_heads * query_length
+  int rows;               // most query rows of a KV head: heads / kv_heads * query_length
   int least_split_tiles;  // of the split rule
   int most_splits;
   int item_splits;    // splits of a work item: 1 or kGroupSplits

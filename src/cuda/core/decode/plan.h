@@ -17,10 +17,11 @@ namespace blasst::cuda::decode {
 // What no decode kernel does.
 inline void check_decode(std::string_view backend, const AttentionParams& params) {
   const blasst_problem& p = params.problem;
-  if (p.query_layout == BLASST_LAYOUT_RAGGED)
-    refuse(backend, "query_layout is ragged; decode does dense queries");
   if (p.query_lengths)
-    refuse(backend, "query_lengths is set; decode's requests use all of their rows");
+    refuse(
+        backend,
+        "query_lengths is set; requests of different numbers of positions are ragged (1) queries "
+        "in decode");
   if (p.mask.bands) refuse(backend, "mask.bands is set; decode has no bands");
   const TileTest& test = params.decision.test;
   if (test.places != 1)
@@ -51,6 +52,8 @@ inline Launch plan_call(std::string_view backend, const AttentionParams& params,
   plan_queries(backend, l, params.problem);
   plan_keys(backend, l, params.problem);
   l.params.kv_heads = kv_heads;
+  l.params.rows = static_cast<int>(problem::all_rows(params.problem));
+  l.params.cu_seqlens_q = params.problem.cu_seqlens_q;
   l.params.scale = scale_of(params.problem);
   plan_mask_and_test(l.params, params);
   plan_report(l.params, params.report, geometry);

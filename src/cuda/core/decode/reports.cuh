@@ -48,7 +48,7 @@ class TileReports {
     float gap = -INFINITY;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (at.row(c) < plan_.rows && tile_maximum[c] > -INFINITY)
+      if (at.row(c) < rows_of(item, group_) && tile_maximum[c] > -INFINITY)
         gap = fmaxf(gap, tile_maximum[c] - maximum[c]);
     }
     gap = fmaxf(gap, __shfl_xor_sync(kAllLanes, gap, 1));
@@ -97,7 +97,7 @@ class TileReports {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       if (tile_maximum[c] == -INFINITY) continue;  // the row sees no key here
-      const Range seen = range_of(p_, item, group_, min(at.row(c), plan_.rows - 1));
+      const Range seen = range_of(p_, item, group_, min(at.row(c), rows_of(item, group_) - 1));
       const int keys = min(seen.end, (tile + 1) * kTileKeys) - max(seen.begin, tile * kTileKeys);
       split_[c].add(tile_maximum[c] * (plan_.unit_scale * kLog2e), static_cast<float>(keys));
     }

@@ -47,10 +47,12 @@ class Rows {
 
   // --- items and splits -------------------------------------------------------------------------
 
+  // Of the item; what a thread has of others is no row.
+  __device__ __forceinline__ int rows() const { return rows_of(item, group); }
+
   // After `item` and `below` were set.
   __device__ __forceinline__ void begin_item() {
-    seen_by_all_ = {range_of(p_, item, group, plan_.rows - 1).begin,
-                    range_of(p_, item, group, 0).end};
+    seen_by_all_ = {range_of(p_, item, group, rows() - 1).begin, range_of(p_, item, group, 0).end};
     first_split_ = item.begin == 0;
     dropped = 0;
 #pragma unroll
@@ -71,7 +73,7 @@ class Rows {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       split.maximum[c] = from_seeds ? seed[c] : -INFINITY;
-      if (at.row(c) >= plan_.rows) split.maximum[c] = 0;
+      if (at.row(c) >= rows()) split.maximum[c] = 0;
       split.sum[c] = 0;
     }
     reports.begin_split();
@@ -105,7 +107,7 @@ class Rows {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int row = at.row(c);
-        if (row >= plan_.rows) continue;
+        if (row >= rows()) continue;
         const SkippedMass mass = mass_of(c);
         statistics[row] = softmax.maximum[c];
         statistics[plan_.rows + row] = softmax.sum[c];
@@ -245,7 +247,7 @@ class Rows {
   __device__ __forceinline__ void mask(Scores& s, int tile) const {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const Range seen = range_of(p_, item, group, min(at.row(c), plan_.rows - 1));
+      const Range seen = range_of(p_, item, group, min(at.row(c), rows() - 1));
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int key = tile * kTileKeys + at.key(half);

@@ -37,14 +37,14 @@ BLASST_HOST_DEVICE int split_tiles(int tiles, int least_tiles, int most_splits) 
   return even > least_tiles ? even : least_tiles;
 }
 
-// Keys that some of the request's last `positions` positions sees.
+// Keys that some of the request's last `positions` positions sees, one at least.
 BLASST_HOST_DEVICE Range visible_keys(int keys, int positions, Distances distances) {
   return keys_seen(keys - positions, keys - 1, distances, keys);
 }
 
 BLASST_HOST_DEVICE Range visit(int keys, int positions, Distances distances) {
   const Range seen = visible_keys(keys, positions, distances);
-  if (seen.begin >= seen.end) return {0, 0};
+  if (positions == 0 || seen.begin >= seen.end) return {0, 0};
   return {seen.begin / kTileKeys, ceil_div(seen.end, kTileKeys)};
 }
 

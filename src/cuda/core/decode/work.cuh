@@ -5,6 +5,7 @@
 
 #include "blasst/blasst.h"
 #include "cuda/core/decode/params.h"
+#include "cuda/core/decode/queries.cuh"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/tile_test.h"
@@ -16,6 +17,7 @@ namespace blasst::cuda::decode {
 struct Item {
   int request, kv_head;
   int slot;                  // of its result
+  int positions;             // of the request
   int keys;                  // of the request
   int first_key;             // where the request begins in the tensor
   int tile_begin, tile_end;  // of the whole visit
@@ -41,10 +43,11 @@ __device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int
   item.slot = index;
   item.request = place.request;
   item.kv_head = place.kv_head;
+  item.positions = rows_of_request(p, item.request).count;
   const Span keys = keys_of_request(p.keys, item.request);
   item.keys = keys.count;
   item.first_key = keys.first;
-  const Range tiles = visit(item.keys, p.query_length, p.distances);
+  const Range tiles = visit(item.keys, item.positions, p.distances);
   item.tile_begin = tiles.begin, item.tile_end = tiles.end;
   const int count = tiles.end - tiles.begin;
   item.split_tiles = split_tiles(count, plan.least_split_tiles, plan.most_splits);
@@ -80,9 +83,14 @@ __device__ __forceinline__ Step step_of(const Item& item, int i) {
   return {position, flags};
 }
 
-// The keys that a row of the item sees; group: query heads of a KV head.
+// Query rows of the item; group: query heads of a KV head.
+__device__ __forceinline__ int rows_of(const Item& item, int group) {
+  return item.positions * group;
+}
+
+// The keys that a row of the item sees.
 __device__ __forceinline__ Range range_of(const Params& p, const Item& item, int group, int row) {
-  const int position = item.keys - p.query_length + row / group;
+  const int position = item.keys - item.positions + row / group;
   return keys_seen(position, position, p.distances, item.keys);
 }
 
@@ -97,7 +105,7 @@ __device__ __forceinline__ float threshold_of(const Params& p, const Item& item,
 // What the tested value of a row must stay below for a skip, as scores are kept.
 __device__ __forceinline__ float skip_limit(const Params& p, const Plan& plan, const Item& item,
                                             int row, float threshold) {
-  if (row >= plan.rows) return INFINITY;  // no row: allows every skip
+  if (row >= rows_of(item, p.heads / p.kv_heads)) return INFINITY;  // no row: allows every skip
   return log_threshold(p.test.kind, threshold, item.keys) / plan.unit_scale;
 }
 

@@ -129,7 +129,7 @@ class Block {
   __device__ __forceinline__ void begin_item() {
     rows_.begin_item();
     const Item& item = rows_.item;
-    seen_ = visible_keys(item.keys, p_.query_length, p_.distances);
+    seen_ = visible_keys(item.keys, item.positions, p_.distances);
     slot_ = index_of({item.request, item.kv_head, item.begin / item.split_tiles},
                      sources_.split_slots, p_.kv_heads);
     if constexpr (C::kTests) {
@@ -162,7 +162,7 @@ class Block {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = at_.row(c);
-      if (row >= plan_.rows) continue;
+      if (row >= rows_.rows()) continue;
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
         if (!has_panel(i)) continue;
@@ -240,21 +240,22 @@ class Block {
     });
   }
 
-  // All query rows of the KV head; zeros behind the last.
+  // All query rows of the item; zeros behind the last.
   __device__ __forceinline__ void copy_queries() const {
     using Tile = typename C::Queries;
     const Tensor& q = sources_.q;
     const Item& item = rows_.item;
+    const TokenPlace first = first_query(p_, item.request);
     constexpr int kPieces = C::kQkDim / 8;
     for (int x = threadIdx.x; x < kRows * kPieces; x += kThreads) {
       const int row = x / kPieces, piece = x % kPieces;
-      const auto* from = static_cast<const uint16_t*>(q.data) + item.request * q.stride_outer +
-                         row / rows_.group * q.stride_token +
+      const auto* from = static_cast<const uint16_t*>(q.data) + first.outer * q.stride_outer +
+                         (first.token + row / rows_.group) * q.stride_token +
                          (item.kv_head * rows_.group + row % rows_.group) * q.stride_head +
                          piece * 8;
       ptx::copy_16(ptx::shared_address(shared_.queries) + piece / 4 * Tile::kPanelBytes +
                        Tile::offset(row, piece % 4),
-                   from, row < plan_.rows);
+                   from, row < rows_.rows());
     }
   }
 

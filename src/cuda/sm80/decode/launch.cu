@@ -25,7 +25,7 @@ void launch(const Launch& l) {
 void launch(const Launch& l, SharedMemory room) {
   const Params& p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
-  if (p.batch == 0) return clear_report(p, stream);
+  if (p.rows == 0) return report_nothing(p, stream);
   Plan plan = make_plan(p.batch, p.kv_heads, p.keys.length, p.heads / p.kv_heads * p.query_length);
   place_results(plan, l);
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;

@@ -18,6 +18,7 @@
 #include "cuda/sm90/decode/layout.cuh"
 #include "cuda/sm90/decode/operands.cuh"
 #include "cuda/sm90/decode/produce.cuh"
+#include "cuda/sm90/decode/queries.cuh"
 
 namespace blasst::cuda::decode {
 
@@ -94,6 +95,8 @@ class Consumer {
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_full[slot]), queries_.phase);
     rows_.item = shared_.items[slot];
+    clear_other_queries<typename L::Queries, kConsumers>(shared_.queries[slot], rows_.rows(),
+                                                         plan_.rows, 1);
     if constexpr (L::kNarrowKeys) prepare_queries(slot);
     rows_.begin_item();
     total_empty_ = true;
@@ -148,7 +151,7 @@ class Consumer {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = at_.row(c);
-      if (row >= plan_.rows) continue;
+      if (row >= rows_.rows()) continue;
 #pragma unroll
       for (int i = 0; i < kPanels; ++i)
 #pragma unroll
@@ -262,7 +265,7 @@ class Consumer {
 
   // Values that no row sees may be anything, NaN too, and are multiplied by zero.
   __device__ __forceinline__ void clear_unseen(int stage) {
-    const Range seen = visible_keys(rows_.item.keys, p_.query_length, p_.distances);
+    const Range seen = visible_keys(rows_.item.keys, rows_.item.positions, p_.distances);
     const int key0 = shared_.kept[stage] * kTileKeys;
     if (key0 >= seen.begin && key0 + kTileKeys <= seen.end) return;
     constexpr int kChunks = L::Values::kRowBytes / 16;  // of a swizzled row, within which it stays

@@ -57,7 +57,7 @@ std::size_t workspace_bytes(int batch, int heads, int kv_heads, int query_length
 void launch(const Launch& l) {
   Params p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
-  if (p.batch == 0) return clear_report(p, stream);
+  if (p.rows == 0) return report_nothing(p, stream);
   Plan plan = make_plan(p.batch, p.heads, p.kv_heads, p.query_length, p.keys.length, l.value_dim);
   place_results(plan, l);
   plan.box_tokens = p.keys.page_table ? std::min(p.keys.page_size, kTileKeys) : kTileKeys;

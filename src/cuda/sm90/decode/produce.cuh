@@ -6,6 +6,7 @@
 
 #include "blasst/blasst.h"
 #include "cuda/core/decode/params.h"
+#include "cuda/core/decode/queries.cuh"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
@@ -88,10 +89,10 @@ class Producer {
  private:
   static __device__ __forceinline__ Work broadcast(const Work& item, int lane) {
     const auto get = [&](auto x) { return __shfl_sync(kAllLanes, x, lane); };
-    const Item all{get(item.request),  get(item.kv_head),     get(item.slot),
-                   get(item.keys),     get(item.first_key),   get(item.tile_begin),
-                   get(item.tile_end), get(item.split_tiles), get(item.begin),
-                   get(item.end)};
+    const Item all{get(item.request),    get(item.kv_head),  get(item.slot),
+                   get(item.positions),  get(item.keys),     get(item.first_key),
+                   get(item.tile_begin), get(item.tile_end), get(item.split_tiles),
+                   get(item.begin),      get(item.end)};
     if constexpr (L::kNarrowKeys) {
       return {all, get(item.k_scale), get(item.v_scale)};
     } else {
@@ -118,7 +119,9 @@ class Producer {
     }
   }
 
+  // As many positions as any request may have.
   __device__ __forceinline__ void feed_queries(const Work& item) {
+    const TokenPlace first = first_query(p_, item.request);
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_empty[slot]), queries_.phase ^ 1);
     if (lane_ == 0) {
@@ -130,7 +133,8 @@ class Producer {
     if (lane_ < L::Queries::kCount) {
       ptx::copy_box(ptx::shared_address(shared_.queries[slot]) + lane_ * L::Queries::kPanelBytes,
                     q_map_, address(shared_.queries_full[slot]), lane_ * kPanel,
-                    item.kv_head * (p_.heads / p_.kv_heads), 0, item.request, ptx::L2Hint::kNormal);
+                    item.kv_head * (p_.heads / p_.kv_heads), first.token, first.outer,
+                    ptx::L2Hint::kNormal);
     }
     if constexpr (!kTests) queries_.next();
   }

@@ -61,8 +61,8 @@ __device__ __forceinline__ void add_values(Shared& shared, int stage, Range vali
 }
 
 template <Piece kPiece>
-__device__ __forceinline__ void write_outputs(const Plan& plan, int slot, const ThreadPlace& at,
-                                              const Outputs& o) {
+__device__ __forceinline__ void write_outputs(const Plan& plan, int slot, int rows,
+                                              const ThreadPlace& at, const Outputs& o) {
   float* partial = plan.partial + int64_t{slot} * plan.rows * kValueDim +
                    (kPiece == kRight ? kHalfDim : 0) + at.column();
 #pragma unroll
@@ -70,7 +70,7 @@ __device__ __forceinline__ void write_outputs(const Plan& plan, int slot, const 
     float* to = partial + int64_t{at.row(r)} * kValueDim;
 #pragma unroll
     for (int j = 0; j < kHalfDim / 8; ++j) {
-      if (at.row(r) < plan.rows)
+      if (at.row(r) < rows)
         *reinterpret_cast<float2*>(to + 8 * j) =
             make_float2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]);
     }

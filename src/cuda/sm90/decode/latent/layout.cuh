@@ -39,7 +39,7 @@ struct Message {
   int kind;
   int stage, parity;           // kAdd: of the tile, in the ring
   int valid_begin, valid_end;  // kAdd: keys of the tile that some row sees
-  int slot;                    // kWrite: of the result
+  int slot, rows;              // kWrite: of the result
 };
 
 struct TileInfo {

@@ -10,6 +10,7 @@
 #include "cuda/core/tile_test.h"
 #include "cuda/sm90/decode/latent/half.cuh"
 #include "cuda/sm90/decode/latent/reports.cuh"
+#include "cuda/sm90/decode/queries.cuh"
 
 namespace blasst::cuda::decode::latent {
 
@@ -71,12 +72,16 @@ class Left {
  private:
   // --- items and splits -------------------------------------------------------------------------
 
+  // Of the item; what a thread has of others is no row.
+  __device__ __forceinline__ int rows() const { return rows_of(item_, group_); }
+
   __device__ __forceinline__ void begin_item() {
     ptx::mbarrier_wait(address(shared_.queries_full), queries_phase_);
     item_ = shared_.item;
-    seen_by_all_ = {range_of(p_, item_, group_, plan_.rows - 1).begin,
+    clear_other_queries<Queries, 128>(shared_.queries, rows(), plan_.rows, kLeft);
+    seen_by_all_ = {range_of(p_, item_, group_, rows() - 1).begin,
                     range_of(p_, item_, group_, 0).end};
-    seen_by_any_ = visible_keys(item_.keys, p_.query_length, p_.distances);
+    seen_by_any_ = visible_keys(item_.keys, item_.positions, p_.distances);
     first_split_ = item_.begin == 0;
     slot_ = index_of({item_.request, item_.kv_head, item_.begin / item_.split_tiles}, split_slots_,
                      p_.kv_heads);
@@ -106,21 +111,21 @@ class Left {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (from_seeds) softmax_.maximum[r] = seed_[r];
-      if (at_.row(r) >= plan_.rows) softmax_.maximum[r] = 0;
+      if (at_.row(r) >= rows()) softmax_.maximum[r] = 0;
     }
     clear(o);
     reports_.begin_split();
   }
 
   __device__ __forceinline__ void end_split(const Outputs& o) {
-    send({.kind = Message::kWrite, .slot = slot_});
-    write_outputs<kLeft>(plan_, slot_, at_, o);
+    send({.kind = Message::kWrite, .slot = slot_, .rows = rows()});
+    write_outputs<kLeft>(plan_, slot_, rows(), at_, o);
     float* statistics = plan_.statistics + int64_t{slot_} * kStatistics * plan_.rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = at_.row(r);
       const float sum = quad_sum(softmax_.sum[r]);
-      if (row >= plan_.rows || at_.lane % 4 != 0) continue;
+      if (row >= rows() || at_.lane % 4 != 0) continue;
       const SkippedMass mass = reports_.of_split(r);
       statistics[row] = softmax_.maximum[r];
       statistics[plan_.rows + row] = sum;
@@ -169,7 +174,7 @@ class Left {
     if (key0 < seen_by_all_.begin || key0 + kTileKeys > seen_by_all_.end) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = min(at_.row(r), plan_.rows - 1);
+        const int row = min(at_.row(r), rows() - 1);
         mask_row(s, r, range_of(p_, item_, group_, row), key0 + at_.column(), -INFINITY);
       }
     }
@@ -195,7 +200,7 @@ class Left {
 #pragma unroll
     for (int r = 0; r < 2; ++r)
       running[r] = seeded_ ? fmaxf(softmax_.maximum[r], seed_[r]) : softmax_.maximum[r];
-    reports_.offer(maximum, running);
+    reports_.offer(item_, maximum, running);
     bool keep = true;
     if constexpr (C::kTests) {
       bool skip = true;

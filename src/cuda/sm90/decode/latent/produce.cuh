@@ -1,6 +1,7 @@
 // The warp that feeds a block: it finds the block's work, and streams queries and latents.
 #pragma once
 
+#include "cuda/core/decode/queries.cuh"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/tile_test.h"
@@ -44,7 +45,9 @@ class Producer {
     }
   }
 
+  // As many positions as any request may have.
   __device__ __forceinline__ void feed_queries(const Item& item) {
+    const TokenPlace first = first_query(p_, item.request);
     ptx::mbarrier_wait(address(shared_.queries_empty), queries_phase_ ^ 1);
     queries_phase_ ^= 1;
     if constexpr (C::kTests) {
@@ -63,7 +66,8 @@ class Producer {
     if (lane_ < Queries::kCount) {
       ptx::copy_box(ptx::shared_address(shared_.queries) + lane_ * Queries::kPanelBytes, q_map_,
                     address(shared_.queries_full), lane_ * kPanel,
-                    item.kv_head * (p_.heads / p_.kv_heads), 0, item.request, ptx::L2Hint::kNormal);
+                    item.kv_head * (p_.heads / p_.kv_heads), first.token, first.outer,
+                    ptx::L2Hint::kNormal);
     }
   }
 

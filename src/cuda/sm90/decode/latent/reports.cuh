@@ -19,7 +19,7 @@ template <typename C>
 struct NoReports {
   __device__ __forceinline__ NoReports(const Params&, const Plan&, Shared&) {}
   __device__ __forceinline__ void begin_split() {}
-  __device__ __forceinline__ void offer(const float (&)[2], const float (&)[2]) {}
+  __device__ __forceinline__ void offer(const Item&, const float (&)[2], const float (&)[2]) {}
   __device__ __forceinline__ void decided(const Item&, int, bool, const float (&)[2]) {}
   __device__ __forceinline__ SkippedMass of_split(int) const { return SkippedMass::none(); }
 };
@@ -38,12 +38,12 @@ class TileReports {
 
   // A tile's row maxima, of the thread's own keys, and the running ones: each warp leaves its rows'
   // largest gap, before the vote.
-  __device__ __forceinline__ void offer(const float (&tile_maximum)[2],
+  __device__ __forceinline__ void offer(const Item& item, const float (&tile_maximum)[2],
                                         const float (&running)[2]) const {
     float gap = -INFINITY;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (at_.row(r) >= plan_.rows || tile_maximum[r] == -INFINITY) continue;
+      if (at_.row(r) >= rows_of(item, group_) || tile_maximum[r] == -INFINITY) continue;
       // A row's first scores, and NaN, have no finite gap.
       const float g = (tile_maximum[r] - running[r]) * plan_.unit_scale;
       gap = g <= gap ? gap : (g < INFINITY ? g : INFINITY);
@@ -87,7 +87,7 @@ class TileReports {
     quad_maxima(maximum);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (maximum[r] == -INFINITY || at_.row(r) >= plan_.rows) continue;
+      if (maximum[r] == -INFINITY || at_.row(r) >= rows_of(item, group_)) continue;
       const Range seen = range_of(p_, item, group_, at_.row(r));
       const int keys = min(seen.end, (tile + 1) * kTileKeys) - max(seen.begin, tile * kTileKeys);
       mass_[r].add(maximum[r] * (plan_.unit_scale * kLog2e), static_cast<float>(keys));

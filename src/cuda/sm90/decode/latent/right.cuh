@@ -23,7 +23,7 @@ class Right {
       if (kind == Message::kStop) return;
       if (kind == Message::kWrite) {
         answer();
-        write_outputs<kRight>(plan_, m.slot, at_, o);
+        write_outputs<kRight>(plan_, m.slot, m.rows, at_, o);
         clear(o);
         continue;
       }
