@@ -60,20 +60,15 @@ def test_decodes_come_first():
     assert prefill.places["lengths"].tolist() == [40, 20]
 
 
-def test_numbers_of_drafts_may_differ_on_a_cpu():
-    [decode] = builder(on_cpu=True, threshold=4).build(0, batch([4, 1, 3], [50, 60, 70])).parts
-    assert (decode.phase, decode.positions) == ("decode", None)
-    assert decode.places["cu_seqlens_q"].tolist() == [0, 4, 5, 8]
-
-
-def test_a_gpu_decodes_requests_of_as_many_drafts_together():
-    made = builder(on_cpu=False, threshold=4)
-    one, four, prefill = made.build(0, batch([4, 1, 4, 0, 9], [50, 60, 70, 9, 9])).parts
-    assert (one.phase, one.positions, one.tokens.tolist()) == ("decode", 1, [4])
-    assert (four.positions, four.tokens.tolist()) == (4, [0, 1, 2, 3, 5, 6, 7, 8])
-    assert four.places["lengths"].tolist() == [50, 70]
-    assert four.places["page_table"][:, 0].tolist() == [0, 64]
-    assert (prefill.phase, prefill.tokens) == ("prefill", slice(9, 18))
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_numbers_of_drafts_may_differ(on_cpu):
+    made = builder(on_cpu=on_cpu, threshold=5)
+    decode, prefill = made.build(0, batch([4, 1, 3, 0, 9], [50, 60, 70, 9, 9])).parts
+    assert (decode.phase, decode.positions, decode.tokens) == ("decode", None, slice(0, 8))
+    assert decode.places["cu_seqlens_q"].tolist() == [0, 4, 5, 8, 8]
+    assert decode.places["max_seqlen_q"] == 5, "whatever the others have"
+    assert decode.places["lengths"].tolist() == [50, 60, 70, 9]
+    assert (prefill.phase, prefill.tokens) == ("prefill", slice(8, 17))
 
 
 @pytest.mark.parametrize("positions", [1, 3])

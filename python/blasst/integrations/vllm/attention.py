@@ -143,7 +143,7 @@ class Attention(AttentionImpl[Metadata]):
         if attn_metadata is None:  # memory is being measured, or the model compiled
             return output.fill_(0)
         for part in attn_metadata.parts:
-            q, out = query[part.tokens], output[part.tokens]  # a copy of those that are not a slice
+            q, out = query[part.tokens], output[part.tokens]
             if part.positions is not None:
                 by_request = (-1, part.positions)
                 q, out = q.unflatten(0, by_request), out.unflatten(0, by_request)
@@ -156,8 +156,6 @@ class Attention(AttentionImpl[Metadata]):
                 statistics.add(part.phase, layer.layer_name, tiles)
             if part.pages is not None and layer._v_scale_float != 1:
                 out.mul_(layer._v_scale_float)
-            if not isinstance(part.tokens, slice):
-                output[part.tokens] = out.flatten(0, 1)
         return output
 
     def _attend(

@@ -46,8 +46,8 @@ class Part:
     """Requests of one phase, attention of which is one call."""
 
     phase: str
-    tokens: slice | Tensor
-    """Of the batch: those of requests that follow each other, or their places, [tokens] int64."""
+    tokens: slice
+    """Of the batch."""
     places: dict[str, Any]
     """Where queries and keys are, as the operator takes it."""
     positions: int | None
@@ -177,23 +177,23 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         )
         parts = []
         if decodes:
-            parts += self._decodes(m, slice(0, decodes))
+            parts.append(self._decode(m, slice(0, decodes)))
         if prefills:
             parts += self._prefills(m, slice(decodes, m.num_reqs))
         return Metadata(parts, self._statistics)
 
-    def _decodes(self, m: CommonAttentionMetadata, requests: slice) -> list[Part]:
-        """Requests of as many positions are one call; on a CPU of other numbers, too."""
+    def _decode(self, m: CommonAttentionMetadata, requests: slice) -> Part:
+        """One call, ragged unless all requests have as many positions."""
         numbers = m.query_start_loc_cpu[: requests.stop + 1].diff()
         positions = int(numbers.max())
         others = numbers != positions
         if not self._on_cpu:
             others &= numbers > 0  # a graph's batch is padded with requests of none
-        if not others.any():
-            return [self._decode(m, requests, positions)]
-        if self._on_cpu:
-            return [self._ragged("decode", m, requests, self._decide("decode", m, requests))]
-        return self._by_positions(m, requests, numbers)
+        decision = self._decide("decode", m, requests)
+        if others.any():
+            return self._ragged("decode", m, requests, decision)
+        tokens, places = slice(0, positions * requests.stop), self._places("decode", m, requests)
+        return Part("decode", tokens, places, positions, decision, self._scores["decode"])
 
     def _places(self, phase: str, m: CommonAttentionMetadata, requests: slice) -> dict[str, Any]:
         # A graph of decode is captured once, for the longest that there may be.
@@ -203,11 +203,6 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             "page_table": m.block_table_tensor[requests],
             "max_seqlen_k": self._most_keys if is_captured else m.max_seq_len,
         }
-
-    def _decode(self, m: CommonAttentionMetadata, requests: slice, positions: int) -> Part:
-        places, decision = self._places("decode", m, requests), self._decide("decode", m, requests)
-        tokens = slice(0, positions * requests.stop)
-        return Part("decode", tokens, places, positions, decision, self._scores["decode"])
 
     def _prefills(self, m: CommonAttentionMetadata, requests: slice) -> list[Part]:
         """One call; where pages are widened, as many as the buffer makes necessary."""
@@ -231,24 +226,10 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         first, last = int(starts[0]), int(starts[-1])
         on_device = m.query_start_loc[requests.start : requests.stop + 1]
         places = self._places(phase, m, requests)
-        places |= {"cu_seqlens_q": on_device - first, "max_seqlen_q": int(starts.diff().max())}
+        # Of a decode what any step may have, so that a request gets the same among any others.
+        most = self.reorder_batch_threshold if phase == "decode" else int(starts.diff().max())
+        places |= {"cu_seqlens_q": on_device - first, "max_seqlen_q": most}
         return Part(phase, slice(first, last), places, None, decision, self._scores[phase])
-
-    def _by_positions(
-        self, m: CommonAttentionMetadata, requests: slice, numbers: Tensor
-    ) -> list[Part]:
-        """A decode of requests whose drafts differ in number: a call for each number."""
-        places, decision = self._places("decode", m, requests), self._decide("decode", m, requests)
-        parts = []
-        for positions in numbers[numbers > 0].unique().tolist():
-            these = (numbers == positions).nonzero()[:, 0]
-            tokens = m.query_start_loc_cpu[these, None] + torch.arange(positions)
-            these, tokens = (self._on_device(t) for t in (these, tokens.flatten().long()))
-            own = {name: places[name][these] for name in ("lengths", "page_table")}
-            of_these = decision.of_requests(these)
-            scores = self._scores["decode"]
-            parts.append(Part("decode", tokens, places | own, positions, of_these, scores))
-        return parts
 
     def _decide(self, phase: str, m: CommonAttentionMetadata, requests: slice) -> Decision:
         lengths, longest, own = m.seq_lens[requests], m.max_seq_len, None

@@ -76,8 +76,8 @@ class Decision(NamedTuple):
     thresholds: Tensor | None = None
     """[layers, 1 or requests, heads, 1] float32."""
 
-    def of_requests(self, requests: Tensor | slice) -> "Decision":
-        """Args: requests: [n] int64, some of the step's."""
+    def of_requests(self, requests: slice) -> "Decision":
+        """Args: requests: some of the step's."""
         if self.thresholds is None or self.thresholds.shape[1] == 1:  # the same for all
             return self
         return self._replace(thresholds=self.thresholds[:, requests])
