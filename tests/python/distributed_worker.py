@@ -71,7 +71,8 @@ def data_parallel(folder, **options):
     model = AutoModelForCausalLM.from_pretrained(folder / "model", attn_implementation="blasst")
     tokens = torch.load(folder / "tokens.pt")
     samples = [{"input_ids": sample, "labels": sample} for sample in tokens]
-    found = fine_tune(model, samples, 1, folder, **{"ddp_backend": "gloo"} | options)
+    batch = 2 // dist.get_world_size()
+    found = fine_tune(model, samples, batch, folder, **{"ddp_backend": "gloo"} | options)
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
 
 
