@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from typer.models import OptionInfo
@@ -37,6 +38,22 @@ def fake_calibrate(model, *_, **__) -> calibration.Calibration:
     config = SparseAttention(("LlamaAttention",), {"prefill": Law(1.0, 2.0)}, {"prefill": 0.5})
     model.config.sparse_attention_config = config.to_dict()
     return calibration.Calibration(config)
+
+
+def test_a_gpu_that_runs_out_of_memory_is_one_message(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 9 GiB."
+        )
+
+    monkeypatch.setattr(calibration, "calibrate", fails)
+    folder = saved_model(tmp_path / "model")
+    capsys.readouterr()
+    assert main(["calibrate", str(folder)]) == 1
+    assert capsys.readouterr().err.endswith(
+        "blasst: CUDA out of memory. Tried to allocate 20.00 GiB. A smaller chunk or batch, or "
+        "fewer tokens, take less; the same command goes on from what is finished\n"
+    )
 
 
 def test_calibrate_writes_into_the_models_folder(tmp_path, monkeypatch, capsys):

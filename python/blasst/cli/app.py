@@ -42,6 +42,7 @@ def _add(function: Callable[..., None], *, resumes: bool = False) -> None:
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> None:
+        import torch
         import transformers  # noqa: F401, every command needs it; here Ctrl-C still ends the process
         from safetensors import SafetensorError
 
@@ -57,6 +58,15 @@ def _add(function: Callable[..., None], *, resumes: bool = False) -> None:
             raise typer.Exit(interrupt.INTERRUPTED) from None
         except (ValueError, OSError, SafetensorError) as error:
             print(f"blasst: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except torch.OutOfMemoryError as error:
+            more = "; the same command goes on from what is finished" if resumes else ""
+            what = str(error).split(". ")
+            print(
+                f"blasst: {'. '.join(what[:2])}. A smaller chunk or batch, or fewer tokens, take "
+                f"less{more}",
+                file=sys.stderr,
+            )
             raise typer.Exit(1) from None
 
     app.command()(run)
