@@ -34,7 +34,7 @@ from transformers import (
     SplinterConfig,
     SplinterModel,
 )
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import bidirectional_mask_function, create_bidirectional_mask
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import blasst
@@ -136,6 +136,17 @@ def test_the_mask_decides_what_is_causal():
     mask = key_ranges(1, 30, 30)
     out, _ = attention_forward(module, q, k, k, mask, is_causal=False)
     expected = nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+def test_queries_that_are_the_same_for_all_requests_are_given_once():
+    module = make_model("llama").model.layers[0].self_attn
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(3, 2, 30, 16)
+    mask = key_ranges(3, 5, 30, mask_function=bidirectional_mask_function)
+    out, _ = attention_forward(module, q, k, k, mask, is_causal=False)
+    expected = nn.functional.scaled_dot_product_attention(
+        q.expand(3, -1, -1, -1), k, k, enable_gqa=True
+    )
     torch.testing.assert_close(out.transpose(1, 2), expected)
 
 

@@ -9,6 +9,8 @@ from transformers import (
     DynamicCache,
     GPTBigCodeConfig,
     PersimmonConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     StaticCache,
 )
 
@@ -92,6 +94,31 @@ def test_layers_that_are_not_told_position_ids(config, situation):
     ids, positions = packed()
     got = model(ids, position_ids=positions, **SITUATIONS[situation]).logits
     torch.testing.assert_close(got, alone(model), rtol=1e-4, atol=1e-4)
+
+
+def qwen2_vl():
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision = {"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 4}
+    config = Qwen2VLConfig(
+        text_config=SIZES | text | heads | {"rope_parameters": rope}, vision_config=vision
+    )
+    torch.manual_seed(1)
+    return Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="blasst").eval()
+
+
+@pytest.mark.parametrize("situation", [s for s in SITUATIONS if s != "cumulative lengths"])
+@torch.no_grad()
+def test_positions_in_several_axes(situation):
+    """Such a model forgets those of the text on the way to its layers."""
+    model = qwen2_vl()
+    ids, positions = packed()
+    got = model(ids, position_ids=positions, **SITUATIONS[situation]).logits
+    torch.testing.assert_close(got, alone(model), rtol=1e-4, atol=1e-4)
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="must be told cu_seq_lens_q and cu_seq_lens_k"):
+        compiled(ids, position_ids=positions, **SITUATIONS[situation])
 
 
 @torch.no_grad()

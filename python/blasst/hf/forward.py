@@ -66,6 +66,7 @@ def attention_forward(
     Returns:
         [batch, query_length, heads, value_dim], and no attention weights.
     """
+    query = _for_each_request(query, key)
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     mask = with_facts(attention_mask, queries, keys)
@@ -113,6 +114,13 @@ def attention_forward(
     if sequences is not None:
         result = sequences.spread(result, batch, queries)
     return taken.finish(result), None
+
+
+def _for_each_request(query: Tensor, key: Tensor) -> Tensor:
+    """A query that is the same for all requests is given once (granite_speech's Q-former)."""
+    if query.shape[0] == 1 < key.shape[0]:
+        return query.expand(key.shape[0], -1, -1, -1)
+    return query
 
 
 def _test(

@@ -3,11 +3,12 @@
 Key ranges are [batch, 6], see `blasst.hf.masks.key_ranges`.
 """
 
+import inspect
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, masking_utils
 
 from blasst.hf.layers import NAME
@@ -43,6 +44,25 @@ def hand_positions_to_masks() -> None:
         return *found[:2], known, *found[3:]
 
     masking_utils._preprocess_mask_arguments = prepare_with_positions
+
+
+def hand_on_text_positions(model: nn.Module) -> None:
+    """Let a text model that knows positions in several axes tell its layers those of the text.
+
+    Of [4, batch, rows] the first axis is the text's; [batch, rows] such a model (Qwen2-VL and its
+    kin) spreads over the other three, and forgets.
+    """
+    forward = inspect.unwrap(type(model).forward)
+    if "text_position_ids" in forward.__code__.co_varnames and not hasattr(model, "blasst_axes"):
+        model.blasst_axes = model.register_forward_pre_hook(_with_text_axis, with_kwargs=True)
+
+
+def _with_text_axis(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    position_ids = kwargs.get("position_ids")
+    runs_blasst = model.config._attn_implementation == NAME
+    if runs_blasst and isinstance(position_ids, Tensor) and position_ids.dim() == 2:
+        kwargs["position_ids"] = position_ids[None].expand(4, -1, -1)
+    return args, kwargs
 
 
 def of_text(position_ids: Any, batch: int, rows: int) -> bool:

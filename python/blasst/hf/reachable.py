@@ -9,8 +9,14 @@ from transformers import PreTrainedModel
 
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import INTERFACE, NAME
+from blasst.hf.positions import hand_on_text_positions
 
 _TABLES = "_ATTENTION_CLASSES"
+_NAME_A_PART = (
+    "(if another part of the whole model does, name that part: "
+    f"attn_implementation={{'text_config': {NAME!r}}}, or 'encoder', 'decoder', as its "
+    "configuration has it)"
+)
 
 
 def refuse_unreachable_models() -> None:
@@ -23,6 +29,7 @@ def refuse_unreachable_models() -> None:
             modeling = sys.modules[type(model).__module__]
             _add_entries(modeling)
             _refuse_own_attention(type(model), modeling)
+            hand_on_text_positions(model)
         return check(model, attn_implementation, *args, **kwargs)
 
     PreTrainedModel._check_and_adjust_attn_implementation = check_reachable
@@ -38,7 +45,7 @@ def _refuse_own_attention(kind: type[PreTrainedModel], modeling: ModuleType) -> 
     if any("Attention" in c.__name__ and c.__module__ == modeling.__name__ for c in classes):
         raise NotSupportedError(
             f"attn_implementation is {NAME!r}; {kind.__name__} does not call Transformers' "
-            "attention interface, but computes attention itself"
+            f"attention interface, but computes attention itself {_NAME_A_PART}"
         )
 
 
@@ -51,6 +58,5 @@ def _add_entries(modeling: ModuleType) -> None:
 def _refuse(table: str, known: tuple[str, ...], *_: Any, **__: Any) -> NoReturn:
     raise NotSupportedError(
         f"attn_implementation is {NAME!r}; this model picks its attention from {table}, which has "
-        f"{', '.join(known)}, and does not call Transformers' attention interface (if another part "
-        f"of it does, name that part: attn_implementation={{'text_config': {NAME!r}}})"
+        f"{', '.join(known)}, and does not call Transformers' attention interface {_NAME_A_PART}"
     )
