@@ -67,7 +67,7 @@ typedef BLASST_ENUM(blasst_backend){
     BLASST_BACKEND_CUDA = 2,
     /* Compute capability 9.0. */
     BLASST_BACKEND_CUDA_SM90 = 3,
-    /* Compute capability 8.0 and later; prefill with exact scores only. */
+    /* Compute capability 8.0 and later; scores in prefill are exact. */
     BLASST_BACKEND_CUDA_SM80 = 4,
 } blasst_backend;
 
