@@ -11,10 +11,7 @@ from blasst.calibration.emulation import SCORES_AT_ONCE
 from blasst.heads import query_size
 from blasst.hf.models import attention_layers
 from blasst.hf.reading import TILE
-from blasst.measure.agreement import prediction_bytes
-
-FLOAT = 4
-"""Bytes of a float32."""
+from blasst.measure.agreement import FLOAT, prediction_bytes
 
 
 class Sizes(NamedTuple):

@@ -21,8 +21,14 @@ PIECES_AT_ONCE = 6
 
 def prediction_bytes(vocabulary: int, positions: int) -> int:
     """What comparing so many positions takes, besides the hidden states of both runs."""
-    kept = positions * vocabulary * FLOAT
-    return (kept if kept <= KEPT_BYTES else 0) + PIECES_AT_ONCE * PIECE * vocabulary * FLOAT
+    at_once = PIECES_AT_ONCE * PIECE * vocabulary * FLOAT
+    return _kept_bytes(vocabulary, positions) + at_once
+
+
+def _kept_bytes(vocabulary: int, positions: int) -> int:
+    """Of the dense predictions at so many positions; 0: they are computed again each time."""
+    size = positions * vocabulary * FLOAT
+    return size if size <= KEPT_BYTES else 0
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class DenseRun:
         positions = torch.arange(0, len(tokens) - 1, every)
         self._pieces = [(piece, tokens[piece + 1][:, None]) for piece in positions.split(PIECE)]
         self._count = len(positions)
-        size = self._count * model.get_output_embeddings().weight.shape[0] * FLOAT
-        self._kept = list(self._predictions(hidden)) if size <= KEPT_BYTES else None
+        kept = _kept_bytes(model.get_output_embeddings().weight.shape[0], self._count)
+        self._kept = list(self._predictions(hidden)) if kept else None
 
     def _predictions(self, hidden: Tensor) -> Iterator[Tensor]:
         for piece, _ in self._pieces:
