@@ -209,9 +209,10 @@ Tensor check_pages(Tensor page_table, Tensor lengths, int64_t page_size, int64_t
   return found;
 }
 
-// What a call decides on and needs, from numbers alone (blasst_plan): query rows, keys and splits
-// of its tiles, heads, query tiles and key tiles of a report, words of tile bits, bytes of
-// workspace. `rows`: of all requests, of ragged queries; `keys`: that a request has room for.
+// What a call decides on and needs, from numbers alone (blasst_plan): query rows, keys and tiles a
+// split of its tiles, heads, query tiles and key tiles of a report, words of tile bits, bytes of
+// workspace, most splits. `rows`: of all requests, of ragged queries; `keys`: that a request has
+// room for.
 std::vector<int64_t> plan_of(std::string phase, std::string device, std::string dtype,
                              int64_t batch, int64_t heads, int64_t kv_heads, int64_t head_dim,
                              int64_t value_dim, int64_t query_length, int64_t keys,
@@ -250,10 +251,12 @@ std::vector<int64_t> plan_of(std::string phase, std::string device, std::string 
   return {found.shape.query_rows,  found.shape.keys,
           found.shape.split_tiles, found.tile_heads,
           found.query_tiles,       found.key_tiles,
-          found.tile_words,        static_cast<int64_t>(found.workspace_bytes)};
+          found.tile_words,        static_cast<int64_t>(found.workspace_bytes),
+          found.shape.most_splits};
 }
 
-// The tile that decisions are taken on: query rows, keys, tiles a split (0: one split).
+// The tile that decisions are taken on: query rows, keys, tiles a split (0: one split), most splits
+// (0: no limit).
 template <Phase phase>
 std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
   Arguments a{.q = q, .k = k, .v = v};
@@ -261,7 +264,7 @@ std::vector<int64_t> tile_shape(Tensor q, Tensor k, Tensor v) {
   const blasst::AttentionParams params{.problem = describe(a, phase),
                                        .execution = place.execution()};
   const blasst::TileShape shape = plan(params, phase).shape;
-  return {shape.query_rows, shape.keys, shape.split_tiles};
+  return {shape.query_rows, shape.keys, shape.split_tiles, shape.most_splits};
 }
 
 constexpr std::string_view kArguments =

@@ -24,7 +24,7 @@ from blasst.ops.arguments import (
     sinks_of,
 )
 from blasst.ops.layouts import check_layout
-from blasst.ops.library import CACHES, REPORTS, call, computed_in, key_tiles
+from blasst.ops.library import CACHES, REPORTS, TileShape, call, computed_in, key_tiles
 
 
 class TileCounts(NamedTuple):
@@ -64,17 +64,6 @@ class Result(NamedTuple):
     tile_mask: Tensor | None
     """[batch, heads, query tiles, key tiles], decode [batch, kv_heads, key tiles]: bool, the tiles
     that were visited and kept. A padded request's query tiles begin at its first row in use."""
-
-
-class TileShape(NamedTuple):
-    """The tiles on which decisions are taken."""
-
-    query_rows: int
-    """Rows of one head in a query tile; in decode, all the rows of a KV head's query heads."""
-    keys: int
-    """Keys in a key tile."""
-    split_tiles: int
-    """Decode: visited tiles in one split of a long KV; 0: never split."""
 
 
 def attention(

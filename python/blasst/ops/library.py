@@ -87,6 +87,19 @@ CACHES = (torch.int8, torch.float8_e4m3fn)
 """Types that keys and values may have beside that of the queries."""
 
 
+class TileShape(NamedTuple):
+    """The tiles on which decisions are taken."""
+
+    query_rows: int
+    """Rows of one head in a query tile; in decode, all the rows of a KV head's query heads."""
+    keys: int
+    """Keys in a key tile."""
+    split_tiles: int = 0
+    """Decode: visited tiles in one split of a long KV; 0: never split."""
+    most_splits: int = 0
+    """Decode: the most splits, which then are longer; 0: no limit."""
+
+
 class Plan(NamedTuple):
     """What a call decides on and needs, whatever its tensors hold."""
 
@@ -99,6 +112,12 @@ class Plan(NamedTuple):
     key_tiles: int
     words: int
     workspace_bytes: int
+    most_splits: int = 0
+
+    @property
+    def shape(self) -> TileShape:
+        """Of its tiles."""
+        return TileShape(self.query_rows, self.keys, self.split_tiles, self.most_splits)
 
 
 def plan(
