@@ -4,9 +4,10 @@
 
 A model that `blasst calibrate` wrote reads a text and decodes its last tokens, twice: on the GPU in
 bfloat16, by the kernel, and on the CPU in float32 (or `--dtype bfloat16`), in torch's own
-operations on the kernel's tile shape. A line is a target and a phase: the share of tiles skipped on
-each, the largest difference of a layer, in points, and the seconds of both. Nearly all of them are
-the CPU's: at 2,048 tokens of 135M weights a core takes about half a minute a target.
+operations on the kernel's tile shape, with decode's splits. A line is a target and a phase: the
+share of tiles skipped on each, the largest difference of a layer, in points, and the seconds of
+both. Nearly all of them are the CPU's: at 2,048 tokens of 135M weights a core takes about half a
+minute a target.
 """
 
 import argparse
@@ -18,12 +19,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 import blasst
-from blasst.calibration.emulation import Emulation
+from blasst.calibration.setup import operator_for
 from blasst.hf.layers import PHASES
 from blasst.hf.models import Loading, load
 from blasst.hf.operator import KERNELS, Operator, calling
 from blasst.hf.recording import Recording
-from blasst.ops.library import tile_of
 from blasst.prompts.maker import evaluation_texts
 from blasst.versions import cache_name
 
@@ -52,15 +52,13 @@ def main() -> None:
     given = options.parse_args()
     gpu = load(str(given.folder), loading=Loading(device="cuda"))
     on_cpu = load(str(given.folder), loading=Loading(dtype=given.dtype)).model
-    config = gpu.model.config
-    size = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    tiles = {phase: tile_of(phase, gpu.model.device, gpu.model.dtype, size) for phase in PHASES}
+    emulated = operator_for("cuda", on_cpu)
     name, text = next(iter(evaluation_texts().items()))
     ids = gpu.tokenizer(text, return_tensors="pt").input_ids[:, : given.length]
-    print(f"{ids.shape[1]} tokens of {name}; tiles: {tiles}")
+    print(f"{ids.shape[1]} tokens of {name}; {emulated}")
     for target in given.target_sparsity:
         runs, taken = [], []
-        for model, operator in ((gpu.model, KERNELS), (on_cpu, Emulation(tiles))):
+        for model, operator in ((gpu.model, KERNELS), (on_cpu, emulated)):
             with blasst.set_target(model, prefill=target, decode=target):
                 began = perf_counter()
                 runs.append(read(model, ids, operator))

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import blasst
-from blasst.calibration import calibrate, run
+from blasst.calibration import calibrate, run, setup
 from blasst.calibration.collector import output_gram
 from blasst.calibration.emulation import Emulation
 from blasst.calibration.measurement import LAW
@@ -17,6 +17,7 @@ from blasst.config import parse
 from blasst.hf.models import attention_layers
 from blasst.hf.operator import KERNELS, calling
 from blasst.hf.reading import put_back, read
+from blasst.ops.library import Plan, TileShape, plan
 from blasst.prompts import PromptMaker, reference_text
 from recency_model import make_recency_model, make_tokenizer
 from test_calibration import tokens
@@ -75,8 +76,8 @@ def test_the_ecosystems_law_is_fitted_on_its_own_tiles():
     model = make_recency_model()
     maker = PromptMaker(make_tokenizer(), reference_text(), "text")
     targets = {"prefill": [0.2], "decode": [0.2]}
-    setup = Setup(model, maker, [512], targets, ["reverse"], ["one_threshold"])
-    calibrating = run._Calibrating(setup, None, "")
+    asked = Setup(model, maker, [512], targets, ["reverse"], ["one_threshold"])
+    calibrating = run._Calibrating(asked, None, "")
     with torch.inference_mode():
         calibrating._read_densely(2, 1)
     measured, heads, layers = calibrating._measured, 4, 2
@@ -169,9 +170,53 @@ def test_a_cache_is_put_back_without_a_copy(name):
         assert torch.equal(layer.values, old.values)
 
 
+GPU = {"prefill": (64, 128, 0, 0), "decode": (2, 64, 8, 132)}
+
+
+def plan_of(phase, device, dtype, **sizes):
+    """A GPU's, wherever this build has none."""
+    if device.type == "cpu":
+        return plan(phase, device, dtype, **sizes)
+    assert (dtype, sizes["heads"], sizes["kv_heads"]) == (torch.bfloat16, 4, 2)
+    rows, keys, split, most = GPU[phase]
+    return Plan(rows, keys, split, 2, 1, 1, 1, 0, most)
+
+
+@pytest.mark.parametrize(
+    ("asked", "emulated"),
+    [
+        (None, {}),
+        ("cpu", {}),
+        ((64, 64), {}),
+        ({"decode": (1, 64, 64)}, {}),
+        ("cuda", GPU),
+        ({"decode": (1, 64, 8)}, {"decode": (1, 64, 8)}),
+        ({"prefill": (64, 64), "decode": (1, 64, 64, 2)}, {"decode": (1, 64, 64, 2)}),
+        ((64, 128), {"prefill": (64, 128), "decode": (64, 128)}),
+    ],
+)
+def test_what_the_kernels_here_do_not_have_is_emulated(asked, emulated, monkeypatch):
+    monkeypatch.setattr(setup, "plan", plan_of)
+    found = setup.operator_for(asked, make_recency_model())
+    assert found == (Emulation(emulated) if emulated else KERNELS)
+
+
+def test_tiles_that_differ_from_layer_to_layer_are_no_devices(monkeypatch):
+    shapes = [TileShape(2, 64, 8, 132), TileShape(4, 64, 8, 132), TileShape(1, 64, 8, 264)]
+    monkeypatch.setattr(setup, "shapes_on", lambda *_: {*shapes[:2]})
+    assert setup._shape_on("cuda", "decode", make_recency_model()) == shapes[0], "rows aside"
+    monkeypatch.setattr(setup, "shapes_on", lambda *_: {*shapes})
+    message = "'cuda', where prefill decides on tiles that differ .*: .1, 64, 8, 264., .2, 64,"
+    with pytest.raises(ValueError, match=message):
+        setup.operator_for("cuda", make_recency_model())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"tile_shape": {"prefill": (64, 128, 8)}}, "is .64, 128, 8.; only decode has splits"),
+        ({"tile_shape": "mps"}, "tile_shape is 'mps'; it must be one of cpu, cuda"),
+        ({"tile_shape": {"decode": (64, 64, -8)}}, "with the tiles of a split and the most splits"),
         ({"tile_shape": (64,)}, "tile_shape is .64,.; it must be .query rows, keys."),
         ({"tile_shape": {"train": (64, 64)}}, "tile_shape is for 'train'"),
         ({"batch": 0}, "batch is 0; it must be at least 1"),

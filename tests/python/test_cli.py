@@ -90,7 +90,10 @@ def test_calibrate_passes_on_what_is_asked_and_writes_the_configuration_alone(
     assert resumes[0] == resumes[1] != resumes[2], "other options begin anew"
     assert resumes[0].is_relative_to(tmp_path / "cache")
     assert main([*command[:3], "64"]) == 2
-    assert "'64' is not ROWSxKEYS, like 64x128" in capsys.readouterr().err.replace("\n", " ")
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "'64' is neither ROWSxKEYS, like 64x128, nor a device: cpu, cuda" in said
+    assert main([*command[:3], "cuda", "--out", str(tmp_path / "new")]) == 0
+    assert seen["tile_shape"] == "cuda"
 
 
 def test_calibrate_writes_a_whole_model_elsewhere(tmp_path, monkeypatch):

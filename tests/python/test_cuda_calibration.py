@@ -79,6 +79,24 @@ def test_gaps_are_those_that_the_cpu_emulates(order):
             assert found == pytest.approx(wanted, abs=0.01), ln
 
 
+@pytest.mark.parametrize("kv_heads", [2, 66])
+def test_decode_decides_as_the_emulation_of_its_splits(kv_heads):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k = (
+        torch.randn(1, n, heads, 64, device="cuda", generator=generator).bfloat16()
+        for n, heads in ((1, 2 * kv_heads), (5000, kv_heads))
+    )
+    k *= torch.linspace(0, 3.14, 5000, device="cuda").sin()[:, None, None]
+    shape = blasst.tile_shape(q, k, k, phase="decode")
+    assert shape[2:] == (8, 264 // kv_heads), "at 66 heads splits are longer"
+    options = {"causal": True, "phase": "decode", "threshold": 0.5, "return_tile_mask": True}
+    own = blasst.attention(q, k, k, **options).tile_mask.cpu()
+    for tile, few in ((shape, True), (shape[:2], False)):
+        decode = emulation.Emulation({"decode": tile}).attention
+        found = decode(q.cpu(), k.cpu(), k.cpu(), **options, order="sink_first").tile_mask
+        assert (found != own).float().mean() < 0.01 if few else (found != own).any()
+
+
 def test_thresholds_for_the_cpus_tiles_reach_the_target_there_within_a_point():
     model = model_on("cuda")
     calibrate(model, make_tokenizer(), **OPTIONS, tile_shape=(64, 64))

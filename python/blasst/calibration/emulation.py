@@ -15,10 +15,19 @@ from torch.nn.functional import pad
 
 from blasst.calibration.curves import BIN_EDGES, GAP_BINS
 from blasst.errors import NotSupportedError
+from blasst.hf.operator import KERNELS
 from blasst.ops.attention import Result, TileCounts, attention
+from blasst.ops.library import TileShape
 
 SCORES_AT_ONCE = 1 << 25
 """Numbers: 128 MiB of scores in float32."""
+SEED_TILES = 4
+"""As BLASST_SEED_TILES in blasst.h."""
+
+
+_NOT_DONE = ("bands", "blocks", "window", "starts", "lengths", "query_lengths", "cu_seqlens_q")
+_NOT_REPORTED = ("return_error_bound", "return_gaps", "return_tile_maxima")
+"""Under a threshold."""
 
 
 class _Block(NamedTuple):
@@ -37,17 +46,20 @@ class _Block(NamedTuple):
 class Emulation:
     """`blasst.attention` with tiles of other shapes, for dense causal batches."""
 
-    tile_shapes: Mapping[str, tuple[int, int]]
-    """By phase: query rows (decode: of no effect) and keys."""
+    tile_shapes: Mapping[str, tuple[int, ...]]
+    """By phase, as `TileShape`: of decode the query rows have no effect. A phase that is not here
+    has the kernel's."""
 
-    def tile_of(self, phase: str, *_: Any) -> tuple[int, int]:
-        """Query rows and keys of the tile that a phase decides on."""
-        return self.tile_shapes[phase]
+    def tile_of(self, phase: str, *of_call: Any) -> tuple[int, int]:
+        """Query rows and keys of the tile that a phase decides on: see `ops.library.tile_of`."""
+        shape = self.tile_shapes.get(phase)
+        return KERNELS.tile_of(phase, *of_call) if shape is None else tuple(shape[:2])
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Result | Tensor:
         """As `blasst.attention`; without a threshold it is that, but for the gaps."""
         is_sparse = options.get("threshold") is not None
-        if not is_sparse and not options.get("return_gaps"):
+        is_kernels = options["phase"] not in self.tile_shapes
+        if is_kernels or not (is_sparse or options.get("return_gaps")):
             return attention(q, k, v, **options)
         _refuse(options)
         if is_sparse:
@@ -61,33 +73,50 @@ class Emulation:
         out = q.new_empty(batch, rows, heads, v.shape[-1])
         lse = q.new_empty(batch, heads, rows, dtype=torch.float32)
         counts = torch.zeros(2, batch, heads, dtype=torch.int64, device=q.device)
-        shape, phase = self.tile_shapes[options["phase"]], options["phase"]
+        phase = options["phase"]
+        shape = TileShape(*self.tile_shapes[phase])
         ln_threshold = _by_head(options["threshold"], q).log()
         group = heads // k.shape[2]
+        mask = _no_tiles(q, k, shape, phase) if options.get("return_tile_mask") else None
         for block in _blocks(q, k, shape, options):
             mine = slice(block.heads.start * group, block.heads.stop * group)
             limit = _rows_of(ln_threshold[:, mine, None], phase, group, block)
-            order, gap = _gaps(block, options["order"])
+            order, gap = _gaps(block, options["order"], shape)
             kept = torch.empty_like(gap[:, :, 0], dtype=torch.bool)
             kept[..., order] = ((gap - limit[..., None]) >= 0).any(2)
+            if mask is not None:
+                deciding = block.heads if phase == "decode" else mine
+                tile = block.rows.start // shape.query_rows if phase != "decode" else 0
+                mask[:, deciding, tile, : kept.shape[-1]] = kept
             counts[0, :, mine] += kept.shape[-1]
             skipped = (~kept).sum(-1)
             counts[1, :, mine] += _to_heads(skipped, phase, group)
-            keys = kept.repeat_interleave(shape[1], -1)[:, :, None]
+            keys = kept.repeat_interleave(shape.keys, -1)[:, :, None]
             scores = block.scores.masked_fill_(~keys, -math.inf)
             found, found_lse = _softmax(scores, v[:, :, block.heads], phase, group, options, mine)
             out[:, block.rows, mine] = found.to(out.dtype)
             lse[:, mine, block.rows] = found_lse
         stats = TileCounts(*counts) if options.get("return_stats") else None
-        return Result(out, lse, stats, None, None, None, None)
+        if mask is not None and phase == "decode":
+            mask = mask[:, :, 0]
+        return Result(out, lse, stats, None, None, None, mask)
+
+
+def _no_tiles(q: Tensor, k: Tensor, shape: TileShape, phase: str) -> Tensor:
+    """[batch, deciding heads, query tiles, key tiles] bool: none is kept yet."""
+    of_rows = 1 if phase == "decode" else -(-q.shape[1] // shape.query_rows)
+    heads = k.shape[2] if phase == "decode" else q.shape[2]
+    return q.new_zeros(q.shape[0], heads, of_rows, -(-k.shape[1] // shape.keys), dtype=torch.bool)
 
 
 def _refuse(options: dict[str, Any]) -> None:
-    for name in ("bands", "blocks", "window"):
-        if options.get(name) is not None:
-            raise NotSupportedError(
-                f"{name} with tiles of another shape than the kernel's is not supported"
-            )
+    refused = [name for name in _NOT_DONE if options.get(name) is not None]
+    if options.get("threshold") is not None:
+        refused += [name for name in _NOT_REPORTED if options.get(name)]
+    for name in refused:
+        raise NotSupportedError(
+            f"{name} with tiles of another shape than the kernel's is not supported"
+        )
     if options.get("scores", "exact") != "exact":
         raise NotSupportedError(
             f"scores={options['scores']!r} with tiles of another shape than the kernel's is not "
@@ -97,21 +126,21 @@ def _refuse(options: dict[str, Any]) -> None:
         raise NotSupportedError("tiles of another shape than the kernel's need a causal mask")
 
 
-def gaps(q: Tensor, k: Tensor, tile_shape: tuple[int, int], options: dict[str, Any]) -> Tensor:
+def gaps(q: Tensor, k: Tensor, tile_shape: tuple[int, ...], options: dict[str, Any]) -> Tensor:
     """[heads, 514] int64: visited tiles by gap, as `Result.gaps`, on tiles of this shape.
 
     Args:
         q: [batch, query_length, heads, head_dim].
         k: [batch, keys, kv_heads, head_dim].
-        tile_shape: query rows and keys.
+        tile_shape: as `TileShape`.
         options: of `blasst.attention`: phase, order, scale, softcap.
     """
-    heads, phase = q.shape[2], options["phase"]
+    heads, phase, shape = q.shape[2], options["phase"], TileShape(*tile_shape)
     group = heads // k.shape[2]
     counts = torch.zeros(heads, GAP_BINS, dtype=torch.int64, device=q.device)
     edges = torch.tensor(BIN_EDGES[1:-1], dtype=torch.float32, device=q.device)
-    for block in _blocks(q, k, tile_shape, options):
-        _, gap = _gaps(block, options["order"])
+    for block in _blocks(q, k, shape, options):
+        _, gap = _gaps(block, options["order"], shape)
         bins = torch.bucketize(gap.amax(2), edges, right=True)  # [batch, deciding heads, tiles]
         bins = _to_heads(bins, phase, group).transpose(0, 1).flatten(1)
         mine = counts[block.heads.start * group : block.heads.stop * group]
@@ -119,14 +148,12 @@ def gaps(q: Tensor, k: Tensor, tile_shape: tuple[int, int], options: dict[str, A
     return counts
 
 
-def _blocks(
-    q: Tensor, k: Tensor, tile_shape: tuple[int, int], options: dict[str, Any]
-) -> Iterator[_Block]:
+def _blocks(q: Tensor, k: Tensor, shape: TileShape, options: dict[str, Any]) -> Iterator[_Block]:
     """The scores, query tile by query tile, of as many heads at once as there is room for."""
     batch, rows, heads, size = q.shape
     keys, kv_heads = k.shape[1:3]
     group, offset, phase = heads // kv_heads, keys - rows, options["phase"]
-    height, width = (rows if phase == "decode" else tile_shape[0]), tile_shape[1]
+    height, width = (rows if phase == "decode" else shape.query_rows), shape.keys
     scale = options.get("scale") or size**-0.5
     at_once = max(1, SCORES_AT_ONCE // max(1, batch * group * height * keys))
     for first in range(0, kv_heads, at_once):
@@ -152,7 +179,7 @@ def _blocks(
             yield _Block(mine, part, scores, scores.unflatten(-1, (tiles, width)).amax(-1))
 
 
-def _gaps(block: _Block, order: str) -> tuple[list[int], Tensor]:
+def _gaps(block: _Block, order: str, shape: TileShape) -> tuple[list[int], Tensor]:
     """Tiles in the order of the visit, and [batch, deciding heads, rows, tiles] row gaps so.
 
     A row without a valid key in a tile has -inf there: it neither vetoes nor allows. In the first
@@ -165,9 +192,29 @@ def _gaps(block: _Block, order: str) -> tuple[list[int], Tensor]:
         "sink_first": [0, *range(tiles - 1, 0, -1)],
     }[order]
     maxima = block.maxima[..., visit]
-    running = pad(maxima.cummax(-1).values[..., :-1], (1, 0), value=-math.inf)
-    gap = torch.where(maxima == -math.inf, -math.inf, maxima - running)
+    gap = torch.where(maxima == -math.inf, -math.inf, maxima - _running(maxima, shape))
     return visit, gap
+
+
+def _running(maxima: Tensor, shape: TileShape) -> Tensor:
+    """The running maximum that each tile is tested against.
+
+    Every split but the first starts from the maxima of the visit's first tiles, of those before it.
+
+    Args:
+        maxima: [..., tiles] in the order of the visit.
+        shape: that of the tiles, and their splits.
+    """
+    tiles = maxima.shape[-1]
+    least = -(-tiles // shape.most_splits) if shape.most_splits else 0
+    split = max(shape.split_tiles, least) or tiles
+    splits = pad(maxima, (0, -tiles % split), value=-math.inf).unflatten(-1, (-1, split))
+    running = pad(splits.cummax(-1).values[..., :-1], (1, 0), value=-math.inf)
+    seeds = maxima[..., :SEED_TILES].cummax(-1).values
+    last = [min(SEED_TILES, begin) - 1 for begin in range(split, tiles, split)]
+    later = running[..., 1:, :]
+    torch.maximum(later, seeds[..., last, None], out=later)
+    return running.flatten(-2)[..., :tiles]
 
 
 def _softmax(

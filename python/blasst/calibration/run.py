@@ -28,6 +28,7 @@ from blasst.calibration.result import Calibration, HeldOut
 from blasst.calibration.search import choose, compared_every, running
 from blasst.calibration.setup import (
     Setup,
+    TileShapes,
     check_attention,
     lengths_of,
     operator_for,
@@ -74,7 +75,7 @@ def calibrate(
     schemes: Sequence[str] = HEAD_SCHEMES,
     chunk: int | None = CHUNK,
     scores: str = "exact",
-    tile_shape: tuple[int, int] | Mapping[str, tuple[int, int]] | None = None,
+    tile_shape: TileShapes | None = None,
     batch: int = 1,
     resume: Path | None = None,
     progress: Progress | None = None,
@@ -106,16 +107,18 @@ def calibrate(
         chunk: tokens of a prompt that are read at once, a multiple of 128; None: all.
         scores: how prefill computes scores, "exact" or "int8": measured so, and written into the
             configuration. Thresholds mean the same with both.
-        tile_shape: query rows and keys of the tiles that the thresholds are for, or those by phase
-            (decode: rows of no effect); default: those of this device's kernels, which measure much
-            faster. What the configuration holds for other tiles stays beside it, and a run takes
-            what is for its own.
+        tile_shape: of the tiles that the thresholds are for: a device ("cuda"), for those of its
+            kernels, or query rows and keys, or those by phase (decode: rows of no effect; as a
+            `TileShape`, with its splits); default: those of this device's kernels, which measure
+            much faster. What the configuration holds for tiles of other sizes stays beside it, and
+            a run takes what is for its own.
         batch: prompts that are read at once.
         resume: file in which finished passes are kept until the end: a calibration that was stopped
             goes on from there.
         progress: told what is being done: see `blasst.progress`.
 
     Raises:
+        NotSupportedError: tiles of a device whose kernels do not take the model.
         UnreachableError: a target that no threshold up to 1 reaches at the longest length; the
             message gives the highest reachable.
         ValueError: a length beyond the model's context, a text too short, a model that runs

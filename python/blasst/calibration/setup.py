@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from blasst import hf
 from blasst.calibration.emulation import Emulation
 from blasst.config import HEAD_SCHEMES, ORDERS, PHASES, SCORES
+from blasst.heads import heads_of_layer, query_size
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
 from blasst.hf.operator import KERNELS, Operator
 from blasst.hf.reading import check_chunk, read
 from blasst.ops.arguments import check_choice
-from blasst.ops.library import tile_of
+from blasst.ops.library import DEVICES, TileShape, plan
 from blasst.progress import Progress, silent
 from blasst.prompts import DocumentMaker, PromptMaker
 
@@ -23,6 +25,10 @@ LONGEST_ON_CPU = 4096
 SHORTEST = 256
 """Of a default prompt: fewer tokens have no room for a question."""
 DECODE_STEPS = 16
+
+TileShapes = str | tuple[int, ...] | Mapping[str, tuple[int, ...]]
+"""A device: what its kernels have; or query rows and keys (as `TileShape`), of both phases or by
+phase."""
 
 
 @dataclass(frozen=True)
@@ -174,34 +180,72 @@ def targets_by_phase(
     return {phase: positive[phase] for phase in PHASES if positive.get(phase)}
 
 
-def operator_for(
-    given: tuple[int, int] | Mapping[str, tuple[int, int]] | None, model: PreTrainedModel
-) -> Operator:
-    """What measures on tiles of these shapes: the kernels, where they have them.
+def operator_for(given: TileShapes | None, model: PreTrainedModel) -> Operator:
+    """What measures on tiles of these shapes: the kernels, in the phases where they have them.
 
     Args:
-        given: query rows and keys, or those by phase; None: what the kernels have.
+        given: the shapes; None: what the kernels have.
         model: what is calibrated.
 
     Raises:
-        ValueError: shapes that no kernel could have.
+        NotSupportedError: a device whose kernels do not take this model, or that has none.
+        ValueError: shapes that no kernel could have, or that differ from layer to layer.
     """
     if given is None:
         return KERNELS
-    by_phase = dict(given) if isinstance(given, Mapping) else dict.fromkeys(PHASES, given)
-    for phase, shape in by_phase.items():
-        if phase not in PHASES:
-            raise ValueError(f"tile_shape is for {phase!r}; it must be for {' or '.join(PHASES)}")
-        is_shape = isinstance(shape, Sequence) and len(shape) == 2
-        if not is_shape or not all(isinstance(n, int) and n > 0 for n in shape):
-            raise ValueError(
-                f"tile_shape is {shape!r}; it must be (query rows, keys), like (64, 128)"
-            )
-    weight, layers = next(model.parameters()), attention_layers(model)
-    sizes = {size for layer in layers.values() if (size := _head_sizes(layer)) is not None}
-    own = {p: {tile_of(p, weight.device, weight.dtype, *d) for d in sizes} for p in PHASES}
-    wanted = {phase: by_phase.get(phase, min(own[phase])) for phase in PHASES}
-    return KERNELS if all(_are_all(own[p], p, wanted[p]) for p in PHASES) else Emulation(wanted)
+    if isinstance(given, str):
+        wanted = {phase: _shape_on(given, phase, model) for phase in PHASES}
+    else:
+        wanted = dict(given) if isinstance(given, Mapping) else dict.fromkeys(PHASES, given)
+        for phase, shape in wanted.items():
+            _check_shape(phase, shape)
+    others = {
+        phase: shape
+        for phase, shape in wanted.items()
+        if any(not _is_same(own, phase, shape) for own in shapes_on(model.device, phase, model))
+    }
+    return Emulation(others) if others else KERNELS
+
+
+def shapes_on(device: torch.device, phase: str, model: PreTrainedModel) -> set[TileShape]:
+    """Of the tiles that a device's kernels have for the layers of a model."""
+    config, dtype = model.config.get_text_config(), model.dtype
+    if device.type == "cuda" and dtype == torch.float32:
+        dtype = torch.bfloat16  # as a model is loaded there
+    found = set()
+    for layer, module in attention_layers(model).items():
+        heads = heads_of_layer(config, layer)
+        size, value_size = _head_sizes(module) or (query_size(config), None)
+        kv_heads = heads // getattr(module, "num_key_value_groups", 1)
+        numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": size, "value_dim": value_size}
+        found.add(plan(phase, device, dtype, **numbers).shape)
+    return found
+
+
+def _shape_on(device: str, phase: str, model: PreTrainedModel) -> TileShape:
+    check_choice("tile_shape", device, DEVICES)
+    first, *others = sorted(shapes_on(torch.device(device), phase, model))
+    if not all(_is_same(other, phase, first) for other in others):
+        shapes = ", ".join(str(tuple(shape)) for shape in (first, *others))
+        raise ValueError(
+            f"tile_shape is {device!r}, where {phase} decides on tiles that differ from layer to "
+            f"layer: {shapes}; give one of them"
+        )
+    return first
+
+
+def _check_shape(phase: str, shape: tuple[int, ...]) -> None:
+    if phase not in PHASES:
+        raise ValueError(f"tile_shape is for {phase!r}; it must be for {' or '.join(PHASES)}")
+    numbers = tuple(shape) if isinstance(shape, Sequence) else ()
+    is_shape = 2 <= len(numbers) <= 4 and all(isinstance(n, int) and n >= 0 for n in numbers)
+    if not is_shape or 0 in numbers[:2]:
+        raise ValueError(
+            f"tile_shape is {shape!r}; it must be (query rows, keys), like (64, 128), of decode "
+            "also with the tiles of a split and the most splits, or a device"
+        )
+    if phase == "prefill" and any(numbers[2:]):
+        raise ValueError(f"tile_shape is {shape!r}; only decode has splits")
 
 
 def _head_sizes(layer: nn.Module) -> tuple[int, int] | None:
@@ -210,8 +254,7 @@ def _head_sizes(layer: nn.Module) -> tuple[int, int] | None:
     return size and (size, getattr(layer, "v_head_dim", None) or size)
 
 
-def _are_all(own: set[tuple[int, int]], phase: str, wanted: tuple[int, int]) -> bool:
-    """Whether all the kernel's tiles are these; of decode, as far as keys go."""
-    if phase == "decode":
-        return {keys for _, keys in own} == {wanted[1]}
-    return own == {tuple(wanted)}
+def _is_same(own: TileShape, phase: str, wanted: tuple[int, ...]) -> bool:
+    """Whether a kernel's tiles are these, as far as they are said; decode: of any rows."""
+    first = 1 if phase == "decode" else 0
+    return own[first : len(wanted)] == tuple(wanted[first:])

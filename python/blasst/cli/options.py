@@ -136,8 +136,9 @@ Tile = Annotated[
     Option(
         "--tile-shape",
         parser=shape,
-        metavar="ROWSxKEYS",
-        help="tiles that the thresholds are for (default: those of this device)",
+        metavar="ROWSxKEYS|DEVICE",
+        help="tiles that the thresholds are for: a size, or those of a device's kernels "
+        "(default: those of this device)",
     ),
 ]
 ConfigOnly = Annotated[

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 from typer import BadParameter
 
+DEVICES = ("cpu", "cuda")
+"""As in `ops.library`, which would load torch."""
 NONE = "none"
 """What an option that takes several values takes where there shall be none."""
 T = TypeVar("T")
@@ -52,11 +54,15 @@ class Choice:
         return text
 
 
-def shape(text: str) -> tuple[int, int]:
-    """Query rows and keys, as in 64x128."""
+def shape(text: str) -> tuple[int, int] | str:
+    """Query rows and keys, as in 64x128, or a device."""
+    if text in DEVICES:
+        return text
     rows, x, keys = text.lower().partition("x")
     if not x or not (rows.isdecimal() and keys.isdecimal() and int(rows) and int(keys)):
-        raise BadParameter(f"{text!r} is not ROWSxKEYS, like 64x128")
+        raise BadParameter(
+            f"{text!r} is neither ROWSxKEYS, like 64x128, nor a device: {', '.join(DEVICES)}"
+        )
     return int(rows), int(keys)
 
 
