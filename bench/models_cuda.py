@@ -2,6 +2,7 @@
 
     python bench/models_cuda.py --shape 8b --lengths 8192 32768 131072
     python bench/models_cuda.py --shape 8b --layers 8 --lengths 131072
+    python bench/models_cuda.py --shape 8b --layers 8 --lengths --decode-lengths --rounds 100
 
 Random weights have nothing to skip, so sparsity is planted: the keys are the same in every tile, in
 some scaled down, and the threshold drops just those. A line is a length and a share of
@@ -10,6 +11,11 @@ lowest and highest; attention's share of it, from the calls alone; the time that
 predicts, and how much of the predicted gain over dense is there. Then milliseconds a token of 32
 decode steps, captured in a CUDA graph, and microseconds of host time a layer: of the graph's
 launch, and of a step without a graph, the rest of the layer included.
+
+With `--rounds`, prompts of `--short-lengths` first, where nothing or little is skipped: in each
+round the settings take turns, and a line is a setting's time over that of the dense pass of its
+own round: the median, and between which two it lies with 95 %. Dense itself, measured again, shows
+what can be told apart.
 """
 
 import argparse
@@ -17,6 +23,8 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -67,6 +75,8 @@ class Line:
     """Of the host, a layer, to launch a captured step."""
     eager: float | None = None
     """Of the host, a layer, for a step without a graph."""
+    of_dense: tuple[float, float, float] | None = None
+    """Times over those of dense in the same round: the median, and between which two it lies."""
 
 
 class Planted:
@@ -194,6 +204,59 @@ def measure(model: PreTrainedModel, length: int, chunk: int, repeats: int) -> li
     return lines
 
 
+def short(model: PreTrainedModel, length: int, rounds: int) -> list[Line]:
+    """One length, at which settings that skip nothing or little take turns with dense."""
+    ids = torch.randint(0, 32000, (1, length), device="cuda")
+    config = model.config
+    calibration = make_calibration(config.num_hidden_layers, config.num_attention_heads, "prefill")
+    config.sparse_attention_config = calibration.to_dict()
+    model.set_attn_implementation("blasst")
+    loud, some = Planted(0.0, length, model), Planted(0.1, length, model)
+    settings = {
+        "blasst, dense": (loud, Threshold(None)),
+        "dense again": (loud, Threshold(None)),
+        "a threshold": (loud, Threshold(LIMIT)),
+        "calibrated": (loud, None),
+        "little skipped": (some, Threshold(LIMIT)),
+    }
+    times = {what: [] for what in settings}
+    skipped = {}
+    for turn in range(rounds):
+        for i in range(len(settings)):
+            what = [*settings][(turn + i) % len(settings)]
+            operator, threshold = settings[what]
+            blasst.reset(model)  # to the calibration's thresholds
+            if threshold is not None:
+                blasst.configure(model, prefill=threshold)
+            with calling(operator):
+                if turn == 0:
+                    with blasst.record() as recording:
+                        first_token(model, ids, None)
+                    skipped[what] = recording.sparsity("prefill")
+                # Of a warm pass: the one before it works out what a setting needs once.
+                times[what] += seconds(lambda: first_token(model, ids, None), 1)
+    blasst.reset(model)
+    del config.sparse_attention_config
+    dense = times["blasst, dense"]
+    return [
+        Line(length, what, skipped[what], *middle(found), of_dense=middle_of_ratios(found, dense))
+        for what, found in times.items()
+    ]
+
+
+def middle(values: list[float]) -> tuple[float, float, float]:
+    """Median, lowest and highest."""
+    return statistics.median(values), min(values), max(values)
+
+
+def middle_of_ratios(values: list[float], others: list[float]) -> tuple[float, float, float]:
+    """The median of ratios, and the two of them between which it lies with 95 %."""
+    ratios = sorted(a / b for a, b in zip(values, others, strict=True))
+    count, off = len(ratios), 0.98 * len(ratios) ** 0.5
+    low, high = max(0, int(count / 2 - off)), min(count - 1, int(count / 2 + off))
+    return statistics.median(ratios), ratios[low], ratios[high]
+
+
 def decode(model: PreTrainedModel, length: int, repeats: int) -> Iterator[Line]:
     """A token after a prompt, captured in a graph."""
     token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
@@ -271,6 +334,9 @@ def shown(line: Line) -> str:
         text += f"  attention {line.attention / line.median:.0%}"
     if line.gain_reached is not None:
         text += f"  predicted {1e3 * line.predicted:.2f} ms, {line.gain_reached:.0%} of the gain"
+    if line.of_dense is not None:
+        middle, low, high = (100 * (ratio - 1) for ratio in line.of_dense)
+        text += f"  {middle:+.2f} % of dense ({low:+.2f} to {high:+.2f})"
     if line.replay is not None:
         text += f"  host {1e6 * line.replay:.1f} us a layer, {1e6 * line.eager:.0f} without a graph"
     return text
@@ -284,20 +350,24 @@ def main() -> None:
     options.add_argument("--layers", type=int)
     options.add_argument("--lengths", type=int, nargs="*", default=[8192, 32768, 131072])
     options.add_argument("--decode-lengths", type=int, nargs="*", default=[32768, 131072])
+    options.add_argument("--short-lengths", type=int, nargs="*", default=[1024, 2048, 4096])
+    options.add_argument("--rounds", type=int, default=0)
     options.add_argument("--chunk", type=int, default=8192)
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--out", type=Path)
     given = options.parse_args()
-    model = make_model(given.shape, given.layers, max([*given.lengths, *given.decode_lengths]))
+    shorts = given.short_lengths if given.rounds else []
+    longest = max([*given.lengths, *given.decode_lengths, *shorts])
+    model = make_model(given.shape, given.layers, longest)
+    work = [
+        *(partial(short, model, length, given.rounds) for length in shorts),
+        *(partial(measure, model, length, given.chunk, given.repeats) for length in given.lengths),
+        *(partial(decode, model, length, given.repeats) for length in given.decode_lengths),
+    ]
     lines = []
-    for length in given.lengths:
-        for line in measure(model, length, given.chunk, given.repeats):
-            print(shown(line), flush=True)
-            lines.append(line)
-    for length in given.decode_lengths:
-        for line in decode(model, length, given.repeats):
-            print(shown(line), flush=True)
-            lines.append(line)
+    for line in chain.from_iterable(one() for one in work):
+        print(shown(line), flush=True)
+        lines.append(line)
     if given.out is not None:
         about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         given.out.write_text(json.dumps({**about, "lines": [asdict(line) for line in lines]}))

@@ -21,19 +21,20 @@ from blasst.hf.layers import attention_modules
 from blasst.hf.thresholds import Pass, options_of
 
 LENGTHS = (1024, 2048, 4096, 8192)
+TILES = {"prefill": (64, 128), "decode": (1, 64)}
 
 
-def make_calibration(layers: int, heads: int) -> SparseAttention:
-    """Of decode, with random thresholds."""
+def make_calibration(layers: int, heads: int, phase: str = "decode") -> SparseAttention:
+    """Of one phase, with random thresholds."""
     generator = torch.Generator().manual_seed(0)
     shape = len(LENGTHS), len(TARGETS), layers, heads
     ln_threshold = -8 * torch.rand(shape, generator=generator)
     table = ThresholdTable("reverse", "equal_mass", Law(3, 5), LENGTHS, TARGETS, ln_threshold)
     return SparseAttention(
         ("LlamaAttention",),
-        {"decode": Law(3, 5)},
-        {"decode": 0.5},
-        measured={"decode": Measured((1, 64), (table,))},
+        {phase: Law(3, 5)},
+        {phase: 0.5},
+        measured={phase: Measured(TILES[phase], (table,))},
     )
 
 
