@@ -128,7 +128,7 @@ gpu-sanitize: build ## kernels on small problems under compute-sanitizer: memory
 	done; done
 
 .PHONY: gpu-bench
-gpu-bench: build ## measure the kernels, beside FlashAttention-3 where it is installed
+gpu-bench: build ## measure the kernels, beside others that are installed
 	for script in bench/*_cuda.py; do $(python) $$script $(ARGS); done
 
 ##@ Packages

@@ -1,10 +1,12 @@
 """Prefill on a GPU, dense and sparse.
 
 FlashAttention-2, which torch has, is measured beside it, FlashAttention-3 (fa3-fwd) if it is
-installed and has the sizes, FlashInfer's fmha_v2 with skip-softmax if --fmha-v2 names its compiled
-module and tvm_ffi is installed, and for latent attention cuDNN, as torch calls it. Every line
-checks the output first. Rates are the operations of dense attention divided by the time of one
-call, in steady state: the contenders take turns, each warm, in another order every round.
+installed and has the sizes, FSA (flash-sparse-attn), dense and sparse, on inputs of one sparsity,
+FlashInfer's fmha_v2 with skip-softmax if --fmha-v2 names its compiled module and tvm_ffi is
+installed, and for latent attention cuDNN, as torch calls it. With --backend cuda-sm80 FSA runs its
+kernels for compute capability 8.0, too. Every line checks the output first. Rates are the
+operations of dense attention divided by the time of one call, in steady state: the contenders take
+turns, each warm, in another order every round.
 
 Groups of lines: long prompts, the expanded heads of latent attention (MLA), full attention, short
 prompts, ragged requests beside the same as a batch, heads of different sparsity, absolute
@@ -17,21 +19,19 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import recorded
 import torch
+from peers import FSA_THRESHOLD, installed, reason
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import blasst
 
-try:
-    from fa3_fwd_interface import flash_attn_func
-except ImportError:
-    flash_attn_func = None
 try:
     import tvm_ffi
 except ImportError:
@@ -184,13 +184,15 @@ def milliseconds(
     return {name: sorted(samples)[rounds // 2] for name, samples in times.items()}
 
 
-def peers(work: Work, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], object]]:
-    """Those of dense attention that are installed and have the sizes."""
+def dense_peers(
+    work: Work, q: Tensor, k: Tensor, v: Tensor, packages: dict[str, Any]
+) -> dict[str, Callable[[], object]]:
+    """Those of dense attention that have the sizes."""
     runs: dict[str, Callable[[], object]] = {}
     if work.value_dim is None:
         runs["FA2"] = lambda: flash_attention_2(q, k, v, work.causal)
-    if flash_attn_func:
-        runs["FA3"] = lambda: flash_attn_func(q, k, v, causal=work.causal)
+    if fa3 := packages.get("FA3"):
+        runs["FA3"] = lambda: fa3(q, k, v, causal=work.causal)
     if work.value_dim:
         transposed = [t.transpose(1, 2) for t in (q, k, v)]
 
@@ -201,13 +203,34 @@ def peers(work: Work, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[],
                 )
 
         runs["cuDNN"] = cudnn
-    for name in tuple(runs):
+    return able(work, runs)
+
+
+def fsa_runs(work: Work, q: Tensor, k: Tensor, v: Tensor, fsa: Any) -> dict[str, Callable]:
+    """FSA with and without a threshold, each if its output is right."""
+    attend = partial(fsa, q, k, v, is_causal=work.causal)
+    runs = {"FSA dense": attend, "FSA": partial(attend, softmax_threshold=FSA_THRESHOLD)}
+
+    def check(run: Callable) -> None:
+        off = error(q, k, v, run()[0], work.causal)
+        if not off < 1e-2:
+            raise ValueError(f"the output is off by {off:.1e}")
+
+    return able(work, runs, check)
+
+
+def able(
+    work: Work, runs: dict[str, Callable], check: Callable[[Callable], object] = lambda run: run()
+) -> dict[str, Callable]:
+    """Those that pass; a line is printed for each that does not."""
+    passed = {}
+    for name, run in runs.items():
         try:
-            runs[name]()
-        except RuntimeError as error:
-            print(f"{work.name}: no {name}: {str(error).splitlines()[0]}", flush=True)
-            del runs[name]
-    return runs
+            check(run)
+            passed[name] = run
+        except Exception as error:  # whatever a peer dies of, the others are measured
+            print(f"{work.name}: no {name}: {reason(error)}", flush=True)
+    return passed
 
 
 class FmhaV2:
@@ -239,8 +262,16 @@ class FmhaV2:
 class Table:
     """Prints lines, and keeps their numbers."""
 
-    def __init__(self, rounds: int, turn: float, fmha_v2: FmhaV2 | None, int8: bool):
-        self.rounds, self.turn, self.fmha_v2, self.int8 = rounds, turn, fmha_v2, int8
+    def __init__(
+        self,
+        rounds: int,
+        turn: float,
+        packages: dict[str, Any],
+        fmha_v2: FmhaV2 | None,
+        int8: bool,
+    ):
+        self.rounds, self.turn, self.packages = rounds, turn, packages
+        self.fmha_v2, self.int8 = fmha_v2, int8
         self.rows: list[dict[str, object]] = []
 
     def line(
@@ -249,8 +280,12 @@ class Table:
         inputs: tuple[Tensor, Tensor, Tensor],
         threshold: float | Tensor,
         most: float,
+        sparse_peers: bool = False,
     ) -> tuple[float, float]:
-        """Sparsity, and the sparse rate; an output that is off by more than `most` ends it all."""
+        """Sparsity, and the sparse rate; an output that is off by more than `most` ends it all.
+
+        sparse_peers: measure FSA, too, which must find the same tiles to skip.
+        """
         q, k, v = inputs
         causal = work.causal
         threshold = torch.as_tensor(threshold, dtype=torch.float32, device="cuda").view(1, -1)
@@ -281,7 +316,9 @@ class Table:
                 raise SystemExit(f"{work.name}: with scores in int8 the output is off by {off[2]}")
             runs["dense int8"] = lambda: attend(scores="int8")
             runs["sparse int8"] = lambda: attend(threshold, "int8")
-        runs |= peers(work, q, k, v)
+        runs |= dense_peers(work, q, k, v, self.packages)
+        if sparse_peers and "FSA" in self.packages:
+            runs |= fsa_runs(work, q, k, v, self.packages["FSA"])
         if self.fmha_v2 and causal and work.batch == 1 and work.dim == 128:
             runs["fmha_v2"] = self.fmha_v2.bind(q, k, v)
         times = milliseconds(runs, self.rounds, self.turn)
@@ -294,9 +331,12 @@ class Table:
             + f" | {rate['sparse'] / rate['dense']:4.2f}x"
         )
         beside = [name for name in rate if name in ("FA2", "FA3", "cuDNN")]
-        own = [name for name in rate if name not in (*beside, "fmha_v2")]
+        own = [name for name in rate if name not in (*beside, "FSA dense", "FSA", "fmha_v2")]
         for peer in beside:
             line += f", of {peer} " + " ".join(f"{rate[name] / rate[peer]:4.2f}x" for name in own)
+        for name, peer in (("dense", "FSA dense"), ("sparse", "FSA")):
+            if peer in rate:
+                line += f", {name} of {peer} {rate[name] / rate[peer]:4.2f}x"
         print(line, flush=True)
         row = {"work": work.name, "sparsity": sparse.stats.sparsity, "tflops": rate}
         self.rows.append(row)
@@ -305,7 +345,8 @@ class Table:
     def planted(self, works: tuple[Work, ...], sparsities: list[float]) -> None:
         for work in works:
             for sparsity in sparsities:
-                self.line(work, planted(work, sparsity), THRESHOLD, 1e-2)
+                inputs = planted(work, sparsity)
+                self.line(work, inputs, THRESHOLD, 1e-2, sparse_peers=work.value_dim is None)
             torch.cuda.empty_cache()
 
     def ragged(self) -> None:
@@ -391,6 +432,9 @@ def main() -> None:
     groups = ("long", "mla", "full", "short", "ragged", "heads", "absolute", "recorded")
     parser.add_argument("--groups", nargs="*", choices=groups, default=groups)
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(LONG)), help="of long")
+    parser.add_argument(
+        "--dim", type=int, nargs="*", help="of a head, in long (default: of each line its own)"
+    )
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.5, 0.75, 0.9])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--turn", type=float, default=100, help="least milliseconds of a turn")
@@ -406,11 +450,18 @@ def main() -> None:
         parser.error("--fmha-v2 needs tvm_ffi (PyPI: apache-tvm-ffi)")
     if arguments.backend:
         os.environ["BLASST_CUDA_BACKEND"] = arguments.backend  # read at the first call
+    if arguments.backend == "cuda-sm80":
+        # FSA has one kernel for 8.0 and 12.0; only as the latter does it compile for Hopper.
+        os.environ["FLASH_ATTENTION_ARCH"] = "sm_120"  # read at its first call
     print(torch.cuda.get_device_name(), arguments.backend or "", flush=True)
     fmha_v2 = FmhaV2(arguments.fmha_v2) if arguments.fmha_v2 else None
-    table = Table(arguments.rounds, arguments.turn, fmha_v2, arguments.scores == "int8")
+    packages = installed("FA3", "FSA")
+    table = Table(arguments.rounds, arguments.turn, packages, fmha_v2, arguments.scores == "int8")
     if "long" in arguments.groups:
-        table.planted(tuple(LONG[line] for line in arguments.lines), arguments.sparsity)
+        works = [LONG[line] for line in arguments.lines]
+        if arguments.dim:
+            works = [replace(work, dim=dim) for work in works for dim in arguments.dim]
+        table.planted(tuple(works), arguments.sparsity)
     if "mla" in arguments.groups:
         table.planted(MLA, arguments.sparsity)
     if "full" in arguments.groups:
