@@ -237,15 +237,17 @@ def main() -> None:
     parser.add_argument("--lines", type=int, nargs="*", default=range(len(WORKS)))
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.73, 0.87])
     parser.add_argument("--backend", choices=("cuda-sm90", "cuda-sm80"), help="default: the first")
-    parser.add_argument("--dim", type=int, default=128, help="of a head")
+    parser.add_argument("--dim", type=int, nargs="*", default=[128], help="of a head")
     parser.add_argument("--cache", nargs="*", choices=list(CACHES), default=[])
     arguments = parser.parse_args()
     if arguments.backend:
         os.environ["BLASST_CUDA_BACKEND"] = arguments.backend  # read at the first call
     print(torch.cuda.get_device_name(), arguments.backend or "", flush=True)
-    for line in arguments.lines:
-        measure(replace(WORKS[line], dim=arguments.dim), arguments.sparsity, arguments.cache)
-        torch.cuda.empty_cache()
+    for dim in arguments.dim:
+        print(f"head size {dim}", flush=True)
+        for line in arguments.lines:
+            measure(replace(WORKS[line], dim=dim), arguments.sparsity, arguments.cache)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
