@@ -3,10 +3,11 @@ absorbed (`blasst.absorb`, `blasst.latent_cache`).
 
 A random DeepSeek-V3 of few layers, its attention of full size, over a cache of random latents. The
 step of one token is timed with Transformers' own attention (sdpa), with blasst on the expanded keys
-and values, and with blasst on the latents; the last two must agree within rounding.
+and values, and with blasst on the latents; the last two must agree within rounding. --graph times
+the work of the GPU alone, a step as a replayed CUDA graph: few layers leave it waiting for Python.
 
     python bench/absorbed.py --length 32768 --heads 16
-    python bench/absorbed.py --length 32768 --heads 128 --device cuda
+    python bench/absorbed.py --length 32768 --heads 128 --device cuda --batch 4
 """
 
 import argparse
@@ -14,31 +15,34 @@ import statistics
 import time
 
 import torch
+from decode_cuda import microseconds
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 import blasst
 from blasst.versions import cache_name
 
+DTYPES = ("bfloat16", "float16", "float32")
 
-def make_model(heads: int, layers: int, implementation: str, device: str) -> DeepseekV3ForCausalLM:
+
+def make_model(given: argparse.Namespace, implementation: str) -> DeepseekV3ForCausalLM:
     """The same weights every time; no experts, of which rounding could choose others."""
     config = DeepseekV3Config(
         vocab_size=512,
         hidden_size=1024,
         intermediate_size=2048,
-        num_hidden_layers=layers,
-        first_k_dense_replace=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_hidden_layers=given.layers,
+        first_k_dense_replace=given.layers,
+        num_attention_heads=given.heads,
+        num_key_value_heads=given.heads,
         initializer_range=0.05,
         max_position_embeddings=1 << 20,
     )
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM._from_config(
-        config, attn_implementation=implementation, dtype=torch.bfloat16
+        config, attn_implementation=implementation, dtype=getattr(torch, given.dtype)
     )
-    return model.to(device).eval()
+    return model.to(given.device).eval()
 
 
 def filled(cache: DynamicCache, model: DeepseekV3ForCausalLM, batch: int, length: int):
@@ -51,7 +55,7 @@ def filled(cache: DynamicCache, model: DeepseekV3ForCausalLM, batch: int, length
                 (batch, 1, length, size),
                 generator=generator,
                 device=model.device,
-                dtype=torch.bfloat16,
+                dtype=model.dtype,
             )
             for size in (config.kv_lora_rank, config.qk_rope_head_dim)
         )
@@ -60,21 +64,44 @@ def filled(cache: DynamicCache, model: DeepseekV3ForCausalLM, batch: int, length
 
 
 @torch.inference_mode()
-def step(model: DeepseekV3ForCausalLM, cache, steps: int) -> tuple[float, Tensor]:
+def step(
+    model: DeepseekV3ForCausalLM, cache, steps: int, as_graph: bool = False
+) -> tuple[float, Tensor]:
     """Median seconds of a step, and the logits of the first."""
     batch = cache.layers[0].keys.shape[0]
     token = torch.full((batch, 1), 7, device=model.device)
     logits, times = None, []
+
+    def run() -> Tensor:
+        return model(token, **{cache_name(type(model)): cache}).logits
+
     for _ in range(steps + 1):
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        out = model(token, **{cache_name(type(model)): cache}).logits
+        out = run()
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         logits = out if logits is None else logits
-    return statistics.median(times[1:]), logits
+    return microseconds(run) / 1e6 if as_graph else statistics.median(times[1:]), logits
+
+
+def measure(given: argparse.Namespace, name: str) -> tuple[float, Tensor, float]:
+    """Seconds of a step, the logits of the first, and GB that the GPU held at most (CPU: 0)."""
+    on_gpu = given.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model = make_model(given, "sdpa" if name == "sdpa" else "blasst")
+    cache = DynamicCache(config=model.config)
+    if name == "absorbed":
+        blasst.absorb(model)
+        cache = blasst.latent_cache(model)
+    seconds, logits = step(
+        model, filled(cache, model, given.batch, given.length), given.steps, given.graph
+    )
+    return seconds, logits, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
 
 
 def main() -> None:
@@ -88,26 +115,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--graph", action="store_true", help="on a GPU: a step as a CUDA graph")
     given = parser.parse_args()
-    seconds, logits = {}, {}
-    for name, implementation in (("sdpa", "sdpa"), ("expanded", "blasst"), ("absorbed", "blasst")):
-        model = make_model(given.heads, given.layers, implementation, given.device)
-        cache = DynamicCache(config=model.config)
-        if name == "absorbed":
-            blasst.absorb(model)
-            cache = blasst.latent_cache(model)
-        seconds[name], logits[name] = step(
-            model, filled(cache, model, given.batch, given.length), given.steps
-        )
-        del model, cache
+    if given.graph and not given.device.startswith("cuda"):
+        parser.error(f"--graph needs --device cuda, not {given.device}")
+    measured = {name: measure(given, name) for name in ("sdpa", "expanded", "absorbed")}
+    logits = {name: each for name, (_, each, _) in measured.items()}
     off = (logits["absorbed"] - logits["expanded"]).float().norm() / logits["expanded"].norm()
     if not off < 0.05:
         raise SystemExit(f"absorbed and expanded steps differ by {off:.1e}")
-    for name, each in seconds.items():
+    for name, (seconds, _, gigabytes) in measured.items():
         print(
             f"{given.length} tokens, {given.heads} heads, {given.layers} layers, batch "
-            f"{given.batch}, {name:8}: {1e3 * each:9.2f} ms a step "
-            f"({each / seconds['absorbed']:5.1f}x the absorbed one)"
+            f"{given.batch}, {name:8}: {1e3 * seconds:9.2f} ms a step "
+            f"({seconds / measured['absorbed'][0]:5.1f}x the absorbed one)"
+            + (f", {gigabytes:.1f} GB" if gigabytes else "")
         )
 
 
