@@ -4,7 +4,7 @@ absorbed (`blasst.absorb`, `blasst.latent_cache`).
 A random DeepSeek-V3 of few layers, its attention of full size, over a cache of random latents. The
 step of one token is timed with Transformers' own attention (sdpa), with blasst on the expanded keys
 and values, and with blasst on the latents; the last two must agree within rounding. --graph times
-the work of the GPU alone, a step as a replayed CUDA graph: few layers leave it waiting for Python.
+a step as a replayed CUDA graph, too: the work of the GPU alone, which else may wait for Python.
 
     python bench/absorbed.py --length 32768 --heads 16
     python bench/absorbed.py --length 32768 --heads 128 --device cuda --batch 4
@@ -65,9 +65,9 @@ def filled(cache: DynamicCache, model: DeepseekV3ForCausalLM, batch: int, length
 
 @torch.inference_mode()
 def step(
-    model: DeepseekV3ForCausalLM, cache, steps: int, as_graph: bool = False
-) -> tuple[float, Tensor]:
-    """Median seconds of a step, and the logits of the first."""
+    model: DeepseekV3ForCausalLM, cache, steps: int, as_graph: bool
+) -> tuple[list[float], Tensor]:
+    """Median seconds of a step, those of its graph if wanted, and the logits of the first."""
     batch = cache.layers[0].keys.shape[0]
     token = torch.full((batch, 1), 7, device=model.device)
     logits, times = None, []
@@ -84,11 +84,14 @@ def step(
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         logits = out if logits is None else logits
-    return microseconds(run) / 1e6 if as_graph else statistics.median(times[1:]), logits
+    seconds = [statistics.median(times[1:])]
+    if as_graph:
+        seconds.append(microseconds(run) / 1e6)
+    return seconds, logits
 
 
-def measure(given: argparse.Namespace, name: str) -> tuple[float, Tensor, float]:
-    """Seconds of a step, the logits of the first, and GB that the GPU held at most (CPU: 0)."""
+def measure(given: argparse.Namespace, name: str) -> tuple[list[float], Tensor, float]:
+    """As `step`, and GB that the GPU held at most (CPU: 0)."""
     on_gpu = given.device.startswith("cuda")
     if on_gpu:
         torch.cuda.empty_cache()
@@ -126,11 +129,15 @@ def main() -> None:
     if not off < 0.05:
         raise SystemExit(f"absorbed and expanded steps differ by {off:.1e}")
     for name, (seconds, _, gigabytes) in measured.items():
+        absorbed = measured["absorbed"][0]
+        line = ", as a graph ".join(
+            f"{1e3 * own:.2f} ms a step ({own / least:.1f}x the absorbed one)"
+            for own, least in zip(seconds, absorbed, strict=True)
+        )
+        line += f", {gigabytes:.1f} GB" if gigabytes else ""
         print(
             f"{given.length} tokens, {given.heads} heads, {given.layers} layers, batch "
-            f"{given.batch}, {name:8}: {1e3 * seconds:9.2f} ms a step "
-            f"({seconds / measured['absorbed'][0]:5.1f}x the absorbed one)"
-            + (f", {gigabytes:.1f} GB" if gigabytes else "")
+            f"{given.batch}, {name:8}: {line}"
         )
 
 
