@@ -80,7 +80,7 @@ def attention_forward(
     taken = take(module, phase, query, key, value)
     query, key, value = autocast(*taken[:3])  # thresholds are those of the type that runs
     query, scales = eight_bit.read(query, key, value)
-    sequences = packed.find(mask, causal, query, key, kwargs)
+    sequences = packed.find(module, mask, causal, query, key, kwargs)
     inputs = tuple(t.transpose(1, 2) for t in (query, key, value))
     lengths = _Lengths(mask, ranges, sequences, batch, keys, query.device)
     share = share_of(module, heads)

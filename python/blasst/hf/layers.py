@@ -37,6 +37,8 @@ class Place:
     """The configuration of the whole model, if the module has another."""
     siblings: tuple[tuple[str, str], ...] = ()
     """Class and name of every attention module of the whole model."""
+    is_only_mixer: bool = True
+    """Whether tokens meet in attention alone, and not in recurrences or convolutions as well."""
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -123,6 +125,8 @@ def _places(
     prefix = f"{model.base_model_prefix}." if is_headless else ""
     siblings = tuple((type(module).__name__, prefix + name) for name, module in found.items())
     counted: dict[str, int] = {}
+    parts = [part for part in modules.values() if isinstance(part, PreTrainedModel)]
+    mixing = {type(part.config) for part in parts if _mixes_elsewhere(part)}
     for name, module in found.items():
         tower = "" if type(module.config) is main else module.config.model_type
         number = getattr(module, "layer_idx", None)
@@ -130,7 +134,19 @@ def _places(
             number = counted.get(tower, 0)
             counted[tower] = number + 1
         outer = None if module.config is model.config else model.config
-        yield module, Place(prefix + name, number, tower, outer, siblings)
+        is_only_mixer = type(module.config) not in mixing
+        yield module, Place(prefix + name, number, tower, outer, siblings, is_only_mixer)
+
+
+def _mixes_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether tokens meet without attention: in layers, or in the embeddings (MobileBERT)."""
+    types = getattr(model.config, "layer_types", None) or ()
+    trigrams = getattr(model.config, "trigram_input", False)
+    return model._is_stateful or trigrams or not _RECURRENT.isdisjoint(types)
+
+
+_RECURRENT = {"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"}
+"""Of Transformers' `layer_types`: those that are not attention alone."""
 
 
 def _language_config(

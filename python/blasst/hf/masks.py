@@ -12,7 +12,7 @@ from transformers import masking_utils
 
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import NAME
-from blasst.hf.positions import are_packed
+from blasst.hf.positions import are_packed, take
 from blasst.hf.tracing import TRACES_CELLS, is_at_hand, is_deferred
 
 
@@ -24,6 +24,8 @@ class Pattern(NamedTuple):
     """Keys that a query sees, itself included; None: all."""
     positions: Tensor | None = None
     """position_ids [1 or batch, queries] of the pass; None: not known."""
+    cache: Any = None
+    """Of the pass; None: none, or not known."""
 
 
 class KeyRanges(Tensor):
@@ -41,6 +43,8 @@ class KeyRanges(Tensor):
     everything: bool
     """Every request uses all keys and queries."""
     positions: Tensor | None
+    """See `Pattern`."""
+    cache: Any
     """See `Pattern`."""
     queries: int
     """How many the mask was made for."""
@@ -69,7 +73,7 @@ class KeyRanges(Tensor):
         """From [batch, 6]."""
         made = ranges[:, None, None].as_subclass(cls)
         made.ranges, made.positions, made.everything = ranges, pattern.positions, everything
-        made.causal, made.window = pattern.causal, window
+        made.causal, made.window, made.cache = pattern.causal, window, pattern.cache
         made.packed, made.queries, made.keys = {}, queries, keys
         if everything and keys is not None:
             made._lengths = [keys] * ranges.shape[0]
@@ -276,7 +280,9 @@ def key_ranges(
         ValueError: padding between tokens, or a mask of another shape.
         NotSupportedError: another pattern.
     """
-    pattern = _pattern(mask_function)
+    position_ids, cache = take()
+    pattern = _pattern(mask_function)._replace(positions=position_ids, cache=cache)
+    _refuse_holding_several(cache, q_offset)
     window = pattern.window if pattern.window is not None and pattern.window < kv_length else 0
     tracing = torch.compiler.is_compiling()
     deferred = is_deferred(torch.device(device))
@@ -341,6 +347,19 @@ PACKED_COMPILED = (
     "of which a pass that is compiled or captured in a CUDA graph must be told cu_seq_lens_q and "
     "cu_seq_lens_k"
 )
+
+
+BEHIND_OTHERS = (
+    "a sequence starts behind other tokens in the cache, as position_ids say, or continues one of "
+    "several there; packed sequences must be passed whole, in one pass, and cannot be continued"
+)
+
+
+def _refuse_holding_several(cache: Any, q_offset: int | Tensor) -> None:
+    """An error unless a cache that packed sequences were put into begins anew."""
+    if getattr(cache, "blasst_holds_several", False):
+        require(torch.as_tensor(q_offset) == 0, BEHIND_OTHERS, NotSupportedError)
+        cache.blasst_holds_several = False
 
 
 def _with_packed_marked(ranges: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -408,27 +427,24 @@ def _pattern(mask_function: Callable) -> Pattern:
     if torch.compiler.is_compiling() and not TRACES_CELLS:
         return Pattern(*_pattern_when_compiled(mask_function))
     parts = dict(_parts(mask_function))
-    names = parts.keys() - {"packed_sequence_mask_function"}
-    packed = parts.get("packed_sequence_mask_function")
-    known = packed and _cell(packed, "packed_sequence_mask")  # see `hand_positions_to_masks`
+    names = parts.keys()
     if names == {"bidirectional_mask_function"}:
-        return Pattern(False, None, known)
+        return Pattern(False)
     if "causal_mask_function" in names and names <= {
         "causal_mask_function",
         "sliding_window_overlay",
     }:
         overlay = parts.get("sliding_window_overlay")
-        return Pattern(True, overlay and _cell(overlay, "sliding_window"), known)
+        return Pattern(True, overlay and _cell(overlay, "sliding_window"))
     raise NotSupportedError(
         f"mask pattern {' & '.join(sorted(names))} is not supported by attn_implementation="
         f"{NAME!r}; it does causal, causal with a sliding window, and bidirectional masks with "
-        "padding at either end, and packed sequences"
+        "padding at either end"
     )
 
 
 @torch.compiler.assume_constant_result
 def _pattern_when_compiled(mask_function: Callable) -> tuple[bool, int | None]:
-    """Without packed sequences: their tensors are no constants."""
     return _pattern(mask_function)[:2]
 
 
@@ -440,9 +456,6 @@ def _parts(mask_function: Callable) -> Iterator[tuple[str, Callable]]:
             yield from _parts(part)
     elif name == "or_masks":
         yield from _parts_of_union(mask_function.__closure__[0].cell_contents)
-    elif name == "remap_positions_for_packed_sequence":
-        # Within a sequence positions differ as rows do: distances stay as they are.
-        yield from _parts(_cell(mask_function, "mask_function"))
     else:
         yield name, mask_function
 

@@ -7,15 +7,27 @@ position_ids only without a cache and a mask; here a sequence never sees another
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blasst.errors import NotSupportedError
 from blasst.hf import positions
-from blasst.hf.masks import PACKED_COMPILED, KeyRanges, noted, ranges_when_compiled, require
+from blasst.hf.layers import place_of
+from blasst.hf.masks import (
+    BEHIND_OTHERS,
+    PACKED_COMPILED,
+    KeyRanges,
+    noted,
+    ranges_when_compiled,
+    require,
+)
 
-BEHIND_OTHERS = (
-    "position_ids say that a sequence starts behind other tokens in the cache; packed sequences "
-    "must be passed whole, in one pass, and cannot be continued"
+UNCLEAR = (
+    "position_ids start anew within a pass: packed sequences, which these layers cannot be told "
+    "apart by them; pass cu_seq_lens_q and cu_seq_lens_k, or each sequence as a request of its own"
+)
+ELSEWHERE = (
+    "position_ids start anew within a pass: packed sequences, which {} would mix outside of "
+    "attention, in recurrent or convolutional parts; pass each sequence as a request of its own"
 )
 
 
@@ -53,44 +65,88 @@ class Sequences(NamedTuple):
 
 
 def find(
-    mask: Tensor | None, causal: bool, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+    module: nn.Module,
+    mask: Tensor | None,
+    causal: bool,
+    query: Tensor,
+    key: Tensor,
+    kwargs: dict[str, Any],
 ) -> Sequences | None:
     """The packed sequences of an attention call; None: each request is one.
 
     Args:
+        module: the attention layer.
         mask: what `key_ranges` returned, or None.
         causal: whether the call is.
         query: [batch, heads, query_length, head_dim].
         key: [batch, kv_heads, keys, head_dim].
         kwargs: `cu_seq_lens_q`, `cu_seq_lens_k` and `position_ids` are looked at; position_ids that
-            a layer is not told, its mask knows.
+            a layer is not told, its mask knows, or the model around it.
 
     Raises:
         ValueError: lengths that are not those of query and key.
-        NotSupportedError: sequences behind others in a cache.
+        NotSupportedError: sequences behind others in a cache, or that cannot be told apart.
     """
     ends = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if any(given is not None for given in ends):
-        return _given(*ends, query, key)
-    rows = query.shape[2]
-    position_ids = _positions(mask, query.shape[0], rows, kwargs)
+        found = _given(*ends, query, key)
+        _note_in_cache(mask, found)
+        return found
+    (batch, _, rows, _), keys = query.shape, key.shape[2]
+    position_ids = _positions(mask, batch, rows, kwargs)
+    of_model = None if position_ids is not None else positions.given(module.config)
+    if rows == 1 or not positions.of_rows(of_model, batch, rows):
+        of_model = None
     if mask is not None and not isinstance(mask, KeyRanges):
         seen = noted(mask)
         # A trace keeps nothing, and torch 2.11 knows no id of a tensor there.
         if torch.compiler.is_compiling() or id(position_ids) not in seen:
-            _refuse_compiled(ranges_when_compiled(mask, rows, causal), position_ids, rows)
+            ranges = ranges_when_compiled(mask, rows, causal)
+            _refuse_compiled(ranges, position_ids, rows)
             if not torch.compiler.is_compiling():
                 seen[id(position_ids)] = position_ids
+            _refuse_unclear(ranges, of_model, rows)
         return None
-    if position_ids is None:
+    if position_ids is None and of_model is None:
         return None
     if mask is None:
-        mask = KeyRanges.plain(query.shape[0], rows, key.shape[2], causal, query.device)
-    token = id(position_ids)
-    if token not in mask.packed:
-        found = _from_positions(mask, position_ids, rows, key.shape[2])
-        mask.packed[token] = (position_ids, found)
-    return mask.packed[token][1]
+        mask = KeyRanges.plain(batch, rows, keys, causal, query.device)
+    found = _of_pass(mask, position_ids, of_model, rows, keys)
+    if found is not None and not place_of(module).is_only_mixer:
+        raise NotSupportedError(ELSEWHERE.format(type(module.config).__name__))
+    _note_in_cache(mask, found)
+    return found
+
+
+def _note_in_cache(mask: Tensor | None, found: Sequences | None) -> None:
+    """Lets masks of later passes know what the cache holds."""
+    cache = getattr(mask, "cache", None)
+    if cache is not None and found is not None and len(found.lengths_q or ()) > 1:
+        cache.blasst_holds_several = True
+
+
+def _of_pass(
+    mask: KeyRanges, position_ids: Tensor | None, of_model: Tensor | None, rows: int, keys: int
+) -> Sequences | None:
+    """What `find` returns, found once a pass."""
+    asked = of_model if position_ids is None else position_ids
+    if id(asked) not in mask.packed:
+        _refuse_unclear(mask.ranges, of_model, rows)
+        found = None if position_ids is None else _from_positions(mask, position_ids, rows, keys)
+        mask.packed[id(asked)] = asked, found
+    return mask.packed[id(asked)][1]
+
+
+def _refuse_unclear(ranges: Tensor, of_model: Tensor | None, rows: int) -> None:
+    """What only the model was given must say that each request is one sequence."""
+    if of_model is not None:
+        several = positions.several_unclear(of_model.to(ranges.device), _whole(ranges), rows)
+        require(~several, UNCLEAR, NotSupportedError)
+
+
+def _whole(ranges: Tensor) -> Tensor:
+    """Key ranges without the mark of packed sequences."""
+    return torch.cat([ranges[:, :2], ranges[:, 2:3].abs(), ranges[:, 3:]], 1)
 
 
 def _positions(mask: Tensor | None, batch: int, rows: int, kwargs: dict[str, Any]) -> Tensor | None:
@@ -107,7 +163,7 @@ def _refuse_compiled(ranges: Tensor, position_ids: Tensor | None, rows: int) -> 
     if position_ids is None:
         require((ranges[:, 2] >= 0).all(), PACKED_COMPILED)
         return
-    ranges = torch.cat([ranges[:, :2], ranges[:, 2:3].abs(), ranges[:, 3:]], 1)
+    ranges = _whole(ranges)
     requests = ranges.shape[0]
     position_ids = position_ids.expand(requests, -1)
     used = positions.used(ranges, rows)
@@ -161,8 +217,10 @@ def _from_positions(
     later, several, cached = torch.stack([later.any(), several, cached]).tolist()
     if later or (several and cached):
         raise NotSupportedError(BEHIND_OTHERS)
-    if not several or (not mask.causal and rows != keys):  # the latter: cross-attention
+    if not several:
         return None
+    if not mask.causal and rows != keys:  # cross-attention
+        raise NotSupportedError(UNCLEAR)
     row = used.flatten().nonzero()[:, 0]
     starting = starts.flatten()[row].nonzero()[:, 0]
     ends = torch.cat([starting, starting.new_tensor([len(row)])]).to(torch.int32)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import INTERFACE, NAME
-from blasst.hf.positions import hand_on_text_positions
+from blasst.hf.positions import note_positions
 
 _TABLES = "_ATTENTION_CLASSES"
 _NAME_A_PART = (
@@ -29,7 +29,7 @@ def refuse_unreachable_models() -> None:
             modeling = sys.modules[type(model).__module__]
             _add_entries(modeling)
             _refuse_own_attention(type(model), modeling)
-            hand_on_text_positions(model)
+            note_positions(model)
         return check(model, attn_implementation, *args, **kwargs)
 
     PreTrainedModel._check_and_adjust_attn_implementation = check_reachable
