@@ -3,14 +3,15 @@
     python bench/record_qkv.py --length 4096 --layers $(seq 0 29) --out build/decode_qkv.pt
     python bench/split_sparsity.py build/decode_qkv.pt
 
-The last 64 positions are decode steps, each of whose KV heads decides on 64-key tiles, sink first,
-in one pass or in splits that start from the maxima of the visit's first tiles. Prints the share of
-tiles that are skipped, in per cent; the compiled seeds are BLASST_SEED_TILES.
+The last 64 positions are decode steps, each of whose KV heads decides on 64-key tiles, in one pass
+or in splits that start from the maxima of the visit's first tiles. Prints the share of tiles that
+are skipped, in per cent, by order and threshold; the compiled seeds are BLASST_SEED_TILES.
 """
 
 import argparse
 import math
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 KEYS, STEPS = 64, 64
 THRESHOLDS = (0.3, 0.03, 0.003)
+ORDERS = ("sink_first", "reverse")
 
 
 def tile_maxima(q: Tensor, k: Tensor) -> Tensor:
-    """[kv_heads, steps, group, tiles] largest scores, tiles in visit order.
+    """[kv_heads, steps, group, tiles] largest scores.
 
     Args:
         q: [1, length, heads, head_dim].
@@ -32,8 +34,13 @@ def tile_maxima(q: Tensor, k: Tensor) -> Tensor:
     scores = torch.einsum("skgd,lkd->ksgl", rows, k[0].float()) / math.sqrt(dim)
     unseen = torch.arange(length) > torch.arange(length - STEPS, length)[:, None]
     scores.masked_fill_(unseen[None, :, None], -math.inf)
-    tiles = scores.unflatten(-1, (-1, KEYS)).amax(-1)
-    return torch.cat([tiles[..., :1], tiles[..., 1:].flip(-1)], -1)
+    return scores.unflatten(-1, (-1, KEYS)).amax(-1)
+
+
+def visited(tiles: Tensor, order: str) -> Tensor:
+    """[..., tiles] in the order of the visit."""
+    first = 1 if order == "sink_first" else 0
+    return torch.cat([tiles[..., :first], tiles[..., first:].flip(-1)], -1)
 
 
 def skipped(maxima: Tensor, threshold: float, split_tiles: int, seeds: int) -> float:
@@ -52,13 +59,13 @@ def skipped(maxima: Tensor, threshold: float, split_tiles: int, seeds: int) -> f
 
 def rows(recorded: dict[int, tuple[Tensor, ...]]) -> Iterable[tuple[str, ...]]:
     """The table's."""
-    maxima = torch.stack([tile_maxima(q, k) for q, k, _ in recorded.values()])
-    tiles = maxima.shape[-1]
-    yield ("threshold", "unsplit", *(f"{n} tiles, {s} seeds" for n in (8, 16, 32) for s in (2, 4)))
-    for threshold in THRESHOLDS:
-        cut = [skipped(maxima, threshold, n, seeds) for n in (8, 16, 32) for seeds in (2, 4)]
-        shares = [skipped(maxima, threshold, tiles, 0), *cut]
-        yield (str(threshold), *(f"{share:.1f}" for share in shares))
+    found = torch.stack([tile_maxima(q, k) for q, k, _ in recorded.values()])
+    splits = [(n, seeds) for n in (8, 16, 32) for seeds in (2, 4)]
+    yield ("order", "threshold", "unsplit", *(f"{n} tiles, {s} seeds" for n, s in splits))
+    for order, threshold in product(ORDERS, THRESHOLDS):
+        maxima = visited(found, order)
+        shares = [skipped(maxima, threshold, *split) for split in ((found.shape[-1], 0), *splits)]
+        yield (order, str(threshold), *(f"{share:.1f}" for share in shares))
 
 
 def main() -> None:
