@@ -281,6 +281,19 @@ def test_other_tiles_at_run_time_are_said_once_with_both_shapes(caplog):
     assert decode == again, "neither has decode of its own"
 
 
+def test_what_a_run_differs_by_is_said_once_at_whatever_target(caplog):
+    config = measured_config()
+    with caplog.at_level(logging.WARNING, "blasst"):
+        for target in (0.5, 0.95, 0.6, 0.95):
+            at = config.at_targets({"prefill": target})
+            at.tell("prefill", (64, 128), lambda: [10**6])
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert "tiles of 64 x 64" in said[0]
+    assert "1000000 keys" in said[1]
+    assert "target sparsity 0.95 is outside the calibrated" in said[2]
+
+
 def test_of_several_tile_shapes_a_run_takes_its_own_without_a_word(caplog):
     [first] = measured_config().measured["prefill"].tables
     law = Law(5.0, 6.0)

@@ -68,6 +68,8 @@ class SparseAttention:
     """By phase."""
     producer: tuple[str, str] = ("blasst", "0.1.0")
     """Name and version of what wrote it."""
+    _told: set[Any] = field(default_factory=set, repr=False, compare=False)
+    """What `tell` has said, at whatever target."""
     _tables: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def with_targets(self, **target_sparsity: float) -> "SparseAttention":
@@ -225,7 +227,7 @@ class SparseAttention:
         return (found.law or self.laws[phase]).schedule(target)
 
     def tell(self, phase: str, tile: tuple[int, int], lengths: Callable[[], Sequence[int]]) -> None:
-        """Say, each once a phase, how a call differs from what was measured.
+        """Say, each once a phase (of targets each), how a call differs from what was measured.
 
         Args:
             phase: of the call.
@@ -233,14 +235,14 @@ class SparseAttention:
             lengths: of requests, as far as they are known.
         """
         found = self.on(phase, tile)
-        messages = {"tiles": other_tiles(phase, found.tile_shape, tile)}
+        messages: dict[Any, str] = {"tiles": other_tiles(phase, found.tile_shape, tile)}
         if found.tables:
             target, longest = self.target_sparsity[phase], max(lengths(), default=0)
             messages["length"] = longer(found.table(target).lengths[-1], longest)
-            messages["target"] = other_target(found.tables, target)
+            messages[target] = other_target(found.tables, target)
         for what, message in messages.items():
-            if message and (what, phase) not in self._tables:
-                self._tables[what, phase] = True
+            if message and (what, phase) not in self._told:
+                self._told.add((what, phase))
                 _log.warning("%s: %s", phase, message)
 
     def to_dict(self) -> dict[str, Any]:
