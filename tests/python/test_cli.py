@@ -333,6 +333,9 @@ def test_a_missing_text_is_an_error(tmp_path, capsys):
 def test_a_folder_without_a_model_is_an_error(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
     assert f"cannot load {str(tmp_path)!r}" in capsys.readouterr().err
+    nowhere = str(tmp_path / "nowhere")
+    assert main(["evaluate", nowhere]) == 1
+    assert f"there is no folder {nowhere!r}; a model is smollm2," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -145,8 +145,8 @@ def load(
         progress: told of the conversion that a packaged model's first load needs.
 
     Raises:
-        ValueError: the model's package is missing or damaged, Transformers cannot load it, blasst
-            cannot run it, or a revision of what is no hub model.
+        ValueError: there is no such folder, the model's package is missing or damaged, Transformers
+            cannot load it, blasst cannot run it, or a revision of what is no hub model.
         OSError: the disk is full.
     """
     loading = loading or Loading()
@@ -154,6 +154,10 @@ def load(
     if loading.revision is not None and (packaged or Path(name).is_dir()):
         raise ValueError(
             f"revision is {loading.revision!r}; only hub models have one, not {name!r}"
+        )
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ValueError(
+            f"there is no folder {name!r}; a model is {', '.join(PACKAGED)}, a folder or a hub name"
         )
     folder = str(cached(name, progress)) if packaged else name
     title = packaged.title if packaged else Path(name).name
