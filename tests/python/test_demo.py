@@ -19,11 +19,11 @@ def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
 ):
     schemes = ("one_threshold", "water_filling")
     size = demo.Size(
-        (400, 800), (600,), (500,), prompts=1, schemes=schemes, texts=1, every=2, needles=1
-    )
+        (400, 800), (600,), (500,), prompts=1, schemes=schemes, texts=1, every=2, needles=1,
+        targets=(0.1, 0.15), paper=(0.2,), repeats=2,
+    )  # fmt: skip
     (tmp_path / "results.jsonl").write_text('{"fingerprint": "of an older calibration"}\n')
     monkeypatch.setitem(demo.SIZES, "smollm2", size)
-    monkeypatch.setattr(demo, "TARGETS", (0.1, 0.15))
     monkeypatch.setattr(demo, "EVALUATED", (0.0, 0.2))
     monkeypatch.setattr(models, "load", lambda name, loading, progress: make_loaded())
     assert main(["demo", "--out", str(tmp_path)]) == 0

@@ -74,7 +74,7 @@ MEASURED = {
     "needle_lengths": (400, LENGTH),
     "timed_lengths": (400, LENGTH),
     "repeats": 2,
-    "compare_paper": True,
+    "paper_targets": (0.9,),
     "other_lengths": (300, 600),
     "length_prompts": 2,
 }

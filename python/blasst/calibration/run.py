@@ -99,7 +99,7 @@ def calibrate(
             are made of the tokens that it feeds, instead. It is called once, before anything is
             measured, and ended when it has fed enough.
         prompts: prompts of each length.
-        swept_prompts: of these, the first so many measure what dropping costs.
+        swept_prompts: of these, the first so many measure what dropping costs, where a scheme asks.
         held_out: lengths at which achieved sparsity is checked; default: half-way between the two
             longest, and twice the longest if the context has room.
         orders: visit orders to choose from.
@@ -235,7 +235,8 @@ class _Calibrating:
             if self._kept.has("dense", length, first):
                 continue
             tokens = self._prompts(length, range(first, min(first + setup.batch, prompts)))
-            with self._collector.collecting(length, sweep=first < swept_prompts):
+            sweep = setup.needs_costs and first < swept_prompts
+            with self._collector.collecting(length, sweep=sweep):
                 setup.read(tokens)
             if first == 0:
                 for order in setup.orders if "prefill" in setup.targets else ():

@@ -95,6 +95,11 @@ class Setup:
         """Whether a scheme asks what dropping changes in a layer's output."""
         return "least_error" in self.schemes
 
+    @property
+    def needs_costs(self) -> bool:
+        """Whether a scheme asks what dropping costs a head."""
+        return any(scheme != "one_threshold" for scheme in self.schemes)
+
     def scores_of(self, phase: str) -> str:
         """How this phase computes scores."""
         return self.scores if phase == "prefill" else "exact"

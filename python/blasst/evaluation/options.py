@@ -50,8 +50,8 @@ class Options:
     scores: Sequence[str] = ("exact",)
     """How prefill computes scores under the calibrated thresholds: "exact", "int8" or both. With
     "int8" a dense pass with int8 scores is measured too. Dense itself is exact."""
-    compare_paper: bool = False
-    """Measure texts under the paper's scheme too."""
+    paper_targets: Sequence[float] = ()
+    """At which texts are measured under the paper's scheme too."""
 
     def __post_init__(self) -> None:
         if self.chunk is not None:

@@ -93,9 +93,9 @@ class Session:
         """What is compared on texts: the paper's scheme too, if that is asked for."""
         options = self.options
         measured = self.config.measured if self.config else {}
-        if not (options.compare_paper and options.with_calibrated and measured):
+        if not (options.with_calibrated and measured):
             return self.settings
-        return self.settings + [Setting(Scheme.PAPER, t) for t in options.targets if t]
+        return self.settings + [Setting(Scheme.PAPER, t) for t in options.paper_targets]
 
     @contextmanager
     def applied(self, setting: Setting, recording: Recording | None = None) -> Iterator[Recording]:
