@@ -1,5 +1,6 @@
 """The demo from end to end, and the README's lines, on a small random model."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -7,16 +8,19 @@ import pytest
 import torch
 
 from blasst import calibration
+from blasst.calibration.collector import Collector
 from blasst.cli.app import main
 from blasst.demo import run as demo
 from blasst.errors import NotSupportedError
 from blasst.hf import models
+from blasst.progress import silent
 from recency_model import make_loaded
 
 
 def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
     tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setenv("BLASST_CACHE", str(tmp_path / "cache"))
     schemes = ("one_threshold", "water_filling")
     size = demo.Size(
         (400, 800), (600,), (500,), prompts=1, schemes=schemes, texts=1, every=2, needles=1,
@@ -44,6 +48,28 @@ def test_the_demo_calibrates_evaluates_and_reports_and_a_second_run_goes_on(
 
     monkeypatch.setattr(calibration, "calibrate", None)
     assert main(["demo", "--out", str(tmp_path)]) == 0, "from what the first run kept"
+
+
+def test_a_demo_that_is_stopped_while_it_calibrates_goes_on(tmp_path, monkeypatch):
+    """Its finished passes are kept until the calibration is."""
+
+    def stop(step: str, share: float, what: str) -> None:
+        if step == "Candidates":
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("BLASST_CACHE", str(tmp_path / "cache"))
+    loaded, out = make_loaded(), tmp_path / "out"
+    out.mkdir()
+    size = dataclasses.replace(
+        demo.SIZES["smollm2"], lengths=(400, 800), held_out=(), targets=(0.1,)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        demo._calibration(loaded, size, out / "calibration.json", stop)
+    [kept] = (tmp_path / "cache").rglob("*.safetensors")
+    monkeypatch.setattr(Collector, "collecting", None)  # the dense passes are done
+    found = demo._calibration(loaded, size, out / "calibration.json", silent)
+    assert found.config.target_sparsity["prefill"] == 0.1
+    assert not kept.exists()
 
 
 def test_every_model_has_a_demo_on_a_gpu_within_its_context():

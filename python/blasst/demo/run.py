@@ -180,7 +180,10 @@ def _calibration(loaded: models.Loaded, size: Size, kept: Path, progress: Progre
             found = Calibration.from_dict(whole["calibration"])
             loaded.model.config.sparse_attention_config = found.config.to_dict()
             return found
-    found = calibration.calibrate(loaded.model, loaded.tokenizer, **asked, progress=progress)
+    resume = models.kept_file("calibrations", kept.resolve(), asked)
+    found = calibration.calibrate(
+        loaded.model, loaded.tokenizer, **asked, resume=resume, progress=progress
+    )
     # Results of an older calibration say nothing about this one.
     (kept.parent / "results.jsonl").unlink(missing_ok=True)
     write_json(kept, {"made_by": made_by, "calibration": found.to_dict()})
