@@ -48,7 +48,11 @@ class Work:
     kv_heads: int
     dim: int = 128
     page: int = 0
-    """0: contiguous keys, all of them in use; else lengths are drawn from 1,024 to `keys`."""
+    """0: contiguous keys."""
+    least: int = 0
+    """Lengths are drawn from it to `keys`; 0: all keys are in use."""
+    room: int = 0
+    """Keys that a request has pages for, as in a graph of a server; 0: `keys`."""
 
 
 WORKS = (
@@ -57,7 +61,9 @@ WORKS = (
     Work("batch 16, 32K, 32/8", 16, 32768, 32, 8),
     Work("batch 1, 128K, 32/8", 1, 131072, 32, 8),
     Work("batch 1, 16K, 32/8", 1, 16384, 32, 8),
-    Work("batch 256, 1K-64K, pages of 64, 32/8", 256, 65536, 32, 8, page=64),
+    Work("batch 256, 1K-64K, pages of 64, 32/8", 256, 65536, 32, 8, page=64, least=1024),
+    Work("batch 16, 16K, pages of 64, 32/8", 16, 16384, 32, 8, page=64, room=16640),
+    Work("batch 64, 4K, pages of 64, 32/8", 64, 4096, 32, 8, page=64, room=16640),
 )
 
 
@@ -66,7 +72,8 @@ class Inputs:
 
     def __init__(self, work: Work, device: torch.device):
         w = self.work = work
-        shape = (w.batch, w.keys, w.kv_heads, w.dim)
+        room = w.room or w.keys
+        shape = (w.batch, room, w.kv_heads, w.dim)
         self.q = torch.empty(w.batch, 1, w.heads, w.dim, dtype=torch.bfloat16, device=device)
         self.k = torch.empty(shape, dtype=torch.bfloat16, device=device)
         self.v = torch.empty_like(self.k)
@@ -75,8 +82,9 @@ class Inputs:
         self.lengths = torch.full((w.batch,), w.keys, dtype=torch.int32, device=device)
         self.table = None
         if w.page:
-            self.lengths.random_(1024, w.keys + 1)
-            pages = torch.randperm(w.batch * w.keys // w.page, device=device)
+            if w.least:
+                self.lengths.random_(w.least, w.keys + 1)
+            pages = torch.randperm(w.batch * room // w.page, device=device)
             self.table = pages.int().view(w.batch, -1)
 
     def plant(self, sparsity: float) -> None:
@@ -89,7 +97,7 @@ class Inputs:
         block = w.page or BLOCK
         for request in self.k:
             share = (1 - sparsity) * (0.5 + torch.rand(w.kv_heads, device=device))
-            match = torch.rand(w.keys // block, w.kv_heads, device=device) < share
+            match = torch.rand(len(request) // block, w.kv_heads, device=device) < share
             if sparsity == 0:
                 match[:] = True
             match[0] = True

@@ -40,36 +40,57 @@ TEST(DecodeSchedule, SplitsHaveTheLeastSizeAndFitTheirSlots) {
 }
 
 TEST(DecodeSchedule, LargeBatchesWorkOnWholeGroupsWhereResultsAreLarge) {
-  EXPECT_EQ(item_splits(1, 4, 256, 16, 128), 1);              // one request
-  EXPECT_EQ(item_splits(64, 4, 256, 16, 128), kGroupSplits);  // 16 rows for every 512 keys
-  EXPECT_EQ(item_splits(16, 8, 512, 4, 128), 1);              // 4 rows for every 1,024
-  EXPECT_EQ(item_splits(64, 4, 256, 64, 128), 1);             // no registers for it
-  EXPECT_EQ(item_splits(64, 4, 256, 32, 256), 1);
+  EXPECT_FALSE(whole_groups(1, 4, 256, 16, 128));   // one request
+  EXPECT_TRUE(whole_groups(64, 4, 256, 16, 128));   // 16 rows for every 512 keys
+  EXPECT_FALSE(whole_groups(16, 8, 256, 4, 128));   // 4 rows for as many
+  EXPECT_FALSE(whole_groups(64, 4, 256, 64, 128));  // no registers for it
+  EXPECT_FALSE(whole_groups(64, 4, 256, 32, 256));
 }
 
 TEST(DecodeSchedule, RunsOfSplitsEndTogether) {
-  EXPECT_EQ(splits_of_item(1, 8, 16, 132, 4), 1);    // one request: all blocks that there can be
-  EXPECT_EQ(splits_of_item(128, 4, 64, 132, 4), 4);  // one round of whole requests
-  EXPECT_EQ(splits_of_item(66, 4, 64, 132, 4), 2);   // of halves
-  EXPECT_EQ(splits_of_item(1000, 1, 64, 132, 4), 1);
+  EXPECT_EQ(splits_of_item(1, 8, 16, 132, 64), 1);     // one request: all blocks that there can be
+  EXPECT_EQ(splits_of_item(128, 4, 64, 132, 256), 4);  // one round of whole requests
+  EXPECT_EQ(splits_of_item(66, 4, 64, 132, 256), 2);   // of halves
+  EXPECT_EQ(splits_of_item(1000, 1, 64, 132, 256), 1);
+  EXPECT_EQ(splits_of_item(128, 32, 8, 264, 16), 2);   // no more than fit
+  EXPECT_EQ(splits_of_item(128, 32, 32, 264, 16), 1);  // one always
+  EXPECT_EQ(splits_of_item(128, 0, 8, 264, 16), 1);
 }
 
-TEST(DecodeSchedule, ItemsHaveTheirPlace) {
-  const int batch = 5, kv_heads = 3, slots = 7;
-  for (int index = 0; index < batch * kv_heads * slots; ++index) {
-    const ItemPlace place = place_of(index, slots, kv_heads);
-    EXPECT_LT(place.request, batch);
-    EXPECT_LT(place.kv_head, kv_heads);
-    EXPECT_LT(place.item, slots);
-    EXPECT_EQ(index_of(place, slots, kv_heads), index);
+TEST(DecodeSchedule, ItemsHoldEverySplitOfARequestOnce) {
+  Plan plan{};
+  plan.least_split_tiles = 8, plan.most_splits = 33;
+  plan.blocks = 264, plan.most_item_tiles = 16;
+  for (const bool groups : {false, true}) {
+    plan.whole_groups = groups;
+    for (const bool folds : {groups, true}) {
+      plan.folds = folds;
+      for (int tiles = 0; tiles < 2000; tiles += 3) {
+        const Cut cut = cut_of(plan, 128, tiles);
+        const int item_tiles = cut.item_splits * cut.split_tiles;
+        EXPECT_GE(cut.items * item_tiles, tiles);
+        EXPECT_LT((cut.items - 1) * item_tiles, tiles);
+        EXPECT_EQ(cut.item_splits % cut.result_splits, 0);  // whole results
+        EXPECT_TRUE(groups || cut.item_splits == 1 || item_tiles <= plan.most_item_tiles);
+      }
+    }
   }
-  EXPECT_EQ(place_of(1, slots, kv_heads).kv_head, 1);
+  plan.whole_groups = false, plan.most_item_tiles = 64;
+  EXPECT_EQ(cut_of(plan, 128, 256).results, 4);  // whole groups, if they come out so
+  EXPECT_EQ(cut_of(plan, 8, 256).results, 32);   // of few requests, no
 }
 
-TEST(DecodeSchedule, ChunksAreSmall) {
-  EXPECT_EQ(chunk_items(1, 1), 1);
-  EXPECT_EQ(chunk_items(4096, 264), 1);
-  EXPECT_EQ(chunk_items(1 << 20, 264), 32);
+TEST(DecodeSchedule, EveryResultHasAPlaceOfItsOwn) {
+  const int batch = 5, kv_heads = 3;
+  Plan plan{};
+  plan.result_slots = 7;
+  std::set<int> slots;
+  for (int request = 0; request < batch; ++request)
+    for (int head = 0; head < kv_heads; ++head)
+      for (int result = 0; result < plan.result_slots; ++result)
+        slots.insert(slot_of(plan, kv_heads, request, head, result));
+  EXPECT_EQ(std::ssize(slots), batch * kv_heads * plan.result_slots);
+  EXPECT_EQ(*slots.rbegin(), batch * kv_heads * plan.result_slots - 1);
 }
 
 TEST(DecodeSchedule, VisitIsWhatThePositionsSee) {

@@ -162,10 +162,11 @@ TEST_F(DecodeKernels, Latents) {
   EXPECT_GT(seen.skipped, seen.decisions / 10);
 }
 
-// Many short requests: work items are groups of splits, not splits.
+// Many short requests: work items are several splits, or groups of them. 66 of 4 KV heads: those of
+// 8 splits are one item each on 264 blocks.
 TEST_F(DecodeKernels, GroupsOfSplits) {
   Seen seen;
-  for (const int64_t group : {4, 12}) {
+  for (const auto [group, requests] : {std::pair<int64_t, int64_t>{4, 66}, {4, 71}, {12, 71}}) {
     Case c{.seed = 11,
            .decode = true,
            .dtype = BLASST_BFLOAT16,
@@ -180,8 +181,8 @@ TEST_F(DecodeKernels, GroupsOfSplits) {
            .causal = true,
            .test = BLASST_TEST_RELATIVE,
            .threshold = 0.05f};
-    for (int64_t b = 0; b < 70; ++b) c.requests.push_back({1, 17 * b + b * b % 700});
-    c.requests.push_back({1, 6000});
+    for (int64_t b = 3; b < requests; ++b) c.requests.push_back({1, 17 * b + b * b % 700});
+    for (const int64_t keys : {6000, 4096, 3700}) c.requests.push_back({1, keys});
     expect_agreement(c, seen);
   }
 }
@@ -274,18 +275,18 @@ TEST_F(DecodeKernels, SameBitsInEveryLayoutAndRun) {
   }
 }
 
-// Alone a request's work items are splits, in a large batch groups of splits.
+// Alone a request's work items are splits, in a large batch several of them, or whole groups.
 TEST_F(DecodeKernels, SameBitsAloneAndInAnyBatch) {
   for (Case c : mixed_cases()) {
     c.per_request = c.per_head = false;
-    c.requests = {{2, 5000}};
-    const std::vector<std::byte> alone = bits_of(c, false);
-    c.requests.assign(90, {2, 5000});
-    for (size_t b = 1; b < c.requests.size(); ++b)
-      c.requests[b].keys = static_cast<int64_t>(50 * b);
-    std::vector<std::byte> batch = bits_of(c, false);
-    batch.resize(alone.size());
-    EXPECT_EQ(batch, alone);
+    for (const auto [keys, requests] : {std::pair<int64_t, int64_t>{5000, 90}, {4096, 132}}) {
+      c.requests = {{2, keys}};
+      const std::vector<std::byte> alone = bits_of(c, false);
+      for (int64_t b = 1; b < requests; ++b) c.requests.push_back({2, 4500 * b / requests});
+      std::vector<std::byte> batch = bits_of(c, false);
+      batch.resize(alone.size());
+      EXPECT_EQ(batch, alone);
+    }
   }
 }
 

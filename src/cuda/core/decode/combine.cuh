@@ -77,7 +77,7 @@ class Combine {
   }
 
  private:
-  // Which row this is, and how many splits it has; false if the request has no such row, but for
+  // Which row this is, and how its keys were cut; false if the request has no such row, but for
   // the first, which says what was counted.
   __device__ __forceinline__ bool find(int index) {
     const int pair = index / plan_.rows;
@@ -86,34 +86,36 @@ class Combine {
     head_ = pair % p_.kv_heads * group_ + row_ % group_;
     position_ = row_ / group_;
     const int positions = rows_of_request(p_, request_).count;
-    first_slot_ = index_of({request_, pair % p_.kv_heads, 0}, plan_.item_slots, p_.kv_heads);
+    first_slot_ = slot_of(plan_, p_.kv_heads, request_, pair % p_.kv_heads, 0);
     const Range tiles = visit(keys_of_request(p_.keys, request_).count, positions, p_.distances);
     tiles_ = tiles.end - tiles.begin;
-    splits_ = ceil_div(tiles_, split_tiles(tiles_, plan_.least_split_tiles, plan_.most_splits));
+    cut_ = cut_of(plan_, p_.batch * p_.kv_heads, tiles_);
     return position_ < max(1, positions);
   }
 
   // Whole groups, or the splits of one.
   __device__ __forceinline__ void add_in_warp() {
-    const int items = ceil_div(splits_, plan_.item_splits);
+    const int results = cut_.results;
     Result total;
-    for (int i = 0; i < items; i += kGroupSplits)
-      add_items(i, min(kGroupSplits, items - i), i > 0, total);
-    count_tiles(items);
+    for (int i = 0; i < results; i += kGroupSplits)
+      add_results(i, min(kGroupSplits, results - i), i > 0, total);
+    count_tiles();
     write(total);
   }
 
   __device__ __forceinline__ void add_splits() {
-    const int groups = ceil_div(splits_, kGroupSplits);
+    const int groups = ceil_div(cut_.splits, kGroupSplits);
+    const int group_results = kGroupSplits / cut_.result_splits;
     for (int g = warp_; g < groups; g += warps_) {
       Result total;
-      add_items(g * kGroupSplits, min(kGroupSplits, splits_ - g * kGroupSplits), false, total);
+      const int first = g * group_results;
+      add_results(first, min(group_results, cut_.results - first), false, total);
       if (lane_ == 0) shared_.m[g] = total.m, shared_.l[g] = total.l, shared_.mass[g] = total.mass;
 #pragma unroll
       for (int i = 0; i < kElements; ++i)
         if (exists(i)) shared_.o[g][element(i)] = total.o[i];
     }
-    if (warp_ == warps_ - 1) count_tiles(splits_);
+    if (warp_ == warps_ - 1) count_tiles();
     __syncthreads();
     if (warp_ != 0) return;
     Result total;
@@ -131,8 +133,9 @@ class Combine {
     write(total);
   }
 
-  // Adds `count` items, `more` to the total so far; all are asked for before one is used.
-  __device__ __forceinline__ void add_items(int first, int count, bool more, Result& total) const {
+  // Adds `count` results, `more` to the total so far; all are asked for before one is used.
+  __device__ __forceinline__ void add_results(int first, int count, bool more,
+                                              Result& total) const {
     Result next[kGroupSplits];
 #pragma unroll
     for (int i = 0; i < kGroupSplits; ++i)
@@ -152,8 +155,8 @@ class Combine {
     return kSlice % 64 == 0 || element(i) < kSlice;
   }
 
-  __device__ __forceinline__ Result load(int item) const {
-    const int64_t slot = first_slot_ + item * p_.kv_heads;
+  __device__ __forceinline__ Result load(int index) const {
+    const int64_t slot = first_slot_ + index * p_.kv_heads;
     const float* statistics = plan_.statistics + slot * kStatistics * plan_.rows + row_;
     const float* partial = plan_.partial + (slot * plan_.rows + row_) * kValueDim + slice_ * kSlice;
     Result result;
@@ -169,13 +172,14 @@ class Combine {
     return result;
   }
 
-  __device__ __forceinline__ void count_tiles(int items) const {
+  __device__ __forceinline__ void count_tiles() const {
     if (position_ != 0 || slice_ != 0) return;
     const int64_t cell = int64_t{request_} * p_.heads + head_;
     if (p_.report.visitable && lane_ == 0) p_.report.visitable[cell] = tiles_;
     if (!p_.report.skipped) return;
     int skipped = 0;
-    for (int i = lane_; i < items; i += 32) skipped += plan_.dropped[first_slot_ + i * p_.kv_heads];
+    for (int i = lane_; i < cut_.results; i += 32)
+      skipped += plan_.dropped[first_slot_ + i * p_.kv_heads];
     skipped = __reduce_add_sync(kAllLanes, skipped);
     if (lane_ == 0) p_.report.skipped[cell] = skipped;
   }
@@ -219,8 +223,9 @@ class Combine {
   int request_, head_, position_;
   int row_;  // of the KV head
   int slice_;
-  int tiles_, splits_;
-  int first_slot_;  // of the request and KV head's items
+  int tiles_;
+  Cut cut_;
+  int first_slot_;  // of the request and KV head's results
 };
 
 template <typename T, int kValueDim>

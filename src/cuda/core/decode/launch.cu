@@ -11,20 +11,20 @@
 namespace blasst::cuda::decode {
 
 Plan plan_splits(int batch, int kv_heads, int key_length, int rows, SplitRule rule,
-                 int item_splits) {
+                 bool whole_groups) {
   Plan plan{};
   plan.rows = rows;
   plan.least_split_tiles = rule.least_tiles;
   plan.most_splits = rule.most;
-  plan.item_splits = item_splits;
-  plan.item_slots =
-      ceil_div(split_slots(key_length, rule.least_tiles, rule.most), plan.item_splits);
-  const int64_t items = int64_t{batch} * kv_heads * plan.item_slots;
-  if (items > 1 << 30)
+  plan.whole_groups = plan.folds = whole_groups;
+  plan.result_slots = ceil_div(split_slots(key_length, rule.least_tiles, rule.most),
+                               whole_groups ? kGroupSplits : 1);
+  const int64_t results = int64_t{batch} * kv_heads * plan.result_slots;
+  if (results > 1 << 30)
     throw Error(BLASST_UNSUPPORTED, "decode of batch " + std::to_string(batch) + " has " +
-                                        std::to_string(items) + " work items; at most " +
+                                        std::to_string(results) + " splits; at most " +
                                         std::to_string(1 << 30) + " are supported");
-  plan.items = static_cast<int>(items);
+  plan.results = static_cast<int>(results);
   return plan;
 }
 
@@ -35,10 +35,10 @@ std::size_t place_results(Plan& plan, int value_dim, void* workspace) {
     at += (bytes + 255) / 256 * 256;
     return here;
   };
-  const std::size_t rows = std::size_t(plan.items) * plan.rows;
+  const std::size_t rows = std::size_t(plan.results) * plan.rows;
   plan.partial = reinterpret_cast<float*>(take(rows * value_dim * sizeof(float)));
   plan.statistics = reinterpret_cast<float*>(take(rows * kStatistics * sizeof(float)));
-  plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.items) * sizeof(int)));
+  plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.results) * sizeof(int)));
   plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
   return at;
 }
@@ -50,22 +50,11 @@ void place_results(Plan& plan, const Launch& l) {
                                              "; this call needs " + std::to_string(needed));
 }
 
-Plan plan_runs(Plan plan, const Params& p, int most_blocks, int most) {
-  const int tiles = ceil_div(p.keys.length, kTileKeys);
-  const int64_t pairs = int64_t{p.batch} * p.kv_heads;
-  plan.item_splits = splits_of_item(pairs, plan.item_slots,
-                                    split_tiles(tiles, plan.least_split_tiles, plan.most_splits),
-                                    most_blocks, most);
-  plan.item_slots = ceil_div(plan.item_slots, plan.item_splits);
-  plan.items = static_cast<int>(pairs * plan.item_slots);
-  return plan;
-}
-
-Plan plan_chunks(Plan plan, int most_blocks) {
-  const int blocks = std::min(plan.items, most_blocks);
-  plan.chunk = chunk_items(plan.items, blocks);
-  if (blocks * plan.chunk >= plan.items) plan.next_item = nullptr;
-  return plan;
+int deal_out(Plan& plan, int blocks, int most_item_tiles) {
+  plan.blocks = blocks;
+  plan.most_item_tiles = most_item_tiles;
+  if (plan.results <= blocks) plan.next_item = nullptr;
+  return std::min(plan.results, blocks);
 }
 
 Variant variant_of(const Params& p) {

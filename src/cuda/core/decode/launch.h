@@ -28,9 +28,9 @@ struct SplitRule {
 };
 
 // The part of the plan that the shapes decide. kv_heads: those, or the parts of them in which query
-// heads decide; item_splits: of a work item. Throws Error.
+// heads decide. Throws Error.
 Plan plan_splits(int batch, int kv_heads, int key_length, int rows, SplitRule rule,
-                 int item_splits);
+                 bool whole_groups);
 
 // Places the plan's arrays in the workspace, 256-byte aligned; returns the end of the last.
 std::size_t place_results(Plan& plan, int value_dim, void* workspace);
@@ -38,12 +38,9 @@ std::size_t place_results(Plan& plan, int value_dim, void* workspace);
 // The same in the workspace of a launch. Throws Error where that is too small.
 void place_results(Plan& plan, const Launch& launch);
 
-// Items of up to `most` splits, each with a result of its own, for `most_blocks` blocks. The
-// results are those of the plan that it is made of.
-Plan plan_runs(Plan plan, const Params& params, int most_blocks, int most);
-
-// How a launch's items are dealt out to `most_blocks` blocks.
-Plan plan_chunks(Plan plan, int most_blocks);
+// How the work is dealt out: to `blocks` blocks, which the GPU runs at a time, in items of at most
+// `most_item_tiles` tiles, one split, or one group. Returns how many blocks there is work for.
+int deal_out(Plan& plan, int blocks, int most_item_tiles);
 
 Variant variant_of(const Params& params);
 

@@ -38,17 +38,19 @@ struct Plan {
   int rows;               // most query rows of a KV head: heads / kv_heads * query_length
   int least_split_tiles;  // of the split rule
   int most_splits;
-  int item_splits;    // splits of a work item: 1 or kGroupSplits
-  int item_slots;     // items that a request and KV head may have
-  int items;          // of all requests and KV heads, with those that short requests lack
-  int chunk;          // items that a block takes at a time
-  int* next_item;     // zero when the kernel starts; null: no block has more than one chunk
-  int box_tokens;     // tokens a copy: kTileKeys or a smaller page
-  bool half_queries;  // of keys in 8 bits: queries are fp16, not bf16
-  float unit_scale;   // a score in natural units / a score as the kernel keeps it
-  float* partial;     // [items, rows, dim]
-  float* statistics;  // [items, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
-  int* dropped;       // [items]: skipped tiles
+  bool folds;           // the kernel adds up the splits of a work item that is a whole group
+  bool whole_groups;    // all items are
+  int result_slots;     // results that a request and KV head may have
+  int results;          // of all requests and KV heads, with those that short requests lack
+  int blocks;           // of threads, that the GPU runs at a time
+  int most_item_tiles;  // of an item of several splits, if not all are whole groups
+  int* next_item;       // zero when the kernel starts; null: no block has more than one item
+  int box_tokens;       // tokens a copy: kTileKeys or a smaller page
+  bool half_queries;    // of keys in 8 bits: queries are fp16, not bf16
+  float unit_scale;     // a score in natural units / a score as the kernel keeps it
+  float* partial;       // [results, rows, dim]
+  float* statistics;    // [results, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
+  int* dropped;         // [results]: skipped tiles
 };
 
 // What is compiled into a kernel.

@@ -23,6 +23,7 @@ struct NoReports {
   __device__ __forceinline__ void end_split() {}
   __device__ __forceinline__ void fold(bool) {}
   __device__ __forceinline__ SkippedMass of_split(int) const { return SkippedMass::none(); }
+  __device__ __forceinline__ SkippedMass of_split_before(int) const { return SkippedMass::none(); }
   __device__ __forceinline__ SkippedMass of_item(int) const { return SkippedMass::none(); }
 };
 
@@ -75,6 +76,9 @@ class TileReports {
   }
 
   __device__ __forceinline__ SkippedMass of_split(int column) const { return split_[column]; }
+  __device__ __forceinline__ SkippedMass of_split_before(int column) const {
+    return before_[column];
+  }
   __device__ __forceinline__ SkippedMass of_item(int column) const { return item_[column]; }
 
  private:

@@ -54,7 +54,6 @@ class Rows {
   __device__ __forceinline__ void begin_item() {
     seen_by_all_ = {range_of(p_, item, group, rows() - 1).begin, range_of(p_, item, group, 0).end};
     first_split_ = item.begin == 0;
-    dropped = 0;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) seed[c] = -INFINITY;
   }
@@ -68,6 +67,7 @@ class Rows {
   __device__ __forceinline__ void begin_split() {
     seeded_ = !first_split_;
     first_split_ = false;
+    dropped = 0;
     // The absolute test may skip the seeds' tiles: sums relative to their maxima could vanish.
     const bool from_seeds = seeded_ && p_.test.kind != BLASST_TEST_ABSOLUTE;
 #pragma unroll
@@ -98,12 +98,13 @@ class Rows {
     buffer_ ^= 1;
   }
 
-  // mass_of(column): what was skipped.
+  // Beside the outputs of the item's next result, of `skipped` skipped tiles; mass_of(column): of
+  // those.
   template <typename Mass>
-  __device__ __forceinline__ void write_statistics(int slot, const Softmax& softmax,
-                                                   const Mass& mass_of) const {
+  __device__ __forceinline__ void write_statistics(const Softmax& softmax, int skipped,
+                                                   const Mass& mass_of) {
     if (threadIdx.x < 4) {
-      float* statistics = plan_.statistics + int64_t{slot} * kStatistics * plan_.rows;
+      float* statistics = plan_.statistics + int64_t{item.slot} * kStatistics * plan_.rows;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int row = at.row(c);
@@ -115,7 +116,8 @@ class Rows {
         statistics[3 * plan_.rows + row] = mass.sum;
       }
     }
-    if (threadIdx.x == 0) plan_.dropped[slot] = dropped;
+    if (threadIdx.x == 0) plan_.dropped[item.slot] = skipped;
+    item.slot += p_.kv_heads;
   }
 
   // --- scores -----------------------------------------------------------------------------------
@@ -237,8 +239,8 @@ class Rows {
   typename C::Work item;
   Columns below;  // skip_limit() of each row
   Columns seed;
-  int dropped;    // tiles, of this item
   Softmax split;  // of the split at hand
+  int dropped;    // its tiles
 
  private:
   // All threads that have scores.

@@ -3,11 +3,12 @@
 //
 // The splits of a request depend on its own length and on the shapes of one request alone, so its
 // result has the same bits alone and in any batch. Splits form groups; the results of a group's
-// splits are added in order, then the groups'. A work item is one split or one whole group, which
-// is a matter of speed: the additions are the same.
+// splits are added in order, then the groups'. A result is of one split or of one whole group, and
+// a work item makes one result or several, which is a matter of speed: the additions are the same.
 #pragma once
 
 #include <algorithm>
+#include <climits>
 #include <cstddef>
 #include <cstdint>
 
@@ -63,51 +64,54 @@ BLASST_HOST_DEVICE constexpr bool adds_splits(int dim, int kernel_rows) {
   return kernel_rows <= 32 && dim * kernel_rows <= 128 * 32;
 }
 
-// Splits a work item: a whole group, once that leaves an item for every block, where results would
-// otherwise be more than a hundredth of the keys and values that they come from.
-inline int item_splits(int batch, int kv_heads, int tiles, int rows, int dim) {
+// Whether all work items are whole groups: where results of single splits would be more than a
+// fiftieth of the keys and values that they come from, once that leaves an item for every block.
+inline bool whole_groups(int batch, int kv_heads, int tiles, int rows, int dim) {
   const int each = split_tiles(tiles, least_split_tiles(rows), most_splits(kv_heads));
-  if (!adds_splits(dim, kernel_rows(rows)) || each * kTileKeys >= 200 * rows) return 1;
-  const int64_t groups = int64_t{batch} * kv_heads * ceil_div(tiles, kGroupSplits * each);
-  return groups > kSlots ? kGroupSplits : 1;
+  if (!adds_splits(dim, kernel_rows(rows)) || each * kTileKeys >= 100 * rows) return false;
+  return int64_t{batch} * kv_heads * ceil_div(tiles, kGroupSplits * each) > kSlots;
 }
 
 // Splits that a block takes one after the other, after one look at the seeds, each with a result of
-// its own: at most `most`, what lets `blocks` blocks end soonest. pairs: requests times KV heads;
-// splits: that each of them may have.
-inline int splits_of_item(int64_t pairs, int splits, int split_tiles, int blocks, int most) {
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int run = 1; run <= std::min(splits, most); ++run) {
-    const int64_t items = pairs * ceil_div(splits, run);
-    const int64_t rounds = (items + blocks - 1) / blocks;
+// its own: of at most `most_tiles` tiles in all, what lets `blocks` blocks end soonest. pairs:
+// requests times KV heads; splits: that each of them has.
+BLASST_HOST_DEVICE int splits_of_item(int pairs, int splits, int split_tiles, int blocks,
+                                      int most_tiles) {
+  int best = 1, least = INT_MAX;
+  for (int run = 1; run <= splits && (run == 1 || run * split_tiles <= most_tiles); ++run) {
+    const int rounds = ceil_div(pairs * ceil_div(splits, run), blocks);
     // A seed's tile is scored, and no more: half of the work.
-    const int64_t tiles = run * split_tiles + (run < splits ? BLASST_SEED_TILES / 2 : 0);
+    const int tiles = run * split_tiles + (run < splits ? BLASST_SEED_TILES / 2 : 0);
     if (rounds * tiles < least) least = rounds * tiles, best = run;
   }
   return best;
 }
 
-// A work item's place. The KV heads of a request stand side by side: blocks that run together then
-// read neighbouring rows of memory together.
-struct ItemPlace {
-  int request, kv_head;
-  int item;  // of the request and KV head
+// How the work on a KV head of a request of so many tiles is cut. pairs: of the launch.
+struct Cut {
+  int split_tiles, splits;
+  int item_splits, items;      // of a work item; of the request and KV head
+  int result_splits, results;  // the same of results: one of a split, or of a group
 };
-
-BLASST_HOST_DEVICE ItemPlace place_of(int index, int item_slots, int kv_heads) {
-  const int of_head = index / kv_heads;
-  return {of_head / item_slots, index % kv_heads, of_head % item_slots};
+BLASST_HOST_DEVICE Cut cut_of(const Plan& plan, int pairs, int tiles) {
+  Cut cut{};
+  cut.split_tiles = split_tiles(tiles, plan.least_split_tiles, plan.most_splits);
+  cut.splits = ceil_div(tiles, cut.split_tiles);
+  // As if all requests were as long.
+  cut.item_splits = plan.whole_groups ? kGroupSplits
+                                      : splits_of_item(pairs, cut.splits, cut.split_tiles,
+                                                       plan.blocks, plan.most_item_tiles);
+  cut.items = ceil_div(cut.splits, cut.item_splits);
+  cut.result_splits = plan.folds && cut.item_splits == kGroupSplits ? kGroupSplits : 1;
+  cut.results = ceil_div(cut.splits, cut.result_splits);
+  return cut;
 }
 
-// The index of an item, kv_heads more than that of the item before it.
-BLASST_HOST_DEVICE int index_of(ItemPlace place, int item_slots, int kv_heads) {
-  return (place.request * item_slots + place.item) * kv_heads + place.kv_head;
+// Where a result lies; those of a KV head are kv_heads apart.
+BLASST_HOST_DEVICE int slot_of(const Plan& plan, int kv_heads, int request, int kv_head,
+                               int result) {
+  return (request * plan.result_slots + result) * kv_heads + kv_head;
 }
-
-// Items that a block takes at a time: few enough for blocks to end together, many enough to pass
-// over items that short requests do not have.
-inline int chunk_items(int items, int blocks) { return std::clamp(items / (64 * blocks), 1, 32); }
 
 // The combining kernel takes a row of many elements as so many rows.
 BLASST_HOST_DEVICE constexpr int combine_slices(int value_dim) {
@@ -117,7 +121,7 @@ BLASST_HOST_DEVICE constexpr int combine_slices(int value_dim) {
 // Whether the combining kernel adds a row's items in one warp: groups, or so few splits that they
 // are one.
 BLASST_HOST_DEVICE bool adds_in_warp(const Plan& plan) {
-  return plan.item_splits == kGroupSplits || plan.item_slots <= kGroupSplits;
+  return plan.whole_groups || plan.result_slots <= kGroupSplits;
 }
 
 // Warps of a block of the combining kernel: many for one row, or little for many.

@@ -8,6 +8,7 @@
 #include "cuda/core/decode/queries.cuh"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/keys.cuh"
+#include "cuda/core/math.cuh"
 #include "cuda/core/tile_test.h"
 #include "cuda/core/tiles.h"
 
@@ -16,12 +17,13 @@ namespace blasst::cuda::decode {
 // One split, or several.
 struct Item {
   int request, kv_head;
-  int slot;                  // of its result
+  int slot;                  // of its next result
   int positions;             // of the request
   int keys;                  // of the request
   int first_key;             // where the request begins in the tensor
   int tile_begin, tile_end;  // of the whole visit
   int split_tiles;
+  int result_splits;
   int begin, end;  // positions in the visit
 };
 
@@ -36,26 +38,76 @@ enum TileFlags : int {
   kStop = 128,     // no tile: the end of the block's work
 };
 
-// The index-th item of the launch; false if the request has no such item.
-__device__ __forceinline__ bool find_item(const Params& p, const Plan& plan, int index,
-                                          Item& item) {
-  const ItemPlace place = place_of(index, plan.item_slots, p.kv_heads);
-  item.slot = index;
-  item.request = place.request;
-  item.kv_head = place.kv_head;
-  item.positions = rows_of_request(p, item.request).count;
-  const Span keys = keys_of_request(p.keys, item.request);
-  item.keys = keys.count;
-  item.first_key = keys.first;
-  const Range tiles = visit(item.keys, item.positions, p.distances);
-  item.tile_begin = tiles.begin, item.tile_end = tiles.end;
-  const int count = tiles.end - tiles.begin;
-  item.split_tiles = split_tiles(count, plan.least_split_tiles, plan.most_splits);
-  const int item_tiles = item.split_tiles * plan.item_splits;
-  item.begin = place.item * item_tiles;
-  item.end = min(count, item.begin + item_tiles);
-  return item.begin < item.end;
-}
+// The items of a launch in order: those of a request stand side by side, and its KV heads beside
+// each other, since blocks that run together then read neighbouring rows of memory together. Short
+// requests lack some, and have no number for them. One warp, all of it together: a lane knows a
+// request, of 32 at a time.
+class Items {
+ public:
+  __device__ __forceinline__ Items(const Params& p, const Plan& plan) : p_(p), plan_(plan) {}
+
+  // The index-th item; false if there are fewer. Indices grow from call to call.
+  __device__ __forceinline__ bool find(int index, Item& item) {
+    while (index >= end_) {
+      if (next_request_ >= p_.batch) return false;
+      look_at_next();
+    }
+    const int lane = __popc(__ballot_sync(kAllLanes, through_ <= index));
+    const auto of_lane = [&](int x) { return __shfl_sync(kAllLanes, x, lane); };
+    item.request = of_lane(mine_.request);
+    item.positions = of_lane(mine_.positions);
+    item.keys = of_lane(mine_.keys);
+    item.first_key = of_lane(mine_.first_key);
+    item.tile_begin = of_lane(mine_.tile_begin), item.tile_end = of_lane(mine_.tile_end);
+    item.split_tiles = of_lane(mine_.split_tiles);
+    item.result_splits = of_lane(mine_.result_splits);
+    const int splits = of_lane(item_splits_), of_request = index - of_lane(first_);
+    item.kv_head = of_request % p_.kv_heads;
+    const int first_split = of_request / p_.kv_heads * splits;
+    item.slot =
+        slot_of(plan_, p_.kv_heads, item.request, item.kv_head, first_split / item.result_splits);
+    item.begin = first_split * item.split_tiles;
+    item.end = min(item.tile_end - item.tile_begin, item.begin + splits * item.split_tiles);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void look_at_next() {
+    const int lane = threadIdx.x % 32;
+    mine_.request = next_request_ + lane;
+    int items = 0;
+    if (mine_.request < p_.batch) {
+      mine_.positions = rows_of_request(p_, mine_.request).count;
+      const Span keys = keys_of_request(p_.keys, mine_.request);
+      mine_.keys = keys.count, mine_.first_key = keys.first;
+      const Range tiles = visit(keys.count, mine_.positions, p_.distances);
+      mine_.tile_begin = tiles.begin, mine_.tile_end = tiles.end;
+      const Cut cut = cut_of(plan_, p_.batch * p_.kv_heads, tiles.end - tiles.begin);
+      mine_.split_tiles = cut.split_tiles;
+      mine_.result_splits = cut.result_splits;
+      item_splits_ = cut.item_splits;
+      items = cut.items * p_.kv_heads;
+    }
+    through_ = end_ + items;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(kAllLanes, through_ - end_, step);
+      if (lane >= step) through_ += before;
+    }
+    first_ = through_ - items;
+    end_ = __shfl_sync(kAllLanes, through_, 31);
+    next_request_ += 32;
+  }
+
+  const Params& p_;
+  const Plan& plan_;
+  int next_request_ = 0;
+  int end_ = 0;  // index behind the items of the requests that were looked at
+  // A lane's request: the indices of its first item and behind its last.
+  int first_ = 0, through_ = 0;
+  int item_splits_ = 1;
+  Item mine_{};
+};
 
 // What an item scores: the first tiles of the whole visit, if it begins later, and its own.
 struct Step {

@@ -50,7 +50,6 @@ struct Config {
 struct Sources {
   Tensor q, k, v;
   int stages;
-  int split_slots;  // splits that a request and KV head may have, each with room for a result
 };
 
 }  // namespace blasst::cuda::decode::sm80

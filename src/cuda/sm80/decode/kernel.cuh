@@ -44,23 +44,16 @@ class Block {
         behind_(sources.stages - 1),
         rows_(p, plan, shared.rows) {}
 
-  // A block's first chunk of items has its number; later ones go to whoever comes first.
+  // A block's first item has its number; later ones go to whoever comes first.
   __device__ __forceinline__ void run() {
-    const int chunk = plan_.chunk;
-    for (int first = blockIdx.x * chunk; first < plan_.items;) {
+    Items items(p_, plan_);
+    for (int index = blockIdx.x; items.find(index, rows_.item);) {
       if (threadIdx.x == 0 && plan_.next_item)
-        shared_.next_item = gridDim.x * chunk + atomicAdd(plan_.next_item, chunk);
-      // Items that short requests lack are passed over together.
-      const int mine = first + at_.lane;
-      const bool found =
-          at_.lane < chunk && mine < plan_.items && find_item(p_, plan_, mine, rows_.item);
-      for (unsigned rest = __ballot_sync(kAllLanes, found); rest; rest &= rest - 1) {
-        find_item(p_, plan_, first + __ffs(rest) - 1, rows_.item);
-        attend();
-      }
+        shared_.next_item = gridDim.x + atomicAdd(plan_.next_item, 1);
+      attend();
       if (!plan_.next_item) return;
       __syncthreads();
-      first = ptx::warp_uniform(shared_.next_item);
+      index = ptx::warp_uniform(shared_.next_item);
       __syncthreads();
     }
   }
@@ -130,8 +123,6 @@ class Block {
     rows_.begin_item();
     const Item& item = rows_.item;
     seen_ = visible_keys(item.keys, item.positions, p_.distances);
-    slot_ = index_of({item.request, item.kv_head, item.begin / item.split_tiles},
-                     sources_.split_slots, p_.kv_heads);
     if constexpr (C::kTests) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -144,7 +135,6 @@ class Block {
 
   __device__ __forceinline__ void begin_split(Outputs& o) {
     rows_.begin_split();
-    rows_.dropped = 0;
 #pragma unroll
     for (auto& panel : o)
 #pragma unroll
@@ -158,7 +148,7 @@ class Block {
       if (kept >> i & 1) add(shared_.stages[stage_before(here, i)], o);
     kept = 0;
     rows_.sum_over_keys();
-    float* partial = plan_.partial + int64_t{slot_} * plan_.rows * C::kValueDim;
+    float* partial = plan_.partial + int64_t{rows_.item.slot} * plan_.rows * C::kValueDim;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = at_.row(c);
@@ -171,9 +161,8 @@ class Block {
           partial[row * C::kValueDim + i * 64 + at_.key(half)] = o[i][at_.element(c, half)];
       }
     }
-    rows_.write_statistics(slot_, rows_.split,
+    rows_.write_statistics(rows_.split, rows_.dropped,
                            [&](int column) { return rows_.reports.of_split(column); });
-    slot_ += p_.kv_heads;
   }
 
   // --- copies -----------------------------------------------------------------------------------
@@ -345,7 +334,6 @@ class Block {
   const int behind_;  // steps from a tile's decision to where its values are added
   Rows<C> rows_;
   Range seen_;  // keys that some row sees
-  int slot_;    // of the split's result
 };
 
 template <typename C>

@@ -14,7 +14,7 @@ namespace blasst::cuda::decode::sm80 {
 // Every split has a result of its own.
 Plan make_plan(int batch, int kv_heads, int key_length, int rows) {
   return plan_splits(batch, kv_heads, key_length, rows,
-                     {least_split_tiles(rows), most_splits(kv_heads)}, 1);
+                     {least_split_tiles(rows), most_splits(kv_heads)}, false);
 }
 
 void launch(const Launch& l) {
@@ -32,18 +32,17 @@ void launch(const Launch& l, SharedMemory room) {
 
   const Kernels kernels = find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
   const int fit = stages(room, kernels.shared_bytes, kernels.stage_bytes);
-  const Sources sources{l.q, l.k, l.v, std::max(1, fit), plan.item_slots};
+  const Sources sources{l.q, l.k, l.v, std::max(1, fit)};
   const int bytes = kernels.shared_bytes + sources.stages * kernels.stage_bytes;
   allow_shared_memory(kernels.attend, bytes);  // says what is lacking, if less than a stage fits
   allow_shared_memory(kernels.combine, 0);     // loads it
   const int most_blocks = resident_blocks(kernels.attend, kThreads, bytes);
-  constexpr int kMostRun = 8;  // splits a work item
-  const Plan work = plan_chunks(plan_runs(plan, p, most_blocks, kMostRun), most_blocks);
-  const int blocks = std::min(work.items, most_blocks);
+  constexpr int kMostItemTiles = 64;
+  const int blocks = deal_out(plan, most_blocks, kMostItemTiles);
 
   clear_report(p, stream);
-  clear(work.next_item, sizeof(int), stream);
-  enqueue(kernels.attend, blocks, kThreads, bytes, stream, {&p, &work, &sources});
+  clear(plan.next_item, sizeof(int), stream);
+  enqueue(kernels.attend, blocks, kThreads, bytes, stream, {&p, &plan, &sources});
   // Not early: what was compiled for a capability before 9.0 has no way to wait.
   enqueue_combine(kernels.combine, p, plan, l.value_dim, false, stream);
 }

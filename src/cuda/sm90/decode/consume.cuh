@@ -29,7 +29,8 @@ class Consumer {
   using Values = std::conditional_t<L::kNarrowValues, WidenedValues<C>, SharedValues<C>>;
   static constexpr int kRows = C::kRows;
   static constexpr bool kTests = C::kTests;
-  static constexpr bool kFolds = adds_splits(C::kValueDim, kRows);  // items of several splits
+  // A split's values may come while the next one is scored, and results of splits be added here.
+  static constexpr bool kOverlaps = adds_splits(C::kValueDim, kRows);
   static constexpr int kScores = Rows<C>::kScores;
   static constexpr int kColumns = Rows<C>::kColumns;
   static constexpr int kPanels = C::kValueDim / 64;  // of outputs
@@ -46,6 +47,7 @@ class Consumer {
       : p_(p), plan_(plan), shared_(shared), v_map_(v_map), rows_(p, plan, shared.rows) {}
 
   __device__ __forceinline__ void run() {
+    clear_outputs();
     while (true) {
       // 1. Which tile is next, and what it begins.
       const int stage = ring_.stage;
@@ -104,6 +106,9 @@ class Consumer {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) rows_.below[c] = shared_.below[slot][at_.row(c)];
     }
+  }
+
+  __device__ __forceinline__ void clear_outputs() {
 #pragma unroll
     for (int i = 0; i < kPanels; ++i)
 #pragma unroll
@@ -125,29 +130,43 @@ class Consumer {
 
   __device__ __forceinline__ void end_split() {
     rows_.sum_over_keys();
-    if constexpr (kFolds) {
-      while (unfolded_ > 0) add_oldest();  // of the split before
+    if constexpr (kOverlaps) {
+      while (unfinished_ > 0) add_oldest();  // of the split before
       before_ = rows_.split;
+      dropped_before_ = rows_.dropped;
       rows_.reports.end_split();
-      unfolded_ = pending_;
-      if (unfolded_ == 0) fold();
+      unfinished_ = pending_;
+      if (unfinished_ == 0) finish_split();
+    } else {
+      while (pending_ > 0) add_oldest();
+      write(o_, rows_.split, rows_.dropped,
+            [&](int column) { return rows_.reports.of_split(column); });
+      clear_outputs();
     }
+  }
+
+  // All values of the split before the one at hand are added.
+  __device__ __forceinline__ void finish_split() {
+    if (rows_.item.result_splits > 1) return fold();
+    write(o_, before_, dropped_before_,
+          [&](int column) { return rows_.reports.of_split_before(column); });
+    clear_outputs();
   }
 
   __device__ __forceinline__ void end_item() {
     while (pending_ > 0) add_oldest();
-    if constexpr (kFolds)
-      write(total_o_, total_, [&](int column) { return rows_.reports.of_item(column); });
-    else
-      write(o_, rows_.split, [&](int column) { return rows_.reports.of_split(column); });
+    if constexpr (kOverlaps) {
+      if (rows_.item.result_splits > 1)
+        write(total_o_, total_, total_dropped_,
+              [&](int column) { return rows_.reports.of_item(column); });
+    }
     queries_.next();
   }
 
   template <typename Mass>
-  __device__ __forceinline__ void write(const Outputs& o, const Softmax& softmax,
-                                        const Mass& mass_of) const {
-    const int slot = rows_.item.slot;
-    float* partial = plan_.partial + int64_t{slot} * plan_.rows * C::kValueDim;
+  __device__ __forceinline__ void write(const Outputs& o, const Softmax& softmax, int dropped,
+                                        const Mass& mass_of) {
+    float* partial = plan_.partial + int64_t{rows_.item.slot} * plan_.rows * C::kValueDim;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = at_.row(c);
@@ -159,7 +178,7 @@ class Consumer {
           partial[row * C::kValueDim + i * 64 + Values::value_element(at_, half)] =
               value_scaled(o[i][at_.element(c, half)]);
     }
-    rows_.write_statistics(slot, softmax, mass_of);
+    rows_.write_statistics(softmax, dropped, mass_of);
   }
 
   __device__ __forceinline__ float value_scaled(float x) const {
@@ -241,14 +260,14 @@ class Consumer {
     if (++pending_ == kValueStages) add_oldest();
   }
 
-  // Adds the values of the pending tile that was kept first; folds its split if it was the split's
-  // last. A barrier of all consumers lies between its probabilities and here.
+  // Adds the values of the pending tile that was kept first; finishes its split if it was the
+  // split's last. A barrier of all consumers lies between its probabilities and here.
   __device__ __forceinline__ void add_oldest() {
     add_values(adding_.stage, adding_.phase);
     adding_.next();
     --pending_;
-    if constexpr (kFolds) {
-      if (unfolded_ > 0 && --unfolded_ == 0) fold();
+    if constexpr (kOverlaps) {
+      if (unfinished_ > 0 && --unfinished_ == 0) finish_split();
     }
   }
 
@@ -282,6 +301,7 @@ class Consumer {
   __device__ __forceinline__ void fold() {
     rows_.reports.fold(total_empty_);
     if (total_empty_) total_ = before_;
+    total_dropped_ = total_empty_ ? dropped_before_ : total_dropped_ + dropped_before_;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const FoldWeights add(total_.maximum[c], before_.maximum[c], rows_.log2_scale);
@@ -311,14 +331,16 @@ class Consumer {
   Ring<2> queries_;
   Ring<kValueStages> values_, adding_;  // of the next tile to be kept, to be added
   int pending_ = 0;                     // tiles kept, their values not yet added
-  int unfolded_ = 0;                    // of them, those of the split before
+  int unfinished_ = 0;                  // of them, those of the split before
 
   bool total_empty_;
   Columns units_;  // of keys in 8 bits: a score is a product times it
 
-  Softmax before_;  // of the split before the one at hand, until its last tile is added
-  Softmax total_;   // of the item's splits before that
-  Outputs o_;       // of the oldest split with tiles to be added
+  // Of the split before the one at hand, until its last tile is added; of the splits before that,
+  // where they are added.
+  Softmax before_, total_;
+  int dropped_before_, total_dropped_;
+  Outputs o_;  // of the oldest split with tiles to be added
   Outputs total_o_;
 };
 

@@ -29,20 +29,12 @@ CUtensorMap map_of(const Tensor& t, Element element, int heads, int tokens) {
 Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_length,
                int value_dim) {
   const int rows = heads / kv_heads * query_length;
-  const int each =
-      latent::is_latent(value_dim)
-          ? 1
-          : item_splits(batch, kv_heads, ceil_div(key_length, kTileKeys), rows, value_dim);
-  return plan_splits(batch, kv_heads, key_length, rows, split_rule(rows, kv_heads, value_dim),
-                     each);
-}
-
-// One of latents: items are handed out one at a time.
-Plan latent_work(const Plan& plan, const Params& p, int most_blocks) {
-  Plan work = plan_runs(plan, p, most_blocks, latent::kMostRun);
-  work.chunk = 1;
-  if (most_blocks >= work.items) work.next_item = nullptr;
-  return work;
+  const bool latents = latent::is_latent(value_dim);
+  const int tiles = ceil_div(key_length, kTileKeys);
+  Plan plan = plan_splits(batch, kv_heads, key_length, rows, split_rule(rows, kv_heads, value_dim),
+                          !latents && whole_groups(batch, kv_heads, tiles, rows, value_dim));
+  plan.folds = !latents && adds_splits(value_dim, kernel_rows(rows));
+  return plan;
 }
 
 }  // namespace
@@ -81,18 +73,17 @@ void launch(const Launch& l) {
               : find_kernels(l.element, l.cache, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
   allow_shared_memory(kernels.attend, kernels.shared_bytes);
   allow_shared_memory(kernels.combine, 0);  // loads it
-  const int most_blocks = multiprocessors() * kernels.blocks;
-  const Plan work = latents ? latent_work(plan, p, most_blocks) : plan_chunks(plan, most_blocks);
-  const int blocks = std::min(work.items, most_blocks);
+  const int blocks = deal_out(plan, multiprocessors() * kernels.blocks,
+                              latents ? latent::most_item_tiles(plan.rows) : kMostItemTiles);
 
   clear_report(p, stream);
-  clear(work.next_item, sizeof(int), stream);
+  clear(plan.next_item, sizeof(int), stream);
   if (latents)
     enqueue(kernels.attend, blocks, latent::kBlockThreads, kernels.shared_bytes, stream,
-            {&p, &work, &plan.item_slots, &q, &k});
+            {&p, &plan, &q, &k});
   else
     enqueue(kernels.attend, blocks, kThreads, kernels.shared_bytes, stream,
-            {&p, &work, &q, &k, &v});
+            {&p, &plan, &q, &k, &v});
 
   enqueue_combine(kernels.combine, p, plan, l.value_dim, true, stream);
 }

@@ -59,25 +59,20 @@ class Producer {
         k_map_(k_map),
         lane_(threadIdx.x % 32) {}
 
-  // A block's first chunk of items has its number; later ones go to whoever comes first.
+  // A block's first item has its number; later ones go to whoever comes first.
   __device__ __forceinline__ void run() {
-    const int chunk = plan_.chunk;
-    for (int first = blockIdx.x * chunk; first < plan_.items;) {
-      int next = plan_.items;
-      if (lane_ == 0 && plan_.next_item)
-        next = gridDim.x * chunk + atomicAdd(plan_.next_item, chunk);
-      Work mine{};
-      const bool found =
-          lane_ < chunk && first + lane_ < plan_.items && find_item(p_, plan_, first + lane_, mine);
+    Items items(p_, plan_);
+    Work work;
+    for (int index = blockIdx.x; items.find(index, work);) {
+      int next = 0;
+      if (lane_ == 0 && plan_.next_item) next = gridDim.x + atomicAdd(plan_.next_item, 1);
       if constexpr (L::kNarrowKeys) {
-        if (found) {
-          mine.k_scale = scale_of(p_.k_scales, mine);
-          mine.v_scale = scale_of(p_.v_scales, mine);
-        }
+        work.k_scale = scale_of(p_.k_scales, work);
+        work.v_scale = scale_of(p_.v_scales, work);
       }
-      for (unsigned rest = __ballot_sync(kAllLanes, found); rest; rest &= rest - 1)
-        feed(broadcast(mine, __ffs(rest) - 1));
-      first = __shfl_sync(kAllLanes, next, 0);
+      feed(work);
+      if (!plan_.next_item) break;
+      index = __shfl_sync(kAllLanes, next, 0);
     }
     ptx::mbarrier_wait(address(shared_.keys_empty[ring_.stage]), ring_.phase ^ 1);
     if (lane_ == 0) {
@@ -87,19 +82,6 @@ class Producer {
   }
 
  private:
-  static __device__ __forceinline__ Work broadcast(const Work& item, int lane) {
-    const auto get = [&](auto x) { return __shfl_sync(kAllLanes, x, lane); };
-    const Item all{get(item.request),    get(item.kv_head),  get(item.slot),
-                   get(item.positions),  get(item.keys),     get(item.first_key),
-                   get(item.tile_begin), get(item.tile_end), get(item.split_tiles),
-                   get(item.begin),      get(item.end)};
-    if constexpr (L::kNarrowKeys) {
-      return {all, get(item.k_scale), get(item.v_scale)};
-    } else {
-      return all;
-    }
-  }
-
   static __device__ __forceinline__ float scale_of(const Scales& scales, const Item& item) {
     if (!scales.values) return 1;
     return scales.values[item.request * scales.stride_request + item.kv_head * scales.stride_head];

@@ -7,6 +7,10 @@
 
 namespace blasst::cuda::decode {
 
+// Of a work item of several splits. Longer ones are slower (0.92x at 128 tiles, 0.65x at 256),
+// probably because blocks that read the KV heads of a request, neighbours in memory, drift apart.
+inline constexpr int kMostItemTiles = 64;
+
 // rows: that decide together; kv_heads: those, or the parts of them in which query heads decide.
 inline SplitRule split_rule(int rows, int kv_heads, int value_dim) {
   if (latent::is_latent(value_dim))

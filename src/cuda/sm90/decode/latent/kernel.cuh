@@ -8,13 +8,11 @@
 namespace blasst::cuda::decode::latent {
 
 // The results of all splits: sums over kept keys, relative to each row's maximum. p.kv_heads counts
-// the parts of the query heads that decide apart; plan.item_splits those that a block takes one
-// after the other.
+// the parts of the query heads that decide apart.
 template <typename C>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     attend(const __grid_constant__ Params p, const __grid_constant__ Plan plan,
-           const __grid_constant__ int split_slots, const __grid_constant__ CUtensorMap q_map,
-           const __grid_constant__ CUtensorMap k_map) {
+           const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map) {
   // The combining kernel takes what room there is, and waits for this grid's writes.
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   extern __shared__ __align__(1024) std::byte storage[];
@@ -45,7 +43,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     if (threadIdx.x < 32) Producer<C>(p, plan, shared, &q_map, &k_map).run();
   } else if (warpgroup == 1) {
     ptx::raise_registers<kLeftRegisters>();
-    Left<C>(p, plan, split_slots, shared).run();
+    Left<C>(p, plan, shared).run();
   } else {
     ptx::raise_registers<kRightRegisters>();
     Right<C>(plan, shared).run();

@@ -21,12 +21,9 @@ class Left {
   using Rows = float[2];  // a value for each of the thread's rows
 
  public:
-  // split_slots: splits that a request may have, each with room for a result.
-  __device__ __forceinline__ Left(const Params& p, const Plan& plan, int split_slots,
-                                  Shared& shared)
+  __device__ __forceinline__ Left(const Params& p, const Plan& plan, Shared& shared)
       : p_(p),
         plan_(plan),
-        split_slots_(split_slots),
         shared_(shared),
         group_(p.heads / p.kv_heads),
         reports_(p, plan, shared) {}
@@ -83,8 +80,6 @@ class Left {
                     range_of(p_, item_, group_, 0).end};
     seen_by_any_ = visible_keys(item_.keys, item_.positions, p_.distances);
     first_split_ = item_.begin == 0;
-    slot_ = index_of({item_.request, item_.kv_head, item_.begin / item_.split_tiles}, split_slots_,
-                     p_.kv_heads);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       seed_[r] = -INFINITY;
@@ -118,9 +113,10 @@ class Left {
   }
 
   __device__ __forceinline__ void end_split(const Outputs& o) {
-    send({.kind = Message::kWrite, .slot = slot_, .rows = rows()});
-    write_outputs<kLeft>(plan_, slot_, rows(), at_, o);
-    float* statistics = plan_.statistics + int64_t{slot_} * kStatistics * plan_.rows;
+    const int slot = item_.slot;
+    send({.kind = Message::kWrite, .slot = slot, .rows = rows()});
+    write_outputs<kLeft>(plan_, slot, rows(), at_, o);
+    float* statistics = plan_.statistics + int64_t{slot} * kStatistics * plan_.rows;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = at_.row(r);
@@ -132,8 +128,8 @@ class Left {
       statistics[2 * plan_.rows + row] = mass.maximum;
       statistics[3 * plan_.rows + row] = mass.sum;
     }
-    if (threadIdx.x % 128 == 0) plan_.dropped[slot_] = dropped_;
-    slot_ += p_.kv_heads;
+    if (threadIdx.x % 128 == 0) plan_.dropped[slot] = dropped_;
+    item_.slot += p_.kv_heads;
   }
 
   // --- scores -----------------------------------------------------------------------------------
@@ -267,7 +263,6 @@ class Left {
 
   const Params& p_;
   const Plan& plan_;
-  const int split_slots_;
   Shared& shared_;
   const ThreadPlace at_;
   const int group_;  // query heads that decide together
@@ -280,7 +275,6 @@ class Left {
   Range seen_by_all_, seen_by_any_;  // keys that every row sees, that some row sees
   bool first_split_;                 // of the visit, is the next to begin
   bool seeded_;                      // the split at hand lies behind the seeds
-  int slot_;                         // of the result of the split at hand
   int dropped_;                      // tiles, of this split
   Rows below_, seed_;
   OnlineSoftmax softmax_;  // of the split at hand

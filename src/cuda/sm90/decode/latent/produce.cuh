@@ -21,11 +21,13 @@ class Producer {
 
   // A block's first item has its number; later ones go to whoever comes first.
   __device__ __forceinline__ void run() {
-    for (int index = blockIdx.x; index < plan_.items;) {
-      int next = plan_.items;
+    Items items(p_, plan_);
+    Item item;
+    for (int index = blockIdx.x; items.find(index, item);) {
+      int next = 0;
       if (lane_ == 0 && plan_.next_item) next = gridDim.x + atomicAdd(plan_.next_item, 1);
-      Item item;
-      if (find_item(p_, plan_, index, item)) feed(item);
+      feed(item);
+      if (!plan_.next_item) break;
       index = __shfl_sync(kAllLanes, next, 0);
     }
     ptx::mbarrier_wait(address(shared_.empty[ring_.stage][kRotary]), ring_.phase ^ 1);
