@@ -153,16 +153,28 @@ class Consumer {
 
   // --- scores -----------------------------------------------------------------------------------
 
-  // The next key stage is filled.
+  // The next key stage is filled. Where it comes in parts, each is waited for when it is used: keys
+  // that are not given back meanwhile would keep others from being loaded.
   __device__ __forceinline__ void wait_keys() const {
-    ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.key_full) + 8 * keys_.stage, keys_.phase);
+    if constexpr (L::kKeyParts == 1)
+      ptx::mbarrier_wait(key_barrier(offsetof(Shared, barriers.key_full), keys_.stage),
+                         keys_.phase);
+  }
+  __device__ __forceinline__ uint32_t key_barrier(uint32_t first, int stage) const {
+    return base_ + first + 8 * L::kKeyParts * stage;
   }
 
   // s = Q K^T of the next key stage.
   __device__ __forceinline__ void start_scores(Tile& s) {
-    ptx::wgmma_fence();
-    scores_.start(s, base_, at_.warpgroup, keys_.stage);
-    ptx::wgmma_commit();
+#pragma unroll
+    for (int part = 0; part < L::kKeyParts; ++part) {
+      if constexpr (L::kKeyParts > 1)
+        ptx::mbarrier_wait(key_barrier(offsetof(Shared, barriers.key_full), keys_.stage) + 8 * part,
+                           keys_.phase);
+      ptx::wgmma_fence();
+      scores_.start(s, base_, at_.warpgroup, keys_.stage, part);
+      ptx::wgmma_commit();
+    }
     keys_.next();
   }
 
@@ -174,10 +186,17 @@ class Consumer {
                                                   const OnlineSoftmax& softmax, bool more) {
     if (C::kTests && more) wait_keys();
     scores_.read_stage(s_, scored_.stage);
+    // Their keys may be overwritten, part by part.
+    const uint32_t empty = key_barrier(offsetof(Shared, barriers.key_empty), scored_.stage);
+    if constexpr (L::kKeyParts == 3) {
+      ptx::wgmma_wait<kPending + 2>();
+      arrive(empty);
+      ptx::wgmma_wait<kPending + 1>();
+      arrive(empty + 8);
+    }
     ptx::wgmma_wait<kPending>();
     ptx::fence_registers(s);
-    // Their keys may be overwritten.
-    arrive(base_ + offsetof(Shared, barriers.key_empty) + 8 * scored_.stage);
+    arrive(empty + 8 * (L::kKeyParts - 1));
     scored_.next();
     visit_.masked =
         static_cast<unsigned>(visit_.tile - plain_begin_) >= static_cast<unsigned>(plain_count_) ||

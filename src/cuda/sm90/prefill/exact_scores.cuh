@@ -47,15 +47,17 @@ class ExactScores {
     }
   }
 
-  // t = Q K^T of a key stage. base: address of Shared.
-  __device__ __forceinline__ void start(Tile& t, uint32_t base, int warpgroup, int stage) const {
+  // t = Q K^T of a key stage, or what one of its parts adds to it. base: address of Shared.
+  __device__ __forceinline__ void start(Tile& t, uint32_t base, int warpgroup, int stage,
+                                        int part) const {
     const uint64_t q = ptx::advance(ptx::wgmma_descriptor(base + offsetof(Shared, query)),
                                     warpgroup * L::Queries::kBytes);
     const uint64_t k =
         ptx::advance(ptx::wgmma_descriptor(base + offsetof(Shared, key)), stage * L::Keys::kBytes);
     using Product = ptx::Wgmma<Element, C::kKeys>;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int i = 0; i < kSteps / L::kKeyParts; ++i) {
+      const int step = part * (kSteps / L::kKeyParts) + i;
       const int panel = step / 4, within = step % 4 * 32;
       const uint64_t a = ptx::advance(q, panel * L::Queries::kPanelBytes + within);
       const uint64_t b = ptx::advance(k, panel * L::Keys::kPanelBytes + within);

@@ -84,7 +84,8 @@ class Int8Scores {
   }
 
   // t = Q K^T of a key stage. base: address of Shared.
-  __device__ __forceinline__ void start(Tile& t, uint32_t base, int warpgroup, int stage) const {
+  __device__ __forceinline__ void start(Tile& t, uint32_t base, int warpgroup, int stage,
+                                        int) const {
     const uint64_t q = ptx::advance(
         ptx::wgmma_descriptor<L::RoundedQueries::kRowBytes>(base + offsetof(Shared, rounded_query)),
         warpgroup * L::RoundedQueries::kBytes);

@@ -17,8 +17,10 @@ __device__ void init_barriers(typename C::Shared& s) {
   ptx::mbarrier_init(address(b.query_full), 1);
   ptx::mbarrier_init(address(b.query_empty), L::kConsumerWarps);
   for (int i = 0; i < L::kKeyStages; ++i) {
-    ptx::mbarrier_init(address(b.key_full[i]), 1);
-    ptx::mbarrier_init(address(b.key_empty[i]), L::kConsumerWarps);
+    for (int part = 0; part < L::kKeyParts; ++part) {
+      ptx::mbarrier_init(address(b.key_full[i][part]), 1);
+      ptx::mbarrier_init(address(b.key_empty[i][part]), L::kConsumerWarps);
+    }
   }
   for (auto& barrier : b.settled) ptx::mbarrier_init(address(barrier), 1);
   for (int i = 0; i < L::kValueStages; ++i) {

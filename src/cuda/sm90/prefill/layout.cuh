@@ -24,6 +24,9 @@ struct Layout {
   static constexpr int kKeyStages = kQkDim == 256   ? (kInt8 ? 4 : 3)
                                     : kQkDim == 192 ? 2
                                                     : (kInt8 ? 6 : 4);
+  // Parts of a key tile that come and are given back on their own: where there are two stages, the
+  // first part's place is needed before the last one's product is done.
+  static constexpr int kKeyParts = kQkDim == 192 ? 3 : 1;
   static constexpr int kValueStages = 2;
   // Tiles that a warpgroup can be ahead of the values' producers. Of barriers there are twice as
   // many: it does not look at those of tiles that it skips, and a parity tells one phase only.
@@ -32,6 +35,7 @@ struct Layout {
 
   using Queries = Panels<kQueryTileRows, kQkDim>;  // of one warpgroup
   using Keys = std::conditional_t<kInt8, BytePanels<kKeys, kQkDim>, Panels<kKeys, kQkDim>>;
+  using KeyPart = Panels<kKeys, kQkDim / kKeyParts>;  // of exact scores
   using Values = Panels<kKeys, kValueDim>;
   // Three warpgroups have no registers for queries.
   static constexpr bool kRoundedQueries = kInt8 && kWarpgroups == 3;
@@ -44,7 +48,7 @@ struct Layout {
 
   struct Barriers {
     uint64_t query_full, query_empty;
-    uint64_t key_full[kKeyStages], key_empty[kKeyStages];
+    uint64_t key_full[kKeyStages][kKeyParts], key_empty[kKeyStages][kKeyParts];
     uint64_t value_full[kValueBarriers], value_done[kValueBarriers];  // of visit v: v % that
     uint64_t
         settled[kMostAhead];  // tests only: the values of visit v were loaded, or are not wanted

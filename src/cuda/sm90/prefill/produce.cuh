@@ -13,16 +13,17 @@
 
 namespace blasst::cuda::prefill {
 
-// Starts the copy of one key or value tile, of `Tile`'s panels. Rows past the last page or the
-// tensor become zero.
+// Starts the copy of one key or value tile, of `Tile`'s panels from `first_panel` on. Rows past the
+// last page or the tensor become zero.
 template <typename Tile, int kKeys>
 __device__ void copy_tile(const KeyLayout& keys, const KeySource& source, const CUtensorMap* map,
-                          uint32_t destination, uint32_t barrier, int tile) {
+                          uint32_t destination, uint32_t barrier, int tile, int first_panel = 0) {
   const auto copy_rows = [&](int row, int token, int outer) {
 #pragma unroll
     for (int panel = 0; panel < Tile::kCount; ++panel) {
       ptx::copy_box(destination + panel * Tile::kPanelBytes + row * kPanelRowBytes, map, barrier,
-                    panel * kPanel, token, source.kv_head, outer, ptx::L2Hint::kLast);
+                    (first_panel + panel) * kPanel, token, source.kv_head, outer,
+                    ptx::L2Hint::kLast);
     }
   };
   ptx::mbarrier_arrive_expect(barrier, Tile::kBytes);
@@ -42,7 +43,7 @@ template <typename C>
 __device__ void copy_quantized_tile(const Params& p, typename C::Shared& s, const CUtensorMap* map,
                                     int stage, int kv_head, int place) {
   using Keys = typename C::Layout::Keys;
-  const uint32_t barrier = address(s.barriers.key_full[stage]);
+  const uint32_t barrier = address(s.barriers.key_full[stage][0]);
   ptx::mbarrier_arrive_expect(barrier, Keys::kBytes + sizeof(KeyTileUnit));
 #pragma unroll
   for (int panel = 0; panel < Keys::kCount; ++panel) {
@@ -109,14 +110,18 @@ __device__ void produce_keys(const Params& p, typename C::Shared& s, const CUten
         ptx::mbarrier_wait(address(b.settled[settled.stage]), settled.phase ^ 1);
         settled.next();
       }
-      ptx::mbarrier_wait(address(b.key_empty[keys.stage]), keys.phase ^ 1);
       const int tile = tile_at(p.order, tiles, i);
-      if constexpr (C::kInt8)
-        copy_quantized_tile<C>(p, s, key_map, keys.stage, source.kv_head, first_tile + tile);
-      else
-        copy_tile<typename L::Keys, C::kKeys>(p.keys, source, key_map,
-                                              ptx::shared_address(s.key[keys.stage]),
-                                              address(b.key_full[keys.stage]), tile);
+#pragma unroll
+      for (int part = 0; part < L::kKeyParts; ++part) {
+        ptx::mbarrier_wait(address(b.key_empty[keys.stage][part]), keys.phase ^ 1);
+        if constexpr (C::kInt8)
+          copy_quantized_tile<C>(p, s, key_map, keys.stage, source.kv_head, first_tile + tile);
+        else
+          copy_tile<typename L::KeyPart, C::kKeys>(
+              p.keys, source, key_map,
+              ptx::shared_address(s.key[keys.stage]) + part * L::KeyPart::kBytes,
+              address(b.key_full[keys.stage][part]), tile, part * L::KeyPart::kCount);
+      }
       keys.next();
       // 4. The first scores need queries, too; the previous item's are free about now.
       if (i > 0) continue;
