@@ -80,6 +80,21 @@ TEST(DecodeSchedule, ItemsHoldEverySplitOfARequestOnce) {
   EXPECT_EQ(cut_of(plan, 8, 256).results, 32);   // of few requests, no
 }
 
+TEST(DecodeSchedule, ManyRowsAreAddedByAWarpEach) {
+  Plan plan{};
+  plan.result_slots = 33;
+  EXPECT_FALSE(adds_in_warp(plan, 32));
+  EXPECT_EQ(combine_shared_bytes(plan, 32, 128), 5 * (128 + 4) * 4);
+  EXPECT_EQ(combine_shared_bytes(plan, 32, 512), 5 * (256 + 4) * 4);  // in two slices
+  plan.result_slots = most_splits(1);
+  for (const int dim : {64, 96, 128, 192, 256, 512})
+    EXPECT_LE(combine_shared_bytes(plan, 1, dim), kMostCombineBytes);
+  EXPECT_TRUE(adds_in_warp(plan, 512));
+  EXPECT_EQ(combine_shared_bytes(plan, 512, 128), 0);
+  plan.result_slots = 8;
+  EXPECT_TRUE(adds_in_warp(plan, 32));
+}
+
 TEST(DecodeSchedule, EveryResultHasAPlaceOfItsOwn) {
   const int batch = 5, kv_heads = 3;
   Plan plan{};

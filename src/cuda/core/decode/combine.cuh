@@ -1,5 +1,5 @@
-// From the results of work items to the output, a row of a query head at a time: one warp adds the
-// results of whole groups, one block those of single splits, a warp for each group.
+// From the results of work items to the output, a row of a query head at a time: a warp each where
+// there are many, else a block each, a warp for each group of splits.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,6 @@
 namespace blasst::cuda::decode {
 
 inline constexpr int kMostCombineThreads = 256;
-inline constexpr int kMostGroups = (kSlots + kGroupSplits - 1) / kGroupSplits;
 
 // Sums over keys of one row, relative to a maximum; a lane's share of the elements.
 template <int kElements>
@@ -49,13 +48,14 @@ class Combine {
   using Result = RowResult<kElements>;
 
  public:
+  // Of a group (combine_shared_bytes).
   struct Shared {
-    float m[kMostGroups], l[kMostGroups];
-    SkippedMass mass[kMostGroups];
-    float o[kMostGroups][kSlice];
+    float m, l;
+    SkippedMass mass;
+    float o[kSlice];
   };
 
-  __device__ __forceinline__ Combine(const Params& p, const Plan& plan, Shared& shared)
+  __device__ __forceinline__ Combine(const Params& p, const Plan& plan, Shared* shared)
       : p_(p),
         plan_(plan),
         shared_(shared),
@@ -67,13 +67,13 @@ class Combine {
 
   __device__ __forceinline__ void run() {
     const int slices = p_.batch * p_.kv_heads * plan_.rows * kSlices;
-    const bool in_warp = adds_in_warp(plan_);
+    const bool in_warp = adds_in_warp(plan_, slices);
     const int index = in_warp ? blockIdx.x * warps_ + warp_ : blockIdx.x;
     if (index >= slices) return;
     slice_ = index % kSlices;
     if (!find(index / kSlices)) return;
     wait_for_items();
-    in_warp ? add_in_warp() : add_splits();
+    in_warp ? add_in_warp() : add_in_block();
   }
 
  private:
@@ -93,44 +93,57 @@ class Combine {
     return position_ < max(1, positions);
   }
 
-  // Whole groups, or the splits of one.
   __device__ __forceinline__ void add_in_warp() {
-    const int results = cut_.results;
     Result total;
-    for (int i = 0; i < results; i += kGroupSplits)
-      add_results(i, min(kGroupSplits, results - i), i > 0, total);
+    if (cut_.result_splits == kGroupSplits) {
+      for (int i = 0; i < cut_.results; i += kGroupSplits)
+        add_results(i, min(kGroupSplits, cut_.results - i), i > 0, total);
+    } else {
+      for (int g = 0; g * kGroupSplits < cut_.results; ++g) add_group(g, group_of(g), total);
+    }
     count_tiles();
     write(total);
   }
 
-  __device__ __forceinline__ void add_splits() {
+  __device__ __forceinline__ void add_in_block() {
     const int groups = ceil_div(cut_.splits, kGroupSplits);
-    const int group_results = kGroupSplits / cut_.result_splits;
     for (int g = warp_; g < groups; g += warps_) {
-      Result total;
-      const int first = g * group_results;
-      add_results(first, min(group_results, cut_.results - first), false, total);
-      if (lane_ == 0) shared_.m[g] = total.m, shared_.l[g] = total.l, shared_.mass[g] = total.mass;
+      const Result group = group_of(g);
+      Shared& to = shared_[g];
+      if (lane_ == 0) to.m = group.m, to.l = group.l, to.mass = group.mass;
 #pragma unroll
       for (int i = 0; i < kElements; ++i)
-        if (exists(i)) shared_.o[g][element(i)] = total.o[i];
+        if (exists(i)) to.o[element(i)] = group.o[i];
     }
     if (warp_ == warps_ - 1) count_tiles();
     __syncthreads();
     if (warp_ != 0) return;
     Result total;
     for (int g = 0; g < groups; ++g) {
-      Result next;
-      next.m = shared_.m[g], next.l = shared_.l[g], next.mass = shared_.mass[g];
+      const Shared& from = shared_[g];
+      Result group;
+      group.m = from.m, group.l = from.l, group.mass = from.mass;
 #pragma unroll
       for (int i = 0; i < kElements; ++i)
-        if (exists(i)) next.o[i] = shared_.o[g][element(i)];
-      if (g == 0)
-        total = next;
-      else
-        total.add(next, log2_scale_);
+        if (exists(i)) group.o[i] = from.o[element(i)];
+      add_group(g, group, total);
     }
     write(total);
+  }
+
+  // The sums of a group's splits, which are one result or several.
+  __device__ __forceinline__ Result group_of(int g) const {
+    const int each = kGroupSplits / cut_.result_splits, first = g * each;
+    Result group;
+    add_results(first, min(each, cut_.results - first), false, group);
+    return group;
+  }
+
+  __device__ __forceinline__ void add_group(int g, const Result& group, Result& total) const {
+    if (g == 0)
+      total = group;
+    else
+      total.add(group, log2_scale_);
   }
 
   // Adds `count` results, `more` to the total so far; all are asked for before one is used.
@@ -217,7 +230,7 @@ class Combine {
 
   const Params& p_;
   const Plan& plan_;
-  Shared& shared_;
+  Shared* shared_;
   const int warps_, warp_, lane_, group_;
   const float log2_scale_;
   int request_, head_, position_;
@@ -231,8 +244,9 @@ class Combine {
 template <typename T, int kValueDim>
 __global__ void __launch_bounds__(kMostCombineThreads)
     combine(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
-  __shared__ typename Combine<T, kValueDim>::Shared shared;
-  Combine<T, kValueDim>(p, plan, shared).run();
+  extern __shared__ float groups[];
+  using Shared = typename Combine<T, kValueDim>::Shared;
+  Combine<T, kValueDim>(p, plan, reinterpret_cast<Shared*>(groups)).run();
 }
 
 }  // namespace blasst::cuda::decode

@@ -86,7 +86,8 @@ void enqueue_combine(const void* kernel, const Params& p, const Plan& plan, int 
   cudaLaunchConfig_t config{};
   const int slices = p.batch * p.kv_heads * plan.rows * combine_slices(value_dim);
   const int warps = combine_warps(slices);
-  config.gridDim = dim3(adds_in_warp(plan) ? ceil_div(slices, warps) : slices);
+  config.gridDim = dim3(adds_in_warp(plan, slices) ? ceil_div(slices, warps) : slices);
+  config.dynamicSmemBytes = combine_shared_bytes(plan, slices, value_dim);
   config.blockDim = dim3(32 * warps);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;

@@ -118,10 +118,22 @@ BLASST_HOST_DEVICE constexpr int combine_slices(int value_dim) {
   return value_dim > 256 ? value_dim / 256 : 1;
 }
 
-// Whether the combining kernel adds a row's items in one warp: groups, or so few splits that they
-// are one.
-BLASST_HOST_DEVICE bool adds_in_warp(const Plan& plan) {
-  return plan.whole_groups || plan.result_slots <= kGroupSplits;
+// Whether the combining kernel adds the results of each of `rows` rows in one warp: where there are
+// many, or they have few results.
+BLASST_HOST_DEVICE bool adds_in_warp(const Plan& plan, int rows) {
+  return rows > kSlots || plan.whole_groups || plan.result_slots <= kGroupSplits;
+}
+
+inline constexpr int kGroupFloats = 4;  // two sums and two maxima, beside an output
+inline constexpr int kMostCombineBytes =
+    (kSlots + kGroupSplits - 1) / kGroupSplits * (256 + kGroupFloats) * 4;
+
+// Of shared memory, for the sums of each group: no more than is used, so that its blocks may stand
+// ready beside those of the attention kernel.
+inline int combine_shared_bytes(const Plan& plan, int rows, int value_dim) {
+  if (adds_in_warp(plan, rows)) return 0;
+  const int floats = value_dim / combine_slices(value_dim) + kGroupFloats;
+  return ceil_div(plan.result_slots, kGroupSplits) * floats * static_cast<int>(sizeof(float));
 }
 
 // Warps of a block of the combining kernel: many for one row, or little for many.

@@ -349,8 +349,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename T, int kValueDim>
 __global__ void __launch_bounds__(kMostCombineThreads)
     add_splits(const __grid_constant__ Params p, const __grid_constant__ Plan plan) {
-  __shared__ typename Combine<T, kValueDim>::Shared shared;
-  Combine<T, kValueDim>(p, plan, shared).run();
+  extern __shared__ float groups[];
+  using Shared = typename Combine<T, kValueDim>::Shared;
+  Combine<T, kValueDim>(p, plan, reinterpret_cast<Shared*>(groups)).run();
 }
 
 }  // namespace blasst::cuda::decode::sm80

@@ -35,7 +35,7 @@ void launch(const Launch& l, SharedMemory room) {
   const Sources sources{l.q, l.k, l.v, std::max(1, fit)};
   const int bytes = kernels.shared_bytes + sources.stages * kernels.stage_bytes;
   allow_shared_memory(kernels.attend, bytes);  // says what is lacking, if less than a stage fits
-  allow_shared_memory(kernels.combine, 0);     // loads it
+  allow_shared_memory(kernels.combine, kMostCombineBytes);  // loads it, too
   const int most_blocks = resident_blocks(kernels.attend, kThreads, bytes);
   constexpr int kMostItemTiles = 64;
   const int blocks = deal_out(plan, most_blocks, kMostItemTiles);

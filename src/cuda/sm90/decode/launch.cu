@@ -72,7 +72,7 @@ void launch(const Launch& l) {
       latents ? latent::find_kernels(l.element, variant_of(p))
               : find_kernels(l.element, l.cache, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
   allow_shared_memory(kernels.attend, kernels.shared_bytes);
-  allow_shared_memory(kernels.combine, 0);  // loads it
+  allow_shared_memory(kernels.combine, kMostCombineBytes);  // loads it, too
   const int blocks = deal_out(plan, multiprocessors() * kernels.blocks,
                               latents ? latent::most_item_tiles(plan.rows) : kMostItemTiles);
 
