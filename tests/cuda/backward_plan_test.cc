@@ -135,9 +135,13 @@ TEST(BackwardPlan, WorkspaceGrowsWithRowsAndTheBitsOfTiles) {
     p.problem.query_length = rows, p.problem.kv.key_length = keys;
     return static_cast<double>(plan(p).workspace_bytes);
   };
-  // Two floats a row and head; a bit a tile.
+  // Two floats a row and head; a bit a tile; of a long request both gradients of a tile for each
+  // head.
   const double rows = 65536, heads = 3 * kHeads;
-  EXPECT_LE(bytes(65536, 65536), heads * (8 * rows + (rows / 64) * (rows / 128) / 8) + 4096);
+  const double parts = 2 * 128 * kDim * sizeof(float);
+  EXPECT_LE(bytes(65536, 65536),
+            heads * (8 * rows + (rows / 64) * (rows / 128) / 8 + parts) + 4096);
+  EXPECT_LE(bytes(4096, 4096), heads * (8 * 4096 + 64 * 32 / 8) + 4096);
 }
 
 TEST(BackwardPlan, PassesScalesOn) {

@@ -93,6 +93,10 @@ class BackwardDims : public BackwardOnGpu, public testing::WithParamInterface<in
       c.sinks = true;
       c.softcap = 20;
       cases.push_back(c);
+      // The first key tile of a long request is cut into parts.
+      c = sparse_case(dtype, GetParam());
+      c.requests = {{150, 4300}, {150, 170}, {150, 4225}};
+      cases.push_back(c);
     }
     return cases;
   }
@@ -227,6 +231,7 @@ TEST_F(BackwardOnGpu, ManyRequestsOfAnyLength) {
   c.requests = {{0, 0}, {300, 400}, {0, 5}};
   for (int64_t i = 0; i < 600; ++i) c.requests.push_back({i % 7 == 0 ? 0 : i % 11, i % 13});
   c.requests.push_back({190, 190});
+  c.requests.push_back({90, 4200});  // its first key tile is cut into parts
   const Pair pair(c);
   const std::vector<std::byte> wanted = pair.run();
   EXPECT_EQ(compare(*pair.backward).mismatch, "");
@@ -235,7 +240,7 @@ TEST_F(BackwardOnGpu, ManyRequestsOfAnyLength) {
   p.query_length = 0, p.kv.key_length = 0;
   pair.backward->params.gradients.tile_bits = nullptr;
   const std::vector<std::byte> dense = pair.run();
-  p.query_length = 300, p.kv.key_length = 400;
+  p.query_length = 300, p.kv.key_length = 4200;
   EXPECT_EQ(pair.run(), dense);
 }
 

@@ -102,6 +102,40 @@ __global__ void __launch_bounds__(kListThreads)
   }
 }
 
+// A block for each slot, KV head and gradient; a thread adds eight elements of a key at a time.
+constexpr int kPartThreads = 256;
+template <typename T>
+__global__ void __launch_bounds__(kPartThreads)
+    sum_parts(const __grid_constant__ Params b, int tile_keys, int dim) {
+  const prefill::Params& p = b.forward;
+  const bool values = blockIdx.x % 2;
+  const int kv_head = blockIdx.x / 2 % p.kv_heads, slot = blockIdx.x / 2 / p.kv_heads;
+  const int request = request_of_slot(b, slot, tile_keys);
+  if (request < 0) return;
+  const int64_t size = int64_t{tile_keys} * dim;
+  const float* from = b.sums + (int64_t{blockIdx.x / 2} * b.sum_parts * 2 + values) * size;
+  const OutputRows& to = values ? b.dv : b.dk;
+  const Span keys = keys_of_request(p.keys, request);
+  T* first = static_cast<T*>(to.data) + kv_head * to.stride_head + keys.first * to.stride_token +
+             (p.keys.cu_seqlens ? 0 : request * to.stride_request);
+  const float factor = values ? 1 : b.scale;
+  for (int i = 8 * threadIdx.x; i < size; i += 8 * kPartThreads) {
+    float x[8] = {};
+    for (int part = 0; part < b.sum_parts; ++part) {
+#pragma unroll
+      for (int e = 0; e < 8; e += 4) {
+        const float4 add = *reinterpret_cast<const float4*>(from + part * 2 * size + i + e);
+        x[e] += add.x, x[e + 1] += add.y, x[e + 2] += add.z, x[e + 3] += add.w;
+      }
+    }
+    uint32_t packed[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) packed[e] = pack2<T>(x[2 * e] * factor, x[2 * e + 1] * factor);
+    *reinterpret_cast<uint4*>(first + i / dim * to.stride_token + i % dim) =
+        make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  }
+}
+
 // A block for each head. A sink's probability in a row is exp(sink - lse), and its score takes
 // -probability * delta.
 constexpr int kSinkThreads = 512;
@@ -173,6 +207,12 @@ void measure_rows(const Params& b, Element element, int dim, void* stream) {
 void list_keepers(const Params& b, int tile_keys, void* stream) {
   enqueue(transpose_bits, b.forward.batch * b.forward.heads, kListThreads,
           static_cast<cudaStream_t>(stream), b, tile_keys);
+}
+
+void add_parts(const Params& b, Element element, int tile_keys, int dim, void* stream) {
+  const auto kernel = element == Element::kHalf ? sum_parts<__half> : sum_parts<__nv_bfloat16>;
+  enqueue(kernel, 2 * b.sum_slots * b.forward.kv_heads, kPartThreads,
+          static_cast<cudaStream_t>(stream), b, tile_keys, dim);
 }
 
 void add_sinks(const Params& b, void* stream) {

@@ -12,6 +12,9 @@ void measure_rows(const Params& params, Element element, int dim, void* stream);
 // Which query tiles kept each key tile (params.keepers), from the tile bits.
 void list_keepers(const Params& params, int tile_keys, void* stream);
 
+// dk and dv of the key tiles that are cut into parts, from params.sums, always in the same order.
+void add_parts(const Params& params, Element element, int tile_keys, int dim, void* stream);
+
 // params.dsinks, from the measured rows; always summed in the same order.
 void add_sinks(const Params& params, void* stream);
 

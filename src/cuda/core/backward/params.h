@@ -34,6 +34,15 @@ struct Params {
   unsigned* keepers;
   int keeper_words;
   int key_tiles;  // room for those of all requests
+
+  // [slots, KV heads, parts, 2, keys of a tile, dim] dk, not yet scaled, and dv of the first key
+  // tiles of long requests, of one query head of the group each: sum_slot.
+  float* sums;
+  int sum_slots, sum_parts;
 };
+
+// A request of more key tiles than these has its first one, which all rows may keep, cut into
+// parts.
+inline constexpr int kShortKeyTiles = 32;
 
 }  // namespace blasst::cuda::backward

@@ -119,8 +119,8 @@ class Consumer {
       release_first(before);
     }
     if constexpr (kKeys) {
-      store(dk, b_.scale, b_.dk);
-      store(dv, 1, b_.dv);
+      finish(dk, b_.scale, b_.dk, 0);
+      finish(dv, 1, b_.dv, 1);
     } else {
       store(dk, b_.scale, b_.dq);
     }
@@ -165,7 +165,7 @@ class Consumer {
       ptx::wgmma_wait<0>();
       ptx::fence_registers(dv);
     }
-    store(dv, 1, b_.dv);
+    finish(dv, 1, b_.dv, 1);
   }
 
   // dk, from the other warpgroup's weights.
@@ -209,7 +209,7 @@ class Consumer {
       ptx::wgmma_wait<0>();
       ptx::fence_registers(dk);
     }
-    store(dk, b_.scale, b_.dk);
+    finish(dk, b_.scale, b_.dk, 0);
   }
 
   // --- blocks that pass by ----------------------------------------------------------------------
@@ -442,6 +442,20 @@ class Consumer {
   }
 
   // --- gradients --------------------------------------------------------------------------------
+
+  // Writes the gradients of 64 keys, or leaves them for add_parts(): the first or the second of the
+  // two.
+  __device__ __forceinline__ void finish(const Sums& sums, float factor, const OutputRows& to,
+                                         int gradient) const {
+    if (!w_.sums) return store(sums, factor, to);
+    float* first = w_.sums + (gradient * L::kTileKeys + first_) * L::kDim + fragment_column();
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int j = 0; j < L::kDim / 8; ++j)
+        *reinterpret_cast<float2*>(first + fragment_row(r) * L::kDim + 8 * j) =
+            make_float2(sums[4 * j + 2 * r], sums[4 * j + 2 * r + 1]);
+  }
 
   // Writes the 64 rows or keys.
   __device__ __forceinline__ void store(const Sums& sums, float factor,

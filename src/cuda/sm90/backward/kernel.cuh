@@ -34,7 +34,7 @@ __device__ __forceinline__ void find_gradients(const Params& b, uint8_t* memory,
                                                int index) {
   auto& s = *reinterpret_cast<typename L::Shared*>(memory);
   if (threadIdx.x == 0) {
-    s.work = find_work<L::kSide>(b, index, L::kTileKeys);
+    s.work = find_work<L::kSide>(b, index, L::kTileKeys, L::kDim);
     init_barriers<L>(s);
   }
   __syncthreads();

@@ -55,7 +55,7 @@ void launch(const Launch& l) {
   const auto stream = static_cast<cudaStream_t>(l.stream);
   const int row_blocks = plan_work(p, l);
   const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const int key_blocks = keys_at_all ? p.kv_heads * b.key_tiles : 0;
+  const int key_blocks = keys_at_all ? p.kv_heads * (b.key_tiles + b.sum_slots * b.sum_parts) : 0;
   if (row_blocks + key_blocks == 0) {
     if (b.dsinks) clear(b.dsinks, p.heads * sizeof(float), stream);
     return;
@@ -76,6 +76,8 @@ void launch(const Launch& l) {
     list_keepers(b, prefill::tile_keys(l.qk_dim), stream);
   enqueue(kernel.function, key_blocks + row_blocks, kernel.threads, kernel.shared_bytes, stream,
           {&b, &q, &dout, &k, &v, &key_blocks});
+  if (keys_at_all && b.sum_slots > 0)
+    add_parts(b, l.element, prefill::tile_keys(l.qk_dim), l.qk_dim, stream);
   clear_unused(b, l.k.outer, l.k.tokens, l.qk_dim, stream);
   if (b.dsinks) add_sinks(b, stream);
 }

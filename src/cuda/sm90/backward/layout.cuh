@@ -22,8 +22,10 @@ struct Work {
   bool any;  // false: nothing
   int request;
   int kv_head;
-  int head;  // kKeys: the first of the group; kQueries: of the rows
-  int tile;  // kKeys: of the request's keys; kQueries: the first of the request's query tiles
+  int head;     // kKeys: the first; kQueries: of the rows
+  int heads;    // kKeys: the group's, or one of them
+  int tile;     // kKeys: of the request's keys; kQueries: the first of the request's query tiles
+  float* sums;  // kKeys: where to leave dk and dv of one of several parts; null: they are whole
   RequestSpans spans;
 };
 

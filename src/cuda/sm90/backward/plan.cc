@@ -30,6 +30,13 @@ int64_t all_key_tiles(const blasst_problem& p, int64_t tile_keys) {
   return p.batch * ceil_div(problem::most_keys(p), tile_keys);
 }
 
+// Slots for the first key tiles of long requests, where query heads share them.
+int64_t sum_slots(const blasst_problem& p, int64_t tile_keys) {
+  if (p.heads == p.kv_heads || problem::most_keys(p) <= kShortKeyTiles * tile_keys) return 0;
+  if (p.kv.layout != BLASST_LAYOUT_RAGGED) return p.batch;
+  return all_key_tiles(p, tile_keys) / kShortKeyTiles + 1;
+}
+
 int64_t keeper_words(const blasst_problem& p) {
   return ceil_div(ceil_div(problem::most_rows(p), kQueryTileRows), 32);
 }
@@ -39,8 +46,11 @@ WorkspaceLayout layout_of(const blasst_problem& p, const Geometry& g) {
   WorkspaceLayout w{};
   w.rows = aligned(prefill::workspace_bytes(p.batch));
   w.keepers = w.rows + aligned(sizeof(RowBlock) * p.heads * g.query_tiles);
-  w.bytes = w.keepers +
-            aligned(sizeof(unsigned) * p.heads * all_key_tiles(p, g.shape.keys) * keeper_words(p));
+  w.sums = w.keepers +
+           aligned(sizeof(unsigned) * p.heads * all_key_tiles(p, g.shape.keys) * keeper_words(p));
+  // A group's parts of both gradients, of all KV heads.
+  w.bytes = w.sums + aligned(sizeof(float) * sum_slots(p, g.shape.keys) * p.heads * 2 *
+                             g.shape.keys * p.head_dim);
   return w;
 }
 
@@ -63,7 +73,8 @@ Geometry geometry_of(const BackwardParams& params) {
   const Geometry geometry = problem::geometry(p, Phase::kPrefill, shape);
   check_range("batch * heads", p.batch * p.heads, 0, kUnlimited - 1);
   check_range("query tiles of all heads", p.heads * geometry.query_tiles, 0, kUnlimited - 1);
-  check_range("key tiles of all KV heads", p.kv_heads * all_key_tiles(p, shape.keys), 0,
+  check_range("key tiles of all KV heads",
+              p.kv_heads * all_key_tiles(p, shape.keys) + p.heads * sum_slots(p, shape.keys), 0,
               kUnlimited - 1);
   return geometry;
 }
@@ -135,6 +146,9 @@ Launch plan_launch(const BackwardParams& params) {
   b.keepers = reinterpret_cast<unsigned*>(workspace + layout.keepers);
   b.keeper_words = static_cast<int>(keeper_words(p));
   b.key_tiles = static_cast<int>(all_key_tiles(p, geometry.shape.keys));
+  b.sums = reinterpret_cast<float*>(workspace + layout.sums);
+  b.sum_slots = static_cast<int>(sum_slots(p, geometry.shape.keys));
+  b.sum_parts = static_cast<int>(p.heads / p.kv_heads);
   return l;
 }
 

@@ -11,7 +11,7 @@ namespace blasst::cuda::backward {
 
 // Where in the workspace things are, in bytes.
 struct WorkspaceLayout {
-  std::size_t rows, keepers, bytes;  // lists of blocks are at its beginning
+  std::size_t rows, keepers, sums, bytes;  // lists of blocks are at its beginning
 };
 
 // What the call takes over and needs. Reads scalars only, and says what this backend does not do.

@@ -107,7 +107,7 @@ class Producer {
     const int end = min(first + L::kTileKeys, w_.spans.keys.count);
     const int place = first_query_tile(p_, w_.request);
     const int key_place = prefill::first_key_tile(p_.keys, w_.request, L::kTileKeys) + w_.tile;
-    for (int head = w_.head; head < w_.head + p_.heads / p_.kv_heads; ++head) {
+    for (int head = w_.head; head < w_.head + w_.heads; ++head) {
       const Distances distances = distances_of(p_, head);
       const unsigned* keepers =
           b_.keepers + (int64_t{head} * b_.key_tiles + key_place) * b_.keeper_words;

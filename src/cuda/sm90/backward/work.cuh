@@ -10,23 +10,38 @@
 namespace blasst::cuda::backward {
 
 // Blocks of threads: kKeys, one for each key tile of each KV head, the first keys, which causal
-// rows see most often, first; kQueries, as in prefill.
+// rows see most often, first; before them, one for each query head and first key tile of a long
+// request, which all of its rows may keep. kQueries, as in prefill.
 template <Side kSide>
-__device__ Work find_work(const Params& b, int index, int tile_keys) {
+__device__ Work find_work(const Params& b, int index, int tile_keys, int dim) {
   const prefill::Params& p = b.forward;
   Work w{};
   if constexpr (kSide == Side::kKeys) {
     w.kv_head = index % p.kv_heads;
-    const int place = index / p.kv_heads;
+    const int group = p.heads / p.kv_heads;
+    w.head = w.kv_head * group, w.heads = group;
+    int place = index / p.kv_heads;
+    if (place < b.sum_slots * b.sum_parts) {
+      const int slot = place / b.sum_parts, part = place % b.sum_parts;
+      w.request = request_of_slot(b, slot, tile_keys);
+      if (w.request < 0) return w;
+      w.head += part, w.heads = 1;
+      w.sums = b.sums +
+               (int64_t{slot * p.kv_heads + w.kv_head} * b.sum_parts + part) * 2 * tile_keys * dim;
+      w.spans = spans_of(p, w.request);
+      w.any = true;
+      return w;
+    }
+    place -= b.sum_slots * b.sum_parts;
     if (p.keys.cu_seqlens) {
       const prefill::KeyTile at = prefill::key_tile_at(p.keys, p.batch, place, tile_keys);
       w.request = at.request, w.tile = at.tile;
     } else {
       w.request = place % p.batch, w.tile = place / p.batch;
     }
-    w.head = w.kv_head * (p.heads / p.kv_heads);
     w.spans = spans_of(p, w.request);
-    w.any = w.tile * tile_keys < w.spans.keys.count;
+    w.any = w.tile * tile_keys < w.spans.keys.count &&
+            !(w.tile == 0 && has_parts(b, w.spans.keys, tile_keys));
   } else {
     if (p.first_block && index >= p.heads * p.first_block[p.batch]) return w;
     const prefill::Item item =
