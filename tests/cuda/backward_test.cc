@@ -95,7 +95,7 @@ class BackwardDims : public BackwardOnGpu, public testing::WithParamInterface<in
       cases.push_back(c);
       // The first key tile of a long request is cut into parts.
       c = sparse_case(dtype, GetParam());
-      c.requests = {{150, 4300}, {150, 170}, {150, 4225}};
+      c.requests = {{70, 4300}, {70, 170}, {70, 4225}};
       cases.push_back(c);
     }
     return cases;

@@ -96,12 +96,14 @@ def test_gradients_of_two_gpus_are_those_of_one_on_the_joined_batch(job, tmp_pat
     model_and_samples(tmp_path, head_dim=64, keys=128)
     ranks = run(job, 2, tmp_path)
     [(gradients, log)] = run(job, 1, tmp_path)  # what is bfloat16 depends on the job
+    # The sharded job's loss is: one step of it.
+    rounding = 2**-7 if job == "fully_sharded_on_gpus" else 1e-3
     for found, found_log in ranks:
         for name, gradient in gradients.items():
             error = (found[name] - gradient).norm() / gradient.norm()
             assert error < 0.02, f"{name}: {error}, bfloat16's rounding is 0.004"
         for line, expected in zip(found_log, log, strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+            assert line["loss"] == pytest.approx(expected["loss"], rel=rounding)
         assert found_log[0]["sparsity"] == pytest.approx(log[0]["sparsity"], abs=0.01)
         assert found_log[0]["sparsity"] > 0
 
