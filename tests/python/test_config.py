@@ -13,6 +13,7 @@ import torch
 
 from blasst import config
 from blasst.config import Law, Measured, SparseAttention, ThresholdTable, parse, thresholds_for
+from blasst.config.laws import Schedule
 
 # As Model-Optimizer documents its export.
 ECOSYSTEM = {
@@ -292,6 +293,16 @@ def test_what_a_run_differs_by_is_said_once_at_whatever_target(caplog):
     assert "tiles of 64 x 64" in said[0]
     assert "1000000 keys" in said[1]
     assert "target sparsity 0.95 is outside the calibrated" in said[2]
+
+
+@pytest.mark.parametrize("lengths", [(64,), (1024, 4096), (512, 1024, 8192)])
+def test_a_length_that_the_host_knows_has_the_thresholds_of_one_on_the_device(lengths):
+    generator = torch.Generator().manual_seed(3)
+    ln = -9 * torch.rand(len(lengths), 3, 4, generator=generator)
+    schedule = Schedule("reverse", lengths, torch.tensor(lengths).double().log(), ln, 0.8)
+    keys = [1, 63, 64, 65, 511, 512, 1024, 3000, 4096, 8192, 100_000]
+    found = torch.cat([schedule.at_one(n) for n in keys])
+    torch.testing.assert_close(found, schedule.at(torch.tensor(keys)), rtol=1e-6, atol=0)
 
 
 def test_of_several_tile_shapes_a_run_takes_its_own_without_a_word(caplog):

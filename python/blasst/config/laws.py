@@ -65,6 +65,22 @@ class Schedule(NamedTuple):
         ln = ln - beyond.float()[:, None, None]
         return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()
 
+    def at_one(self, keys: int) -> Tensor:
+        """`at` one length that the host knows, [1, layers, heads].
+
+        Most of it is worked out there: on a GPU every step of `at` costs a short pass its launch.
+        """
+        ln_length, points = math.log(keys), [math.log(length) for length in self.lengths]
+        nearest = min(max(ln_length, points[0]), points[-1])
+        ln = self.ln_threshold[0]
+        if len(points) > 1:
+            right = max(1, bisect_left(points, nearest))
+            left = right - 1
+            share = (nearest - points[left]) / (points[right] - points[left])
+            ln = self.ln_threshold[left].lerp(self.ln_threshold[right], share)
+        ln = ln - self.power * (ln_length - nearest)
+        return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()[None]
+
 
 @dataclass(frozen=True)
 class Law:

@@ -35,7 +35,8 @@ class Rules(NamedTuple):
     """What the attention calls of all layers in one pass need to know."""
 
     rows: tuple[Tensor, ...]
-    """[requests, heads] float32, 0 to 1, of each layer; one of [requests, 1] for all."""
+    """[requests, heads] float32, 0 to 1, of each layer; one of [requests, 1] for all. One row for
+    requests that are all as long."""
     heads: list[int] | None
     """Of each layer; None: as many as the rows have."""
     order: str
@@ -165,25 +166,32 @@ class SparseAttention:
         return Rule(rules.of_layer(layer), rules.order, scores)
 
     def rules(
-        self, phase: str, lengths: Tensor, keys: int, tile: tuple[int, int] | None = None
+        self,
+        phase: str,
+        lengths: Tensor | int,
+        keys: int,
+        tile: tuple[int, int] | None = None,
+        device: torch.device | None = None,
     ) -> Rules:
-        """The thresholds of all layers in one pass, on the device of `lengths`.
-
-        Nothing is read from that device.
+        """The thresholds of all layers in one pass, on a device of which nothing is read.
 
         Args:
             phase: one that has a target and thresholds.
-            lengths: [requests] keys in use.
+            lengths: [requests] keys in use; a number: of every request.
             keys: how many the call has room for a request.
             tile: query rows and keys on which the kernel decides.
+            device: None: that of `lengths`.
         """
-        key = "schedule", lengths.device, phase, tile
+        if device is None:
+            device = lengths.device
+        key = "schedule", device, phase, tile
         if key not in self._tables:
             found = self._schedule(phase, tile)
-            self._tables[key] = found.to(lengths.device), heads_of(found.ln_threshold)
+            self._tables[key] = found.to(device), heads_of(found.ln_threshold)
         whole, heads = self._tables[key]
         schedule = whole.of_call(keys)
-        return Rules(schedule.at(lengths).unbind(1), heads, schedule.order)
+        found = schedule.at_one(lengths) if isinstance(lengths, int) else schedule.at(lengths)
+        return Rules(found.unbind(1), heads, schedule.order)
 
     def schedule(
         self,

@@ -142,7 +142,7 @@ def _test(
             value_dim,
             query.shape[2] if share is None else share.total,
             lengths.room,
-            lengths.tensor,
+            lengths.simplest,
             lengths.known,
             noted(mask),
             operator.current().tile_of,
@@ -229,6 +229,12 @@ class _Lengths:
         if self._ranges is None:
             return torch.full((self._batch,), self._keys, dtype=torch.int64, device=self._device)
         return self._ranges[:, 1] - self._ranges[:, 0]
+
+    def simplest(self) -> Tensor | int:
+        """The same, or the number that all of them are because nothing says otherwise."""
+        if self._sequences is None and self._ranges is None:
+            return self._keys
+        return self.tensor()
 
     def numbers(self) -> list[int]:
         """The same on the host."""

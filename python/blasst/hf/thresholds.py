@@ -101,8 +101,8 @@ class Pass(NamedTuple):
     """Of the layer, those of other processes too."""
     room: int
     """Keys that a request may have."""
-    lengths: Callable[[], Tensor]
-    """[requests] keys in use, on the device."""
+    lengths: Callable[[], Tensor | int]
+    """[requests] keys in use, on the device; a number: of every request."""
     known: Callable[[], list[int]]
     """Those of them that the host knows."""
     noted: dict[Any, Any]
@@ -135,7 +135,7 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     if of is not read:
         tile = call.tile_of(call.phase, device, call.query.dtype, *sizes)
         read.tell(call.phase, tile, call.known)
-        rules = read.rules(call.phase, call.lengths(), call.room, tile)
+        rules = read.rules(call.phase, call.lengths(), call.room, tile, device)
         layers = getattr(module.config, "num_hidden_layers", None)
         if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
             raise ValueError(
