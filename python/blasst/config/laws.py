@@ -70,7 +70,8 @@ class Schedule(NamedTuple):
 
         Most of it is worked out there: on a GPU every step of `at` costs a short pass its launch.
         """
-        ln_length, points = math.log(keys), [math.log(length) for length in self.lengths]
+        ln_length = math.log(keys) if keys else -math.inf
+        points = [math.log(length) for length in self.lengths]
         nearest = min(max(ln_length, points[0]), points[-1])
         ln = self.ln_threshold[0]
         if len(points) > 1:
