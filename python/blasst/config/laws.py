@@ -48,8 +48,15 @@ class Schedule(NamedTuple):
             shorter=self.shorter and self.shorter.to(device),
         )
 
-    def at(self, lengths: Tensor) -> Tensor:
-        """[requests] keys -> [requests, layers, heads] float32: thresholds, 0 to 1."""
+    def at(self, lengths: Tensor | int) -> Tensor:
+        """Thresholds, 0 to 1, [requests, layers, heads] float32.
+
+        Args:
+            lengths: [requests] keys; a number that the host knows: of one request, of which most is
+                worked out there. On a GPU each step of the rest costs a short pass its launch.
+        """
+        if isinstance(lengths, int):
+            return self._at_number(lengths)
         ln_length, points = lengths.double().log(), self.ln_lengths
         nearest = ln_length.clamp(math.log(self.lengths[0]), math.log(self.lengths[-1]))
         if len(self.lengths) == 1:
@@ -65,11 +72,7 @@ class Schedule(NamedTuple):
         ln = ln - beyond.float()[:, None, None]
         return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()
 
-    def at_one(self, keys: int) -> Tensor:
-        """`at` one length that the host knows, [1, layers, heads].
-
-        Most of it is worked out there: on a GPU every step of `at` costs a short pass its launch.
-        """
+    def _at_number(self, keys: int) -> Tensor:
         ln_length = math.log(keys) if keys else -math.inf
         points = [math.log(length) for length in self.lengths]
         nearest = min(max(ln_length, points[0]), points[-1])

@@ -182,16 +182,14 @@ class SparseAttention:
             tile: query rows and keys on which the kernel decides.
             device: None: that of `lengths`.
         """
-        if device is None:
-            device = lengths.device
+        device = lengths.device if device is None else device
         key = "schedule", device, phase, tile
         if key not in self._tables:
             found = self._schedule(phase, tile)
             self._tables[key] = found.to(device), heads_of(found.ln_threshold)
         whole, heads = self._tables[key]
         schedule = whole.of_call(keys)
-        found = schedule.at_one(lengths) if isinstance(lengths, int) else schedule.at(lengths)
-        return Rules(found.unbind(1), heads, schedule.order)
+        return Rules(schedule.at(lengths).unbind(1), heads, schedule.order)
 
     def schedule(
         self,
