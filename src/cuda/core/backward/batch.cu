@@ -113,15 +113,14 @@ __global__ void __launch_bounds__(kPartThreads)
   const int request = request_of_slot(b, slot, tile_keys);
   if (request < 0) return;
   const int64_t size = int64_t{tile_keys} * dim;
-  const float* from = b.sums + (int64_t{blockIdx.x / 2} * b.sum_parts * 2 + values) * size;
+  const int parts = p.heads / p.kv_heads;
+  const float* from = b.sums + (int64_t{blockIdx.x / 2} * parts * 2 + values) * size;
   const OutputRows& to = values ? b.dv : b.dk;
-  const Span keys = keys_of_request(p.keys, request);
-  T* first = static_cast<T*>(to.data) + kv_head * to.stride_head + keys.first * to.stride_token +
-             (p.keys.cu_seqlens ? 0 : request * to.stride_request);
+  T* first = key_row<T>(to, p, request, kv_head, keys_of_request(p.keys, request).first);
   const float factor = values ? 1 : b.scale;
   for (int i = 8 * threadIdx.x; i < size; i += 8 * kPartThreads) {
     float x[8] = {};
-    for (int part = 0; part < b.sum_parts; ++part) {
+    for (int part = 0; part < parts; ++part) {
 #pragma unroll
       for (int e = 0; e < 8; e += 4) {
         const float4 add = *reinterpret_cast<const float4*>(from + part * 2 * size + i + e);

@@ -35,10 +35,10 @@ struct Params {
   int keeper_words;
   int key_tiles;  // room for those of all requests
 
-  // [slots, KV heads, parts, 2, keys of a tile, dim] dk, not yet scaled, and dv of the first key
-  // tiles of long requests, of one query head of the group each: sum_slot.
+  // [slots, heads, 2, keys of a tile, dim] dk, not yet scaled, and dv of the first key tiles of
+  // long requests (request_of_slot()), by query head.
   float* sums;
-  int sum_slots, sum_parts;
+  int sum_slots;
 };
 
 // A request of more key tiles than these has its first one, which all rows may keep, cut into

@@ -32,6 +32,14 @@ __device__ __forceinline__ RequestSpans spans_of(const prefill::Params& p, int r
   return {keys, rows, keys.count - rows.count};
 }
 
+// Where the gradient of a key of the tensor is.
+template <typename T>
+__device__ __forceinline__ T* key_row(const OutputRows& rows, const prefill::Params& p, int request,
+                                      int kv_head, int key) {
+  return static_cast<T*>(rows.data) + (p.keys.cu_seqlens ? 0 : request * rows.stride_request) +
+         key * rows.stride_token + kv_head * rows.stride_head;
+}
+
 // The request whose first key tile's parts have a slot of Params::sums; -1: none. Dense requests
 // have a slot each; the first tiles of long ragged ones are more than kShortKeyTiles apart.
 __device__ __forceinline__ int request_of_slot(const Params& b, int slot, int tile_keys) {

@@ -460,11 +460,11 @@ class Consumer {
   // Writes the 64 rows or keys.
   __device__ __forceinline__ void store(const Sums& sums, float factor,
                                         const OutputRows& to) const {
-    T* first = static_cast<T*>(to.data);
+    T* first;
     if constexpr (kKeys) {
-      first += w_.kv_head * to.stride_head + (w_.spans.keys.first + first_) * to.stride_token;
-      if (!p_.keys.cu_seqlens) first += w_.request * to.stride_request;
+      first = key_row<T>(to, p_, w_.request, w_.kv_head, w_.spans.keys.first + first_);
     } else {
+      first = static_cast<T*>(to.data);
       const int row = w_.spans.rows.first + first_ - w_.spans.offset;
       first +=
           w_.head * to.stride_head + prefill::row_in_tensor(p_, w_.request, row) * to.stride_token;

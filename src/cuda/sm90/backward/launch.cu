@@ -55,7 +55,7 @@ void launch(const Launch& l) {
   const auto stream = static_cast<cudaStream_t>(l.stream);
   const int row_blocks = plan_work(p, l);
   const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const int key_blocks = keys_at_all ? p.kv_heads * (b.key_tiles + b.sum_slots * b.sum_parts) : 0;
+  const int key_blocks = keys_at_all ? p.kv_heads * b.key_tiles + p.heads * b.sum_slots : 0;
   if (row_blocks + key_blocks == 0) {
     if (b.dsinks) clear(b.dsinks, p.heads * sizeof(float), stream);
     return;

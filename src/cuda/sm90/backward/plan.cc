@@ -148,7 +148,6 @@ Launch plan_launch(const BackwardParams& params) {
   b.key_tiles = static_cast<int>(all_key_tiles(p, geometry.shape.keys));
   b.sums = reinterpret_cast<float*>(workspace + layout.sums);
   b.sum_slots = static_cast<int>(sum_slots(p, geometry.shape.keys));
-  b.sum_parts = static_cast<int>(p.heads / p.kv_heads);
   return l;
 }
 

@@ -21,18 +21,17 @@ __device__ Work find_work(const Params& b, int index, int tile_keys, int dim) {
     const int group = p.heads / p.kv_heads;
     w.head = w.kv_head * group, w.heads = group;
     int place = index / p.kv_heads;
-    if (place < b.sum_slots * b.sum_parts) {
-      const int slot = place / b.sum_parts, part = place % b.sum_parts;
+    if (place < b.sum_slots * group) {
+      const int slot = place / group;
       w.request = request_of_slot(b, slot, tile_keys);
       if (w.request < 0) return w;
-      w.head += part, w.heads = 1;
-      w.sums = b.sums +
-               (int64_t{slot * p.kv_heads + w.kv_head} * b.sum_parts + part) * 2 * tile_keys * dim;
+      w.head += place % group, w.heads = 1;
+      w.sums = b.sums + (int64_t{slot} * p.heads + w.head) * 2 * tile_keys * dim;
       w.spans = spans_of(p, w.request);
       w.any = true;
       return w;
     }
-    place -= b.sum_slots * b.sum_parts;
+    place -= b.sum_slots * group;
     if (p.keys.cu_seqlens) {
       const prefill::KeyTile at = prefill::key_tile_at(p.keys, p.batch, place, tile_keys);
       w.request = at.request, w.tile = at.tile;

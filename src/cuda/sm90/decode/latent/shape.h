@@ -28,7 +28,7 @@ constexpr int least_split_tiles(int rows) { return std::max(kLeastSplitTiles, ro
 // For each of the parts in which a request's query heads decide.
 inline int most_splits(int parts) { return ceil_div(kSlots, parts); }
 
-// Of a work item: four splits.
+// Of a work item: four splits of the least size.
 constexpr int most_item_tiles(int rows) { return 4 * least_split_tiles(rows); }
 
 }  // namespace blasst::cuda::decode::latent
