@@ -111,12 +111,14 @@ docs: $(VENV)/.docs ## the site, from docs/ and the docstrings, into build/docs
 ##@ GPU
 .PHONY: gpu-test
 gpu-test: build ## kernels, operator and models on a GPU, against the reference and the CPU
-	for backend in '' cuda-sm80; do \
-	  BLASST_CUDA_BACKEND=$$backend build/release/tests/cuda/cuda_tests $(ARGS); \
-	  BLASST_CUDA_BACKEND=$$backend $(python) -m pytest tests/python/test_cuda*.py; \
+	engines=; if $(python) -c 'import vllm' 2>/dev/null; then engines=tests/vllm/test_cuda_engine.py; \
+	else echo "gpu-test: engines SKIPPED: vLLM is not installed in $(VENV)"; fi; \
+	for backend in '' cuda-sm80; do export BLASST_CUDA_BACKEND=$$backend; \
+	  build/release/tests/cuda/cuda_tests $(ARGS); \
+	  $(python) -m pytest tests/python/test_cuda*.py; \
+	  $(python) -m pytest -k gpu tests/python/test_native_command.py tests/python/test_distributed.py; \
+	  if [ "$$engines" ]; then $(python) -m pytest $$engines; fi; \
 	done
-	@if $(python) -c 'import vllm' 2>/dev/null; then $(python) -m pytest tests/vllm/test_cuda_engine.py; \
-	else echo "gpu-test: engines SKIPPED: vLLM is not installed in $(VENV)"; fi
 
 SANITIZED := PrefillRandom.*/0:DecodeRandom.*/0:Calls.*:DecodeKernels.G*
 

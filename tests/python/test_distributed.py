@@ -15,6 +15,7 @@ from blasst.config import Law, Measured, SparseAttention, ThresholdTable
 from blasst.training import finetune
 from blasst.training.trainer import read_log
 from distributed_worker import PLAN, TEXT, cases, fine_tune
+from gpu import hopper
 from recency_model import make_recency_model, make_tokenizer
 
 SECONDS = 300
@@ -90,6 +91,7 @@ def test_data_parallel_gradients_are_those_of_the_joined_batch(tmp_path):
         assert found_log[1]["sparsity"] == pytest.approx(log[1]["sparsity"], abs=0.01)
 
 
+@hopper
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("job", ["data_parallel_on_gpus", "fully_sharded_on_gpus"])
 def test_gradients_of_two_gpus_are_those_of_one_on_the_joined_batch(job, tmp_path):
