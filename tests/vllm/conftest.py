@@ -81,6 +81,12 @@ def llama_for_gpu(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def heads_of_96_for_gpu(tmp_path_factory) -> str:
+    sizes = FOR_GPU | {"hidden_size": 384, "head_dim": 96}
+    return _save(_llama(**sizes).bfloat16(), tmp_path_factory.mktemp("heads_of_96_for_gpu"))
+
+
+@pytest.fixture(scope="session")
 def gemma(tmp_path_factory) -> str:
     return _save(_gemma(), tmp_path_factory.mktemp("gemma"))
 

@@ -11,6 +11,7 @@ os.environ |= {
     "VLLM_LOG_STATS_INTERVAL": "0.001",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
     "HF_HUB_OFFLINE": "1",
 }
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from engines import generate, make_engine, prompts_of
+from gpu import hopper, needs_gpu
 from test_engine import CUSTOM, REQUESTS, sparsity_of
 
-if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
-    pytest.skip("needs a GPU of compute capability 9.0", allow_module_level=True)
+pytestmark = needs_gpu
 
 PROMPTS = prompts_of(5, 130, 700, 3000, 33)
 PHASES = ("prefill", "decode")
@@ -71,9 +71,26 @@ def test_a_graph_reads_the_thresholds_of_its_requests(llama_for_gpu, expected):
     assert_near(generate(llm, PROMPTS, new=1, prompt_logprobs=0), expected)
 
 
+@hopper
 def test_a_cache_in_8_bits(llama_for_gpu):
     options = {"compilation_config": GRAPHS, "enforce_eager": False, "kv_cache_dtype": "fp8"}
     assert_decoded_as_read(make_engine(llama_for_gpu, **ON_GPU | options, **CUSTOM))
+
+
+def test_heads_of_96(heads_of_96_for_gpu):
+    """On any GPU these are the portable kernels' own."""
+    own = make_engine(heads_of_96_for_gpu, **ON_GPU, attention_backend="FLASH_ATTN")
+    expected = logprobs_of(generate(own, PROMPTS, new=1, prompt_logprobs=0))
+    llm = make_engine(heads_of_96_for_gpu, **ON_GPU, **CUSTOM)
+    assert_near(generate(llm, PROMPTS, new=1, prompt_logprobs=0), expected)
+    assert_decoded_as_read(llm)
+
+
+def test_compiled_by_vllms_defaults(llama_for_gpu, expected):
+    """Layers by Inductor, in pieces around attention; graphs of pieces and of whole decodes."""
+    llm = make_engine(llama_for_gpu, **ON_GPU | {"enforce_eager": False}, **CUSTOM)
+    assert_near(generate(llm, PROMPTS, new=1, prompt_logprobs=0), expected)
+    assert_decoded_as_read(llm)
 
 
 def assert_decoded_as_read(llm) -> None:

@@ -147,7 +147,16 @@ def test_cpus_have_no_kernel_for_mla(monkeypatch):
     assert backend(None).CPU_ATTN.get_class().__module__.startswith("vllm.")
 
 
-def test_each_rank_takes_the_thresholds_of_its_heads(llama):
+def test_compiled(llama, expected):
+    """With thresholds of requests, which a compiled step reads, too."""
+    llm = make_engine(llama, **CUSTOM, **REQUESTS, **SMALL_STEPS, enforce_eager=False)
+    assert tokens_of(generate(llm, PROMPTS)) == expected
+    sparse = {"blasst_prefill_threshold": 1.0, "blasst_decode_threshold": 1.0}
+    assert tokens_of(generate(llm, PROMPTS, extra_args=sparse)) != expected
+    assert tokens_of(generate(llm, PROMPTS)) == expected
+
+
+def test_each_rank_takes_the_thresholds_of_its_heads(llama, expected):
     threshold = {"threshold": [0.0, 0.0, 0.9, 0.5]}  # the second rank's heads drop tiles
     options = {"additional_config": {"blasst": {phase: threshold for phase in PHASES}}}
     prompts = PROMPTS[1:3]
@@ -156,7 +165,7 @@ def test_each_rank_takes_the_thresholds_of_its_heads(llama):
         for ranks in ({}, {"tensor_parallel_size": 2})
     )
     assert one == two
-    assert one != tokens_of(generate(make_engine(llama, **CUSTOM), prompts))
+    assert one != expected[1:3]
 
 
 def test_speculation_changes_no_token(llama, expected):

@@ -110,6 +110,8 @@ class Attention(AttentionImpl[Metadata]):
             config, dtype = get_current_vllm_config(), torch.get_default_dtype()
             self._most_keys = config.model_config.max_model_len
             drafts = getattr(config.speculative_config, "num_speculative_tokens", None) or 0
+            if getattr(config.speculative_config, "parallel_drafting", False):
+                drafts *= 2  # decodes are all requests with as many, as vLLM's builders count them
             self._workspace_bytes = workspace_of(
                 dtype,
                 eight_bit.TYPE if self._is_8_bit else dtype,

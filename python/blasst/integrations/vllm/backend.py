@@ -17,7 +17,7 @@ from blasst.integrations.vllm.metadata import Builder
 
 
 class Backend(AttentionBackend):
-    """On a GPU of compute capability 9.0."""
+    """On a GPU of compute capability 8.0 or later."""
 
     supported_dtypes: ClassVar = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar = list(CACHE_DTYPES)
@@ -66,7 +66,7 @@ class Backend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         """Of the GPU."""
-        return capability.major == 9
+        return capability.major >= 8
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

@@ -5,9 +5,9 @@ from typing import Any
 from blasst.errors import NotSupportedError
 from blasst.integrations.vllm import eight_bit
 
-CUDA_HEAD_SIZES = (64, 128, 256)
+CUDA_HEAD_SIZES = (64, 96, 128, 256)
 EIGHT_BIT_HEAD_SIZE = 128
-CPU_HEAD_SIZES = tuple(range(16, 257, 8))
+CPU_HEAD_SIZES = tuple(range(16, 577, 8))
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 FAST_BLOCK_SIZE = 64
 """From which on pages cost a GPU nothing: of 16 tokens, prefill takes twice as long."""
@@ -34,7 +34,7 @@ def check_layer(
     """
     sizes = CPU_HEAD_SIZES if on_cpu else CUDA_HEAD_SIZES
     if head_size not in sizes:
-        accepted = "a multiple of 8 from 16 to 256" if on_cpu else "64, 128 or 256"
+        accepted = "a multiple of 8 from 16 to 576" if on_cpu else "64, 96, 128 or 256"
         raise NotSupportedError(f"blasst: head size {head_size}; it must be {accepted}")
     if attn_type != "decoder":
         raise NotSupportedError(

@@ -76,6 +76,10 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if getattr(kv_cache_spec, "attention_chunk_size", None):
+            raise NotSupportedError(
+                f"blasst: {layer_names[0]} attends in chunks of its own, which no kernel does"
+            )
         modules = vllm_config.compilation_config.static_forward_context
         attentions = [modules[name] for name in layer_names]
         self._layers = [
@@ -83,10 +87,16 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             for name, layer in zip(layer_names, attentions, strict=True)
         ]
         self._on_cpu = torch.device(device).type == "cpu"
-        groups = {layer.num_heads // layer.num_kv_heads for layer in attentions}
-        most = most_positions(max(groups), on_cpu=self._on_cpu)
+        group = max(layer.num_heads // layer.num_kv_heads for layer in attentions)
+        most = most_positions(group, on_cpu=self._on_cpu)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        self.reorder_batch_threshold = min(self.reorder_batch_threshold, most)
+        if (positions := self.reorder_batch_threshold) > most:
+            _say_once(
+                f"drafts make up to {positions} positions of a request, decode does {most} where "
+                f"{group} query heads share a KV head: requests with more are prefills, with their "
+                "thresholds"
+            )
+        self.reorder_batch_threshold = min(positions, most)
         self._most_keys = vllm_config.model_config.max_model_len
         self._block_size = kv_cache_spec.block_size
         if not self._on_cpu and self._block_size < FAST_BLOCK_SIZE:

@@ -14,7 +14,7 @@ from blasst.errors import NotSupportedError
 from blasst.hf import Threshold
 from blasst.hf.saving import CONFIG_KEY, beside
 from blasst.integrations.vllm.options import REQUESTS, Options
-from blasst.ops.library import tile_of
+from blasst.ops.library import plan, tile_of
 
 _log = logging.getLogger("blasst")
 
@@ -261,13 +261,17 @@ def thresholds_of(
     """Where these layers' thresholds come from.
 
     Raises:
-        NotSupportedError: scores that the phase does not have.
+        NotSupportedError: scores that the phase, or the device, does not have.
         ValueError: thresholds for another number of heads or layers, or a layer that `targets` of
             the calibration leaves out.
     """
     found = _found(phase, layers, options, calibration, share, device=device, dtype=dtype)
-    if phase == "decode" and "int8" in found.scores.values():
-        raise NotSupportedError("blasst: scores in int8 are asked for in decode, which has none")
+    if "int8" in found.scores.values():
+        if phase == "decode":
+            raise NotSupportedError(
+                "blasst: scores in int8 are asked for in decode, which has none"
+            )
+        plan(phase, device, dtype, head_dim=layers[0].head_dim, scores="int8")  # or says why not
     return found
 
 
