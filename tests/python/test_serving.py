@@ -119,7 +119,8 @@ def test_engines_that_hear_of_their_requests():
     ("changes", "message"),
     [
         ({"head_size": 20}, "head size 20; it must be a multiple of 8"),
-        ({"head_size": 80, "on_cpu": False}, "head size 80; it must be 64, 128 or 256"),
+        ({"head_size": 80, "on_cpu": False}, "head size 80; it must be 64, 96, 128 or 256"),
+        ({"head_size": 584}, "head size 584; it must be a multiple of 8 from 16 to 576"),
         ({"attn_type": "encoder_only"}, "a layer of encoder_only attention"),
         ({"alibi_slopes": [1.0]}, "ALiBi"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "a cache of fp8_e5m2; --kv-cache-dtype must be one of"),
@@ -151,6 +152,21 @@ def test_positions_of_a_decode_step():
         1,
         1,
     ]
+
+
+@pytest.mark.parametrize(
+    ("phase", "head_dim", "message"),
+    [("decode", 128, "in decode, which has none"), ("prefill", 96, "scores is int8")],
+)
+def test_scores_in_int8_that_the_device_does_not_have(phase, head_dim, message):
+    options = options_of({"blasst": {phase: {"threshold": 0.1, "scores": "int8"}}})
+    rest = {"device": torch.device("cuda"), "dtype": torch.bfloat16}
+    with pytest.raises(NotSupportedError, match=message):
+        thresholds_of(phase, [Layer(LAYERS[0].name, 4, head_dim)], options, None, Share(), **rest)
+    if phase == "prefill":
+        layers = [Layer(LAYERS[0].name, 4, 128)]
+        found = thresholds_of(phase, layers, options, None, Share(), **rest)
+        assert found.scores == {LAYERS[0].name: "int8"}
 
 
 def test_a_list_by_head_is_shared_out():

@@ -15,10 +15,8 @@ from blasst.errors import NotSupportedError
 from blasst.integrations import vllm as plugin
 from blasst.integrations.vllm.attention import Attention
 from blasst.integrations.vllm.backend import Backend
-from blasst.integrations.vllm.limits import check_layer, most_positions
 from blasst.integrations.vllm.metadata import Builder, Metadata
-from blasst.integrations.vllm.options import options_of
-from blasst.integrations.vllm.thresholds import Layer, PhaseThresholds, Share, thresholds_of
+from blasst.integrations.vllm.thresholds import PhaseThresholds
 from engines import make_engine  # noqa: F401, sets the environment before vLLM is imported
 
 NAME, KEYS = "model.layers.0.self_attn.attn", 4096
@@ -100,61 +98,13 @@ def test_a_layer_that_attends_in_chunks_is_refused():
         Builder(spec, [NAME], VllmConfig(), torch.device("cpu"))
 
 
-LAYER = {
-    "on_cpu": False,
-    "head_size": 128,
-    "attn_type": "decoder",
-    "alibi_slopes": None,
-    "kv_cache_dtype": "auto",
-    "others": {"use_mm_prefix": False},
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"head_size": 80}, "head size 80; it must be 64, 96, 128 or 256"),
-        ({"head_size": 100, "on_cpu": True}, "head size 100; it must be a multiple of 8 from 16"),
-        ({"attn_type": "encoder_only"}, "a layer of encoder_only attention"),
-        ({"attn_type": "encoder_decoder"}, "a layer of encoder_decoder attention"),
-        ({"alibi_slopes": [0.5]}, "a layer with ALiBi slopes"),
-        ({"kv_cache_dtype": "int8_per_token_head"}, "a cache of int8_per_token_head"),
-        ({"kv_cache_dtype": "fp8", "head_size": 64}, "a cache of fp8 with head size 64"),
-        ({"others": {"use_mm_prefix": True}}, "a layer with use_mm_prefix, which no kernel does"),
-    ],
-)
-def test_layers_that_are_refused(changes, message):
-    check_layer(**LAYER)
-    with pytest.raises(NotSupportedError, match=message):
-        check_layer(**LAYER | changes)
-
-
 def test_gpus_and_sizes_are_those_of_the_kernels():
     for capability, is_fit in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)):
         assert Backend.supports_compute_capability(DeviceCapability(*capability)) == is_fit
     for size in Backend.get_supported_head_sizes():
-        check_layer(**LAYER | {"head_size": size})
         for phase in ("prefill", "decode"):
             numbers = {"heads": 4, "kv_heads": 1, "head_dim": size, "batch": 1, "keys": 64}
             blasst.workspace_bytes(phase, "cuda", torch.bfloat16, **numbers)
-    check_layer(**LAYER | {"kv_cache_dtype": "fp8"})
-    assert [most_positions(group, on_cpu=False) for group in (1, 4, 5, 8, 64)] == [16, 16, 12, 8, 1]
-
-
-@pytest.mark.parametrize(
-    ("phase", "head_dim", "message"),
-    [("decode", 128, "in decode, which has none"), ("prefill", 96, "scores is int8")],
-)
-def test_scores_in_int8_that_the_device_does_not_have(phase, head_dim, message):
-    options = options_of({"blasst": {phase: {"threshold": 0.1, "scores": "int8"}}})
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    rest = (None, Share())
-    with pytest.raises(NotSupportedError, match=message):
-        thresholds_of(phase, [Layer(NAME, 4, head_dim)], options, *rest, device=device, dtype=dtype)
-    if phase == "prefill":
-        layers = [Layer(NAME, 4, 128)]
-        found = thresholds_of(phase, layers, options, *rest, device=device, dtype=dtype)
-        assert found.scores == {NAME: "int8"}
 
 
 @pytest.mark.parametrize(
