@@ -63,6 +63,38 @@ CLASSES = {
 """Those that this Transformers lacks are left out by `present`."""
 
 
+HOPPER = {
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+}
+"""Sizes of heads and latents that every kernel is for, those of DeepSeek, Kimi and LongCat."""
+ON_GPUS = {
+    "DeepseekV2": {**HOPPER, "first_k_dense_replace": 2},
+    "DeepseekV3": {**HOPPER, "first_k_dense_replace": 2},
+    "AXK1": {**HOPPER, "mlp_layer_types": ["dense", "dense"]},
+    "Glm4MoeLite": {
+        **HOPPER,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "mlp_layer_types": ["dense", "dense"],
+    },
+    "Mistral4": {
+        **HOPPER,
+        "qk_nope_head_dim": 64,
+        "kv_lora_rank": 256,
+        "first_k_dense_replace": 2,
+    },
+    "Youtu": HOPPER,
+    "LongcatFlash": {**HOPPER, "head_dim": 64, "n_routed_experts": 2, "zero_expert_num": 0},
+    "KimiLinear": HOPPER,
+    "BailingHybrid": HOPPER,
+}
+"""The heads of each as its models have them, without experts, of which rounding may choose others.
+MiniCPM3's, 96 with values of 64, no GPU kernel is for."""
+
+
 def present() -> list[str]:
     """The classes that this Transformers has, and whose layers cache latents."""
     return [name for name in CLASSES if _caches_latents(name)]
@@ -82,9 +114,10 @@ def make_latent_model(name: str, implementation: str = "blasst", **options) -> P
     return kind._from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
 
 
-def make_recency_latent_model(name: str) -> PreTrainedModel:
+def make_recency_latent_model(name: str, **options) -> PreTrainedModel:
     """One of DeepSeek's whose heads prefer near keys, so that far tiles can be skipped."""
-    model = make_latent_model(name, vocab_size=257, attention_bias=True, initializer_range=0.1)
+    changes = {"vocab_size": 257, "attention_bias": True, "initializer_range": 0.1, **options}
+    model = make_latent_model(name, **changes)
     strength = torch.tensor([2.0, 3.0, 4.0, 5.0])
     with torch.no_grad():
         for layer in model.model.layers:

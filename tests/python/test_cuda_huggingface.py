@@ -5,11 +5,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import blasst
-from blasst import Threshold
+from blasst import NotSupportedError, Threshold
 from blasst.methods import bsfa
 from blasst.versions import cache_name
 from gpu import hopper, needs_gpu
-from latent_models import make_latent_model, present
+from latent_models import ON_GPUS, make_latent_model, present
 from recency_model import make_recency_model, make_tokenizer
 from tiny_models import MODELS, VOCABULARY, make_model
 
@@ -92,23 +92,19 @@ def test_decode_with_a_static_cache(compiled: bool) -> None:
     assert ours < 2 * own
 
 
-@pytest.mark.parametrize("absorbed", [False, pytest.param(True, marks=hopper)])
-@pytest.mark.parametrize("name", [n for n in ("DeepseekV2", "DeepseekV3") if n in present()])
+absorbed_or_not = pytest.mark.parametrize("absorbed", [False, pytest.param(True, marks=hopper)])
+
+
+@absorbed_or_not
+@pytest.mark.parametrize("name", [n for n in ON_GPUS if n in present()])
 @torch.inference_mode()
 def test_latent_attention(name: str, absorbed: bool) -> None:
+    if absorbed and ON_GPUS[name]["kv_lora_rank"] != 512:
+        pytest.skip("no kernel over its latents: see below")
     ids = tokens(2, 300)
-    sizes = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
     def run(implementation: str, dtype: torch.dtype) -> torch.Tensor:
-        # Without experts, of which rounding may choose others.
-        model = make_latent_model(
-            name,
-            implementation,
-            first_k_dense_replace=2,
-            initializer_range=0.1,
-            kv_lora_rank=512,
-            **sizes,
-        )
+        model = make_latent_model(name, implementation, initializer_range=0.1, **ON_GPUS[name])
         model.to("cuda", dtype)
         cache = DynamicCache(config=model.config)
         if absorbed and implementation == "blasst":
@@ -125,6 +121,49 @@ def test_latent_attention(name: str, absorbed: bool) -> None:
         for implementation in ("eager", "blasst")
     )
     assert ours < 2 * own
+
+
+@pytest.mark.skipif("DeepseekV3" not in present(), reason="needs models that cache latents")
+@absorbed_or_not
+@torch.inference_mode()
+def test_latent_attention_compiled(absorbed: bool) -> None:
+    ids = tokens(2, 130)
+    sizes = {"initializer_range": 0.1, **ON_GPUS["DeepseekV3"]}
+    model = make_latent_model("DeepseekV3", **sizes).to("cuda", torch.bfloat16)
+    if absorbed:
+        blasst.absorb(model)
+
+    def run(step) -> torch.Tensor:
+        cache = StaticCache(config=model.config, max_cache_len=256)
+        name = cache_name(type(model))
+        logits = [model(ids[:, :120], **{name: cache}).logits]
+        for i in range(120, 130):
+            at = torch.full((2, 1), i, device="cuda")
+            logits.append(step(ids[:, i : i + 1], position_ids=at, **{name: cache}).logits.clone())
+        return torch.cat(logits, 1).float()
+
+    eager = run(model.forward)
+    got = run(torch.compile(model.forward, mode="reduce-overhead", fullgraph=True))
+    assert (got - eager).norm() < 0.01 * eager.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "absorbed", "message"),
+    [
+        ("MiniCPM3", False, "head_dim is 96 and value_dim 64"),
+        pytest.param("Mistral4", True, "head_dim is 320 and value_dim 256", marks=hopper),
+    ],
+)
+@torch.inference_mode()
+def test_latent_attention_of_other_sizes_is_refused(name, absorbed, message) -> None:
+    if name not in present():
+        pytest.skip(f"{name} is not in this Transformers")
+    sizes = {"v_head_dim": 64} if name == "MiniCPM3" else ON_GPUS[name]
+    model = make_latent_model(name, **sizes).to("cuda", torch.bfloat16)
+    if absorbed:
+        blasst.absorb(model)
+    with pytest.raises(NotSupportedError, match=message):
+        model.generate(tokens(2, 100), max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
 
 def calibrated() -> PreTrainedModel:
