@@ -16,7 +16,8 @@ from blasst.evaluation import Options, evaluate, report
 from blasst.evaluation.summary import timings
 from blasst.hf.models import Loaded
 from blasst.prompts import reference_text
-from gpu import needs_gpu
+from gpu import hopper, needs_gpu
+from latent_models import HOPPER, make_recency_latent_model, present
 from recency_model import make_recency_model, make_tokenizer
 from test_calibration import tokens
 
@@ -134,6 +135,24 @@ def test_an_evaluation_there_shows_tiles_costs_and_times(calibrated, tmp_path):
         if time.setting.target:
             assert 0 < time.attention < 10 * time.median
     assert report.write("Title", "About", results, None, tmp_path).exists()
+
+
+@pytest.mark.skipif("DeepseekV3" not in present(), reason="needs models that cache latents")
+@pytest.mark.parametrize("absorbed", [False, pytest.param(True, marks=hopper)])
+def test_latent_attention_is_calibrated_and_recorded(absorbed):
+    """In the form that decodes: absorbed, the heads decide together."""
+    model = make_recency_latent_model("DeepseekV3", **HOPPER).to("cuda", torch.bfloat16)
+    if absorbed:
+        blasst.absorb(model)
+    tokenizer, target = make_tokenizer(), {"prefill": 0.2, "decode": 0.2}
+    given = {"lengths": [1024], "target_sparsity": target, "prompts": 2, "held_out": []}
+    calibrate(model, tokenizer, **given)
+    ids = torch.tensor([tokenizer.encode("Which of them was it? " * 80)[:1024]], device="cuda")
+    with blasst.record() as recording:
+        model.generate(ids, max_new_tokens=8, do_sample=False)
+    for phase, share in target.items():
+        assert recording.sparsity(phase) == pytest.approx(share, abs=0.1)
+        assert recording.heads(phase) == [4, 4]
 
 
 def test_memory_stays_within_what_is_said_before(calibrated):

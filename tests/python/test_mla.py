@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import blasst
 from blasst import NotSupportedError, Threshold
@@ -149,6 +149,25 @@ def test_absorbed_logits_differ_by_rounding(dtype):
         logits.append(torch.cat(parts, 1).float())
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(*logits, atol=tolerance, rtol=tolerance)
+
+
+@models
+@torch.inference_mode()
+def test_a_compiled_step_over_latents():
+    ids, _ = prompts(60, 60)
+    model = make_latent_model("DeepseekV3", first_k_dense_replace=2)
+    blasst.absorb(model)
+
+    def run(step):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        logits = [model(ids[:, :50], cache=cache).logits]
+        for i in range(50, 60):
+            at = torch.full((2, 1), i)
+            logits.append(step(ids[:, i : i + 1], position_ids=at, cache=cache).logits)
+        return torch.cat(logits, 1)
+
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled), run(model.forward), atol=1e-4, rtol=1e-4)
 
 
 @models
