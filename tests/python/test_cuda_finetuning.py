@@ -1,0 +1,119 @@
+"""Fine-tuning on a GPU: products in bfloat16, weights and optimizer in float32."""
+
+import json
+
+import pytest
+import torch
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from blasst.cli.app import main
+from blasst.config import Law, Measured, SparseAttention, ThresholdTable
+from blasst.training import FiniteGradients, SparsitySchedule, trainer
+from blasst.training.plan import TrainingPlan
+from blasst.training.trainer import checkpoints, read_log
+from gpu import hopper
+from recency_model import make_recency_model, make_tokenizer
+from test_finetuning import LENGTH, PLAN, Killed, die, samples
+
+pytestmark = hopper
+STEPS = 4
+NEAR = 2e-3
+"""Between losses of the same steps: what is added up in another order each time."""
+
+
+def calibrated_model():
+    """On the device, for its tiles; one threshold for all heads, lower at a lower target."""
+    model = make_recency_model(head_dim=64)
+    ln = torch.tensor([-6.0, 0.0]).reshape(1, 2, 1, 1)
+    table = ThresholdTable(
+        "reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.2), ln
+    )
+    config = SparseAttention(
+        targets=("LlamaAttention",),
+        laws={},
+        target_sparsity={"prefill": 0.5},
+        measured={"prefill": Measured((64, 128), (table,))},
+    )
+    model.config.sparse_attention_config = config.to_dict()
+    return model.to("cuda")
+
+
+def assert_near(log, expected):
+    assert [line["step"] for line in log] == [line["step"] for line in expected]
+    for line, other in zip(log, expected, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=NEAR)
+        assert line["sparsity"] == pytest.approx(other["sparsity"], abs=0.01)
+    assert log[0]["sparsity"] == expected[0]["sparsity"] > 0, "tiles are counted once"
+
+
+def test_a_trainer_of_ones_own(tmp_path):
+    def trained(folder, **options):
+        model = calibrated_model()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=1,
+            learning_rate=1e-3,
+            bf16=True,
+            logging_steps=1,
+            save_strategy="no",
+            disable_tqdm=True,
+            report_to="none",
+            **options,
+        )
+        callbacks = [SparsitySchedule(0.1, 0.2, ramp=2), FiniteGradients()]
+        own = Trainer(model, arguments, train_dataset=samples(STEPS), callbacks=callbacks)
+        own.remove_callback(PrinterCallback)
+        own.train()
+        assert all(p.dtype == torch.float32 and p.is_cuda for p in model.parameters())
+        return [line for line in own.state.log_history if "loss" in line]
+
+    whole = trained("whole")
+    targets = [line["target_sparsity"] for line in whole]
+    assert targets == pytest.approx([0.1, 0.15, 0.2, 0.2])
+    assert whole[2]["sparsity"] > whole[0]["sparsity"], "thresholds move with the step"
+    assert_near(trained("checkpointed", gradient_checkpointing=True), whole)
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    def train(folder, **changes):
+        plan = TrainingPlan(**{**vars(PLAN), "steps": STEPS, "bf16": True, **changes})
+        model, schedule = calibrated_model(), SparsitySchedule(0.1, 0.2, ramp=2)
+        data = samples(STEPS * plan.batch)
+        trainer.train(model, data, plan, schedule, tmp_path / folder, lambda *_: None)
+        assert all(p.dtype == torch.float32 and p.is_cuda for p in model.parameters())
+        return read_log(tmp_path / folder / "log.jsonl")
+
+    whole = train("whole")
+    log_of = trainer._Log.on_log
+
+    def die_at_third(self, args, state, control, logs, **rest):
+        log_of(self, args, state, control, logs, **rest)
+        if state.global_step == 3:
+            die()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Log, "on_log", die_at_third)
+        with pytest.raises(Killed):
+            train("killed")
+    assert [p.name for p in checkpoints(tmp_path / "killed")] == ["checkpoint-2"]
+    assert_near(train("killed"), whole)
+    joined = train("joined", batch=2)
+    for name, change in (("passes", {"accumulate": 2}), ("again", {"checkpointing": True})):
+        assert_near(train(name, batch=2, **change), joined)
+
+
+def test_the_command(tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    make_recency_model(head_dim=64).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    options = f"--device cuda --target-sparsity 0.2 --steps {STEPS} --length {2 * LENGTH}"
+    options += " --start-sparsity 0.1 --ramp 2 --learning-rate 1e-3 --batch 2 --accumulate 2"
+    options += " --checkpointing --distill"
+    assert main(["finetune", str(folder), "--out", str(out), *options.split()]) == 0
+    cases = json.loads((out / "results.json").read_text())["cases"]
+    assert len(cases) == 4
+    for case in cases:
+        wanted = 0.2 if case["measured"] == "sparse" else 0
+        assert case["sparsity"] == pytest.approx(wanted, abs=0.03)
+    assert len(read_log(out / "sparse" / "log.jsonl")) == STEPS
