@@ -153,6 +153,8 @@ def measure(work: Work, sparsities: list[float]) -> None:
         line += f" | sparse {times['dense'] / times['sparse']:5.3f}x of dense"
         if "FlashMLA" in times:
             line += f", dense {times['FlashMLA'] / times['dense']:4.2f}x of FlashMLA"
+        if work.heads * work.positions <= 64:
+            line += " (memory is the limit: no gain is to be expected)"
         print(line, flush=True)
 
 
