@@ -10,4 +10,5 @@ needs_gpu = pytest.mark.skipif(
     CAPABILITY < (8, 0), reason="needs a GPU of compute capability 8.0 or later"
 )
 ON_SM90 = CAPABILITY == (9, 0) and os.environ.get("BLASST_CUDA_BACKEND") != "cuda-sm80"
+portable = pytest.mark.skipif(ON_SM90, reason="cuda-sm90 has what is refused")
 hopper = pytest.mark.skipif(not ON_SM90, reason="cuda-sm90 alone has it")

@@ -9,7 +9,7 @@ import torch
 import blasst
 from blasst.methods import bsfa
 from blasst.ops.library import prefill_tile
-from gpu import ON_SM90, hopper, needs_gpu
+from gpu import ON_SM90, hopper, needs_gpu, portable
 
 pytestmark = needs_gpu
 
@@ -97,6 +97,21 @@ def test_latents_whose_values_lie_elsewhere_are_refused() -> None:
     two = k.expand(-1, -1, 2, -1)
     with pytest.raises(blasst.NotSupportedError, match="kv_heads is 2"):
         blasst.attention(q, two, two[..., :512], phase="decode")
+
+
+@portable
+def test_what_the_portable_kernels_lack_is_named() -> None:
+    q, k, v = (t.cuda() for t in inputs(1, 100, 100, 4, 2, 128))
+    with pytest.raises(blasst.NotSupportedError, match="cuda-sm80: scores is int8"):
+        blasst.attention(q, k, v, scores="int8")
+    with pytest.raises(blasst.NotSupportedError, match="cuda-sm80: it has no backward"):
+        blasst.attention(q.clone().requires_grad_(), k, v).sum().backward()
+    with pytest.raises(blasst.NotSupportedError, match="k int8; decode does tensors of one type"):
+        small = (torch.zeros_like(t, dtype=torch.int8) for t in (k, v))
+        blasst.attention(q[:, :1], *small, k_scale=1.0, v_scale=1.0, phase="decode")
+    latents = torch.zeros(1, 100, 1, 576, dtype=q.dtype, device="cuda")
+    with pytest.raises(blasst.NotSupportedError, match="cuda-sm80: head_dim is 576"):
+        blasst.attention(latents[:, :1], latents, latents[..., :512], phase="decode")
 
 
 def test_decode_has_exact_scores_only() -> None:

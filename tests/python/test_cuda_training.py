@@ -197,3 +197,9 @@ def test_what_has_no_backward_is_named() -> None:
     lengths = torch.tensor([128, 128], device="cuda")
     with pytest.raises(NotImplementedError, match=r"kv\.layout is paged"):
         attention(q, k, v, page_table=pages, lengths=lengths, phase="prefill").sum().backward()
+
+
+def test_heads_of_latent_attention_have_no_backward() -> None:
+    q, k, v = inputs(dim=192)
+    with pytest.raises(NotImplementedError, match="head_dim is 192 and value_dim 128; of these"):
+        attention(q, k, v[..., :128], causal=True).sum().backward()
