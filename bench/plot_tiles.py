@@ -15,6 +15,7 @@ import recorded
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 import blasst
 
@@ -52,6 +53,8 @@ def main() -> None:
         axis.imshow(torch.where(future, 2, (~kept).int()), cmap=ListedColormap(COLOURS.values()))
         skipped = result.stats.skipped[0, head] / result.stats.visitable[0, head]
         axis.set(title=f"head {head}: {100 * skipped:.0f} % skipped", xlabel="key tile")
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel("query tile")
     handles = [Patch(facecolor=c, label=n) for n, c in list(COLOURS.items())[:2]]
     figure.legend(handles=handles, loc="lower center", ncols=2, frameon=False)

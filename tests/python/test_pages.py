@@ -1,14 +1,17 @@
 """Reports as pages: the verdict first, details folded, nothing wider than a phone."""
 
+import itertools
 import re
 
 import pytest
 from lxml import html
 
 from blasst.evaluation import report
+from blasst.evaluation.report.plots import plots_of
 from blasst.evaluation.report.verdict import verdict
 from blasst.evaluation.settings import Scheme
 from blasst.measure.results import Results
+from blasst.pages.page import drawn
 
 
 def results_of(folder, *settings) -> Results:
@@ -131,3 +134,72 @@ def test_facts_are_told_by_depth_and_length(tmp_path):
     [table] = [t for t in report.tables(found, None) if t.title == "Facts by depth and length"]
     assert table.columns[2:] == ("500 tokens", "1000 tokens")
     assert [row[1:] for row in table.rows] == [("25%", "found", "not found"), ("75%", "", "found")]
+
+
+FOUND = {"right": True, "question": "?", "expected": ["yes"], "answer": "yes"}
+
+
+def results_at(folder, targets, lengths) -> Results:
+    """Of two layers of three heads, at these targets and lengths."""
+    found = results_of(folder)
+    for target in targets:
+        key = Scheme.CALIBRATED if target else Scheme.DENSE, target
+        value = {"kl": 0.0, "top1": 1 - target / 1000, "dense_perplexity": 10.0}
+        value |= {"perplexity": 10 + target / 100, "sparsity": target, "decode_sparsity": target}
+        found.put(value | {"by_head": [[target] * 3] * 2}, "text", "prose", *key)
+        for length in lengths:
+            seconds = [length / 500 * (1 + share - target / 2) for share in (0, 0.01, 0.02)]
+            timed = {"seconds": seconds, "sparsity": target, "attention": 0.5 - target / 4}
+            found.put(timed, "time", length, *key)
+            found.put(target, "length", length, 0, *key)
+            for depth in (0.25, 0.75):
+                found.put(value | FOUND, "needle", length, depth, *key)
+    return found
+
+
+def faults_of(axis) -> list[str]:
+    """What is wrong with the labels that are seen along an axis."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    seen = [tick.label1 for tick in ticks if low <= tick.get_loc() <= high]
+    seen = [label for label in seen if label.get_visible() and label.get_text()]
+    texts, boxes = [label.get_text() for label in seen], [t.get_window_extent() for t in seen]
+    faults = [] if len(set(texts)) == len(texts) else [f"alike: {texts}"]
+    if any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)):
+        faults.append(f"on top of each other: {texts}")
+    if len(texts) < min(2, len(axis.get_majorticklocs())):
+        faults.append(f"too few: {texts}")
+    if corner := axis.get_offset_text().get_text():
+        faults.append(f"not what they say, but {corner} more")
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("targets", "lengths"),
+    [
+        ((0, 0.25, 0.5, 0.65, 0.75, 0.85), (1024, 2048, 4096)),
+        ((0.5, 0.503, 0.505), (1000, 1024, 1100)),
+        ((0.99, 0.995, 0.9975), (4096,)),
+        ((0, 0.001), (2100, 2900)),
+        ((0, 0.5), (2000, 2048, 2100, 131072)),
+        ((0, 0.5), [1024 << i for i in range(8)]),
+    ],
+)
+def test_labels_along_an_axis_can_be_told_apart(targets, lengths, tmp_path):
+    plots = plots_of(results_at(tmp_path, targets, lengths), None)
+    assert len(plots) >= 7
+    faults = []
+    for name, _, draw in plots:
+        with drawn(draw) as figure:
+            figure.canvas.draw()
+            axes, *_ = figure.axes  # what a bar of colours says does not depend on the numbers
+            for axis in (axes.xaxis, axes.yaxis):
+                faults += [f"{name}: {fault}" for fault in faults_of(axis)]
+    assert not faults
+
+
+def test_targets_that_are_near_to_each_other_have_names_of_their_own(tmp_path):
+    found = results_at(tmp_path, (0, 0.995, 0.9975), (1024,))
+    names = {row[0] for table in report.tables(found, None) for row in table.rows}
+    columns = {column for table in report.tables(found, None) for column in table.columns}
+    assert {"calibrated, 99.5%", "calibrated, 99.75%"} <= names & columns

@@ -43,6 +43,7 @@ from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import CHUNK, read
 from blasst.hf.saving import calibration_in
 from blasst.measure.results import fingerprint
+from blasst.percent import percent
 from blasst.progress import Progress, silent
 from blasst.prompts import (
     PROMPT_KINDS,
@@ -256,9 +257,9 @@ class _Calibrating:
         best = max(reached, key=reached.get)
         if target > reached[best]:
             raise UnreachableError(
-                f"target sparsity {target:.0%} of {phase} cannot be reached at {longest} tokens: "
-                f"threshold 1 skips {reached[best]:.1%} of the tiles in {best} order, and that is "
-                "the most"
+                f"target sparsity {percent(target)} of {phase} cannot be reached at {longest} "
+                f"tokens: threshold 1 skips {reached[best]:.1%} of the tiles in {best} order, and "
+                "that is the most"
             )
 
     def _measure_drift(self, winners: Winners) -> None:
@@ -276,7 +277,7 @@ class _Calibrating:
             and winner.target <= self._measured.highest("prefill", tried.order, length)
         ]
         for i, (length, tried) in enumerate(steps):
-            what = f"{tried.order}, {tried.target:.0%} at {length} tokens"
+            what = f"{tried.order}, {percent(tried.target)} at {length} tokens"
             setup.progress("Sparse passes", i / len(steps), what)
             step = "drift", length, tried.order, tried.heads, tried.target
             if self._kept.has(*step):

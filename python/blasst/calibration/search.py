@@ -19,6 +19,7 @@ from blasst.hf import Recording, record
 from blasst.hf.operator import KERNELS, Operator, calling
 from blasst.hf.reading import put_back, read
 from blasst.measure.agreement import Agreement, DenseRun
+from blasst.percent import percent
 
 SCORED = 1024
 """Candidates are compared at so many positions of the validation prompt."""
@@ -52,7 +53,7 @@ def choose(
     ]
     judge, tried = None, []
     for i, (phase, target, order, scheme) in enumerate(tries):
-        what = f"{order}, {scheme} at {target:.0%} of {phase}"
+        what = f"{order}, {scheme} at {percent(target)} of {phase}"
         setup.progress("Candidates", i / len(tries), what)
         candidate = kept.candidate(phase, target, order, scheme)
         if candidate is None:

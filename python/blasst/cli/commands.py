@@ -37,6 +37,7 @@ from blasst.cli.options import (
 )
 from blasst.cli.parsing import COUNT, POSITIVE, RATE, Choice, several
 from blasst.config import HEAD_SCHEMES, SCORES
+from blasst.percent import percent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,7 +109,7 @@ def calibrate(
     for phase, length, target, highest in found.saturated:
         console.print(
             f"note: at {length} tokens threshold 1 skips {highest:.1%} in {phase}, "
-            f"below the target of {target:.0%}"
+            f"below the target of {percent(target)}"
         )
     models.save_config(loaded.model, loaded.tokenizer, out, config_only=config_only)
     console.print(f"Calibrated model: {out.resolve()}")

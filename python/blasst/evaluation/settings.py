@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from blasst.percent import percent
+
 
 class Scheme(StrEnum):
     """Schemes that need no method of their own; the others go by the name of their method."""
@@ -27,7 +29,7 @@ class Setting:
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{self.scheme}, {self.target:.0%}" if self.target else self.scheme
+        return f"{self.scheme}, {percent(self.target)}" if self.target else self.scheme
 
     @property
     def is_dense(self) -> bool:

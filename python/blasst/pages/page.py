@@ -110,7 +110,7 @@ def _template() -> Template:
 def png(draw: Callable[[Axes], None]) -> bytes:
     """A picture for white paper."""
     buffer = io.BytesIO()
-    with _drawn(draw) as figure:
+    with drawn(draw) as figure:
         figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
@@ -118,7 +118,7 @@ def png(draw: Callable[[Axes], None]) -> bytes:
 def svg(draw: Callable[[Axes], None]) -> Markup:
     """A picture for a page: its lines and letters have the colour of the page's text."""
     buffer = io.StringIO()
-    with mpl.rc_context(_DRAWN_FOR_PAGES), _drawn(draw) as figure:
+    with mpl.rc_context(_DRAWN_FOR_PAGES), drawn(draw) as figure:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     whole = buffer.getvalue()
     whole = whole[whole.index("<svg") :].replace(_INK, "currentColor")
@@ -128,10 +128,13 @@ def svg(draw: Callable[[Axes], None]) -> Markup:
 
 
 @contextmanager
-def _drawn(draw: Callable[[Axes], None]) -> Iterator[Figure]:
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    try:
-        draw(axes)
-        yield figure
-    finally:
-        plt.close(figure)
+def drawn(draw: Callable[[Axes], None]) -> Iterator[Figure]:
+    """The figure of a plot."""
+    # Labels as they are, not what is to be added to a number in the corner.
+    with mpl.rc_context({"axes.formatter.useoffset": False}):
+        figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+        try:
+            draw(axes)
+            yield figure
+        finally:
+            plt.close(figure)

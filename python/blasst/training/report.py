@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from blasst.files import write_json
 from blasst.pages import Table, environment, tables_to_dict, write_page
+from blasst.percent import percent
 from blasst.training.plan import TRAINED, Case, TrainingPlan, Way
 from blasst.training.trainer import read_log
 
@@ -32,8 +34,8 @@ def about(plan: TrainingPlan) -> str:
         towards = ""
     return (
         f"{plan.steps} steps of {plan.batch} x {plan.length} tokens, learning rate "
-        f"{plan.learning_rate:g}; sparse training{towards} goes from {plan.start:.0%} to "
-        f"{plan.target:.0%} in {plan.ramp} steps."
+        f"{plan.learning_rate:g}; sparse training{towards} goes from {percent(plan.start)} to "
+        f"{percent(plan.target)} in {plan.ramp} steps."
     )
 
 
@@ -41,7 +43,7 @@ def table(cases: Sequence[Case], plan: TrainingPlan) -> Table:
     """The four cases."""
     basis = cases[0].perplexity
     return Table(
-        f"Perplexity at {plan.length} tokens, target sparsity {plan.target:.0%}",
+        f"Perplexity at {plan.length} tokens, target sparsity {percent(plan.target)}",
         ("trained", "measured", "sparsity", "perplexity", "change", *cases[0].by_text),
         tuple(
             (
@@ -121,6 +123,7 @@ def _draw_loss(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Callable[[Axe
                 label=f"trained {way}",
             )
         axes.set(xlabel="step", ylabel="loss, nats a token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
         axes.grid(alpha=0.3)
 
@@ -135,6 +138,7 @@ def _draw_sparsity(lines: Sequence[Mapping[str, Any]]) -> Callable[[Axes], None]
         axes.plot(steps, reached, color=COLOURS[Way.SPARSE], label="reached")
         axes.plot(steps, target, ls="--", color="tab:gray", label="target")
         axes.set(xlabel="step", ylabel="sparsity", ylim=(0, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.legend()
         axes.grid(alpha=0.3)

@@ -2,6 +2,7 @@
 
 from blasst.calibration import Calibration
 from blasst.pages import Table
+from blasst.percent import percent
 
 
 def calibration_tables(calibration: Calibration) -> list[Table]:
@@ -27,7 +28,7 @@ def _candidate_table(calibration: Calibration) -> Table:
         tuple(
             (
                 c.phase,
-                f"{c.target:.0%}",
+                percent(c.target),
                 c.order.replace("_", " "),
                 c.heads.replace("_", " "),
                 f"{c.sparsity:.1%}",
@@ -51,7 +52,7 @@ def _held_out_table(calibration: Calibration) -> Table:
             (
                 h.phase,
                 str(h.length),
-                f"{h.target:.0%}",
+                percent(h.target),
                 f"{h.achieved:.1%}",
                 "" if h.law is None else f"{h.law:.1%}",
             )

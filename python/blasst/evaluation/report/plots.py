@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from blasst.calibration import Calibration
 from blasst.evaluation.report.values import (
@@ -19,6 +20,7 @@ from blasst.evaluation.settings import DENSELY, SDPA, Scheme, Setting
 from blasst.evaluation.summary import Row, Timing, longest_timings, rows, timings
 from blasst.measure.results import Results
 from blasst.pages import Plot
+from blasst.percent import percent
 
 COLOURS = {
     Scheme.CALIBRATED: "tab:blue",
@@ -83,7 +85,7 @@ def _draw(by_scheme: dict[str, list[Row]], value: Callable, ylabel: str) -> Call
             if scheme != Scheme.DENSE:
                 _curve(axes, some, by_scheme.get(Scheme.DENSE, []), value, scheme)
         axes.set(xlabel="sparsity of prefill", ylabel=ylabel)
-        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.legend()
         axes.grid(alpha=0.3)
 
@@ -127,7 +129,7 @@ def _draw_time(times: Mapping[Setting, Timing]) -> Callable[[Axes], None]:
             axes.axhline(sdpa.median, ls="--", color="tab:gray", label=SDPA.name)
         axes.set(xlabel="sparsity of prefill", ylabel="prefill, s")
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.legend()
         axes.grid(alpha=0.3)
 
@@ -145,13 +147,24 @@ def _draw_times(times: Sequence[Timing]) -> Callable[[Axes], None]:
             line = {"marker": "o", "capsize": 3, "label": setting.name}
             axes.errorbar([time.length for time in some], *_spread(some), **line, **grey)
         axes.set(xlabel="tokens", ylabel="prefill, s", xscale="log", yscale="log")
-        lengths = sorted({time.length for time in times})
+        lengths = _with_room(sorted({time.length for time in times}))
         axes.set_xticks(lengths, [str(length) for length in lengths])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.legend()
         axes.grid(alpha=0.3)
 
     return draw
+
+
+def _with_room(lengths: Sequence[int]) -> list[int]:
+    """Those of ascending lengths whose labels have room on a logarithmic axis, the last always."""
+    room, kept = (lengths[-1] / lengths[0]) ** 0.13, [lengths[-1]]
+    for length in reversed(lengths[:-1]):
+        if kept[-1] / length >= room:
+            kept.append(length)
+    return kept
 
 
 def _spread(times: Sequence[Timing]) -> tuple[list[float], list[list[float]]]:
@@ -196,7 +209,7 @@ def _draw_accuracy(
             sparsity, score, error = zip(*points, strict=True)
             axes.errorbar(sparsity, score, yerr=error, marker="o", capsize=3, label=name)
         axes.set(xlabel="sparsity of prefill", ylabel="right answers", ylim=(0, 1.05))
-        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.yaxis.set_major_formatter("{x:.0%}")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -231,7 +244,7 @@ def _draw_lengths(points: dict[Setting, list[tuple[int, float]]]) -> Callable[[A
     def draw(axes: Axes) -> None:
         for setting, some in points.items():
             target = setting.target
-            label = with_method(f"target {target:.0%}", setting.scheme)
+            label = with_method(f"target {percent(target)}", setting.scheme)
             [line] = axes.plot(*zip(*some, strict=True), marker="o", label=label)
             axes.axhline(target, ls="--", color=line.get_color(), alpha=0.6)
         axes.set(xlabel="tokens", ylabel="sparsity of prefill", ylim=(0, 1))
@@ -248,6 +261,8 @@ def _draw_heads(table: list[list[float]]) -> Callable[[Axes], None]:
         heads = list(zip_longest(*table, fillvalue=math.nan))
         image = axes.imshow(heads, vmin=0, vmax=1, aspect="auto")
         axes.set(xlabel="layer", ylabel="head")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
         axes.figure.colorbar(image, ax=axes, format="{x:.0%}", label="tiles skipped")
 
     return draw

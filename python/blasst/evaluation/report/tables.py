@@ -12,6 +12,7 @@ from blasst.evaluation.settings import Setting
 from blasst.evaluation.summary import mean_and_error, rows, timings
 from blasst.measure.results import Results
 from blasst.pages import Table, with_error
+from blasst.percent import percent
 
 NEEDLES_SHOWN = 3
 
@@ -209,7 +210,7 @@ def _length_table(results: Results) -> Table:
         tuple(
             (
                 str(length),
-                with_method(f"{target:.0%}", scheme),
+                with_method(percent(target), scheme),
                 str(len(values)),
                 with_error(mean_and_error(values), ".1%"),
                 f"{100 * (statistics.fmean(values) - target):+.1f} points",

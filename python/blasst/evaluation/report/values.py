@@ -6,6 +6,7 @@ from blasst.calibration import Calibration
 from blasst.evaluation.settings import Scheme, Setting
 from blasst.evaluation.summary import mean_and_error
 from blasst.measure.results import Results
+from blasst.percent import percent
 
 
 def with_method(name: str, scheme: str) -> str:
@@ -47,7 +48,7 @@ def by_head(results: Results) -> tuple[str, list[list[float]]] | None:
     if not found:
         return None
     target, name, table = max(found, key=lambda item: item[0])
-    return f"target {target:.0%}, {name}", table
+    return f"target {percent(target)}, {name}", table
 
 
 def scores(results: Results) -> dict[str, list[tuple[float, float, float]]]:
