@@ -27,7 +27,7 @@ from blasst import prompts
 from blasst.cli.console import console, shown_progress
 from blasst.files import ROOM, check_folder, replace_file, write_json
 from blasst.hf import NAME
-from blasst.hf.models import weights_size
+from blasst.hf.weights import weights_size
 from blasst.policies import Bands
 from blasst.progress import Progress, silent
 

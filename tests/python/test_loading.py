@@ -82,7 +82,7 @@ def test_a_gguf_file_is_read_once_while_it_is_converted(monkeypatch):
 def test_commands_pass_the_options_on(command, monkeypatch, capsys):
     given = []
 
-    def stop(name, *, loading, progress=None):
+    def stop(name, *, loading, progress=None, to_train=False):
         given.append(loading)
         raise ValueError("seen")
 

@@ -46,7 +46,7 @@ def sizes_of(model: PreTrainedModel, layers: int) -> Sizes:
         size,
         rank + config.qk_rope_head_dim if rank else 2 * kv_heads * size,
         config.vocab_size,
-        next(model.parameters()).element_size(),
+        model.dtype.itemsize,
     )
 
 

@@ -34,6 +34,7 @@ from blasst.heads import heads_by_layer
 from blasst.hf.layers import place_of
 from blasst.hf.saving import write_pieces
 from blasst.hf.thresholds import dense_on_purpose
+from blasst.hf.weights import quantisation_of, stored, weights_size
 from blasst.progress import Progress, silent
 
 ATTENTION = "blasst"
@@ -126,7 +127,14 @@ class Loading:
         if self.device is not None:
             model = model.to(self.device)
         needs_less = model.device.type == "cuda" and model.dtype == torch.float32
-        return model.to(torch.bfloat16) if needs_less and self.dtype == "auto" else model
+        if not needs_less or self.dtype != "auto":
+            return model
+        if method := quantisation_of(model):
+            raise ValueError(
+                f"the model is quantised by {method} for float32, which a GPU's kernels do not "
+                "read, and cannot be changed once it is loaded: give dtype bfloat16"
+            )
+        return model.to(torch.bfloat16)
 
 
 def load(
@@ -134,6 +142,7 @@ def load(
     *,
     attention: str = ATTENTION,
     loading: Loading | None = None,
+    to_train: bool = False,
     progress: Progress = silent,
 ) -> Loaded:
     """Load a model.
@@ -142,11 +151,13 @@ def load(
         name: "smollm2", "gemma3", a folder that `save_pretrained` wrote, or a hub name.
         attention: Transformers' `attn_implementation`.
         loading: in which type, from where, to where; default: `Loading()`.
+        to_train: its weights will be trained, which those that are quantised cannot be.
         progress: told of the conversion that a packaged model's first load needs.
 
     Raises:
         ValueError: there is no such folder, the model's package is missing or damaged, Transformers
-            cannot load it, blasst cannot run it, or a revision of what is no hub model.
+            cannot load it, blasst cannot run it, a revision of what is no hub model, or quantised
+            weights that are to be trained.
         OSError: the disk is full.
     """
     loading = loading or Loading()
@@ -162,6 +173,12 @@ def load(
     folder = str(cached(name, progress)) if packaged else name
     title = packaged.title if packaged else Path(name).name
     model, tokenizer = _from_pretrained(name, folder, attention, loading)
+    method = quantisation_of(model)
+    if to_train and method is not None:
+        raise ValueError(
+            f"{name!r} is quantised by {method}, and such weights cannot be trained; fine-tune "
+            "the model that it was made from"
+        )
     if attention == ATTENTION:
         _try_out(model, name)
     return Loaded(title, model, tokenizer, folder)
@@ -209,7 +226,9 @@ def _try_out(model: PreTrainedModel, name: str) -> None:
         with dense_on_purpose():
             model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{name!r} cannot run with blasst: {error}") from None
+        method = quantisation_of(model)
+        by = "" if method is None else f" (quantised by {method}, run in {model.dtype})"
+        raise ValueError(f"{name!r} cannot run with blasst: {error}{by}") from None
     finally:
         if entry is not None:
             model.config.sparse_attention_config = entry
@@ -338,19 +357,22 @@ def check_room(model: PreTrainedModel, target: Path, *, config_only: bool = Fals
     """An error if `save_config` could not write into this folder; it may not exist yet.
 
     Raises:
-        ValueError: see `check_folder`; or a folder that holds something, but no model.
+        ValueError: see `check_folder`; a folder that holds something, but no model; or quantised
+            weights that are nowhere to be copied from.
     """
     if not target.is_dir() or not any(target.iterdir()):
+        method = None if config_only else quantisation_of(model)
+        if method is not None and not Path(model.config.name_or_path).is_dir():
+            raise ValueError(
+                f"the model is quantised by {method}, and Transformers cannot write such weights "
+                "anew: write its configuration alone (--config-only), or calibrate a folder that "
+                "holds it"
+            )
         check_folder(target, ROOM if config_only else ROOM + weights_size(model))
     elif (target / "config.json").is_file():
         check_folder(target)
     else:
         raise ValueError(f"{target} is there and holds no model (config.json); name a new folder")
-
-
-def weights_size(model: PreTrainedModel) -> int:
-    """Bytes."""
-    return sum(weight.nbytes for weight in model.parameters())
 
 
 def save_config(
@@ -375,9 +397,13 @@ def save_config(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as working:
         written = Path(working) / "model"
-        with quiet():
-            model.save_pretrained(written)
-            tokenizer.save_pretrained(written)
+        if quantisation_of(model) is None:
+            with quiet():
+                model.save_pretrained(written)
+                tokenizer.save_pretrained(written)
+        else:  # Transformers cannot write what it has loaded so
+            shutil.copytree(model.config.name_or_path, written)
+            write_pieces(model.config, written)
         written.rename(target)
 
 
@@ -454,7 +480,7 @@ def shape_of(model: PreTrainedModel) -> dict[str, Any]:
 
 def identity(model: PreTrainedModel) -> dict[str, Any]:
     """What distinguishes a model: its shape, and a few of its weights, alike in a bfloat16 copy."""
-    weight = next(p for name, p in model.named_parameters() if p.dim() == 2).detach()
+    weight = next(part for p in model.parameters() for part in stored(p) if part.dim() == 2)
     weights = f"{weight[:16, :16].bfloat16().double().abs().sum().item():.6g}"
     return {**shape_of(model), "weights": weights}
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from blasst.hf.weights import stored
+
 
 class Results:
     """Finished pieces of work by key, in a file that is added to line by line."""
@@ -86,8 +88,8 @@ def fingerprint(model: PreTrainedModel, *rest: Any) -> str:
     """Changes whenever results would; of each weight tensor it looks at 64 values."""
     config = {k: v for k, v in model.config.to_dict().items() if not k.startswith("_")}
     made_of = hashlib.sha256(json.dumps([config, rest], default=str).encode())
-    for weights in model.parameters():
-        values = weights.detach().flatten()
+    for part in (part for weights in model.parameters() for part in stored(weights)):
+        values = part.flatten()
         some = values[:: max(1, len(values) // 64)].float().cpu()
         made_of.update(some.numpy().tobytes())
     return made_of.hexdigest()

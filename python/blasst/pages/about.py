@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from blasst._version import __version__
+from blasst.hf.weights import quantisation_of
 
 _PACKAGES = ("torch", "transformers", "lm_eval")
 _FOLDER = Path(__file__).parents[1]
@@ -22,7 +23,7 @@ def environment(model: nn.Module | None = None) -> dict[str, Any]:
     Args:
         model: as for `about_run`.
     """
-    weight = torch.empty(0) if model is None else next(model.parameters())
+    weight = _weight(model)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {
@@ -32,6 +33,7 @@ def environment(model: nn.Module | None = None) -> dict[str, Any]:
         },
         "commit": _commit(),
         "dtype": str(weight.dtype).removeprefix("torch."),
+        "quantised_by": None if model is None else quantisation_of(model),
         "device": _device(weight),
         "machine": platform.platform(),
     }
@@ -82,9 +84,19 @@ def about_run(more: str, model: nn.Module | None = None) -> str:
         more: sentences that follow.
         model: of the measurement, for its type and device; None: float32 on the CPU.
     """
-    weight = torch.empty(0) if model is None else next(model.parameters())
+    weight = _weight(model)
     kind = str(weight.dtype).removeprefix("torch.")
+    method = None if model is None else quantisation_of(model)
+    if method is not None:
+        kind = f"Weights quantised by {method}, {kind}"
     return (
         f"{kind} on {_device(weight)}, torch {torch.__version__}. {more} "
         "Sparsity: tiles skipped, of those that the causal mask leaves."
     )
+
+
+def _weight(model: nn.Module | None) -> torch.Tensor:
+    """Of the type and on the device of a measurement: one that is no quantised one."""
+    if model is None:
+        return torch.empty(0)
+    return next(weight for weight in model.parameters() if weight.is_floating_point())

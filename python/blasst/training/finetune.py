@@ -22,6 +22,7 @@ from blasst.config import SparseAttention, parse
 from blasst.files import ROOM, check_folder
 from blasst.hf import models, record
 from blasst.hf.reading import read
+from blasst.hf.weights import weights_size
 from blasst.measure.agreement import PIECE, log_probabilities
 from blasst.measure.results import Results, fingerprint
 from blasst.progress import Progress, silent
@@ -73,9 +74,10 @@ def fine_tune(
         The four cases; of several processes the first's, the others' is empty.
 
     Raises:
-        ValueError: a device that cannot be had, a folder of another run, a length beyond the
-            model's context, a text too short, a target that cannot be reached, gradients that are
-            not finite, samples that processes cannot share evenly, too little room on the disk.
+        ValueError: a device that cannot be had, quantised weights, a folder of another run, a
+            length beyond the model's context, a text too short, a target that cannot be reached,
+            gradients that are not finite, samples that processes cannot share evenly, too little
+            room on the disk.
         OSError: the disk is full nevertheless.
     """
     return _Run(name, plan, text, out, progress or silent, loading or models.Loading()).run()
@@ -100,7 +102,7 @@ class _Run:
         self.name, self.plan, self.out, self.progress = name, plan, out, progress
         loaded = self._load(name)
         is_new = not (out / "results.jsonl").exists()
-        check_folder(out, ROOM + is_new * PEAK * models.weights_size(loaded.model))
+        check_folder(out, ROOM + is_new * PEAK * weights_size(loaded.model))
         models.check_length(loaded.model, plan.length, "a sample")
         self.tokenizer = loaded.tokenizer
         self.prose, held_out = split_text(text)
@@ -129,7 +131,7 @@ class _Run:
     def _load(self, name: str, **how: Any) -> models.Loaded:
         """A model, which a GPU's kernels read in bfloat16."""
         with self.processes.autocast(self.plan.bf16):
-            return models.load(name, **{"loading": self.loading} | how)
+            return models.load(name, to_train=True, **{"loading": self.loading} | how)
 
     def _calibration(self, way: str, model: PreTrainedModel) -> SparseAttention:
         """Thresholds for a model: the one that training starts from, or one it has made."""

@@ -1,0 +1,30 @@
+"""Weights as they are stored: quantised ones are tensors of another kind, or hold several."""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def stored(weights: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a weight consists of: itself, or those that a quantised one wraps.
+
+    Such a wrapper computes what a layer needs, and often nothing else. What is sharded stays whole.
+    """
+    if hasattr(weights, "device_mesh") or not is_traceable_wrapper_subclass(weights):
+        yield weights.detach()
+        return
+    names, _ = weights.__tensor_flatten__()
+    for name in names:
+        yield from stored(getattr(weights, name))
+
+
+def weights_size(model: nn.Module) -> int:
+    """Bytes."""
+    return sum(part.nbytes for weights in model.parameters() for part in stored(weights))
+
+
+def quantisation_of(model: nn.Module) -> str | None:
+    """What Transformers has quantised the weights by, like "torchao"; None: they are not."""
+    method = getattr(model, "quantization_method", None)
+    return None if method is None else str(getattr(method, "value", method))
