@@ -159,13 +159,17 @@ def test_compiled(llama, expected):
 def test_each_rank_takes_the_thresholds_of_its_heads(llama, expected):
     threshold = {"threshold": [0.0, 0.0, 0.9, 0.5]}  # the second rank's heads drop tiles
     options = {"additional_config": {"blasst": {phase: threshold for phase in PHASES}}}
-    prompts = PROMPTS[1:3]
-    one, two = (
-        tokens_of(generate(make_engine(llama, **CUSTOM, **options, **ranks), prompts))
-        for ranks in ({}, {"tensor_parallel_size": 2})
-    )
-    assert one == two
-    assert one != expected[1:3]
+    prompts, asked = PROMPTS[1:3], {"blasst_decode_threshold": 1.0}
+
+    def tokens_on(**ranks) -> list:
+        """By the engine's thresholds, and by those of requests, of which each rank hears."""
+        llm = make_engine(llama, **CUSTOM, **REQUESTS, **options, **ranks)
+        return [tokens_of(generate(llm, prompts, extra_args=own)) for own in (None, asked)]
+
+    one = tokens_on()
+    assert one == tokens_on(tensor_parallel_size=2)
+    assert one[0] != expected[1:3]
+    assert one[1] != one[0]
 
 
 def test_speculation_changes_no_token(llama, expected):
