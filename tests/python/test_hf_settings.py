@@ -11,6 +11,7 @@ import blasst
 from blasst import Bands, Threshold
 from blasst.config import parse
 from blasst.hf.layers import attention_modules
+from blasst.hf.operator import Kernels, calling
 from tiny_models import VOCABULARY, asked, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,3 +166,23 @@ def test_scores_are_set_by_thresholds_and_by_the_configuration(model):
     for wrong, error in (("int4", ValueError), (8, TypeError)):
         with pytest.raises(error, match=r"scores is .*; it must be one of exact, int8"):
             Threshold(scores=wrong)
+
+
+def test_a_number_becomes_one_tensor_for_all_layers_of_a_pass(model):
+    blasst.configure(model, prefill=Threshold(0.01))
+    given = []
+
+    class Noted(Kernels):
+        @staticmethod
+        def attention(*tensors, **options):
+            given.append(options["threshold"])
+            return Kernels.attention(*tensors, **options)
+
+    tokens = torch.arange(1, 9)[None]
+    with calling(Noted()), torch.no_grad():
+        model(tokens)
+        model(tokens)
+    layers = model.config.num_hidden_layers
+    assert layers > 1 and len(given) == 2 * layers
+    assert all(t.shape == (1, 1, 1) and math.isclose(t.item(), 0.01, rel_tol=1e-6) for t in given)
+    assert len({id(t) for t in given}) == 2

@@ -119,7 +119,7 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     """
     configured = vars(module).get("blasst_thresholds")
     if configured and call.phase in configured:
-        return configured[call.phase].options()
+        return _with_tensor(configured[call.phase].options(), call)
     found = _calibration_of(module, call.noted)
     if found is None:
         _tell_uncalibrated(module)
@@ -150,6 +150,17 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
             f"{place.layer}; the model has {call.heads}: it is another model's"
         )
     return {"threshold": threshold, "order": rules.order, "scores": scores}
+
+
+def _with_tensor(options: dict[str, Any], call: Pass) -> dict[str, Any]:
+    """A threshold that is a number as a tensor, one for all layers: on a GPU each is a launch."""
+    value, device = options["threshold"], call.query.device
+    if not isinstance(value, int | float):
+        return options
+    key = "threshold", value, device
+    if key not in call.noted:
+        call.noted[key] = torch.full((1, 1, 1), value, dtype=torch.float32, device=device)
+    return options | {"threshold": call.noted[key]}
 
 
 def options_when_compiled(
