@@ -198,6 +198,13 @@ def test_labels_along_an_axis_can_be_told_apart(targets, lengths, tmp_path):
     assert not faults
 
 
+def test_the_predicted_time_is_a_line_from_dense_also_of_one_target(tmp_path):
+    plots = {name: draw for name, _, draw in plots_of(results_of(tmp_path, DENSE, HALF), None)}
+    with drawn(plots["time"]) as figure:
+        [line] = [one for one in figure.axes[0].lines if one.get_label() == "predicted"]
+    assert [*zip(*line.get_data(), strict=True)] == [(0, 2.2), (0.5, pytest.approx(1.95))]
+
+
 def test_targets_that_are_near_to_each_other_have_names_of_their_own(tmp_path):
     found = results_at(tmp_path, (0, 0.995, 0.9975), (1024,))
     names = {row[0] for table in report.tables(found, None) for row in table.rows}

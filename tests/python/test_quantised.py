@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import blasst
 from blasst.calibration import calibrate
 from blasst.hf import models
-from blasst.hf.models import Loading
 from blasst.hf.weights import quantisation_of, weights_size
 from blasst.measure.results import fingerprint
 from blasst.prompts import PromptMaker, reference_text
@@ -89,7 +88,7 @@ def test_weights_that_only_multiply_are_calibrated_and_reach_the_target(tmp_path
 def assert_skips(model) -> None:
     """About what was asked, with finite gradients of what the model reads."""
     maker = PromptMaker(make_tokenizer(), reference_text(), "text")
-    tokens = maker.make("needle", 512, seed=5).tokens
+    tokens = maker.make("needle", 512, seed=5).tokens.to(model.device)
     inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
     with blasst.record() as record:
         model(inputs_embeds=inputs, labels=tokens).loss.backward()
@@ -159,7 +158,7 @@ def torchao(name: str, **options: object) -> Callable[[], object]:
 def folder(request, tmp_path):
     """Where a quantised model and its tokenizer are."""
     config = request.param()
-    make_recency_model(head_dim=16).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    make_recency_model(head_dim=64).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "plain", dtype=torch.bfloat16, quantization_config=config
     )
@@ -169,7 +168,7 @@ def folder(request, tmp_path):
 
 
 def test_a_model_that_others_have_quantised_is_calibrated_saved_and_loaded(folder, tmp_path):
-    loaded = models.load(str(folder), loading=Loading(device="cpu"))
+    loaded = models.load(str(folder))
     assert quantisation_of(loaded.model) in ("bitsandbytes", "torchao")
     calibrate(
         loaded.model,

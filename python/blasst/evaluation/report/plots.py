@@ -121,8 +121,10 @@ def _draw_time(times: Mapping[Setting, Timing]) -> Callable[[Axes], None]:
             some = sorted(unsorted, key=lambda time: time.sparsity)
             x = [time.sparsity for time in some]
             line = axes.errorbar(x, *_spread(some), **_style(scheme))
-            predicted = [(time.sparsity, time.predicted) for time in some if time.predicted]
-            if predicted:
+            # From dense, which every prediction starts from.
+            told = [time for time in some if time.predicted or time.setting == DENSELY]
+            predicted = [(time.sparsity, time.predicted or time.median) for time in told]
+            if any(time.predicted for time in told):
                 color = line.lines[0].get_color()
                 axes.plot(*zip(*predicted, strict=True), ls=":", color=color, label="predicted")
         if sdpa:
