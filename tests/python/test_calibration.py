@@ -4,6 +4,7 @@ import json
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -214,6 +215,36 @@ def test_what_is_held_out_is_checked_before_the_first_pass(options, message, mon
     monkeypatch.setattr(run._Calibrating, "_read_densely", None)
     with pytest.raises(ValueError, match=message):
         calibrate(make_recency_model(), make_tokenizer(), lengths=[256], prompts=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lengths": [512.5]}, TypeError, r"lengths is \[512.5\]; it must be a whole number"),
+        ({"lengths": "512"}, TypeError, "lengths is '512'; it must be a whole number"),
+        ({"lengths": [0]}, ValueError, r"lengths is \[0\]; it must be at least 1"),
+        ({"held_out": ["all"]}, TypeError, r"held_out is \['all'\]; it must be a whole number"),
+        ({"prompts": 0}, ValueError, "prompts is 0; it must be at least 1"),
+        ({"batch": "2"}, TypeError, "batch is '2'; it must be a whole number"),
+        ({"target_sparsity": "0.5"}, TypeError, "target sparsity is '0.5'; it must be a number"),
+        ({"tokenizer": None}, TypeError, "tokenizer is None; prompts are made with the model's"),
+        ({"model": torch.nn.Linear(2, 2)}, TypeError, "model is a Linear; it must be a model of"),
+    ],
+)
+def test_what_is_of_another_kind_is_an_error_that_names_it(options, error, message):
+    given = {"model": make_recency_model(), "tokenizer": make_tokenizer(), "lengths": [256]}
+    with pytest.raises(error, match=message):
+        calibrate(**given | options)
+
+
+def test_numbers_come_alone_or_in_arrays_and_a_file_to_resume_from_as_text(tmp_path):
+    model, tokenizer = make_recency_model(), make_tokenizer()
+    asked = {"prompts": 1, "held_out": [], "schemes": ["one_threshold"]}
+    asked |= {"resume": str(tmp_path / "kept")}
+    one = calibrate(model, tokenizer, lengths=512, target_sparsity=0.1, **asked)
+    lengths, targets = np.array([512]), np.array([0.1])
+    other = calibrate(model, tokenizer, lengths=lengths, target_sparsity=targets, **asked)
+    assert one.config.to_dict() == other.config.to_dict()
 
 
 def test_another_attention_is_an_error():

@@ -33,6 +33,7 @@ from blasst.calibration.setup import (
     lengths_of,
     operator_for,
     targets_by_phase,
+    whole_numbers,
 )
 from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
@@ -78,7 +79,7 @@ def calibrate(
     scores: str = "exact",
     tile_shape: TileShapes | None = None,
     batch: int = 1,
-    resume: Path | None = None,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Find thresholds for a model and write them into its `config.sparse_attention_config`.
@@ -89,7 +90,8 @@ def calibrate(
     Args:
         model: loaded with `attn_implementation="blasst"`.
         tokenizer: its tokenizer.
-        lengths: prompt lengths in tokens; default: 1024, 2048 and 4096, within the context.
+        lengths: prompt lengths in tokens; default: a quarter, half and all of the context, on the
+            CPU of 4,096 tokens of it.
         target_sparsity: share of the tiles to skip: a number, a number by phase, or several: the
             first becomes the configuration's target, and the order and scheme are chosen for each.
         text: prose to make prompts from; default: `prompts.reference_text()`.
@@ -120,6 +122,7 @@ def calibrate(
 
     Raises:
         NotSupportedError: tiles of a device whose kernels do not take the model.
+        TypeError: what is no whole number, no number, or no model.
         UnreachableError: a target that no threshold up to 1 reaches at the longest length; the
             message gives the highest reachable.
         ValueError: a length beyond the model's context, a text too short, a model that runs
@@ -128,9 +131,12 @@ def calibrate(
     """
     check_attention(model)
     found = lengths_of(model, lengths)
-    most = max([*found, *(held_out or [])]) * (prompts + 2)
+    [prompts] = whole_numbers("prompts", prompts)
     if held_out is None:
         held_out = default_held_out(found, context_length(model))
+    held_out = whole_numbers("held_out", held_out)
+    most = max([*found, *held_out]) * (prompts + 2)
+    resume = None if resume is None else Path(resume)
     setup = Setup(
         model,
         _maker(model, tokenizer, most, text=text, documents=documents, forward=forward),
@@ -145,7 +151,7 @@ def calibrate(
         batch,
     )
     _check_memory(setup, held_out)
-    asked = [lengths, target_sparsity, prompts, swept_prompts, orders, schemes]
+    asked = [found, setup.targets, prompts, swept_prompts, orders, schemes]
     asked += [
         chunk,
         scores,
@@ -185,6 +191,8 @@ def _maker(
         documents = fed_by(forward, model, most)
     if documents is not None:
         return DocumentMaker(tokenizer, documents, most)
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer is {tokenizer!r}; prompts are made with the model's")
     return PromptMaker(tokenizer, text, "the calibration text")
 
 

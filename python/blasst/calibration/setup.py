@@ -1,6 +1,6 @@
 """What is calibrated, and for what: checked before the work."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from blasst.heads import heads_of_layer, query_size
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
 from blasst.hf.operator import KERNELS, Operator
 from blasst.hf.reading import check_chunk, read
-from blasst.ops.arguments import check_choice
+from blasst.ops.arguments import check_choice, is_integer, is_number
 from blasst.ops.library import DEVICES, TileShape, plan
 from blasst.progress import Progress, silent
 from blasst.prompts import DocumentMaker, PromptMaker
@@ -58,8 +58,7 @@ class Setup:
     def __post_init__(self) -> None:
         check_attention(self.model)
         check_choice("scores", self.scores, SCORES)
-        if self.batch < 1:
-            raise ValueError(f"batch is {self.batch}; it must be at least 1")
+        whole_numbers("batch", self.batch)
         if self.chunk is not None:
             check_chunk(self.chunk)
         for length in self.lengths:
@@ -122,6 +121,8 @@ class Setup:
 
 def check_attention(model: PreTrainedModel) -> None:
     """An error unless the model can be calibrated: it runs blasst, in one process."""
+    if not hasattr(model, "config"):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a model of Transformers")
     used = model.config._attn_implementation
     if used != hf.NAME:
         raise ValueError(f"the model's attn_implementation is {used!r}; load it with {hf.NAME!r}")
@@ -138,7 +139,22 @@ def check_attention(model: PreTrainedModel) -> None:
         )
 
 
-def lengths_of(model: PreTrainedModel, given: Sequence[int] | None) -> list[int]:
+def whole_numbers(name: str, given: object) -> list[int]:
+    """One whole number of 1 or more, or several, as a list.
+
+    Raises:
+        TypeError: other things than whole numbers.
+        ValueError: one below 1.
+    """
+    several = [*given] if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(is_integer(n) for n in several):
+        raise TypeError(f"{name} is {given!r}; it must be a whole number")
+    if any(n < 1 for n in several):
+        raise ValueError(f"{name} is {given!r}; it must be at least 1")
+    return [int(n) for n in several]
+
+
+def lengths_of(model: PreTrainedModel, given: Iterable[int] | int | None) -> list[int]:
     """Lengths of prompts, ascending: those given, else a quarter, half and all of the context.
 
     On the CPU of no more than `LONGEST_ON_CPU` tokens of it.
@@ -146,8 +162,8 @@ def lengths_of(model: PreTrainedModel, given: Sequence[int] | None) -> list[int]
     Raises:
         ValueError: the context is too short for a default.
     """
-    if given:
-        return sorted(set(given))
+    if given is not None and len(found := whole_numbers("lengths", given)):
+        return sorted(set(found))
     longest = context_length(model)
     if next(model.parameters()).device.type == "cpu":
         longest = min(longest, LONGEST_ON_CPU)
@@ -161,25 +177,31 @@ def lengths_of(model: PreTrainedModel, given: Sequence[int] | None) -> list[int]
 
 
 def targets_by_phase(
-    given: float | Mapping[str, float] | Sequence[float],
+    given: float | Mapping[str, float] | Iterable[float],
 ) -> dict[str, list[float]]:
     """Targets by phase, prefill first, without those that are 0: dense needs no threshold.
 
     Raises:
+        TypeError: what is no number.
         ValueError: an unknown phase, a target outside 0 to 1, or none above 0.
     """
     if isinstance(given, Mapping):
-        by_phase = {phase: [float(target)] for phase, target in given.items()}
+        by_phase = {phase: [target] for phase, target in given.items()}
     else:
-        several = given if isinstance(given, Sequence) else [given]
-        by_phase = {phase: [float(target) for target in several] for phase in PHASES}
+        is_one = isinstance(given, str) or not isinstance(given, Iterable)
+        by_phase = dict.fromkeys(PHASES, [given] if is_one else [*given])
     for phase, targets in by_phase.items():
         if phase not in PHASES:
             raise ValueError(f"phase is {phase!r}; it must be one of {PHASES}")
         for target in targets:
+            if not is_number(target):
+                raise TypeError(f"target sparsity is {target!r}; it must be a number, 0 to 1")
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
-    positive = {p: list(dict.fromkeys(t for t in some if t)) for p, some in by_phase.items()}
+    positive = {
+        phase: list(dict.fromkeys(float(target) for target in some if target))
+        for phase, some in by_phase.items()
+    }
     if not any(positive.values()):
         raise ValueError("every target sparsity is 0: dense needs no calibration")
     return {phase: positive[phase] for phase in PHASES if positive.get(phase)}
