@@ -53,3 +53,20 @@ def checkpoint_layers(model: Any, *, wanted: bool) -> None:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+def sharding_arguments(layers: list[str]) -> dict[str, Any]:
+    """TrainingArguments that shard a model (FSDP2) by layers of these classes.
+
+    Weights are read by each process: what one of them trains on may not be sharded (a teacher).
+    """
+    from transformers import TrainingArguments
+
+    older = not hasattr(TrainingArguments, "_apply_legacy_fsdp_to_config")
+    config = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": layers,
+        "cpu_ram_efficient_loading": False,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+    return {"fsdp": "full_shard" if older else True, "fsdp_config": config}

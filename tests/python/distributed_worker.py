@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback
 
 import blasst
+from blasst.hf.models import Loading
 from blasst.prompts import reference_text
 from blasst.training import SparsitySchedule, finetune
 from blasst.training.plan import TrainingPlan
@@ -84,13 +85,22 @@ def fully_sharded_on_gpus(folder):
     data_parallel(folder, ddp_backend="nccl", **ON_GPUS, **SHARDED)
 
 
-def whole_run(folder):
+def whole_run(folder, plan=PLAN, **options):
     """The four cases of `fine_tune`; the first process's alone."""
-    cases = finetune.fine_tune(str(folder / "model"), PLAN, text=TEXT, out=folder / "out")
+    options |= {"text": TEXT, "out": folder / "out"}
+    cases = finetune.fine_tune(str(folder / "model"), plan, **options)
     torch.save(
         json.loads(json.dumps([asdict(case) for case in cases])),
         folder / f"rank{dist.get_rank()}.pt",
     )
+
+
+def whole_run_on_gpus(folder, plan=PLAN):
+    whole_run(folder, plan, loading=Loading(device="cuda"))
+
+
+def whole_sharded_run_on_gpus(folder):
+    whole_run_on_gpus(folder, replace(PLAN, fsdp=True))
 
 
 def generated(model, tokens):
@@ -171,7 +181,7 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
     jobs = (
         *(data_parallel, data_parallel_on_gpus, fully_sharded_on_gpus),
-        *(tensor_parallel, whole_run),
+        *(tensor_parallel, whole_run, whole_run_on_gpus, whole_sharded_run_on_gpus),
     )
     {run.__name__: run for run in jobs}[job](Path(place))
     dist.destroy_process_group()

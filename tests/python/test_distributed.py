@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
@@ -110,24 +111,43 @@ def test_gradients_of_two_gpus_are_those_of_one_on_the_joined_batch(job, tmp_pat
         assert found_log[0]["sparsity"] > 0
 
 
-def test_fine_tuning_in_two_processes_is_that_of_one(tmp_path):
-    model = make_recency_model()
-    for folder in (tmp_path / "two", tmp_path / "one"):
-        model.save_pretrained(folder / "model")
+def saved_in(*folders: Path, head_dim: int) -> None:
+    for folder in folders:
+        make_recency_model(head_dim=head_dim).save_pretrained(folder / "model")
         make_tokenizer().save_pretrained(folder / "model")
-    first, second = run("whole_run", 2, tmp_path / "two")
-    assert second == [], "the first measures and tells"
-    one = tmp_path / "one"
-    cases = finetune.fine_tune(str(one / "model"), PLAN, text=TEXT, out=one / "out")
+
+
+def assert_same_run(one: Path, two: Path, cases: list, expected: list, loss: float) -> None:
+    """Logs and the four cases of the processes' run, against those of one process."""
     for way in ("dense", "sparse"):
-        logs = [read_log(tmp_path / n / "out" / way / "log.jsonl") for n in ("two", "one")]
-        for line, expected in zip(*logs, strict=True):
-            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3)
-            assert line["sparsity"] == pytest.approx(expected["sparsity"], abs=0.01)
-    for case, expected in zip(first, cases, strict=True):
-        assert (case["trained"], case["measured"]) == (expected.trained, expected.measured)
-        assert case["perplexity"] == pytest.approx(expected.perplexity, rel=1e-2)
-    assert not list((tmp_path / "two" / "out").glob("*/checkpoint-*"))
+        logs = [read_log(folder / "out" / way / "log.jsonl") for folder in (two, one)]
+        for line, other in zip(*logs, strict=True):
+            assert line["loss"] == pytest.approx(other["loss"], rel=loss)
+            assert line["sparsity"] == pytest.approx(other["sparsity"], abs=0.01)
+    for case, other in zip(cases, expected, strict=True):
+        assert (case["trained"], case["measured"]) == (other["trained"], other["measured"])
+        assert case["perplexity"] == pytest.approx(other["perplexity"], rel=1e-2)
+    assert not list((two / "out").glob("*/checkpoint-*"))
+
+
+def test_fine_tuning_in_two_processes_is_that_of_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    saved_in(one, two, head_dim=16)
+    first, second = run("whole_run", 2, two)
+    assert second == [], "the first measures and tells"
+    cases = finetune.fine_tune(str(one / "model"), PLAN, text=TEXT, out=one / "out")
+    assert_same_run(one, two, first, [asdict(case) for case in cases], loss=1e-3)
+
+
+@hopper
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("job", ["whole_run_on_gpus", "whole_sharded_run_on_gpus"])
+def test_fine_tuning_on_two_gpus_is_that_of_one(job, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    saved_in(one, two, head_dim=64)
+    first, _ = run(job, 2, two)
+    [expected] = run("whole_run_on_gpus", 1, one)
+    assert_same_run(one, two, first, expected, loss=2**-6)  # the sharded loss is bfloat16
 
 
 def llama(heads: int, kv_heads: int) -> LlamaForCausalLM:

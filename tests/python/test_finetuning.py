@@ -515,6 +515,8 @@ def test_samples_that_passes_and_processes_cannot_share(tmp_path, capsys):
     folder = saved_model(tmp_path / "model")
     assert command(folder, tmp_path / "out", "--batch", 3, "--accumulate", 2) == 1
     assert "batch is 3 for 2 passes; it must be a multiple of 2" in capsys.readouterr().err
+    assert command(folder, tmp_path / "out", "--fsdp") == 1
+    assert "fsdp is asked for with 1 process(es) on cpu" in capsys.readouterr().err
     plan = TrainingPlan(batch=8, accumulate=2)
     assert plan.samples_a_pass(4) == 1
     with pytest.raises(ValueError, match=r"batch is 8 for 3 processes of 2 passes; .* of 6"):

@@ -231,6 +231,9 @@ def finetune(
     checkpointing: Annotated[
         bool, Option("--checkpointing", help="keep a layer's inputs alone: less memory, slower")
     ] = False,
+    fsdp: Annotated[
+        bool, Option("--fsdp", help="shard weights and optimizer among the GPUs of torchrun")
+    ] = False,
     learning_rate: Annotated[float, Option(parser=RATE, metavar="N", help="at its highest")] = 1e-4,
     save_every: Annotated[
         int, Option(parser=POSITIVE, metavar="N", help="steps between checkpoints")
@@ -260,6 +263,7 @@ def finetune(
         batch=batch,
         accumulate=accumulate,
         checkpointing=checkpointing,
+        fsdp=fsdp,
         learning_rate=learning_rate,
         distill=distill,
         bf16=bf16,

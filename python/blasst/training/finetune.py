@@ -29,7 +29,7 @@ from blasst.progress import Progress, silent
 from blasst.training.callbacks import PHASE, SparsitySchedule
 from blasst.training.data import held_out_windows, split_text, training_samples
 from blasst.training.plan import TRAINED, Case, TrainingPlan, Way
-from blasst.training.processes import processes_of
+from blasst.training.processes import processes_of, whole_weights
 from blasst.training.trainer import checkpoints, train
 
 ORDERS = ("sink_first", "reverse")
@@ -76,8 +76,8 @@ def fine_tune(
     Raises:
         ValueError: a device that cannot be had, quantised weights, a folder of another run, a
             length beyond the model's context, a text too short, a target that cannot be reached,
-            gradients that are not finite, samples that processes cannot share evenly, too little
-            room on the disk.
+            gradients that are not finite, samples that processes cannot share evenly, sharding
+            without several GPUs, too little room on the disk.
         OSError: the disk is full nevertheless.
     """
     return _Run(name, plan, text, out, progress or silent, loading or models.Loading()).run()
@@ -99,6 +99,8 @@ class _Run:
         if self.processes.device.type == "cuda":
             plan = replace(plan, bf16=True)
         plan.samples_a_pass(self.processes.count)
+        if plan.fsdp:
+            self.processes.check_sharding()
         self.name, self.plan, self.out, self.progress = name, plan, out, progress
         loaded = self._load(name)
         is_new = not (out / "results.jsonl").exists()
@@ -180,8 +182,14 @@ class _Run:
             self.processes,
         )
 
+        weights = whole_weights(model) if plan.fsdp else None
+
         def keep() -> None:
-            models.save_config(model, self.tokenizer, folder)
+            whole = model if weights is None else self._load(self.name).model
+            if weights is not None:
+                whole.load_state_dict(weights)
+                whole.config.sparse_attention_config = model.config.sparse_attention_config
+            models.save_config(whole, self.tokenizer, folder)
             for checkpoint in checkpoints(self.out / way):
                 shutil.rmtree(checkpoint)
 

@@ -34,6 +34,8 @@ class TrainingPlan:
     """Passes, one after the other, that a step's samples are read in."""
     checkpointing: bool = False
     """Gradient checkpointing: keep what goes into a layer alone, and read it again backward."""
+    fsdp: bool = False
+    """Shard weights, gradients and optimizer among processes with a GPU each."""
     learning_rate: float = 1e-4
     """At its highest; it falls to 0 along a cosine."""
     distill: bool = False

@@ -8,6 +8,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from blasst.hf.models import Loading
 
@@ -33,6 +35,14 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    def check_sharding(self) -> None:
+        """A ValueError unless a model can be sharded: Accelerate would quietly copy it instead."""
+        if self.count == 1 or self.device.type != "cuda":
+            raise ValueError(
+                f"fsdp is asked for with {self.count} process(es) on {self.device.type}; it shards "
+                "a model among several, each with a GPU: torchrun --nproc-per-node N, --device cuda"
+            )
+
     def first(self, work: Callable[[], object]) -> None:
         """The first process does something; none goes on before it is done."""
         if self.is_first:
@@ -42,6 +52,14 @@ class Processes:
     def autocast(self, enabled: bool) -> AbstractContextManager[None]:
         """Products in bfloat16 where float32 weights are read."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights by name, on the CPU; of a sharded one all processes must ask."""
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu()
+        for name, t in model.state_dict().items()
+    }
 
 
 def processes_of(loading: Loading) -> tuple[Processes, Loading]:

@@ -26,7 +26,7 @@ from blasst.hf import models
 from blasst.training.callbacks import FiniteGradients, SparsitySchedule
 from blasst.training.plan import TrainingPlan
 from blasst.training.processes import Processes
-from blasst.versions import checkpoint_layers
+from blasst.versions import checkpoint_layers, sharding_arguments
 
 TORCH_SAVE = "inline_container.cc"
 """In the message of torch.save's RuntimeError where a file cannot be written."""
@@ -47,7 +47,7 @@ def train(
     Data order, optimizer, learning rate and random state go on as if nothing had happened.
 
     Args:
-        model: changed in place.
+        model: changed in place; its weights stay sharded, if they were: see `whole_weights`.
         samples: of all steps, in order.
         plan: how.
         schedule: of the target sparsity.
@@ -79,6 +79,7 @@ def train(
         ddp_backend=None if processes.device.type == "cuda" or processes.count == 1 else "gloo",
         disable_tqdm=True,
         report_to="none",
+        **(sharding_arguments(sorted(model._no_split_modules)) if plan.fsdp else {}),
     )
     callbacks = [schedule, FiniteGradients(), _Checkpoints(out, processes)]
     if processes.is_first:
