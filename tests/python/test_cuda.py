@@ -633,3 +633,35 @@ def test_decode_over_quantised_keys(dim: int, kinds: int, positions: int) -> Non
         options["v_scale"] = 0.04
         v = (v.float() / 0.04).round().clamp(-127, 127).to(torch.int8)
     assert_close(*both(blasst.rotate(q), keys.k, v, **options))
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_workspace_may_hold_anything(phase: str) -> None:
+    """Before each call, and before each run of a captured graph: other work uses it meanwhile."""
+    queries = 1 if phase == "decode" else 300
+    q, k, v = (t.cuda() for t in inputs(48, queries, 2000, 32, 8, 128))
+    options = {"causal": True, "phase": phase, "threshold": 0.01}
+    expected = blasst.attention(q, k, v, **options)
+    room = {"batch": 48, "query_length": queries, "keys": 2000}
+    needed = blasst.workspace_bytes(
+        phase, "cuda", q.dtype, heads=32, kv_heads=8, head_dim=128, **room
+    )
+    workspace = torch.empty(needed, dtype=torch.uint8, device="cuda")
+    out = torch.empty_like(expected)
+
+    def run() -> None:
+        blasst.attention(q, k, v, out=out, workspace=workspace, **options)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for byte in (0, 255, 1, 255, None):
+        for again in (run, graph.replay, graph.replay):
+            if byte is None:
+                workspace.random_()
+            else:
+                workspace.fill_(byte)
+            out.fill_(math.nan)
+            again()
+            assert torch.equal(out, expected)

@@ -8,6 +8,7 @@
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/queries.cuh"
 #include "cuda/core/decode/splits.h"
+#include "cuda/core/decode/turns.cuh"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/skipped_mass.cuh"
@@ -73,6 +74,7 @@ class Combine {
     slice_ = index % kSlices;
     if (!find(index / kSlices)) return;
     wait_for_items();
+    if (index == 0 && threadIdx.x == 0) remove_signature(plan_.turns);
     in_warp ? add_in_warp() : add_in_block();
   }
 

@@ -1,6 +1,9 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <random>
 #include <string>
 
 #include "blasst/blasst.hpp"
@@ -39,7 +42,9 @@ std::size_t place_results(Plan& plan, int value_dim, void* workspace) {
   plan.partial = reinterpret_cast<float*>(take(rows * value_dim * sizeof(float)));
   plan.statistics = reinterpret_cast<float*>(take(rows * kStatistics * sizeof(float)));
   plan.dropped = reinterpret_cast<int*>(take(std::size_t(plan.results) * sizeof(int)));
-  plan.next_item = reinterpret_cast<int*>(take(sizeof(int)));
+  plan.turns.signature = reinterpret_cast<unsigned long long*>(
+      take(sizeof(*plan.turns.signature) + sizeof(*plan.turns.taken)));
+  plan.turns.taken = reinterpret_cast<int*>(plan.turns.signature + 1);
   return at;
 }
 
@@ -50,10 +55,23 @@ void place_results(Plan& plan, const Launch& l) {
                                              "; this call needs " + std::to_string(needed));
 }
 
+std::uint64_t new_signature() {
+  static std::atomic<std::uint64_t> next = [] {
+    std::random_device random;
+    return std::uint64_t{random()} << 32 | random();
+  }();
+  std::uint64_t signature;
+  do {
+    signature = next++;
+  } while (signature == 0 || ~signature == 0);
+  return signature;
+}
+
 int deal_out(Plan& plan, int blocks, int most_item_tiles) {
   plan.blocks = blocks;
   plan.most_item_tiles = most_item_tiles;
-  if (plan.results <= blocks) plan.next_item = nullptr;
+  plan.turns.of_launch = new_signature();
+  if (plan.results <= blocks) plan.turns.signature = nullptr;
   return std::min(plan.results, blocks);
 }
 

@@ -38,6 +38,9 @@ std::size_t place_results(Plan& plan, int value_dim, void* workspace);
 // The same in the workspace of a launch. Throws Error where that is too small.
 void place_results(Plan& plan, const Launch& launch);
 
+// Of a launch (Turns): none has had it, and it is neither 0 nor all ones. Thread-safe.
+std::uint64_t new_signature();
+
 // How the work is dealt out: to `blocks` blocks, which the GPU runs at a time, in items of at most
 // `most_item_tiles` tiles, one split, or one group. Returns how many blocks there is work for.
 int deal_out(Plan& plan, int blocks, int most_item_tiles);

@@ -33,6 +33,13 @@ struct Params {
   ReportArrays report;
 };
 
+// Hands out the work items behind those that the blocks begin with (turns.cuh).
+struct Turns {
+  unsigned long long* signature;  // in the workspace; null: no block has more than one item
+  unsigned long long of_launch;
+  int* taken;
+};
+
 // What launch() adds: the split rule and where partial results lie (splits.h).
 struct Plan {
   int rows;               // most query rows of a KV head: heads / kv_heads * query_length
@@ -44,7 +51,7 @@ struct Plan {
   int results;          // of all requests and KV heads, with those that short requests lack
   int blocks;           // of threads, that the GPU runs at a time
   int most_item_tiles;  // of an item of several splits, if not all are whole groups
-  int* next_item;       // zero when the kernel starts; null: no block has more than one item
+  Turns turns;
   int box_tokens;       // tokens a copy: kTileKeys or a smaller page
   bool half_queries;    // of keys in 8 bits: queries are fp16, not bf16
   float unit_scale;     // a score in natural units / a score as the kernel keeps it

@@ -48,10 +48,10 @@ class Block {
   __device__ __forceinline__ void run() {
     Items items(p_, plan_);
     for (int index = blockIdx.x; items.find(index, rows_.item);) {
-      if (threadIdx.x == 0 && plan_.next_item)
-        shared_.next_item = gridDim.x + atomicAdd(plan_.next_item, 1);
+      if (threadIdx.x == 0 && plan_.turns.signature)
+        shared_.next_item = gridDim.x + take_turn(plan_.turns);
       attend();
-      if (!plan_.next_item) return;
+      if (!plan_.turns.signature) return;
       __syncthreads();
       index = ptx::warp_uniform(shared_.next_item);
       __syncthreads();

@@ -41,7 +41,6 @@ void launch(const Launch& l, SharedMemory room) {
   const int blocks = deal_out(plan, most_blocks, kMostItemTiles);
 
   clear_report(p, stream);
-  clear(plan.next_item, sizeof(int), stream);
   enqueue(kernels.attend, blocks, kThreads, bytes, stream, {&p, &plan, &sources});
   // Not early: what was compiled for a capability before 9.0 has no way to wait.
   enqueue_combine(kernels.combine, p, plan, l.value_dim, false, stream);

@@ -77,7 +77,6 @@ void launch(const Launch& l) {
                               latents ? latent::most_item_tiles(plan.rows) : kMostItemTiles);
 
   clear_report(p, stream);
-  clear(plan.next_item, sizeof(int), stream);
   if (latents)
     enqueue(kernels.attend, blocks, latent::kBlockThreads, kernels.shared_bytes, stream,
             {&p, &plan, &q, &k});

@@ -8,6 +8,7 @@
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/queries.cuh"
 #include "cuda/core/decode/splits.h"
+#include "cuda/core/decode/turns.cuh"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/tile_test.h"
@@ -65,13 +66,13 @@ class Producer {
     Work work;
     for (int index = blockIdx.x; items.find(index, work);) {
       int next = 0;
-      if (lane_ == 0 && plan_.next_item) next = gridDim.x + atomicAdd(plan_.next_item, 1);
+      if (lane_ == 0 && plan_.turns.signature) next = gridDim.x + take_turn(plan_.turns);
       if constexpr (L::kNarrowKeys) {
         work.k_scale = scale_of(p_.k_scales, work);
         work.v_scale = scale_of(p_.v_scales, work);
       }
       feed(work);
-      if (!plan_.next_item) break;
+      if (!plan_.turns.signature) break;
       index = __shfl_sync(kAllLanes, next, 0);
     }
     ptx::mbarrier_wait(address(shared_.keys_empty[ring_.stage]), ring_.phase ^ 1);

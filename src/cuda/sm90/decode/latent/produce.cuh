@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/core/decode/queries.cuh"
+#include "cuda/core/decode/turns.cuh"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/tile_test.h"
@@ -25,9 +26,9 @@ class Producer {
     Item item;
     for (int index = blockIdx.x; items.find(index, item);) {
       int next = 0;
-      if (lane_ == 0 && plan_.next_item) next = gridDim.x + atomicAdd(plan_.next_item, 1);
+      if (lane_ == 0 && plan_.turns.signature) next = gridDim.x + take_turn(plan_.turns);
       feed(item);
-      if (!plan_.next_item) break;
+      if (!plan_.turns.signature) break;
       index = __shfl_sync(kAllLanes, next, 0);
     }
     ptx::mbarrier_wait(address(shared_.empty[ring_.stage][kRotary]), ring_.phase ^ 1);
