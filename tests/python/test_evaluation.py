@@ -370,6 +370,7 @@ def test_the_configuration_is_left_as_it_was(tmp_path):
     [
         ({"length": 4096}, "4096 tokens; the model's context is 1024"),
         ({"targets": (0.5, 2)}, "target sparsity is 2"),
+        ({"needles": -1}, "needles is -1; it must be at least 0"),
         ({"texts": {"leaflet": "short"}}, "leaflet has 5 tokens; 800 are needed"),
     ],
 )

@@ -489,6 +489,12 @@ def test_a_learning_rate_out_of_range_is_an_error():
         TrainingPlan(learning_rate=float("nan"))
 
 
+@pytest.mark.parametrize("name", ["ramp", "steps", "length", "batch", "save_every", "windows"])
+def test_a_plan_of_nothing_is_an_error(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        TrainingPlan(**{name: 0})
+
+
 def test_a_text_too_short_is_one_clear_message(tmp_path, capsys):
     folder = saved_model(tmp_path / "model")
     (tmp_path / "note.txt").write_text("a\nshort\nnote\nof\nfive lines\n")

@@ -66,6 +66,8 @@ class Options:
         for name in ("length", "every", "length_prompts", "limit", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.needles < 0:
+            raise ValueError(f"needles is {self.needles}; it must be at least 0")
 
 
 def shorter_lengths(length: int) -> list[int]:

@@ -59,6 +59,9 @@ class TrainingPlan:
             )
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning rate is {self.learning_rate}; it must be between 0 and 1")
+        for name in ("ramp", "steps", "length", "batch", "save_every", "windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         self.samples_a_pass(1)
 
     def samples_a_pass(self, processes: int) -> int:
