@@ -108,7 +108,7 @@ def attention_forward(
     )
     if isinstance(result, Result):
         tower, layer = tower_and_layer(module)
-        for active in recording.active:
+        for active in () if recording.is_second_pass() else recording.active:
             active.of(tower).add(phase, layer, result, share)
         result = result.out
     if sequences is not None:

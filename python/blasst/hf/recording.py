@@ -146,6 +146,11 @@ active: list[Recording] = []
 """Those whose block is running."""
 
 
+def is_second_pass() -> bool:
+    """Whether a layer computes again in a backward pass (gradient checkpointing), once counted."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 @contextmanager
 def record(*, gaps: bool = False) -> Iterator[Recording]:
     """Count visitable and skipped tiles of every attention call of `blasst` models inside.
