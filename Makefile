@@ -128,6 +128,8 @@ gpu-sanitize: build ## kernels on small problems under compute-sanitizer: memory
 	  BLASST_CUDA_BACKEND=$$backend compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    build/release/tests/cuda/cuda_tests --gtest_filter='$(SANITIZED)'; \
 	done; done
+	compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  build/release/tests/cuda/cuda_tests --gtest_filter='BackwardRandom.*/0'
 
 .PHONY: gpu-bench
 gpu-bench: build ## measure the kernels, beside others that are installed
