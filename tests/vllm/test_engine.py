@@ -133,6 +133,13 @@ def test_an_engine_that_cannot_be(llama, options, message):
         make_engine(llama, **CUSTOM, **options)
 
 
+def test_a_draft_model_keeps_vllms_attention(llama):
+    drafts = {"method": "draft_model", "num_speculative_tokens": 3, "model": llama}
+    drafts["attention_backend"] = "CUSTOM"
+    with pytest.raises(NotSupportedError, match="CUSTOM as the attention_backend of drafts"):
+        make_engine(llama, **CUSTOM, speculative_config=drafts)
+
+
 def test_cpus_have_no_kernel_for_mla(monkeypatch):
     """vLLM's CPU platform asks for its own backends, whatever the engine was asked for."""
 

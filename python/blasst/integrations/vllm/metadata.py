@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from blasst.config import PHASES
@@ -76,10 +77,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if getattr(kv_cache_spec, "attention_chunk_size", None):
-            raise NotSupportedError(
-                f"blasst: {layer_names[0]} attends in chunks of its own, which no kernel does"
-            )
+        _check_layers(kv_cache_spec, layer_names[0], vllm_config)
         modules = vllm_config.compilation_config.static_forward_context
         attentions = [modules[name] for name in layer_names]
         self._layers = [
@@ -267,6 +265,20 @@ def _slots(m: CommonAttentionMetadata) -> np.ndarray:
         return rows
     rows[: len(by_row)] = by_row[: m.num_reqs]  # what pads a graph's batch is nobody's
     return rows
+
+
+def _check_layers(kv_cache_spec: Any, first: str, vllm_config: VllmConfig) -> None:
+    """An error for layers of which a builder that knows only their names would make something."""
+    drafts = getattr(vllm_config.speculative_config, "attention_backend", None)
+    if drafts is AttentionBackendEnum.CUSTOM:
+        raise NotSupportedError(
+            "blasst: CUSTOM as the attention_backend of drafts, which have thresholds from "
+            "nowhere; without one in speculative_config they have vLLM's own attention"
+        )
+    if getattr(kv_cache_spec, "attention_chunk_size", None):
+        raise NotSupportedError(
+            f"blasst: {first} attends in chunks of its own, which no kernel does"
+        )
 
 
 def _check_batch(m: CommonAttentionMetadata) -> None:
