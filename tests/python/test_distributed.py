@@ -1,5 +1,6 @@
 """Several processes give what one gives. Needs torch.distributed with gloo."""
 
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import distributed_worker
 from blasst.config import Law, Measured, SparseAttention, ThresholdTable
+from blasst.hf.tensor_parallel import Share
 from blasst.training import finetune
 from blasst.training.trainer import read_log
 from distributed_worker import PLAN, TEXT, cases, fine_tune
@@ -74,6 +76,32 @@ def model_and_samples(
     tokens = torch.randint(1, 257, (4, LENGTH), generator=torch.Generator().manual_seed(5))
     torch.save(tokens, folder / "tokens.pt")
     return model, [{"input_ids": sample, "labels": sample} for sample in tokens]
+
+
+@pytest.mark.parametrize(
+    ("shape", "own"),
+    [
+        ((), ()),
+        ((1,), (1,)),
+        ((8,), (3,)),
+        ((2, 1), (2, 1)),
+        ((2, 8), (2, 3)),
+        ((1, 1, 1), (1, 1, 1)),
+        ((2, 8, 1), (2, 3, 1)),
+        ((1, 8, 5), (1, 3, 5)),
+        ((2, 1, 8), (2, 1, 8)),
+    ],
+)
+def test_a_process_takes_the_thresholds_of_its_heads(shape, own):
+    share = Share(2, 5, 8, group=None)
+    values = torch.arange(math.prod(shape)).float().view(shape)
+    found = share.of_thresholds(values)
+    assert found.shape == own
+    heads = 1 if len(shape) == 3 else -1
+    if own != shape:
+        assert torch.equal(found, values.index_select(heads, torch.tensor([2, 3, 4])))
+    with pytest.raises(ValueError, match=r"must be 1 or the model's 8 heads"):
+        share.of_thresholds(torch.zeros(2, 7, 1))
 
 
 def test_data_parallel_gradients_are_those_of_the_joined_batch(tmp_path):
@@ -203,7 +231,7 @@ def test_tensor_parallel_gives_the_tokens_and_statistics_of_one_process(
             assert torch.equal(found["gaps"].sum(-1), one["gaps"].sum(-1)), "visited tiles"
     for found in ranks:
         threshold, policy, early, calibration = found["errors"]
-        assert f"the last dimension must be 1 or the model's {heads} heads" in threshold
+        assert f"the dimension of heads must be 1 or the model's {heads} heads" in threshold
         assert "is not supported for a tensor-parallel model" in policy
         assert "can be read after the block of blasst.record has ended" in early
         assert "calibrate it in one process" in calibration

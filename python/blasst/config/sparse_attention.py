@@ -35,14 +35,15 @@ class Rules(NamedTuple):
     """What the attention calls of all layers in one pass need to know."""
 
     rows: tuple[Tensor, ...]
-    """[requests, heads] float32, 0 to 1, of each layer; one of [requests, 1] for all. One row for
-    requests that are all as long."""
+    """[requests, heads, 1] float32, 0 to 1, of each layer; one of [requests, 1, 1] for all. One row
+    for requests that are all as long. As the operator takes them: each layer's call costs a step
+    less."""
     heads: list[int] | None
     """Of each layer; None: as many as the rows have."""
     order: str
 
     def of_layer(self, layer: int) -> Tensor:
-        """[requests, heads] or [requests, 1]."""
+        """[requests, heads, 1] or [requests, 1, 1]."""
         row = self.rows[row_of(layer, len(self.rows))]
         return row if self.heads is None else row[:, : self.heads[layer]]
 
@@ -163,7 +164,7 @@ class SparseAttention:
         if not self.is_sparse(attention_class, layer, phase, name):
             return Rule(None, "sink_first", scores)
         rules = self.rules(phase, on_host(lengths, torch.float64), keys)
-        return Rule(rules.of_layer(layer), rules.order, scores)
+        return Rule(rules.of_layer(layer).squeeze(-1), rules.order, scores)
 
     def rules(
         self,
@@ -189,7 +190,7 @@ class SparseAttention:
             self._tables[key] = found.to(device), heads_of(found.ln_threshold)
         whole, heads = self._tables[key]
         schedule = whole.of_call(keys)
-        return Rules(schedule.at(lengths).unbind(1), heads, schedule.order)
+        return Rules(schedule.at(lengths)[..., None].unbind(1), heads, schedule.order)
 
     def schedule(
         self,

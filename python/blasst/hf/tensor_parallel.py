@@ -26,14 +26,15 @@ class Share:
         if values is None:
             return None
         values = torch.as_tensor(values, dtype=torch.float32)
-        if values.dim() == 0 or values.shape[-1] == 1:
+        heads = 1 if values.dim() == 3 else -1  # [.., .., places], or [heads] and [.., heads]
+        if values.dim() == 0 or values.shape[heads] == 1:
             return values
-        if values.shape[-1] != self.total:
+        if values.shape[heads] != self.total:
             raise ValueError(
-                f"thresholds are {list(values.shape)}; the last dimension must be 1 or the "
+                f"thresholds are {list(values.shape)}; the dimension of heads must be 1 or the "
                 f"model's {self.total} heads (not only those of this process)"
             )
-        return values[..., self.first : self.end]
+        return values.narrow(heads, self.first, self.end - self.first)
 
     def spread(self, own: Tensor, dim: int) -> Tensor:
         """This process's heads among zeros for the others, along `dim`."""
