@@ -48,7 +48,17 @@ TEST_P(Sm80Decode, InTheRoomOfOtherCards) {
       DeviceProblem device(problem);
       const bool fits = GetParam().qk < 256 || group * queries <= 32 || room.block > 99 * kKiB;
       const auto launch = [&] { sm80::launch(sm80::plan_launch(device.params), room); };
-      if (!fits) continue;
+      if (!fits) {
+        try {
+          launch();
+          ADD_FAILURE() << "no error: " << describe(c);
+        } catch (const Error& error) {
+          EXPECT_EQ(error.status(), BLASST_UNSUPPORTED);
+          const std::string message = error.what();
+          EXPECT_NE(message.find("bytes of shared memory"), message.npos) << message;
+        }
+        continue;
+      }
       device.mark();
       launch();
       device.download();

@@ -135,6 +135,14 @@ def test_wrong_usage_is_one_message_and_status_2(arguments, words):
     assert len(result.stderr + result.stdout) < 400
 
 
+def test_an_unknown_cuda_backend_in_the_environment_is_the_only_output(monkeypatch):
+    monkeypatch.setenv("BLASST_CUDA_BACKEND", "cuda-sm70")
+    result = run("info")
+    assert result.returncode == 2
+    assert "BLASST_CUDA_BACKEND is 'cuda-sm70'; it must be cuda-sm90 or cuda-sm80" in result.stderr
+    assert not result.stdout
+
+
 def test_an_unknown_instruction_set_in_the_environment_is_the_only_output(monkeypatch):
     monkeypatch.setenv("BLASST_CPU_ISA", "mmx")
     for command in ("info", "verify"):

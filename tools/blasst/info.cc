@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "api/choose.h"
 #include "blasst/blasst.hpp"
 #include "commands.h"
 #include "problem/text.h"
@@ -25,7 +26,9 @@ std::string picked() {
 }
 
 int info() {
-  const std::string in_use = cpu_isa();  // first: the environment may name one that is not there
+  // First: the environment may name what is not there.
+  const std::string in_use = cpu_isa();
+  api::cuda_backend_named(std::getenv("BLASST_CUDA_BACKEND"));
   print(stdout, "blasst {}\n\nbackends\n", version());
   for (const BackendInfo& backend : backends())
     print(stdout, "  {:<9}  {:<12} {} ({})\n", backend.name, backend.architecture,

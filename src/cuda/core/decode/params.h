@@ -52,12 +52,12 @@ struct Plan {
   int blocks;           // of threads, that the GPU runs at a time
   int most_item_tiles;  // of an item of several splits, if not all are whole groups
   Turns turns;
-  int box_tokens;       // tokens a copy: kTileKeys or a smaller page
-  bool half_queries;    // of keys in 8 bits: queries are fp16, not bf16
-  float unit_scale;     // a score in natural units / a score as the kernel keeps it
-  float* partial;       // [results, rows, dim]
-  float* statistics;    // [results, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
-  int* dropped;         // [results]: skipped tiles
+  int box_tokens;     // tokens a copy: kTileKeys or a smaller page
+  bool half_queries;  // of keys in 8 bits: queries are fp16, not bf16
+  float unit_scale;   // a score in natural units / a score as the kernel keeps it
+  float* partial;     // [results, rows, dim]
+  float* statistics;  // [results, kStatistics, rows]: maximum, sum; of SkippedMass: maximum, sum
+  int* dropped;       // [results]: skipped tiles
 };
 
 // What is compiled into a kernel.

@@ -1,7 +1,8 @@
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <string>
 
+#include "blasst/blasst.hpp"
 #include "cuda/core/decode/splits.h"
 #include "cuda/core/runtime.h"
 #include "cuda/sm80/decode/config.cuh"
@@ -32,9 +33,15 @@ void launch(const Launch& l, SharedMemory room) {
 
   const Kernels kernels = find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
   const int fit = stages(room, kernels.shared_bytes, kernels.stage_bytes);
-  const Sources sources{l.q, l.k, l.v, std::max(1, fit)};
-  const int bytes = kernels.shared_bytes + sources.stages * kernels.stage_bytes;
-  allow_shared_memory(kernels.attend, bytes);  // says what is lacking, if less than a stage fits
+  if (fit == 0)
+    throw Error(BLASST_UNSUPPORTED,
+                "cuda-sm80: decode with head size " + std::to_string(l.qk_dim) + " and " +
+                    std::to_string(plan.rows) + " query rows that decide together takes " +
+                    std::to_string(kernels.shared_bytes + kernels.stage_bytes) +
+                    " bytes of shared memory a block; it may have " + std::to_string(room.block));
+  const Sources sources{l.q, l.k, l.v, fit};
+  const int bytes = kernels.shared_bytes + fit * kernels.stage_bytes;
+  allow_shared_memory(kernels.attend, bytes);
   allow_shared_memory(kernels.combine, kMostCombineBytes);  // loads it, too
   const int most_blocks = resident_blocks(kernels.attend, kThreads, bytes);
   constexpr int kMostItemTiles = 64;
