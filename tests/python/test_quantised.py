@@ -16,10 +16,12 @@ import blasst
 from blasst.calibration import calibrate
 from blasst.hf import models
 from blasst.hf.weights import quantisation_of, weights_size
+from blasst.measure import agreement
 from blasst.measure.results import fingerprint
 from blasst.prompts import PromptMaker, reference_text
 from blasst.training.finetune import fine_tune
 from blasst.training.plan import TrainingPlan
+from latent_models import make_latent_model
 from recency_model import make_recency_model, make_tokenizer
 
 TARGET = 0.2
@@ -112,6 +114,24 @@ def test_the_size_of_quantised_weights_is_that_of_what_is_stored():
     saved = sum(3 * weight.numel() - 4 * len(weight) for weight in layers)
     assert weights_size(model) == weights_size(plain) - saved
     assert weights_size(plain) == sum(4 * weight.numel() for weight in plain.parameters())
+
+
+def test_latents_are_not_absorbed_by_quantised_weights():
+    model = make_latent_model("DeepseekV3")
+    projection = model.model.layers[0].self_attn.kv_b_proj
+    weights = Int8Weights.of(projection.weight.detach())
+    projection.weight = nn.Parameter(weights, requires_grad=False)
+    with pytest.raises(blasst.NotSupportedError, match="neither quantised nor adapted"):
+        blasst.absorb(model)
+
+
+def test_predictions_of_a_quantised_output_layer_are_kept_for_its_vocabulary(monkeypatch):
+    model, asked = make_recency_model(), []
+    packed = nn.Parameter(torch.zeros(257 * 32, 1, dtype=torch.uint8), requires_grad=False)
+    monkeypatch.setattr(agreement, "_kept_bytes", lambda *sizes: asked.append(sizes))
+    model.lm_head.weight = packed  # as bitsandbytes packs 4 bits
+    agreement.DenseRun(model, torch.zeros(100, 64), torch.zeros(100, dtype=torch.long))
+    assert asked == [(257, 99)]
 
 
 def test_quantised_weights_of_a_hub_are_refused_before_the_work_but_for_the_configuration(tmp_path):

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import NAME, modules_of_layers
 from blasst.hf.settings import Setting
+from blasst.hf.weights import is_quantised
 
 CALIBRATION = "blasst_calibration"
 """The interface of a calibration, which takes latents as this package's own does."""
@@ -131,7 +132,8 @@ def _matrices(module: nn.Module) -> tuple[Tensor, Tensor]:
 def _check(module: nn.Module) -> None:
     """An error unless a layer's keys and values are what `take` has for them, on one latent."""
     name, projection = type(module).__name__, module.kv_b_proj
-    if type(projection) is not nn.Linear or projection.bias is not None:
+    is_linear = type(projection) is nn.Linear and not is_quantised(projection.weight)
+    if not is_linear or projection.bias is not None:
         raise NotSupportedError(
             f"kv_b_proj of {name} is {projection}; to be absorbed it must be a plain Linear "
             "without bias, neither quantised nor adapted"

@@ -6,12 +6,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-def stored(weights: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a weight consists of: itself, or those that a quantised one wraps.
+def is_quantised(weights: Tensor) -> bool:
+    """Whether this wraps other tensors, and computes what a layer needs and often nothing else.
 
-    Such a wrapper computes what a layer needs, and often nothing else. What is sharded stays whole.
+    What is sharded does not count.
     """
-    if hasattr(weights, "device_mesh") or not is_traceable_wrapper_subclass(weights):
+    return not hasattr(weights, "device_mesh") and is_traceable_wrapper_subclass(weights)
+
+
+def stored(weights: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that a weight consists of: itself, or those that a quantised one wraps."""
+    if not is_quantised(weights):
         yield weights.detach()
         return
     names, _ = weights.__tensor_flatten__()

@@ -64,7 +64,7 @@ class DenseRun:
         positions = torch.arange(0, len(tokens) - 1, every)
         self._pieces = [(piece, tokens[piece + 1][:, None]) for piece in positions.split(PIECE)]
         self._count = len(positions)
-        kept = _kept_bytes(model.get_output_embeddings().weight.shape[0], self._count)
+        kept = _kept_bytes(model.config.get_text_config().vocab_size, self._count)
         self._kept = list(self._predictions(hidden)) if kept else None
 
     def _predictions(self, hidden: Tensor) -> Iterator[Tensor]:
