@@ -241,8 +241,9 @@ def _softmax(
 
 
 def _by_head(threshold: Any, q: Tensor) -> Tensor:
-    """[batch, heads] float32."""
+    """[batch, heads] float32; a calibration's come as the operator takes them, with a place."""
     values = torch.as_tensor(threshold, dtype=torch.float32, device=q.device)
+    values = values.squeeze(-1) if values.dim() == 3 else values
     return values.reshape((1,) * (2 - values.dim()) + values.shape).expand(q.shape[0], q.shape[2])
 
 
