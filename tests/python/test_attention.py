@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import blasst
 import c_api
@@ -1268,3 +1269,23 @@ def test_indices_of_64_bits_stay_out_of_range_on_cuda():
     places, _ = arguments.places_on_cuda(given, Q, K, "prefill", None)
     assert places["lengths"].dtype == torch.int32
     assert places["lengths"].tolist() == [2**31 - 1, -(2**31), 2**31 - 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "value_dim", "rows"), [(4, 4, 192, 128, 4), (128, 1, 576, 512, 2)]
+)
+def test_a_compiled_decode_knows_the_tiles_of_other_values(heads, kv_heads, dim, value_dim, rows):
+    """Of a GPU, which none need have: values smaller than keys have kernels of their own."""
+    try:
+        library.plan("decode", torch.device("cuda"), torch.bfloat16, head_dim=128)
+    except blasst.NotSupportedError:
+        pytest.skip("built without CUDA")
+    with FakeTensorMode():
+        q = torch.empty(2, 1, heads, dim, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(2, 256, kv_heads, dim, device="cuda", dtype=torch.bfloat16)
+        v = k[..., :value_dim] if kv_heads == 1 else torch.empty_like(k)[..., :value_dim]
+        lengths = torch.empty(2, dtype=torch.int64, device="cuda")
+        options = {"causal": True, "lengths": lengths, "phase": "decode"}
+        assert attention(q, k, v, **options).shape == (2, 1, heads, value_dim)
+        mask = attention(q, k, v, **options, return_tile_mask=True).tile_mask
+        assert mask.shape == (2, rows, 4)

@@ -42,10 +42,13 @@ class KeptTiles(Recording):
 
     wants_tile_mask = True
 
-    def __init__(self, layers: Collection[int], length: int, heads: int) -> None:
-        """Record these layers, of so many heads together, of a prompt of `length` tokens."""
+    def __init__(self, layers: Collection[int], length: int, heads: int, larger: int = 0) -> None:
+        """Record these layers, of so many heads together, of a prompt of `length` tokens.
+
+        larger: elements that a head's query has beyond its value (latent attention).
+        """
         super().__init__()
-        self._layers, self._length = layers, length
+        self._layers, self._length, self._larger = layers, length, larger
         self._cells = cells_of(length, heads)
         self._read: dict[int, int] = {}
         self._kept: dict[int, Tensor] = {}
@@ -64,7 +67,8 @@ class KeptTiles(Recording):
         [mask], out = result.tile_mask, result.out
         first = self._read.get(layer, 0)
         last = self._read[layer] = first + out.shape[1]
-        rows, keys = current().tile_of(phase, out.device, out.dtype, out.shape[-1])
+        sizes = out.shape[-1] + self._larger, out.shape[-1]
+        rows, keys = current().tile_of(phase, out.device, out.dtype, *sizes)
         query_tiles = _intervals(first, last, rows, out.device)
         key_tiles = _intervals(0, last, keys, out.device)
         # Of each cell: how much of it each tile covers.
@@ -117,8 +121,8 @@ class KeptByThreshold(KeptTiles):
     a threshold drops of it is what it drops of the same queries and keys alone.
     """
 
-    def __init__(self, layers: Collection[int], length: int, heads: int) -> None:
-        super().__init__(layers, length, heads)
+    def __init__(self, layers: Collection[int], length: int, heads: int, larger: int = 0) -> None:
+        super().__init__(layers, length, heads, larger)
         self._kept_at: dict[int, Tensor] = {}
         self._visitable: dict[int, Tensor] = {}
 

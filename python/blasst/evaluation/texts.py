@@ -11,7 +11,7 @@ from blasst.evaluation.bounds import RowBounds
 from blasst.evaluation.kept_tiles import AtThresholds, KeptByThreshold, KeptTiles
 from blasst.evaluation.session import Session
 from blasst.evaluation.settings import DENSELY, Scheme, Setting
-from blasst.heads import heads_by_layer
+from blasst.heads import heads_by_layer, query_size, value_size
 from blasst.hf import Recording, recording_with
 from blasst.hf.operator import calling, current
 from blasst.measure.agreement import Agreement, DenseRun
@@ -77,8 +77,9 @@ def measure_texts(session: Session, texts: Mapping[str, Tensor]) -> None:
 
 def _tiles(session: Session, length: int, kind: type[KeptTiles] = KeptTiles) -> KeptTiles:
     """For the tiles of the layers that are sparse."""
-    heads = heads_by_layer(session.model.config.get_text_config())
-    return kind(session.layers, length, sum(heads[layer] for layer in session.layers))
+    config = session.model.config.get_text_config()
+    heads, larger = heads_by_layer(config), query_size(config) - value_size(config)
+    return kind(session.layers, length, sum(heads[layer] for layer in session.layers), larger)
 
 
 def _measure_thresholds(session: Session, name: str, tokens: Tensor) -> None:

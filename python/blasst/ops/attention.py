@@ -24,7 +24,15 @@ from blasst.ops.arguments import (
     sinks_of,
 )
 from blasst.ops.layouts import check_layout
-from blasst.ops.library import CACHES, REPORTS, TileShape, call, computed_in, key_tiles
+from blasst.ops.library import (
+    CACHES,
+    REPORTS,
+    TileShape,
+    call,
+    computed_in,
+    decode_tile_heads,
+    key_tiles,
+)
 
 
 class TileCounts(NamedTuple):
@@ -267,8 +275,8 @@ def attention(
     reported = dict(zip(REPORTS, reports, strict=True))
     if return_tile_mask:
         ranges = {name: places[name] for name in ("cu_seqlens_k", "page_table")}
-        heads = q.shape[-2] if phase == "prefill" else k.shape[-2]
-        tiles = key_tiles(phase, q, k, **ranges, max_seqlen_k=max_seqlen_k)
+        heads = q.shape[-2] if phase == "prefill" else decode_tile_heads(q, k, v, q.shape[1])
+        tiles = key_tiles(phase, q, k, v, **ranges, max_seqlen_k=max_seqlen_k)
         reported["mask"] = _kept_tiles(reported["bits"], heads, tiles)
     result = _result(q, phase, out, reported)
     if not return_lse:

@@ -55,14 +55,11 @@ def _most_tiles(operator: str, a: SimpleNamespace, batch: int, rows: int) -> tup
     The plan's numbers (`library.plan`), which cannot take sizes that are symbols.
     """
     ranges = {name: getattr(a, name) for name in ("cu_seqlens_k", "page_table", "max_seqlen_k")}
-    keys = key_tiles(operator, a.q, a.k, **ranges)
-    sizes = [int(t.shape[-1]) for t in (a.q, a.v)]
+    keys = key_tiles(operator, a.q, a.k, a.v, **ranges)
     if operator.startswith("decode"):
-        if a.q.device.type != "cuda":
-            return a.k.shape[-2], batch, keys
         positions = a.q.shape[1] if a.cu_seqlens_q is None else a.max_seqlen_q
-        q = a.q.device, a.q.dtype, int(a.q.shape[-2]), int(positions)
-        return decode_tile_heads(*q, int(a.k.shape[-2]), *sizes), batch, keys
+        return decode_tile_heads(a.q, a.k, a.v, positions), batch, keys
+    sizes = [int(t.shape[-1]) for t in (a.q, a.v)]
     query_rows, _ = tile_of("prefill", a.q.device, a.q.dtype, *sizes)
     if a.cu_seqlens_q is not None:
         most = (rows + batch * (query_rows - 1)) // query_rows

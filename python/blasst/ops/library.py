@@ -268,18 +268,17 @@ def computed_in(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
-def decode_tile_heads(
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: int,
-    query_length: int,
-    kv_heads: int,
-    head_dim: int,
-    value_dim: int,
-) -> int:
-    """KV heads, or the parts of them in which query heads decide, of a decode's report of tiles."""
-    sizes = {"head_dim": head_dim, "value_dim": value_dim, "query_length": query_length}
-    return _cached_plan("decode", device, dtype, heads=heads, kv_heads=kv_heads, **sizes).heads
+def decode_tile_heads(q: Tensor, k: Tensor, v: Tensor, positions: int) -> int:
+    """KV heads, or the parts of them in which query heads decide, of a decode's report of tiles.
+
+    positions: the most of a request.
+    """
+    if q.device.type != "cuda":
+        return k.shape[-2]
+    sizes = {"head_dim": int(q.shape[-1]), "value_dim": int(v.shape[-1])}
+    heads = {"heads": int(q.shape[-2]), "kv_heads": int(k.shape[-2])}
+    numbers = {**heads, **sizes, "query_length": int(positions)}
+    return _cached_plan("decode", q.device, q.dtype, **numbers).heads
 
 
 # To say so earlier would import all of torch's compiler, which takes seconds.
@@ -301,6 +300,7 @@ def key_tiles(
     operator: str,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     *,
     cu_seqlens_k: Tensor | None,
     page_table: Tensor | None,
@@ -316,4 +316,5 @@ def key_tiles(
     if max_seqlen_k is not None:
         keys = torch.sym_min(keys, torch.sym_max(1, max_seqlen_k))
     phase = operator.removesuffix("_into")
-    return -(-keys // tile_of(phase, q.device, q.dtype, int(q.shape[-1]))[1])
+    sizes = int(q.shape[-1]), int(v.shape[-1])
+    return -(-keys // tile_of(phase, q.device, q.dtype, *sizes)[1])
