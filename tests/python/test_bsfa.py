@@ -208,6 +208,9 @@ def test_bad_input(loaded, found, tmp_path):
     for keeps in ((), (0,), (7,)):
         with pytest.raises(ValueError, match="each must be 1 to 6"):
             bsfa.calibrate(loaded.model, loaded.tokenizer, length=512, keeps=keeps)
+    for options in ({"length": "512"}, {"keeps": ("1",)}, {"prompts": 1.5}):
+        with pytest.raises(TypeError, match=r"it must be (a )?whole number"):
+            bsfa.calibrate(loaded.model, loaded.tokenizer, **options)
     with pytest.raises(ValueError, match="prompts is 0"):
         bsfa.calibrate(loaded.model, loaded.tokenizer, length=512, keeps=KEEPS, prompts=0)
     model_file = tmp_path / "model"

@@ -379,6 +379,21 @@ def test_bad_input_is_an_error_that_names_it(options, message, tmp_path):
         run(tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ("half",)}, "target sparsity is 'half'; it must be a number, 0 to 1"),
+        ({"length": "512"}, "length is '512'; it must be a whole number"),
+        ({"needles": 1.5}, r"needles is 1\.5; it must be a whole number"),
+        ({"chunk": "128"}, "chunk is '128'; it must be a whole number"),
+        ({"timed_lengths": ("512",)}, r"timed_lengths is \('512',\); it must be a whole number"),
+    ],
+)
+def test_what_is_no_number_is_an_error_that_names_it(options, message):
+    with pytest.raises(TypeError, match=message):
+        Options(**{"targets": (0.5,), "length": 512, **options})
+
+
 def test_the_command_compares_at_every_nth_position(tmp_path, capsys):
     loaded = configured()
     folder, text, out = tmp_path / "model", tmp_path / "text.txt", tmp_path / "out"

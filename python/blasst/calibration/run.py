@@ -33,7 +33,6 @@ from blasst.calibration.setup import (
     lengths_of,
     operator_for,
     targets_by_phase,
-    whole_numbers,
 )
 from blasst.calibration.tables import Tables
 from blasst.calibration.winners import Winners
@@ -44,6 +43,7 @@ from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import CHUNK, read
 from blasst.hf.saving import calibration_in
 from blasst.measure.results import fingerprint
+from blasst.ops.arguments import whole_numbers
 from blasst.percent import percent
 from blasst.progress import Progress, silent
 from blasst.prompts import (

@@ -15,7 +15,7 @@ from blasst.heads import heads_of_layer, query_size
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
 from blasst.hf.operator import KERNELS, Operator
 from blasst.hf.reading import check_chunk, read
-from blasst.ops.arguments import check_choice, is_integer, is_number
+from blasst.ops.arguments import check_choice, is_number, whole_numbers
 from blasst.ops.library import DEVICES, TileShape, plan
 from blasst.progress import Progress, silent
 from blasst.prompts import DocumentMaker, PromptMaker
@@ -137,21 +137,6 @@ def check_attention(model: PreTrainedModel) -> None:
             "the model is split over processes; calibrate it in one process: the thresholds "
             "that its configuration then holds are those of all heads"
         )
-
-
-def whole_numbers(name: str, given: object) -> list[int]:
-    """One whole number of 1 or more, or several, as a list.
-
-    Raises:
-        TypeError: other things than whole numbers.
-        ValueError: one below 1.
-    """
-    several = [*given] if isinstance(given, Iterable) and not isinstance(given, str) else [given]
-    if not all(is_integer(n) for n in several):
-        raise TypeError(f"{name} is {given!r}; it must be a whole number")
-    if any(n < 1 for n in several):
-        raise ValueError(f"{name} is {given!r}; it must be at least 1")
-    return [int(n) for n in several]
 
 
 def lengths_of(model: PreTrainedModel, given: Iterable[int] | int | None) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from blasst.ops.arguments import is_integer
 from blasst.versions import cache_name
 
 CHUNK = 8192
@@ -22,8 +23,11 @@ def check_chunk(chunk: int) -> None:
     """An error if prompts cannot be read in chunks of so many tokens.
 
     Raises:
+        TypeError: no whole number.
         ValueError: they cannot.
     """
+    if not is_integer(chunk):
+        raise TypeError(f"chunk is {chunk!r}; it must be a whole number")
     if chunk < TILE or chunk % TILE:
         raise ValueError(f"chunk is {chunk}; it must be a multiple of {TILE} tokens")
 

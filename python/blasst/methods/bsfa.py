@@ -34,6 +34,7 @@ from blasst.hf.models import (
     unwindowed_layers,
 )
 from blasst.hf.reading import CHUNK, check_chunk, read
+from blasst.ops.arguments import is_integer
 from blasst.ops.attention import Result
 from blasst.ops.library import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
@@ -303,8 +304,16 @@ def calibrate(
         ValueError: a k that no query tile of this length can drop anything for, a length beyond the
             context, a text too short, or a model that runs another attention.
     """
-    length = length or min(DEFAULT_LENGTH, context_length(model))
+    if length is None:
+        length = min(DEFAULT_LENGTH, context_length(model))
+    for name, value in {"length": length, "prompts": prompts}.items():
+        if not is_integer(value):
+            raise TypeError(f"{name} is {value!r}; it must be a whole number")
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
     check_length(model, length, "a calibration prompt")
+    if not all(map(is_integer, keeps)):
+        raise TypeError(f"keeps is {keeps!r}; it must be whole numbers")
     keeps = tuple(sorted(set(keeps)))
     tile_shape = _tile_of(model)
     most = -(-length // tile_shape[1]) - 2
@@ -317,8 +326,6 @@ def calibrate(
         )
     if chunk is not None:
         check_chunk(chunk)
-    if prompts < 1:
-        raise ValueError(f"prompts is {prompts}; at least one is needed")
     maker = PromptMaker(tokenizer, text, "the calibration text")
     layers = unwindowed_layers(model)
     if not layers:

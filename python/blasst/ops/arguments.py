@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,21 @@ def is_number(value: object) -> bool:
 def is_integer(value: object) -> bool:
     """Whether it is a whole number, which True and False are not."""
     return isinstance(value, _INTEGERS) and not isinstance(value, bool)
+
+
+def whole_numbers(name: str, given: object) -> list[int]:
+    """One whole number of 1 or more, or several, as a list.
+
+    Raises:
+        TypeError: other things than whole numbers.
+        ValueError: one below 1.
+    """
+    several = [*given] if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(is_integer(n) for n in several):
+        raise TypeError(f"{name} is {given!r}; it must be a whole number")
+    if any(n < 1 for n in several):
+        raise ValueError(f"{name} is {given!r}; it must be at least 1")
+    return [int(n) for n in several]
 
 
 def check_count(name: str, value: int | None) -> None:
