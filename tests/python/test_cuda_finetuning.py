@@ -8,13 +8,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import blasst
 from blasst.cli.app import main
-from blasst.config import Law, Measured, SparseAttention, ThresholdTable
 from blasst.training import FiniteGradients, SparsitySchedule, trainer
 from blasst.training.plan import TrainingPlan
 from blasst.training.trainer import checkpoints, read_log
 from gpu import hopper
 from recency_model import make_recency_model, make_tokenizer
-from test_finetuning import LENGTH, PLAN, Killed, die, samples
+from test_finetuning import LENGTH, PLAN, Killed, calibrated_model, die, samples
 
 pytestmark = hopper
 STEPS = 4
@@ -22,21 +21,9 @@ NEAR = 2e-3
 """Between losses of the same steps: what is added up in another order each time."""
 
 
-def calibrated_model():
-    """On the device, for its tiles; one threshold for all heads, lower at a lower target."""
-    model = make_recency_model(head_dim=64)
-    ln = torch.tensor([-6.0, 0.0]).reshape(1, 2, 1, 1)
-    table = ThresholdTable(
-        "reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.2), ln
-    )
-    config = SparseAttention(
-        targets=("LlamaAttention",),
-        laws={},
-        target_sparsity={"prefill": 0.5},
-        measured={"prefill": Measured((64, 128), (table,))},
-    )
-    model.config.sparse_attention_config = config.to_dict()
-    return model.to("cuda")
+def model_on_gpu():
+    """For the tiles of its kernels."""
+    return calibrated_model((64, 128), head_dim=64).to("cuda")
 
 
 def assert_near(log, expected):
@@ -51,7 +38,7 @@ def test_a_trainer_of_ones_own(tmp_path):
     counted = []
 
     def trained(folder, **options):
-        model = calibrated_model()
+        model = model_on_gpu()
         arguments = TrainingArguments(
             output_dir=str(tmp_path / folder),
             max_steps=STEPS,
@@ -84,7 +71,7 @@ def test_a_trainer_of_ones_own(tmp_path):
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     def train(folder, **changes):
         plan = TrainingPlan(**{**vars(PLAN), "steps": STEPS, "bf16": True, **changes})
-        model, schedule = calibrated_model(), SparsitySchedule(0.1, 0.2, ramp=2)
+        model, schedule = model_on_gpu(), SparsitySchedule(0.1, 0.2, ramp=2)
         data = samples(STEPS * plan.batch)
         trainer.train(model, data, plan, schedule, tmp_path / folder, lambda *_: None)
         assert all(p.dtype == torch.float32 and p.is_cuda for p in model.parameters())

@@ -33,9 +33,9 @@ PLAN = TrainingPlan(
 )
 
 
-def calibrated_model():
-    """With one threshold for all heads, lower at a lower target."""
-    model = make_recency_model()
+def calibrated_model(tile=(64, 64), **sizes):
+    """With one threshold for all heads, lower at a lower target, for prefill's tiles."""
+    model = make_recency_model(**sizes)
     ln = torch.tensor([-6.0, 0.0]).reshape(1, 2, 1, 1)
     policy = ThresholdTable(
         "reverse", "one_threshold", Law(9.0, 2.0, 1.5), (LENGTH,), (0.1, 0.2), ln
@@ -44,7 +44,7 @@ def calibrated_model():
         targets=("LlamaAttention",),
         laws={},
         target_sparsity={"prefill": 0.5},
-        measured={"prefill": Measured((64, 64), (policy,))},
+        measured={"prefill": Measured(tile, (policy,))},
     )
     model.config.sparse_attention_config = config.to_dict()
     return model

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from blasst.config import SCORES
 from blasst.hf.reading import CHUNK, check_chunk
-from blasst.ops.arguments import check_choice, is_integer, is_number, whole_numbers
+from blasst.ops.arguments import check_choice, check_whole_number, is_number, whole_numbers
 
 TARGETS = (0.0, 0.25, 0.5, 0.65, 0.75, 0.85)
 """Enough for a curve."""
@@ -65,13 +65,9 @@ class Options:
                 raise TypeError(f"target sparsity is {target!r}; it must be a number, 0 to 1")
             if not 0 <= target <= 1:
                 raise ValueError(f"target sparsity is {target}; it must be 0 to 1")
-        ones = ("length", "every", "length_prompts", "limit", "repeats")
-        for name, least in (*((name, 1) for name in ones), ("needles", 0)):
-            value = getattr(self, name)
-            if not is_integer(value):
-                raise TypeError(f"{name} is {value!r}; it must be a whole number")
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name in ("length", "every", "length_prompts", "limit", "repeats"):
+            check_whole_number(name, getattr(self, name))
+        check_whole_number("needles", self.needles, least=0)
         for name in ("needle_lengths", "timed_lengths", "other_lengths"):
             whole_numbers(name, getattr(self, name))
 

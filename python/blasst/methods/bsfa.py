@@ -34,7 +34,7 @@ from blasst.hf.models import (
     unwindowed_layers,
 )
 from blasst.hf.reading import CHUNK, check_chunk, read
-from blasst.ops.arguments import is_integer
+from blasst.ops.arguments import check_whole_number, is_integer
 from blasst.ops.attention import Result
 from blasst.ops.library import KEYS, QUERY_ROWS, prefill_tile
 from blasst.progress import Progress, silent
@@ -306,11 +306,8 @@ def calibrate(
     """
     if length is None:
         length = min(DEFAULT_LENGTH, context_length(model))
-    for name, value in {"length": length, "prompts": prompts}.items():
-        if not is_integer(value):
-            raise TypeError(f"{name} is {value!r}; it must be a whole number")
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    check_whole_number("length", length)
+    check_whole_number("prompts", prompts)
     check_length(model, length, "a calibration prompt")
     if not all(map(is_integer, keeps)):
         raise TypeError(f"keeps is {keeps!r}; it must be whole numbers")

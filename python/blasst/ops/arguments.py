@@ -60,6 +60,14 @@ def is_integer(value: object) -> bool:
     return isinstance(value, _INTEGERS) and not isinstance(value, bool)
 
 
+def check_whole_number(name: str, value: object, least: int = 1) -> None:
+    """An error unless it is a whole number, and no smaller than `least`."""
+    if not is_integer(value):
+        raise TypeError(f"{name} is {value!r}; it must be a whole number")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+
 def whole_numbers(name: str, given: object) -> list[int]:
     """One whole number of 1 or more, or several, as a list.
 
