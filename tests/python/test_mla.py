@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -168,6 +169,27 @@ def test_a_compiled_step_over_latents():
 
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(compiled), run(model.forward), atol=1e-4, rtol=1e-4)
+
+
+@torch.library.custom_op("blasst_tests::apart", mutates_args=())
+def apart(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Bytes from where keys begin to where values do."""
+    return torch.tensor(v.data_ptr() - k.data_ptr())
+
+
+@apart.register_fake
+def _(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64)
+
+
+def test_values_stay_a_view_of_keys_when_compiled():
+    def step(latents, rotary):
+        keys = joined(2 * latents, rotary).transpose(1, 2)
+        return apart(keys, keys[..., :64])
+
+    inputs = torch.randn(2, 1, 40, 64), torch.randn(2, 1, 40, 8)
+    with torch._inductor.config.patch(force_pointwise_cat=True):  # as for a GPU
+        assert torch.compile(step, fullgraph=True)(*inputs) == 0
 
 
 @models

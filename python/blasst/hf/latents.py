@@ -109,8 +109,10 @@ def _expanded(module: nn.Module, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor
 def joined(a: Tensor, b: Tensor) -> Tensor:
     """Both along the last dimension: a view where they lie side by side, as in a `LatentLayer`."""
     size = a.shape[-1] + b.shape[-1]
-    if torch.compiler.is_compiling() or a.requires_grad or b.requires_grad:
+    if a.requires_grad or b.requires_grad:
         return torch.cat([a, b], -1)
+    if torch.compiler.is_compiling():
+        return _joined_once(a, b)
     side_by_side = (
         a.stride() == b.stride()
         and a.stride()[-2:] == (max(a.stride(-2), size), 1)
@@ -120,6 +122,17 @@ def joined(a: Tensor, b: Tensor) -> Tensor:
     return (
         a.as_strided((*a.shape[:-1], size), a.stride()) if side_by_side else torch.cat([a, b], -1)
     )
+
+
+@torch.library.custom_op("blasst::join_latents", mutates_args=())
+def _joined_once(a: Tensor, b: Tensor) -> Tensor:
+    """As torch.cat, which a compiler would do once for keys and once more for values."""
+    return torch.cat([a, b], -1)
+
+
+@_joined_once.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], a.shape[-1] + b.shape[-1])
 
 
 def _matrices(module: nn.Module) -> tuple[Tensor, Tensor]:
