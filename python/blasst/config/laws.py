@@ -82,7 +82,8 @@ class Schedule(NamedTuple):
             left = right - 1
             share = (nearest - points[left]) / (points[right] - points[left])
             ln = self.ln_threshold[left].lerp(self.ln_threshold[right], share)
-        ln = ln - self.power * (ln_length - nearest)
+        if nearest != ln_length:
+            ln = ln - self.power * (ln_length - nearest)
         return ln.clamp(LOWEST_LN_THRESHOLD, 0).exp()[None]
 
 
