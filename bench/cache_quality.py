@@ -3,9 +3,9 @@
     python bench/cache_quality.py smollm2 --length 2048 --prompt 512
 
 The first --prompt tokens of each text are read at once, which fills the cache and attends to exact
-keys and values; the rest is read over the cache, in one chunk, and compared with the same over a
-cache in the model's own type. Prints a line for each kind of cache: the mean over the texts, and
-the standard error of the mean.
+keys and values; the rest is read over the cache, in one chunk and by --scores, and compared with
+the same over a cache in the model's own type by exact scores. Prints a line for each kind of cache:
+the mean over the texts, and the standard error of the mean.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 import blasst
+from blasst.config import SCORES
 from blasst.hf.models import Loaded, Loading, load
 from blasst.hf.thresholds import dense_on_purpose
 from blasst.measure.agreement import DenseRun
@@ -31,13 +32,16 @@ KINDS = {
 }
 
 
-def read(loaded: Loaded, tokens: Tensor, prompt: int, cache: Cache) -> Tensor:
+def read(
+    loaded: Loaded, tokens: Tensor, prompt: int, cache: Cache, scores: str = "exact"
+) -> Tensor:
     """[tokens, hidden] of those behind the prompt."""
     model = loaded.model
     body = model.get_decoder()
     name = cache_name(type(body))
     body(tokens[:, :prompt], **{name: cache})
-    return body(tokens[:, prompt:], **{name: cache}).last_hidden_state[0]
+    with blasst.configure(model, prefill=blasst.Threshold(scores=scores)):
+        return body(tokens[:, prompt:], **{name: cache}).last_hidden_state[0]
 
 
 @torch.inference_mode()
@@ -48,6 +52,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--texts", type=int, default=5)
+    parser.add_argument("--scores", default="exact", choices=SCORES)
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     loaded = load(arguments.model, loading=Loading(device=arguments.device))
@@ -60,7 +65,8 @@ def main() -> None:
             dense = DenseRun(loaded.model, hidden, ids[0, arguments.prompt :])
             for kind, options in KINDS.items():
                 cache = blasst.eight_bit_cache(loaded.model, **options)
-                a = dense.compare(read(loaded, ids, arguments.prompt, cache))
+                hidden = read(loaded, ids, arguments.prompt, cache, arguments.scores)
+                a = dense.compare(hidden)
                 change = 100 * (a.perplexity / a.dense_perplexity - 1)
                 found[kind].append((change, 100 * a.top1, a.kl))
     print(f"{'cache':24} {'perplexity':>18} {'top-1':>18} {'KL':>8}")

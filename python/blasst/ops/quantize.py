@@ -63,11 +63,12 @@ def quantize_keys(
 
 
 def rotate(x: Tensor) -> Tensor:
-    """The last dimension times the orthonormal Hadamard matrix, computed in float32.
+    """The last dimension times an orthonormal Hadamard matrix, computed in float32.
 
     Of the largest power of two that divides the dimension, in blocks. It is its own inverse and
     leaves dot products as they are; a few large channels are spread over all, so that rounding all
-    in one unit costs less.
+    in one unit costs less. Scores in int8 rotate keys and queries once more, by Sylvester's matrix:
+    the signs of this one are such that they then stay spread.
     """
     size = x.shape[-1] & -x.shape[-1]
     blocks = x.float().unflatten(-1, (-1, size))
@@ -75,12 +76,19 @@ def rotate(x: Tensor) -> Tensor:
     return (blocks @ hadamard(size, x.device) * size**-0.5).flatten(-2).to(x.dtype)
 
 
+_TWO = ((1, 1), (1, -1))
+_FOUR = ((1, 1, 1, -1), (1, -1, 1, 1), (1, 1, -1, 1), (-1, 1, 1, 1))
+"""Sylvester's with the signs of the last row and column turned: a product of the two has entries of
+one magnitude, where Sylvester's with itself is the identity."""
+
+
 def _hadamard(size: int, device: torch.device) -> Tensor:
-    """[size, size] of 1 and -1."""
+    """[size, size] of 1 and -1, symmetric."""
     with torch.inference_mode(False), torch.no_grad():
         matrix = torch.ones(1, 1, device=device)
         while len(matrix) < size:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+            signs = _FOUR if 4 * len(matrix) <= size else _TWO
+            matrix = torch.cat([torch.cat([sign * matrix for sign in row], 1) for row in signs])
         return matrix
 
 
