@@ -109,11 +109,30 @@ def test_chunks_join_the_keys_before_them():
         ({"k": None}, "k is a NoneType"),
         ({"mean": torch.zeros(16)}, r"mean is \[16\]; for this k it must be \[1, 1, 16\]"),
         ({"scale": torch.ones(2, 1)}, r"scale is \[2, 1\]; for this k it must be \[1, 1\]"),
+        ({"scale": torch.zeros(1, 1)}, r"scale\[0, 0\] is 0.0; it must be positive and finite"),
+        ({"scale": -torch.ones(1, 1)}, r"scale\[0, 0\] is -1.0; it must be positive and finite"),
+        ({"scale": torch.full((1, 1), math.nan)}, r"scale\[0, 0\] is nan; it must be positive"),
+        ({"mean": torch.full((1, 1, 16), math.inf)}, r"mean\[0, 0, 0\] is inf; it must be finite"),
+        ({"k": torch.full((1, 2, 1, 16), math.nan)}, r"k\[0, 0, 0, 0\] is nan; it must be finite"),
     ],
 )
 def test_bad_arguments_of_quantize_keys(change, error):
     with pytest.raises((TypeError, ValueError), match=error):
         quantize_keys(**{"k": torch.zeros(1, 2, 1, 16), **change})
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        (torch.zeros(3, 16, dtype=torch.int32), "x is torch.int32; it must be of a floating-point"),
+        (torch.zeros(3, 0), r"x is \[3, 0\]; its last dimension"),
+        (torch.tensor(1.0), r"x is \[\]; its last dimension"),
+        (1.0, "x is a float"),
+    ],
+)
+def test_bad_arguments_of_rotate(x, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        rotate(x)
 
 
 # A layer of the cache
@@ -198,6 +217,23 @@ def test_a_growing_layer_is_cut_and_repeated():
     layer.batch_select_indices(torch.tensor([3]))
     given = numbers(layer.update(*(t[:1] for t in states(5, 2)))[0], layer, 0)
     assert (given[0, :, :60] - keys[1, :, :60]).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("which", [0, 1], ids=["keys", "values"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_8_bits_cannot_say_is_an_error_and_changes_nothing(static, which, tokens):
+    layer = make_layer(static, KEPT[0])
+    layer.update(*states(1030 if not static else 300))
+    new = [3 * t for t in states(tokens, 1)]  # beyond the range of the first
+    before = [layer.keys.clone(), layer.values.clone()]
+    broken = [t.clone() for t in new]
+    broken[which][1, 0, 0, 3] = math.nan
+    name = ("keys", "values")[which]
+    with pytest.raises(ValueError, match=rf"{name}\[1, 0, 0, 3\] is nan; it must be finite"):
+        layer.update(*broken)
+    assert torch.equal(layer.keys, before[0]) and torch.equal(layer.values, before[1])
+    layer.update(*new)
 
 
 # Models
@@ -330,6 +366,14 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=error):
             blasst.eight_bit_cache(model, **change)
+    with pytest.raises(TypeError, match="max_cache_len is '100'"):
+        blasst.eight_bit_cache(model, max_cache_len="100")
+    with pytest.raises(TypeError, match="model is str"):
+        blasst.eight_bit_cache("llama")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="the model's attn_implementation is 'sdpa'; load it with"):
+        blasst.eight_bit_cache(model)
+    model.set_attn_implementation("blasst")
     with pytest.raises(NotSupportedError, match="MistralForCausalLM has no layer that caches"):
         blasst.eight_bit_cache(make_model("mistral_sliding"))
     key = torch.zeros(1, 2, 5, 16, dtype=INT8)

@@ -8,11 +8,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from blasst.errors import NotSupportedError
-from blasst.hf.layers import NAME
+from blasst.hf.layers import NAME, modules_of_layers
 from blasst.hf.tracing import is_at_hand
-from blasst.ops.arguments import check_flags
+from blasst.ops.arguments import check_flags, check_whole_number
 from blasst.ops.library import CACHES
-from blasst.ops.quantize import in_units, rotate, unit_of
+from blasst.ops.quantize import check_finite, in_units, rotate, unit_of
 
 KINDS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 ROOM = 256
@@ -37,7 +37,8 @@ def eight_bit_cache(
     to what it is given. Int8 keys are rotated by a Hadamard matrix, and so are their queries. Later
     chunks may make a unit larger; a single token after the first 1,024 (in a static cache: any) is
     cut off at its range. Layers with a sliding window, or whose cache is of another kind, keep what
-    Transformers gives them.
+    Transformers gives them. NaN and infinities have no bytes: a pass that makes them is a
+    ValueError on the CPU; on a GPU nothing looks for them.
 
     Args:
         model: runs with `attn_implementation="blasst"`.
@@ -50,7 +51,9 @@ def eight_bit_cache(
 
     Raises:
         NotSupportedError: no layer of the model keeps all tokens by head.
-        ValueError: another kind, or a length below 1.
+        TypeError: no model, or a length that is no whole number.
+        ValueError: another kind, a length below 1, or a model that runs another attention, which
+            would take the bytes for numbers.
 
     >>> model.generate(**inputs, cache=blasst.eight_bit_cache(model))
     """
@@ -60,8 +63,9 @@ def eight_bit_cache(
                 f"{name} is {kind!r}; it must be one of {', '.join(map(repr, choices))}"
             )
     check_flags(center=center)
-    if max_cache_len is not None and max_cache_len < 1:
-        raise ValueError(f"max_cache_len is {max_cache_len}; it must be at least 1, or None")
+    if max_cache_len is not None:
+        check_whole_number("max_cache_len", max_cache_len)
+    modules_of_layers(model, None)  # or says which attention it runs
     kept = Kinds(KINDS[keys], None if values is None else KINDS[values], center and keys == "int8")
     if max_cache_len is None:
         cache, replaced = DynamicCache(config=model.config), DynamicLayer
@@ -181,6 +185,12 @@ def _stores(kept: Kinds) -> tuple[Plain | Quantizer, Plain | Quantizer]:
     )
 
 
+def _check_finite(stores: tuple[Plain | Quantizer, ...], states: tuple[Tensor, ...]) -> None:
+    for name, store, t in zip(("keys", "values"), stores, states, strict=True):
+        if isinstance(store, Quantizer):
+            check_finite(name, t)
+
+
 class EightBitLayer(DynamicLayer):
     """A cache layer that grows; `keys` and `values` hold the bits."""
 
@@ -200,6 +210,7 @@ class EightBitLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length, states = self.get_seq_length(), (key_states, value_states)
+        _check_finite(self._stores, states)
         widens = key_states.shape[-2] > 1 or length < SETTLED
         self.keys, self.values = (
             self._append(i, stored if length else None, states[i], widens=widens)
@@ -266,6 +277,7 @@ class StaticEightBitLayer(StaticLayer):
             The whole room as attention takes it, the first time the states as they came.
         """
         states, is_first = (key_states, value_states), self._is_empty
+        _check_finite(self._stores, states)
         widens = key_states.shape[-2] > 1
         parts = zip(self._stores, (self.keys, self.values), states, strict=True)
         super().update(

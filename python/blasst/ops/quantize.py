@@ -42,7 +42,9 @@ def quantize_keys(
 
     Raises:
         TypeError: k, mean or scale is no floating-point tensor.
-        ValueError: shapes that do not fit each other, or tensors on different devices.
+        ValueError: shapes that do not fit each other, or tensors on different devices. On the CPU
+            also numbers that are not finite, or a scale that is not positive: a GPU is not waited
+            for.
     """
     check_tensors({"k": k}, {"mean": mean, "scale": scale})
     for name, t in (("k", k), ("mean", mean), ("scale", scale)):
@@ -54,12 +56,30 @@ def quantize_keys(
     for name, t, shape in (("mean", mean, (*of_head, k.shape[3])), ("scale", scale, of_head)):
         if t is not None and t.shape != shape:
             raise ValueError(f"{name} is {list(t.shape)}; for this k it must be {list(shape)}")
+    check_finite("k", k)
+    if mean is not None:
+        check_finite("mean", mean)
+    if scale is not None:
+        _check("scale", scale, (scale > 0) & scale.isfinite(), "positive and finite")
     mean = (k.double().mean(1) if mean is None else mean).float()
     turned = rotate(k.float() - mean[:, None])
     if scale is None:
         scale = unit_of(turned.abs().amax((1, 3)), torch.int8)
     rounded = in_units(turned, scale[:, None, :, None], torch.int8)
     return QuantizedKeys(rounded, scale.float(), mean)
+
+
+def check_finite(name: str, t: Tensor) -> None:
+    """An error if a number is NaN or infinite, which 8 bits cannot say; on the CPU alone."""
+    _check(name, t, t.isfinite(), "finite")
+
+
+def _check(name: str, t: Tensor, good: Tensor, meaning: str) -> None:
+    """An error that names the first number that is not good."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or good.all():
+        return
+    at = (~good).nonzero()[0].tolist()
+    raise ValueError(f"{name}{at} is {t[tuple(at)].item()}; it must be {meaning}")
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -69,7 +89,16 @@ def rotate(x: Tensor) -> Tensor:
     leaves dot products as they are; a few large channels are spread over all, so that rounding all
     in one unit costs less. Scores in int8 rotate keys and queries once more, by Sylvester's matrix:
     the signs of this one are such that they then stay spread.
+
+    Raises:
+        TypeError: x is no floating-point tensor.
+        ValueError: it has no elements in the last dimension.
     """
+    check_tensors({"x": x}, {})
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}; it must be of a floating-point type")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x is {list(x.shape)}; its last dimension must have an element at least")
     size = x.shape[-1] & -x.shape[-1]
     blocks = x.float().unflatten(-1, (-1, size))
     hadamard = _hadamard if torch.compiler.is_compiling() else _kept_hadamard
