@@ -94,6 +94,27 @@ def test_info_says_which_backend_takes_calls_on_a_gpu_and_why():
     assert line.endswith(f"({why})")
 
 
+@pytest.mark.parametrize("cache", ["bf16", "int8-keys", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("phase", "scores"), [("prefill", "exact"), ("prefill", "int8"), ("decode", "exact")]
+)
+def test_bench_takes_scores_and_caches(phase, scores, cache):
+    result = run(
+        *("bench", phase, "--scores", scores, "--cache", cache, "--dtype", "bfloat16"),
+        *("--length", "300", "--heads", "2", "--kv-heads", "1", "--repeat", "1", "--json"),
+    )
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    assert (row["scores"], row["cache"]) == (scores, cache)
+
+
+@pytest.mark.parametrize("scores", ["exact", "int8"])
+def test_verify_takes_scores(scores):
+    result = run("verify", "--scores", scores, "--cases", "5", "--seed", "1000")
+    assert result.returncode == 0, result.stderr
+    assert "5 problems agree" in result.stdout
+
+
 def test_bench_does_what_every_option_says():
     wanted = {"backend": "cpu", "dtype": "float16", "order": "reverse", "batch": 2, "length": 300}
     wanted |= {"heads": 6, "kv_heads": 3, "head_dim": 40, "threads": 1}
@@ -119,6 +140,9 @@ def test_bench_does_what_every_option_says():
         (("bench", "decode", "--threads", "-1"), ["'-1'", "from 0 to 4096"]),
         (("bench", "decode", "--backend", "tpu"), ["tpu", "cpu, cuda"]),
         (("bench", "decode", "--order", "up"), ["up", "forward, reverse, sink_first"]),
+        (("bench", "decode", "--scores", "int8"), ["scores is int8", "decode has exact scores"]),
+        (("bench", "decode", "--cache", "int4"), ["int4", "bf16, dtype, fp8, int8, int8-keys"]),
+        (("verify", "--scores", "int4"), ["int4", "exact, int8, mixed"]),
         (("verify", "--seed", "-1"), ["'-1'", "from 0 to 18446744073709551615"]),
         (("verify", "--backend", "cuda", "--isa", "avx2"), ["--isa avx2", "cuda"]),
         (("bench", "decode", "--heads", "3", "--kv-heads", "2"), ["heads is 3", "kv_heads is 2"]),

@@ -266,10 +266,11 @@ void add_options(CLI::App& app, BenchOptions& options) {
   add_choice(app, "--dtype", options.dtype, kDTypes,
              "of q, k, v and out; on a GPU bfloat16 unless it is given");
   add_choice(app, "--order", options.order, kOrders, "of the key tiles");
-  if (options.phase == Phase::kPrefill)
-    add_choice(app, "--scores", options.scores, kScores, "the arithmetic of q.k");
-  if (options.phase != Phase::kBackward)
+  if (options.phase != Phase::kBackward) {
+    add_choice(app, "--scores", options.scores, kScores,
+               "the arithmetic of q.k; int8 is of prefill alone");
     add_choice(app, "--cache", options.cache, kCaches, "types of k and v; dtype: of q's");
+  }
   count("--batch", options.batch, "requests");
   count("--length", options.lengths, "tokens; several give a row each");
   count("--heads", options.heads, "query heads");
