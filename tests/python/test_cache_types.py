@@ -12,9 +12,9 @@ from blasst import (
     flash_attn_with_kvcache,
     workspace_bytes,
 )
+from needle import FP8, INT8, PLACES, check_needle
 from test_attention import EVERYTHING, assert_same, dense, distances, inputs
 
-FP8, INT8 = torch.float8_e4m3fn, torch.int8
 PAIRS = [(FP8, FP8), (INT8, INT8), (INT8, None), (None, FP8)]
 
 
@@ -121,6 +121,12 @@ def test_pages_and_ragged_requests():
         **given,
     )
     assert torch.equal(ragged.view_as(prefill), prefill)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+@pytest.mark.parametrize("at", PLACES)
+def test_a_needle_among_128k_keys_is_found(pair, at):
+    check_needle(pair, 64, at, close=1e-5)
 
 
 def test_front_doors_take_descales():

@@ -10,6 +10,7 @@ import blasst
 from blasst.methods import bsfa
 from blasst.ops.library import prefill_tile
 from gpu import ON_SM90, hopper, needs_gpu, portable
+from needle import FP8, INT8, PLACES, check_needle
 
 pytestmark = needs_gpu
 
@@ -633,6 +634,13 @@ def test_decode_over_quantised_keys(dim: int, kinds: int, positions: int) -> Non
         options["v_scale"] = 0.04
         v = (v.float() / 0.04).round().clamp(-127, 127).to(torch.int8)
     assert_close(*both(blasst.rotate(q), keys.k, v, **options))
+
+
+@hopper
+@pytest.mark.parametrize("pair", [(FP8, FP8), (INT8, INT8), (INT8, None), (None, None)], ids=str)
+@pytest.mark.parametrize("at", PLACES)
+def test_a_needle_among_128k_keys_is_found(pair, at) -> None:
+    check_needle(pair, 128, at, close=5e-3, dtype=torch.bfloat16, device="cuda")
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
