@@ -1,6 +1,7 @@
 """Scores in int8: an implementation by tensors, thresholds, front doors, models, commands."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,6 +213,11 @@ def test_a_calibration_keeps_it_and_an_evaluation_compares_it(tmp_path):
     assert exact > 0.02
     assert int8 == pytest.approx(exact, abs=0.02)
     assert "int8 scores, 10%" in str(report.tables(results, None))
+    as_calibrated = replace(options, scores=None, needles=0)
+    results = evaluate(loaded, as_calibrated, out=tmp_path / "again")
+    again = {row.setting.name: row for row in rows(results)}
+    assert list(again) == ["dense", "int8 scores", "int8 scores, 10%"]
+    assert again["int8 scores, 10%"].sparsity == by_name["int8 scores, 10%"].sparsity
     for wrong in ((), ("int4",)):
         with pytest.raises(ValueError, match=r"exact, int8"):
             Options(targets=(0,), length=512, scores=wrong)

@@ -182,7 +182,7 @@ def evaluate(
         length_prompts=length_prompts,
         tasks=several(tasks) or [],
         limit=limit,
-        scores=several(scores) or ["exact"],
+        scores=several(scores) or None,
         with_calibrated=BLASST in names,
     )
     _evaluate(model, loading, options, methods, out, built_in_texts=paths is None)

@@ -84,7 +84,8 @@ EvaluatedScores = Annotated[
     Option(
         parser=Choice(SCORES),
         metavar="KIND ...",
-        help=f"of prefill under the calibrated thresholds: {', '.join(SCORES)} (default: exact)",
+        help=f"of prefill under the calibrated thresholds: {', '.join(SCORES)} (default: those it "
+        "was calibrated with)",
     ),
 ]
 Tasks = Annotated[

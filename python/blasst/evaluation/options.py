@@ -47,18 +47,19 @@ class Options:
     """Documents of each task."""
     with_calibrated: bool = True
     """Measure the calibrated thresholds alone, beside other methods."""
-    scores: Sequence[str] = ("exact",)
-    """How prefill computes scores under the calibrated thresholds: "exact", "int8" or both. With
-    "int8" a dense pass with int8 scores is measured too. Dense itself is exact."""
+    scores: Sequence[str] | None = None
+    """How prefill computes scores under the calibrated thresholds: "exact", "int8" or both; None:
+    as the model's configuration says. With "int8" a dense pass with int8 scores is measured too.
+    Dense itself is exact."""
     paper_targets: Sequence[float] = ()
     """At which texts are measured under the paper's scheme too."""
 
     def __post_init__(self) -> None:
         if self.chunk is not None:
             check_chunk(self.chunk)
-        if not self.scores:
+        if self.scores is not None and not self.scores:
             raise ValueError(f"scores is empty; choose from {', '.join(SCORES)}")
-        for scores in self.scores:
+        for scores in self.scores or ():
             check_choice("scores", scores, SCORES)
         for target in self.targets:
             if not is_number(target):

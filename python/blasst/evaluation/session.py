@@ -1,6 +1,6 @@
 """A model under evaluation: its settings, one after the other, and what was found so far."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -76,11 +76,19 @@ class Session:
     def settings(self) -> list[Setting]:
         """What is compared, dense first."""
         options = self.options
-        schemes = [_SCHEMES[scores] for scores in options.scores if options.with_calibrated]
+        schemes = [_SCHEMES[scores] for scores in self._scores if options.with_calibrated]
         alone = [Setting(Scheme.INT8, 0.0)] if Scheme.INT8 in schemes else []
         targets = [target for target in options.targets if target]
         schemes += list(self._methods)
         return [DENSELY, *alone, *(Setting(scheme, t) for scheme in schemes for t in targets)]
+
+    @property
+    def _scores(self) -> Sequence[str]:
+        """Of prefill, under the calibrated thresholds."""
+        if self.options.scores is not None:
+            return self.options.scores
+        prefill = self.config.measured.get("prefill") if self.config else None
+        return ["exact" if prefill is None else prefill.scores]
 
     @property
     def prompt_settings(self) -> list[Setting]:
