@@ -329,8 +329,10 @@ def _thresholds(
 
 
 def _is_ready(value: object, device: torch.device) -> bool:
-    """Whether thresholds are as the operator takes them, as all those of a model's layers are: what
-    the rest does costs a layer 10 us of the host's time."""
+    """Whether thresholds are as the operator takes them, as all those of a model's layers are.
+
+    What the rest does costs a layer 10 us of the host's time.
+    """
     return (
         isinstance(value, Tensor)
         and value.dtype is torch.float32
