@@ -3,8 +3,8 @@
 FlashAttention-3 is measured beside it if it is installed: fa3-fwd, which has no pages, and a build
 that has them (tokenspeed-fa3). Every line checks the output first. Rates are bytes of the keys and
 values that dense attention reads, divided by the time of one call in a replayed graph.
-With --cache the same keys and values in 8 bits are measured beside them, against 16 bits dense
-("int8-keys": values stay in 16 bits).
+The same keys and values in 8 bits are measured beside them, against 16 bits dense ("int8-keys":
+values stay in 16 bits).
 """
 
 import argparse
@@ -203,6 +203,13 @@ def microseconds(run: Callable[[], object]) -> float:
     return 1e3 * steady[len(steady) // 2]
 
 
+def caches_of(dim: int, backend: str | None) -> list[str]:
+    """Those in 8 bits that decode has kernels for."""
+    if backend == "cuda-sm80" or torch.cuda.get_device_capability() != (9, 0):
+        return []
+    return [kind for kind in CACHES if kind != "int8-keys" or dim == 128]
+
+
 def measure(work: Work, sparsities: list[float], caches: list[str]) -> None:
     """Prints a line for each sparsity, and one for each cache under it."""
     inputs = Inputs(work, torch.device("cuda"))
@@ -246,15 +253,18 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="*", default=[0, 0.73, 0.87])
     parser.add_argument("--backend", choices=("cuda-sm90", "cuda-sm80"), help="default: the first")
     parser.add_argument("--dim", type=int, nargs="*", default=[128], help="of a head")
-    parser.add_argument("--cache", nargs="*", choices=list(CACHES), default=[])
+    parser.add_argument(
+        "--cache", nargs="*", choices=list(CACHES), help="default: those that there are kernels for"
+    )
     arguments = parser.parse_args()
     if arguments.backend:
         os.environ["BLASST_CUDA_BACKEND"] = arguments.backend  # read at the first call
     print(torch.cuda.get_device_name(), arguments.backend or "", flush=True)
     for dim in arguments.dim:
         print(f"head size {dim}", flush=True)
+        caches = caches_of(dim, arguments.backend) if arguments.cache is None else arguments.cache
         for line in arguments.lines:
-            measure(replace(WORKS[line], dim=dim), arguments.sparsity, arguments.cache)
+            measure(replace(WORKS[line], dim=dim), arguments.sparsity, caches)
             torch.cuda.empty_cache()
 
 
