@@ -100,12 +100,13 @@ def test_info_says_which_backend_takes_calls_on_a_gpu_and_why():
 )
 def test_bench_takes_scores_and_caches(phase, scores, cache):
     result = run(
-        *("bench", phase, "--scores", scores, "--cache", cache, "--dtype", "bfloat16"),
+        *("bench", phase, "--scores", scores, "--cache", cache),
         *("--length", "300", "--heads", "2", "--kv-heads", "1", "--repeat", "1", "--json"),
     )
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout)
     assert (row["scores"], row["cache"]) == (scores, cache)
+    assert row["dtype"] == ("bfloat16" if cache == "bf16" or phase == "decode" else "float32")
 
 
 @pytest.mark.parametrize("scores", ["exact", "int8"])

@@ -264,7 +264,7 @@ void add_options(CLI::App& app, BenchOptions& options) {
   };
   add_choice(app, "--backend", options.backend, kBackends, "where to run");
   add_choice(app, "--dtype", options.dtype, kDTypes,
-             "of q, k, v and out; on a GPU bfloat16 unless it is given");
+             "of q, k, v and out; on a GPU, and with --cache bf16, bfloat16 unless it is given");
   add_choice(app, "--order", options.order, kOrders, "of the key tiles");
   if (options.phase != Phase::kBackward) {
     add_choice(app, "--scores", options.scores, kScores,
@@ -306,8 +306,9 @@ Run add_bench(CLI::App& app) {
         *std::ranges::find_if(*choices, [](const Choice& c) { return c.app->parsed(); });
     BenchOptions& options = chosen.options;
     check_usable(options.backend);
-    if (options.backend != BLASST_BACKEND_CPU && chosen.app->count("--dtype") == 0)
-      options.dtype = BLASST_BFLOAT16;
+    const bool in_16_bits =
+        options.backend != BLASST_BACKEND_CPU || options.cache.k == BLASST_BFLOAT16;
+    if (in_16_bits && chosen.app->count("--dtype") == 0) options.dtype = BLASST_BFLOAT16;
     return bench(options);
   };
 }
