@@ -132,13 +132,14 @@ def _test(
     share: Share | None,
 ) -> dict[str, Any]:
     """Thresholds, those of this process's heads, order and scores."""
-    query, value_dim = inputs[0], inputs[2].shape[-1]
+    query, head_dim, value_dim = inputs[0], inputs[0].shape[-1], inputs[2].shape[-1]
     if torch.compiler.is_compiling():
         test = options_when_compiled(module, phase, query, value_dim, lengths.room, lengths.tensor)
     else:
         one_pass = Pass(
             phase,
             query,
+            head_dim,
             value_dim,
             query.shape[2] if share is None else share.total,
             lengths.room,

@@ -167,8 +167,10 @@ def _language_config(
 def entry_of(module: nn.Module, key: str) -> Any | None:
     """What stands under a key of the layer's configuration, or of the model's around it."""
     found = _of_config(module.config).get(key)
+    if found is not None:
+        return found
     outer = place_of(module).outer
-    return found if found is not None or outer is None else _of_config(outer).get(key)
+    return None if outer is None else _of_config(outer).get(key)
 
 
 def _of_config(config: PreTrainedConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import masking_utils
 
 from blasst.errors import NotSupportedError
 from blasst.hf.layers import NAME
-from blasst.hf.positions import are_packed, take
+from blasst.hf.positions import are_packed, follow, take
 from blasst.hf.tracing import TRACES_CELLS, is_at_hand, is_deferred
 
 
@@ -219,8 +219,8 @@ def _first_and_last(used: Tensor, *, may_wait: bool = True) -> tuple[Tensor, Ten
     first = used.int().argmax(-1)
     last = first + used.sum(-1)
     index = torch.arange(used.shape[-1], device=used.device)
-    follow = (used == ((index >= first[:, None]) & (index < last[:, None]))).all()
-    require(follow, _HOLES, may_wait=may_wait)
+    is_whole = (used == ((index >= first[:, None]) & (index < last[:, None]))).all()
+    require(is_whole, _HOLES, may_wait=may_wait)
     return first, last
 
 
@@ -298,7 +298,11 @@ def key_ranges(
     if everything:
         row = [0, kv_length, q_length, window, int(pattern.causal), q_length]
         ranges = torch.tensor([row], dtype=torch.int32, device=device).expand(batch_size, -1)
-        return KeyRanges.of(ranges, pattern, window, everything, q_length, kv_length)
+        made = KeyRanges.of(ranges, pattern, window, everything, q_length, kv_length)
+        # Asked while the device has little to do yet, not by the first layer behind its products.
+        if position_ids is not None and q_length > 1 and follow(position_ids, first_query):
+            made.packed[id(position_ids)] = position_ids, None
+        return made
 
     used = (torch.arange(kv_length, device=device) < end).expand(batch_size, -1)
     if attention_mask is not None:

@@ -175,6 +175,15 @@ def several_unclear(position_ids: Tensor, ranges: Tensor, rows: int) -> Tensor:
     return (starts(position_ids.expand(len(ranges), -1), in_use).sum(-1) > 1).any()
 
 
+def follow(position_ids: Tensor, cached: int) -> bool:
+    """Whether the rows of requests without padding go on one sequence each, behind `cached` keys.
+
+    So nearly all do. Waits for the device.
+    """
+    in_a_row = (position_ids.diff() == 1).all()
+    return bool(in_a_row & (position_ids[:, 0] >= cached).all())
+
+
 def begin_later(ranges: Tensor, position_ids: Tensor, in_use: Tensor) -> Tensor:
     """[batch] bool: whether the first row belongs to a sequence that began behind another one."""
     first = position_ids.gather(1, in_use.int().argmax(-1, keepdim=True))[:, 0]

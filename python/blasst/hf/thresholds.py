@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from blasst.config import ORDERS, SCORES, Schedule, SparseAttention, is_listed, parsed
+from blasst.config import ORDERS, SCORES, Rules, Schedule, SparseAttention, is_listed, parsed
 from blasst.hf.layers import Place, entry_of, place_of
 from blasst.hf.saving import CONFIG_KEY, beside
-from blasst.hf.tracing import module_of
+from blasst.hf.tracing import is_deferred, module_of
 from blasst.ops.arguments import check_choice
 from blasst.ops.library import tile_of
 
@@ -95,7 +96,8 @@ class Pass(NamedTuple):
     phase: str
     """"prefill" or "decode"."""
     query: Tensor
-    """For its device, type and head_dim."""
+    """For its device and type."""
+    head_dim: int
     value_dim: int
     heads: int
     """Of the layer, those of other processes too."""
@@ -119,48 +121,91 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     """
     configured = vars(module).get("blasst_thresholds")
     if configured and call.phase in configured:
-        return _with_tensor(configured[call.phase].options(), call)
+        return _configured(configured[call.phase], call)
     found = _calibration_of(module, call.noted)
     if found is None:
         _tell_uncalibrated(module)
         return {}
     read, place = found
-    kind = type(module).__name__
-    scores = read.scores(kind, call.phase, place.name or "")
-    if not read.is_sparse(kind, place.layer, call.phase, place.name):
+    scores, is_sparse = read.of_layer(type(module).__name__, place.layer, call.phase, place.name)
+    if not is_sparse:
         return {"scores": scores}
-    device, sizes = call.query.device, (call.query.shape[-1], call.value_dim)
-    key = id(read), call.phase, call.room, device, sizes
+    key = id(read), call.phase, call.room, call.query.device, call.head_dim, call.value_dim
     of, rules = call.noted.get(key, (None, None))
     if of is not read:
-        tile = call.tile_of(call.phase, device, call.query.dtype, *sizes)
-        read.tell(call.phase, tile, call.known)
-        rules = read.rules(call.phase, call.lengths(), call.room, tile, device)
-        layers = getattr(module.config, "num_hidden_layers", None)
-        if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
-            raise ValueError(
-                f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
-                f"has {layers}: it is another model's"
-            )
+        rules = _rules_of_pass(read, module, call)
         call.noted[key] = read, rules
-    threshold = rules.of_layer(place.layer)
-    if threshold.shape[1] not in (1, call.heads):
+    heads = rules.heads_of(place.layer)
+    if heads not in (1, call.heads):
         raise ValueError(
-            f"sparse_attention_config holds thresholds for {threshold.shape[1]} heads of layer "
+            f"sparse_attention_config holds thresholds for {heads} heads of layer "
             f"{place.layer}; the model has {call.heads}: it is another model's"
         )
-    return {"threshold": threshold, "order": rules.order, "scores": scores}
+    return {"threshold": rules.of_layer(place.layer), "order": rules.order, "scores": scores}
 
 
-def _with_tensor(options: dict[str, Any], call: Pass) -> dict[str, Any]:
-    """A threshold that is a number as a tensor, one for all layers: on a GPU each is a launch."""
-    value, device = options["threshold"], call.query.device
-    if not isinstance(value, int | float):
-        return options
-    key = "threshold", value, device
-    if key not in call.noted:
-        call.noted[key] = torch.full((1, 1, 1), value, dtype=torch.float32, device=device)
-    return options | {"threshold": call.noted[key]}
+def _configured(threshold: Threshold, call: Pass) -> dict[str, Any]:
+    """The options of what `configure` set, made once a pass.
+
+    A threshold that is a number becomes a tensor, one for all layers: on a GPU each is a launch.
+    """
+    key = id(threshold), call.query.device
+    of, options = call.noted.get(key, (None, None))
+    if of is not threshold:
+        options = threshold.options()
+        if isinstance(options["threshold"], int | float):
+            options["threshold"] = torch.full(
+                (1, 1, 1), options["threshold"], dtype=torch.float32, device=call.query.device
+            )
+        call.noted[key] = threshold, options
+    return options
+
+
+def _rules_of_pass(read: SparseAttention, module: nn.Module, call: Pass) -> Rules:
+    """The thresholds of all layers.
+
+    Those of the last lengths are kept: working them out costs a short pass a percent of its time,
+    and in training and evaluation most are as long as one before.
+    """
+    device, lengths = call.query.device, call.lengths()
+    tile = call.tile_of(call.phase, device, call.query.dtype, call.head_dim, call.value_dim)
+    if not isinstance(lengths, int) or is_deferred(device):
+        return _new_rules(read, module, call, lengths, tile)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    state = device, stream, torch.is_inference_mode_enabled()
+    key = id(read), call.phase, lengths, call.room, tile, *state
+    of, rules = _kept_rules.get(key, (None, None))
+    if of is not read:
+        rules = _new_rules(read, module, call, lengths, tile)
+        with _keeping:
+            _kept_rules[key] = read, rules
+            while len(_kept_rules) > KEPT_RULES:
+                del _kept_rules[next(iter(_kept_rules))]
+    return rules
+
+
+KEPT_RULES = 64
+_kept_rules: dict[Any, tuple[SparseAttention, Rules]] = {}
+"""Of passes whose requests are all as long as the host knows, the newest last."""
+_keeping = Lock()
+
+
+def _new_rules(
+    read: SparseAttention,
+    module: nn.Module,
+    call: Pass,
+    lengths: Tensor | int,
+    tile: tuple[int, int],
+) -> Rules:
+    read.tell(call.phase, tile, call.known)
+    rules = read.rules(call.phase, lengths, call.room, tile, call.query.device)
+    layers = getattr(module.config, "num_hidden_layers", None)
+    if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
+        raise ValueError(
+            f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
+            f"has {layers}: it is another model's"
+        )
+    return rules
 
 
 def options_when_compiled(

@@ -274,6 +274,9 @@ def decision_of(
     device: torch.device,
 ) -> dict[str, str | Tensor | None]:
     """The operator's name for the test that was chosen, and its thresholds."""
+    has_others = threshold_scale_factor is not None or absolute_threshold is not None
+    if not has_others and _is_ready(threshold, device):
+        return {"test": "relative", "thresholds": threshold}
     given = [
         (name, test, value)
         for name, test, value in (
@@ -301,8 +304,6 @@ def _thresholds(
     name: str, test: str, value: float | Sequence[float] | Tensor, device: torch.device
 ) -> Tensor:
     """As [1 or batch, 1 or heads, places]."""
-    if _is_ready(value, device):
-        return value
     accepted = "it must be a number, a list of numbers, or a tensor of them"
     if isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; {accepted}")
@@ -339,6 +340,7 @@ def _is_ready(value: object, device: torch.device) -> bool:
         and value.dim() == 3
         and value.device == device
         and value.numel() > 0
+        and not value.requires_grad
     )
 
 

@@ -365,6 +365,8 @@ def tile_shape(q: Tensor, k: Tensor, v: Tensor, *, phase: str) -> TileShape:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast in its type, but for keys and values in 8 bits."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
     return tuple(t if t.dtype in CACHES else t.to(computed_in(t.device, t.dtype)) for t in tensors)
 
 
