@@ -10,8 +10,10 @@ import torch
 import blasst
 from blasst import Bands, Threshold
 from blasst.config import parse
+from blasst.hf import thresholds
 from blasst.hf.layers import attention_modules
 from blasst.hf.operator import Kernels, calling
+from blasst.hf.thresholds import Pass, options_of
 from tiny_models import VOCABULARY, asked, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,7 +170,7 @@ def test_scores_are_set_by_thresholds_and_by_the_configuration(model):
             Threshold(scores=wrong)
 
 
-def test_a_number_becomes_one_tensor_for_all_layers_of_a_pass(model):
+def test_a_number_becomes_one_tensor_for_all_layers_and_passes(model):
     blasst.configure(model, prefill=Threshold(0.01))
     given = []
 
@@ -185,4 +187,37 @@ def test_a_number_becomes_one_tensor_for_all_layers_of_a_pass(model):
     layers = model.config.num_hidden_layers
     assert layers > 1 and len(given) == 2 * layers
     assert all(t.shape == (1, 1, 1) and math.isclose(t.item(), 0.01, rel_tol=1e-6) for t in given)
-    assert len({id(t) for t in given}) == 2
+    assert len({id(t) for t in given}) == 1
+
+
+def test_what_layers_remember_of_a_pass_follows_every_change(model):
+    modules = attention_modules(model)
+
+    def answers(keys: int, phase: str = "prefill") -> list[float]:
+        """Of the layers of a pass whose requests are all so long."""
+        query, noted = torch.zeros(1, keys, 4, 16), {}
+        call = Pass(phase, query, 16, 16, 4, keys, lambda: keys, lambda: [keys], noted)
+        return [options_of(module, call)["threshold"].item() for module in modules]
+
+    def one(target: float, keys: int) -> list:
+        return [pytest.approx(A * math.exp(B * target) / keys)] * len(modules)
+
+    for keys in (4096, 4096, 2048, 4096):
+        assert answers(keys) == one(0.5, keys)
+    assert answers(4096, "decode") == one(0.25, 4096)
+    blasst.set_target(model, prefill=0.75)
+    assert answers(4096) == answers(4096) == one(0.75, 4096)
+    blasst.set_target(model, prefill=0.25, layers=[1])
+    assert answers(4096) == answers(4096) == [*one(0.75, 4096)[:1], *one(0.25, 4096)[1:]]
+    blasst.reset(model)
+    assert answers(4096) == one(0.5, 4096)
+    entry = model.config.sparse_attention_config
+    entry["config_groups"]["group_0"]["target_sparsity"]["prefill"] = 0.375  # in place
+    assert answers(4096) == answers(4096) == one(0.375, 4096)
+    model.config.sparse_attention_config = copy.deepcopy(CONFIG)  # another
+    assert answers(4096) == answers(4096) == one(0.5, 4096)
+    assert len(thresholds._kept_values) <= thresholds.KEPT
+    for keys in range(100, 100 + 2 * thresholds.KEPT):
+        answers(keys)
+    assert len(thresholds._kept_values) <= thresholds.KEPT
+    assert answers(4096) == one(0.5, 4096)

@@ -166,11 +166,18 @@ def _language_config(
 
 def entry_of(module: nn.Module, key: str) -> Any | None:
     """What stands under a key of the layer's configuration, or of the model's around it."""
-    found = _of_config(module.config).get(key)
+    return place_of_entry(module, key)[1]
+
+
+def place_of_entry(module: nn.Module, key: str) -> tuple[dict[str, Any], Any | None]:
+    """The attributes of the configuration that has an entry under the key, and the entry."""
+    own = _of_config(module.config)
+    found = own.get(key)
     if found is not None:
-        return found
+        return own, found
     outer = place_of(module).outer
-    return None if outer is None else _of_config(outer).get(key)
+    around = own if outer is None else _of_config(outer)
+    return around, around.get(key)
 
 
 def _of_config(config: PreTrainedConfig) -> dict[str, Any]:

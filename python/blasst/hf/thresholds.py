@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blasst.config import ORDERS, SCORES, Rules, Schedule, SparseAttention, is_listed, parsed
-from blasst.hf.layers import Place, entry_of, place_of
+from blasst.hf.layers import Place, entry_of, place_of, place_of_entry
 from blasst.hf.saving import CONFIG_KEY, beside
 from blasst.hf.tracing import is_deferred, module_of
 from blasst.ops.arguments import check_choice
@@ -119,9 +119,13 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     The thresholds of a calibration are worked out for all layers when the first one asks, on the
     device and without waiting for it.
     """
-    configured = vars(module).get("blasst_thresholds")
+    own = vars(module)
+    configured = own.get("blasst_thresholds")
     if configured and call.phase in configured:
         return _configured(configured[call.phase], call)
+    last = own.get("blasst_last")
+    if last is not None and last.answers(own, call):
+        return last.options
     found = _calibration_of(module, call.noted)
     if found is None:
         _tell_uncalibrated(module)
@@ -141,71 +145,108 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
             f"sparse_attention_config holds thresholds for {heads} heads of layer "
             f"{place.layer}; the model has {call.heads}: it is another model's"
         )
-    return {"threshold": rules.of_layer(place.layer), "order": rules.order, "scores": scores}
+    options = {"threshold": rules.of_layer(place.layer), "order": rules.order, "scores": scores}
+    where, entry = place_of_entry(module, CONFIG_KEY)
+    is_kept = call.noted.get(call.phase) is rules and id(entry) in call.noted
+    if is_kept and (last is None or not last.answers(own, call)):
+        state = call.room, call.query.device, own.get("blasst_targets")
+        module.blasst_last = _Last(where, entry, *state, rules, options)
+    return options
+
+
+class _Last(NamedTuple):
+    """What a layer was answered last, and from what.
+
+    Between two kernels everything that Python touches is cold: to look a calibration up anew takes
+    30 us a layer, this takes 10.
+    """
+
+    where: dict[str, Any]
+    """Attributes of the configuration that holds the entry."""
+    entry: Any
+    room: int
+    device: torch.device
+    targets: Any
+    rules: Rules
+    options: dict[str, Any]
+
+    def answers(self, own: dict[str, Any], call: Pass) -> bool:
+        """Whether it holds for this call, too.
+
+        An earlier layer of the pass has the same rules: it has seen that the entry is as it was.
+        """
+        return (
+            call.noted.get(call.phase) is self.rules
+            and self.room == call.room
+            and own.get("blasst_targets") is self.targets
+            and self.where.get(CONFIG_KEY) is self.entry
+            and self.device == call.query.device
+        )
 
 
 def _configured(threshold: Threshold, call: Pass) -> dict[str, Any]:
-    """The options of what `configure` set, made once a pass.
-
-    A threshold that is a number becomes a tensor, one for all layers: on a GPU each is a launch.
-    """
+    """The options of what `configure` set, made once a pass."""
     key = id(threshold), call.query.device
     of, options = call.noted.get(key, (None, None))
     if of is not threshold:
         options = threshold.options()
         if isinstance(options["threshold"], int | float):
-            options["threshold"] = torch.full(
-                (1, 1, 1), options["threshold"], dtype=torch.float32, device=call.query.device
-            )
+            options["threshold"] = _tensor_of(options["threshold"], call.query.device)
         call.noted[key] = threshold, options
     return options
 
 
-def _rules_of_pass(read: SparseAttention, module: nn.Module, call: Pass) -> Rules:
-    """The thresholds of all layers.
+def _tensor_of(threshold: float, device: torch.device) -> Tensor:
+    """For all layers: on a GPU each would be a launch."""
 
-    Those of the last lengths are kept: working them out costs a short pass a percent of its time,
-    and in training and evaluation most are as long as one before.
-    """
+    def make() -> Tensor:
+        return torch.full((1, 1, 1), threshold, dtype=torch.float32, device=device)
+
+    return make() if is_deferred(device) else _kept(threshold, device, (threshold,), make)
+
+
+def _rules_of_pass(read: SparseAttention, module: nn.Module, call: Pass) -> Rules:
+    """The thresholds of all layers."""
     device, lengths = call.query.device, call.lengths()
     tile = call.tile_of(call.phase, device, call.query.dtype, call.head_dim, call.value_dim)
+
+    def make() -> Rules:
+        read.tell(call.phase, tile, call.known)
+        rules = read.rules(call.phase, lengths, call.room, tile, device)
+        layers = getattr(module.config, "num_hidden_layers", None)
+        if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
+            raise ValueError(
+                f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
+                f"has {layers}: it is another model's"
+            )
+        return rules
+
     if not isinstance(lengths, int) or is_deferred(device):
-        return _new_rules(read, module, call, lengths, tile)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    state = device, stream, torch.is_inference_mode_enabled()
-    key = id(read), call.phase, lengths, call.room, tile, *state
-    of, rules = _kept_rules.get(key, (None, None))
-    if of is not read:
-        rules = _new_rules(read, module, call, lengths, tile)
-        with _keeping:
-            _kept_rules[key] = read, rules
-            while len(_kept_rules) > KEPT_RULES:
-                del _kept_rules[next(iter(_kept_rules))]
+        return make()
+    # In training and evaluation most passes are as long as one before.
+    rules = _kept(read, device, (call.phase, lengths, call.room, tile), make)
+    call.noted[call.phase] = rules
     return rules
 
 
-KEPT_RULES = 64
-_kept_rules: dict[Any, tuple[SparseAttention, Rules]] = {}
-"""Of passes whose requests are all as long as the host knows, the newest last."""
+KEPT = 64
+"""Of what passes work out on a device, the last that are kept for others."""
+_kept_values: dict[Any, tuple[Any, Any]] = {}
 _keeping = Lock()
 
 
-def _new_rules(
-    read: SparseAttention,
-    module: nn.Module,
-    call: Pass,
-    lengths: Tensor | int,
-    tile: tuple[int, int],
-) -> Rules:
-    read.tell(call.phase, tile, call.known)
-    rules = read.rules(call.phase, lengths, call.room, tile, call.query.device)
-    layers = getattr(module.config, "num_hidden_layers", None)
-    if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
-        raise ValueError(
-            f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
-            f"has {layers}: it is another model's"
-        )
-    return rules
+def _kept(of: Any, device: torch.device, about: tuple, make: Callable[[], Any]) -> Any:
+    """What was made of an object before, on the device's stream; else it is made."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    key = id(of), about, device, stream, torch.is_inference_mode_enabled()
+    known, value = _kept_values.get(key, (None, None))
+    if known is not of:
+        value = make()
+        with _keeping:
+            _kept_values[key] = of, value
+            while len(_kept_values) > KEPT:
+                del _kept_values[next(iter(_kept_values))]
+    return value
 
 
 def options_when_compiled(
