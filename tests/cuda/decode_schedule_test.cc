@@ -48,13 +48,23 @@ TEST(DecodeSchedule, LargeBatchesWorkOnWholeGroupsWhereResultsAreLarge) {
 }
 
 TEST(DecodeSchedule, RunsOfSplitsEndTogether) {
-  EXPECT_EQ(splits_of_item(1, 8, 16, 132, 64), 1);     // one request: all blocks that there can be
-  EXPECT_EQ(splits_of_item(128, 4, 64, 132, 256), 4);  // one round of whole requests
-  EXPECT_EQ(splits_of_item(66, 4, 64, 132, 256), 2);   // of halves
-  EXPECT_EQ(splits_of_item(1000, 1, 64, 132, 256), 1);
-  EXPECT_EQ(splits_of_item(128, 32, 8, 264, 16), 2);   // no more than fit
-  EXPECT_EQ(splits_of_item(128, 32, 32, 264, 16), 1);  // one always
-  EXPECT_EQ(splits_of_item(128, 0, 8, 264, 16), 1);
+  const auto run = [](int pairs, int tiles, int split_tiles, int blocks, int most_tiles) {
+    Plan plan{};
+    plan.rows = 4, plan.folds = true, plan.blocks = blocks, plan.most_item_tiles = most_tiles;
+    return splits_of_item(plan, pairs, tiles, split_tiles);
+  };
+  EXPECT_EQ(run(1, 128, 16, 132, 64), 1);     // one request: all blocks that there can be
+  EXPECT_EQ(run(128, 256, 64, 132, 256), 4);  // one round of whole requests
+  EXPECT_EQ(run(66, 256, 64, 132, 256), 2);   // of halves
+  EXPECT_EQ(run(1000, 64, 64, 132, 256), 1);
+  EXPECT_EQ(run(128, 256, 8, 264, 16), 2);   // no more than fit
+  EXPECT_EQ(run(128, 256, 32, 264, 16), 1);  // one always
+  EXPECT_EQ(run(128, 0, 8, 264, 16), 1);
+  // A tile more or less changes little: two rounds of groups, and what is left beside them.
+  for (const int tiles : {255, 256, 257, 260}) EXPECT_EQ(run(128, tiles, 8, 264, 64), 8);
+  EXPECT_EQ(run(512, 65, 8, 264, 64), 8);
+  EXPECT_EQ(run(512, 65, 8, 264, 72), 9);  // or all of it at once
+  EXPECT_EQ(run(384, 94, 8, 264, 64), 6);  // halves, in three rounds
 }
 
 TEST(DecodeSchedule, ItemsHoldEverySplitOfARequestOnce) {
@@ -68,9 +78,10 @@ TEST(DecodeSchedule, ItemsHoldEverySplitOfARequestOnce) {
       for (int tiles = 0; tiles < 2000; tiles += 3) {
         const Cut cut = cut_of(plan, 128, tiles);
         const int item_tiles = cut.item_splits * cut.split_tiles;
-        EXPECT_GE(cut.items * item_tiles, tiles);
-        EXPECT_LT((cut.items - 1) * item_tiles, tiles);
-        EXPECT_EQ(cut.item_splits % cut.result_splits, 0);  // whole results
+        EXPECT_LE((cut.items - 1) * item_tiles, tiles);  // the last split may be short
+        EXPECT_LT(cut.splits - cut.items * cut.item_splits, cut.item_splits);
+        // Whole results.
+        EXPECT_TRUE(cut.item_splits % cut.result_splits == 0 || cut.item_splits >= cut.splits);
         EXPECT_TRUE(groups || cut.item_splits == 1 || item_tiles <= plan.most_item_tiles);
       }
     }

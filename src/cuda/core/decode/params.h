@@ -45,7 +45,7 @@ struct Plan {
   int rows;               // most query rows of a KV head: heads / kv_heads * query_length
   int least_split_tiles;  // of the split rule
   int most_splits;
-  bool folds;           // the kernel adds up the splits of a work item that is a whole group
+  bool folds;           // the kernel adds up the splits of a group, in items that begin with one
   bool whole_groups;    // all items are
   int result_slots;     // results that a request and KV head may have
   int results;          // of all requests and KV heads, with those that short requests lack

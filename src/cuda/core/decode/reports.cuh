@@ -24,7 +24,7 @@ struct NoReports {
   __device__ __forceinline__ void fold(bool) {}
   __device__ __forceinline__ SkippedMass of_split(int) const { return SkippedMass::none(); }
   __device__ __forceinline__ SkippedMass of_split_before(int) const { return SkippedMass::none(); }
-  __device__ __forceinline__ SkippedMass of_item(int) const { return SkippedMass::none(); }
+  __device__ __forceinline__ SkippedMass of_group(int) const { return SkippedMass::none(); }
 };
 
 // Tile bits, gaps and the dropped-mass bound.
@@ -64,14 +64,14 @@ class TileReports {
     for (int c = 0; c < kColumns; ++c) before_[c] = split_[c];
   }
 
-  // It joins those of the item's earlier splits.
+  // It joins those of the group's earlier splits.
   __device__ __forceinline__ void fold(bool first) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       if (first)
-        item_[c] = before_[c];
+        group_mass_[c] = before_[c];
       else
-        item_[c].add(before_[c]);
+        group_mass_[c].add(before_[c]);
     }
   }
 
@@ -79,7 +79,7 @@ class TileReports {
   __device__ __forceinline__ SkippedMass of_split_before(int column) const {
     return before_[column];
   }
-  __device__ __forceinline__ SkippedMass of_item(int column) const { return item_[column]; }
+  __device__ __forceinline__ SkippedMass of_group(int column) const { return group_mass_[column]; }
 
  private:
   __device__ __forceinline__ void write(const Item& item, const ThreadPlace& at, int tile,
@@ -110,8 +110,8 @@ class TileReports {
   const Params& p_;
   const Plan& plan_;
   const int group_;
-  // By column: of the split at hand, of the one before, of the item's splits before that.
-  SkippedMass split_[kColumns], before_[kColumns], item_[kColumns];
+  // By column: of the split at hand, of the one before, of the group's splits before that.
+  SkippedMass split_[kColumns], before_[kColumns], group_mass_[kColumns];
 };
 
 template <typename C>

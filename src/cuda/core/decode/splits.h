@@ -8,7 +8,6 @@
 #pragma once
 
 #include <algorithm>
-#include <climits>
 #include <cstddef>
 #include <cstdint>
 
@@ -72,17 +71,38 @@ inline bool whole_groups(int batch, int kv_heads, int tiles, int rows, int dim) 
   return int64_t{batch} * kv_heads * ceil_div(tiles, kGroupSplits * each) > kSlots;
 }
 
-// Splits that a block takes one after the other, after one look at the seeds, each with a result of
-// its own: of at most `most_tiles` tiles in all, what lets `blocks` blocks end soonest. pairs:
-// requests times KV heads; splits: that each of them has.
-BLASST_HOST_DEVICE int splits_of_item(int pairs, int splits, int split_tiles, int blocks,
-                                      int most_tiles) {
-  int best = 1, least = INT_MAX;
-  for (int run = 1; run <= splits && (run == 1 || run * split_tiles <= most_tiles); ++run) {
-    const int rounds = ceil_div(pairs * ceil_div(splits, run), blocks);
-    // A seed's tile is scored, and no more: half of the work.
-    const int tiles = run * split_tiles + (run < splits ? BLASST_SEED_TILES / 2 : 0);
-    if (rounds * tiles < least) least = rounds * tiles, best = run;
+// Whether an item's splits are added by the kernel, group by group: where it begins with a group.
+BLASST_HOST_DEVICE bool adds_groups(const Plan& plan, int item_splits, int splits) {
+  return plan.folds && (item_splits % kGroupSplits == 0 || item_splits >= splits);
+}
+
+// Splits that a block takes one after the other, after one look at the seeds: of at most
+// plan.most_item_tiles tiles in all, what lets all blocks end soonest, as if all requests were as
+// long. pairs: requests times KV heads; tiles: that each of them visits.
+BLASST_HOST_DEVICE int splits_of_item(const Plan& plan, int pairs, int tiles, int split_tiles) {
+  const int splits = ceil_div(tiles, split_tiles);
+  // In eighths of what a tile takes, as measured. A seed's tile is scored, and no more: half of it.
+  // To begin and to end takes about one, and each row of a result an eighth.
+  const auto cost = [&plan](int item_tiles, int item_splits, bool adds) {
+    const int results = adds ? ceil_div(item_splits, kGroupSplits) : item_splits;
+    return 8 * (item_tiles + BLASST_SEED_TILES / 2 + 1) + results * plan.rows;
+  };
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int run = 1; run <= splits && (run == 1 || run * split_tiles <= plan.most_item_tiles);
+       ++run) {
+    const int size = run * split_tiles < tiles ? run * split_tiles : tiles;
+    const int whole = pairs * (tiles / size), rounds = ceil_div(whole, plan.blocks);
+    const bool adds = adds_groups(plan, run, splits);
+    const int each = cost(size, run, adds);
+    int64_t time = int64_t{rounds} * each;
+    if (const int rest = tiles % size; rest > 0) {
+      // Behind the last whole items, and where that round has blocks left.
+      const int last = cost(rest, ceil_div(rest, split_tiles), adds);
+      const int beside = (rounds * plan.blocks - whole) * (each / last);
+      if (pairs > beside) time += int64_t{ceil_div(pairs - beside, plan.blocks)} * last;
+    }
+    if (time < least) least = time, best = run;
   }
   return best;
 }
@@ -90,19 +110,18 @@ BLASST_HOST_DEVICE int splits_of_item(int pairs, int splits, int split_tiles, in
 // How the work on a KV head of a request of so many tiles is cut. pairs: of the launch.
 struct Cut {
   int split_tiles, splits;
-  int item_splits, items;      // of a work item; of the request and KV head
+  int item_splits;             // of a whole work item
+  int items;                   // whole ones, of the request and KV head; one more for what is left
   int result_splits, results;  // the same of results: one of a split, or of a group
 };
 BLASST_HOST_DEVICE Cut cut_of(const Plan& plan, int pairs, int tiles) {
   Cut cut{};
   cut.split_tiles = split_tiles(tiles, plan.least_split_tiles, plan.most_splits);
   cut.splits = ceil_div(tiles, cut.split_tiles);
-  // As if all requests were as long.
-  cut.item_splits = plan.whole_groups ? kGroupSplits
-                                      : splits_of_item(pairs, cut.splits, cut.split_tiles,
-                                                       plan.blocks, plan.most_item_tiles);
-  cut.items = ceil_div(cut.splits, cut.item_splits);
-  cut.result_splits = plan.folds && cut.item_splits == kGroupSplits ? kGroupSplits : 1;
+  cut.item_splits =
+      plan.whole_groups ? kGroupSplits : splits_of_item(plan, pairs, tiles, cut.split_tiles);
+  cut.items = cut.splits / cut.item_splits;
+  cut.result_splits = adds_groups(plan, cut.item_splits, cut.splits) ? kGroupSplits : 1;
   cut.results = ceil_div(cut.splits, cut.result_splits);
   return cut;
 }

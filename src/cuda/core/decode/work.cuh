@@ -39,9 +39,10 @@ enum TileFlags : int {
 };
 
 // The items of a launch in order: those of a request stand side by side, and its KV heads beside
-// each other, since blocks that run together then read neighbouring rows of memory together. Short
-// requests lack some, and have no number for them. One warp, all of it together: a lane knows a
-// request, of 32 at a time.
+// each other, since blocks that run together then read neighbouring rows of memory together. First
+// come the whole items of all requests, then what is left of each, so that the blocks end together.
+// Short requests lack some, and have no number for them. One warp, all of it together: a lane knows
+// a request, of 32 at a time.
 class Items {
  public:
   __device__ __forceinline__ Items(const Params& p, const Plan& plan) : p_(p), plan_(plan) {}
@@ -49,7 +50,11 @@ class Items {
   // The index-th item; false if there are fewer. Indices grow from call to call.
   __device__ __forceinline__ bool find(int index, Item& item) {
     while (index >= end_) {
-      if (next_request_ >= p_.batch) return false;
+      if (next_request_ >= p_.batch) {
+        if (at_rest_ || p_.batch == 0) return false;
+        at_rest_ = true;
+        next_request_ = 0;
+      }
       look_at_next();
     }
     const int lane = __popc(__ballot_sync(kAllLanes, through_ <= index));
@@ -63,7 +68,7 @@ class Items {
     item.result_splits = of_lane(mine_.result_splits);
     const int splits = of_lane(item_splits_), of_request = index - of_lane(first_);
     item.kv_head = of_request % p_.kv_heads;
-    const int first_split = of_request / p_.kv_heads * splits;
+    const int first_split = of_lane(before_) + of_request / p_.kv_heads * splits;
     item.slot =
         slot_of(plan_, p_.kv_heads, item.request, item.kv_head, first_split / item.result_splits);
     item.begin = first_split * item.split_tiles;
@@ -86,7 +91,8 @@ class Items {
       mine_.split_tiles = cut.split_tiles;
       mine_.result_splits = cut.result_splits;
       item_splits_ = cut.item_splits;
-      items = cut.items * p_.kv_heads;
+      before_ = at_rest_ ? cut.items * cut.item_splits : 0;
+      items = p_.kv_heads * (at_rest_ ? before_ < cut.splits : cut.items);
     }
     through_ = end_ + items;
 #pragma unroll
@@ -101,11 +107,13 @@ class Items {
 
   const Params& p_;
   const Plan& plan_;
+  bool at_rest_ = false;  // behind the whole items
   int next_request_ = 0;
   int end_ = 0;  // index behind the items of the requests that were looked at
   // A lane's request: the indices of its first item and behind its last.
   int first_ = 0, through_ = 0;
   int item_splits_ = 1;
+  int before_ = 0;  // splits of the request, before its first item here
   Item mine_{};
 };
 

@@ -101,7 +101,6 @@ class Consumer {
                                                          plan_.rows, 1);
     if constexpr (L::kNarrowKeys) prepare_queries(slot);
     rows_.begin_item();
-    total_empty_ = true;
     if constexpr (kTests) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) rows_.below[c] = shared_.below[slot][at_.row(c)];
@@ -147,7 +146,11 @@ class Consumer {
 
   // All values of the split before the one at hand are added.
   __device__ __forceinline__ void finish_split() {
-    if (rows_.item.result_splits > 1) return fold();
+    if (rows_.item.result_splits > 1) {
+      fold();
+      if (++folded_ == rows_.item.result_splits) write_total();
+      return;
+    }
     write(o_, before_, dropped_before_,
           [&](int column) { return rows_.reports.of_split_before(column); });
     clear_outputs();
@@ -156,11 +159,16 @@ class Consumer {
   __device__ __forceinline__ void end_item() {
     while (pending_ > 0) add_oldest();
     if constexpr (kOverlaps) {
-      if (rows_.item.result_splits > 1)
-        write(total_o_, total_, total_dropped_,
-              [&](int column) { return rows_.reports.of_item(column); });
+      if (folded_ > 0) write_total();
     }
     queries_.next();
+  }
+
+  // The result of a group.
+  __device__ __forceinline__ void write_total() {
+    write(total_o_, total_, total_dropped_,
+          [&](int column) { return rows_.reports.of_group(column); });
+    folded_ = 0;
   }
 
   template <typename Mass>
@@ -297,11 +305,12 @@ class Consumer {
     ptx::named_barrier_sync(1, kConsumers);
   }
 
-  // The split's result joins those of the item's earlier splits.
+  // The split's result joins those of the group's earlier splits.
   __device__ __forceinline__ void fold() {
-    rows_.reports.fold(total_empty_);
-    if (total_empty_) total_ = before_;
-    total_dropped_ = total_empty_ ? dropped_before_ : total_dropped_ + dropped_before_;
+    const bool first = folded_ == 0;
+    rows_.reports.fold(first);
+    if (first) total_ = before_;
+    total_dropped_ = first ? dropped_before_ : total_dropped_ + dropped_before_;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const FoldWeights add(total_.maximum[c], before_.maximum[c], rows_.log2_scale);
@@ -310,14 +319,13 @@ class Consumer {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int x = at_.element(c, half);
-          total_o_[i][x] = total_empty_ ? o_[i][x] : add(total_o_[i][x], o_[i][x]);
+          total_o_[i][x] = first ? o_[i][x] : add(total_o_[i][x], o_[i][x]);
           o_[i][x] = 0;
         }
-      if (total_empty_) continue;
+      if (first) continue;
       total_.maximum[c] = add.maximum;
       total_.sum[c] = add(total_.sum[c], before_.sum[c]);
     }
-    total_empty_ = false;
   }
 
   const Params& p_;
@@ -333,11 +341,11 @@ class Consumer {
   int pending_ = 0;                     // tiles kept, their values not yet added
   int unfinished_ = 0;                  // of them, those of the split before
 
-  bool total_empty_;
-  Columns units_;  // of keys in 8 bits: a score is a product times it
+  int folded_ = 0;  // splits of the group at hand, where they are added
+  Columns units_;   // of keys in 8 bits: a score is a product times it
 
-  // Of the split before the one at hand, until its last tile is added; of the splits before that,
-  // where they are added.
+  // Of the split before the one at hand, until its last tile is added; of the splits of its group
+  // before that, where they are added.
   Softmax before_, total_;
   int dropped_before_, total_dropped_;
   Outputs o_;  // of the oldest split with tiles to be added
