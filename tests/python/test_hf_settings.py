@@ -221,3 +221,24 @@ def test_what_layers_remember_of_a_pass_follows_every_change(model):
         answers(keys)
     assert len(thresholds._kept_values) <= thresholds.KEPT
     assert answers(4096) == one(0.5, 4096)
+
+
+def test_a_layer_that_gets_a_configuration_of_its_own_follows_it(model):
+    first, second = attention_modules(model)
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        model(tokens)
+        second.config = copy.deepcopy(model.config)
+        second.config.sparse_attention_config["config_groups"]["group_0"]["ignore"] = ["*.1.*"]
+        given = []
+
+        class Noted(Kernels):
+            @staticmethod
+            def attention(*tensors, **options):
+                given.append(options.get("threshold"))
+                return Kernels.attention(*tensors, **options)
+
+        with calling(Noted()):
+            model(tokens)
+    assert first.config is not second.config
+    assert given[0] is not None and given[1] is None

@@ -124,6 +124,16 @@ def test_a_calibration_of_another_model_is_an_error(layers, heads, message):
         model(torch.ones(1, 4, dtype=torch.int64))
 
 
+@torch.no_grad()
+def test_a_calibration_stays_anothers_after_its_own_model_ran():
+    entry, tokens = calibration(3, 4).to_dict(), torch.ones(1, 4, dtype=torch.int64)
+    whole, smaller = make_model("llama", num_hidden_layers=3), make_model("llama")
+    whole.config.sparse_attention_config = smaller.config.sparse_attention_config = entry
+    whole(tokens)
+    with pytest.raises(ValueError, match="thresholds for 3 layers; the model has 2"):
+        smaller(tokens)
+
+
 def test_tables_of_a_configuration_from_nowhere_are_an_error(saved):
     entry = json.loads((saved[1] / "config.json").read_text())["sparse_attention_config"]
     with pytest.raises(ValueError, match="has its tables in blasst_thresholds"):

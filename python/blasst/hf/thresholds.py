@@ -149,7 +149,7 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     where, entry = place_of_entry(module, CONFIG_KEY)
     is_kept = call.noted.get(call.phase) is rules and id(entry) in call.noted
     if is_kept and (last is None or not last.answers(own, call)):
-        state = call.room, call.query.device, own.get("blasst_targets")
+        state = call.room, call.query.device, own.get("config"), own.get("blasst_targets")
         module.blasst_last = _Last(where, entry, *state, rules, options)
     return options
 
@@ -166,6 +166,8 @@ class _Last(NamedTuple):
     entry: Any
     room: int
     device: torch.device
+    config: Any
+    """Of the layer; it has the entry, or the model's around it."""
     targets: Any
     rules: Rules
     options: dict[str, Any]
@@ -178,6 +180,7 @@ class _Last(NamedTuple):
         return (
             call.noted.get(call.phase) is self.rules
             and self.room == call.room
+            and own.get("config") is self.config
             and own.get("blasst_targets") is self.targets
             and self.where.get(CONFIG_KEY) is self.entry
             and self.device == call.query.device
@@ -212,20 +215,20 @@ def _rules_of_pass(read: SparseAttention, module: nn.Module, call: Pass) -> Rule
 
     def make() -> Rules:
         read.tell(call.phase, tile, call.known)
-        rules = read.rules(call.phase, lengths, call.room, tile, device)
-        layers = getattr(module.config, "num_hidden_layers", None)
-        if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
-            raise ValueError(
-                f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
-                f"has {layers}: it is another model's"
-            )
-        return rules
+        return read.rules(call.phase, lengths, call.room, tile, device)
 
-    if not isinstance(lengths, int) or is_deferred(device):
-        return make()
     # In training and evaluation most passes are as long as one before.
-    rules = _kept(read, device, (call.phase, lengths, call.room, tile), make)
-    call.noted[call.phase] = rules
+    is_kept = isinstance(lengths, int) and not is_deferred(device)
+    about = call.phase, lengths, call.room, tile
+    rules = _kept(read, device, about, make) if is_kept else make()
+    layers = getattr(module.config, "num_hidden_layers", None)
+    if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
+        raise ValueError(  # of kept ones, too: two models may share an entry
+            f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
+            f"has {layers}: it is another model's"
+        )
+    if is_kept:
+        call.noted[call.phase] = rules
     return rules
 
 
