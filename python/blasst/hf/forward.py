@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from blasst.errors import NotSupportedError
 from blasst.hf import eight_bit, operator, packed, recording
 from blasst.hf.latents import take
-from blasst.hf.layers import NAME, tower_and_layer
+from blasst.hf.layers import NAME, tower_and_layer, wants_weights
 from blasst.hf.masks import (
     COLUMNS,
     KeyRanges,
@@ -22,7 +22,7 @@ from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import NAMES, Pass, options_of, options_when_compiled
 from blasst.hf.tracing import is_at_hand
-from blasst.hf.visits import visit_of
+from blasst.hf.visits import policy_of, visit_of
 from blasst.ops.attention import Result, autocast
 from blasst.policies import Call
 
@@ -163,6 +163,8 @@ def _visit(
     causal: bool,
 ) -> dict[str, Any]:
     """Bands and blocks that the layer's policy leaves."""
+    if policy_of(module) is None:
+        return {"bands": None, "blocks": None}
     query, key, _ = inputs
     _, layer = tower_and_layer(module)
     call = Call(layer, phase, query, key, lengths.ends)
@@ -348,7 +350,8 @@ def _refuse_unsupported(
             f"{name} asks for attention dropout {dropout}; blasst supports 0 only (model.eval(), "
             "or attention_dropout=0)"
         )
-    if mask is not None and (mask.dtype != torch.int32 or mask.shape[1:] != (1, 1, COLUMNS)):
+    is_known = mask is None or isinstance(mask, KeyRanges)
+    if not is_known and (mask.dtype != torch.int32 or mask.shape[1:] != (1, 1, COLUMNS)):
         raise NotSupportedError(
             f"attention_mask of {name} is a {mask.dtype} tensor of shape {list(mask.shape)}: the "
             "model, or its caller, prepares a number for every "
@@ -359,7 +362,7 @@ def _refuse_unsupported(
             raise NotSupportedError(
                 f"{argument} (of {name}) is not supported by attn_implementation={NAME!r}"
             )
-    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+    if kwargs.get("output_attentions") or wants_weights(module.config):
         raise NotSupportedError(
             "output_attentions is not supported: blasst never forms the weights"
         )

@@ -84,7 +84,7 @@ class Taken(NamedTuple):
 
 def take(module: nn.Module, phase: str, query: Tensor, key: Tensor, value: Tensor) -> Taken:
     """The inputs of a layer's attention call, which are latents if the layer absorbs."""
-    if not getattr(module, "blasst_absorbs", False):
+    if not vars(module).get("blasst_absorbs"):
         return Taken(query, key, value)
     rank, nope = module.kv_lora_rank, module.qk_nope_head_dim
     if phase != "decode":

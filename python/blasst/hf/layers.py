@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from blasst.errors import NotSupportedError
+from blasst.heads import heads_of_layer
 from blasst.hf.tracing import module_of
 
 NAME = "blasst"
@@ -39,6 +40,8 @@ class Place:
     """Class and name of every attention module of the whole model."""
     is_only_mixer: bool = True
     """Whether tokens meet in attention alone, and not in recurrences or convolutions as well."""
+    heads: int | None = None
+    """Query heads, those of other processes too; None: the configuration does not say."""
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
@@ -100,7 +103,8 @@ def place_of(module: nn.Module) -> Place:
             for inner, found in _places(model, modules):
                 inner.blasst_place = found
     if getattr(module, "blasst_place", None) is None:
-        module.blasst_place = Place(None, getattr(module, "layer_idx", None) or 0)
+        layer = getattr(module, "layer_idx", None) or 0
+        module.blasst_place = Place(None, layer, heads=_heads_of(module))
     return module.blasst_place
 
 
@@ -135,7 +139,12 @@ def _places(
             counted[tower] = number + 1
         outer = None if module.config is model.config else model.config
         is_only_mixer = type(module.config) not in mixing
-        yield module, Place(prefix + name, number, tower, outer, siblings, is_only_mixer)
+        heads = _heads_of(module)
+        yield module, Place(prefix + name, number, tower, outer, siblings, is_only_mixer, heads)
+
+
+def _heads_of(module: nn.Module) -> int | None:
+    return heads_of_layer(module.config, getattr(module, "layer_idx", None) or 0)
 
 
 def _mixes_elsewhere(model: PreTrainedModel) -> bool:
@@ -180,6 +189,13 @@ def place_of_entry(module: nn.Module, key: str) -> tuple[dict[str, Any], Any | N
     return around, around.get(key)
 
 
+def wants_weights(config: PreTrainedConfig) -> bool:
+    """Whether a configuration asks attention for its weights."""
+    if torch.compiler.is_compiling():
+        return bool(getattr(config, "output_attentions", False))
+    return bool(_of_config(config).get("_output_attentions"))
+
+
 def _of_config(config: PreTrainedConfig) -> dict[str, Any]:
     """Its attributes; Transformers makes getattr slow, and every layer of every pass asks."""
     return object.__getattribute__(config, "__dict__")
@@ -190,6 +206,11 @@ def _place_when_compiled(identity: int) -> tuple[str, int]:
     """Tower and layer of the module with this `id`, for a pass that is being compiled."""
     place = place_of(module_of(identity))
     return place.tower, place.layer
+
+
+def heads_of(module: nn.Module) -> int | None:
+    """Query heads of a layer, see `Place`."""
+    return _heads_of(module) if torch.compiler.is_compiling() else place_of(module).heads
 
 
 def tower_and_layer(module: nn.Module) -> tuple[str, int]:

@@ -143,9 +143,13 @@ def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
         queries: of a request.
         keys: of a request.
     """
-    if mask is None or is_deferred(mask.device):
+    if mask is None:
         return mask
-    facts = mask if isinstance(mask, KeyRanges) else _facts(mask, queries, keys)
+    is_known = isinstance(mask, KeyRanges)
+    # The attributes of a subclass of Tensor are slow.
+    if is_deferred((mask.ranges if is_known else mask).device):
+        return mask
+    facts = mask if is_known else _facts(mask, queries, keys)
     if facts is None:
         return mask
     if facts.queries == queries:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from blasst.errors import NotSupportedError
-from blasst.heads import heads_of_layer
+from blasst.hf.layers import heads_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Share:
 
 def share_of(module: nn.Module, heads: int) -> Share | None:
     """Which of the layer's heads the `heads` are that this process has; None: all of them."""
-    total = heads_of_layer(module.config, getattr(module, "layer_idx", None) or 0)
+    total = heads_of(module)
     if total in (heads, None) or not is_sharded(module):
         return None
     projection = getattr(getattr(module, "q_proj", None), "weight", None)

@@ -77,12 +77,9 @@ def visit_of(
         longest: keys of the longest request, []; default: all that the call has room for.
         is_packed: a request holds several sequences.
     """
-    policy = getattr(module, "blasst_policy", None)
+    policy = policy_of(module)
     if policy is None:
-        entry = _entry_of(module)
-        if entry is None:
-            return Visit()
-        policy = from_dict(entry)
+        return Visit()
     if not causal:
         raise NotSupportedError(
             f"{type(module).__name__} is not causal; blasst_policy needs causal layers"
@@ -106,6 +103,15 @@ def visit_of(
             may_wait=call.phase != "decode",
         )
     return visit
+
+
+def policy_of(module: nn.Module) -> VisitPolicy | None:
+    """What `set_policy` has set, else what the configuration says; None: every tile is visited."""
+    policy = vars(module).get("blasst_policy")  # getattr is slow where there is none
+    if policy is not None:
+        return policy
+    entry = _entry_of(module)
+    return None if entry is None else from_dict(entry)
 
 
 def _entry_of(module: nn.Module) -> Any:
