@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -242,3 +243,16 @@ def test_a_layer_that_gets_a_configuration_of_its_own_follows_it(model):
             model(tokens)
     assert first.config is not second.config
     assert given[0] is not None and given[1] is None
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_copies_and_pickles_of_a_model_forget_what_it_was_answered(model, mode):
+    tokens = torch.arange(1, 9)[None]
+    with mode():
+        expected = model(tokens).logits
+    assert all(module.blasst_last is not None for module in attention_modules(model))
+    content = pickle.dumps(model)
+    assert b"_Last" not in content
+    for other in (copy.deepcopy(model), pickle.loads(content)):
+        assert all(module.blasst_last is None for module in attention_modules(other))
+        assert torch.equal(other(tokens).logits, expected)

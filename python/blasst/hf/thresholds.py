@@ -172,6 +172,10 @@ class _Last(NamedTuple):
     rules: Rules
     options: dict[str, Any]
 
+    def __reduce__(self) -> tuple[type, tuple]:
+        """Copies and pickles of a model forget it: it is tensors on a device, and no state."""
+        return type(None), ()
+
     def answers(self, own: dict[str, Any], call: Pass) -> bool:
         """Whether it holds for this call, too.
 
