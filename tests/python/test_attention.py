@@ -926,6 +926,10 @@ BAD = {
         ({"k": None}, "k is a NoneType; it must be a torch.Tensor"),
         ({"q": Q.to_sparse()}, "q is torch.sparse_coo; it must be torch.strided"),
         (
+            {"threshold": torch.ones(1, 1, 1).to_sparse()},
+            "threshold is torch.sparse_coo; it must be torch.strided",
+        ),
+        (
             {"threshold": "a"},
             "threshold is 'a'; it must be a number, a list of numbers, or a tensor of",
         ),

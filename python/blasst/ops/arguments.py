@@ -307,14 +307,17 @@ def _thresholds(
     accepted = "it must be a number, a list of numbers, or a tensor of them"
     if isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}; {accepted}")
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{name} is {value.dtype}; {accepted}")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} is {value.layout}; it must be torch.strided")
     if device.type == "cuda":
         _check_host_values(name, test, value)
     if isinstance(value, _NUMBERS) and _FLOAT32.max < abs(value) < math.inf:
         raise ValueError(f"{name} is {value}; it must fit in float32, up to {_FLOAT32.max:.8g}")
     if isinstance(value, _NUMBERS):  # no copy from the host, so that a graph can capture it
         return torch.full((1, 1, 1), value, dtype=torch.float32, device=device)
-    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
-        raise TypeError(f"{name} is {value.dtype}; {accepted}")
     try:
         values = torch.as_tensor(value, dtype=torch.float32, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -337,6 +340,7 @@ def _is_ready(value: object, device: torch.device) -> bool:
     return (
         isinstance(value, Tensor)
         and value.dtype is torch.float32
+        and value.layout is torch.strided
         and value.dim() == 3
         and value.device == device
         and value.numel() > 0
