@@ -205,10 +205,6 @@ def _from_positions(
 ) -> Sequences | None:
     """What position_ids say."""
     ranges = mask.ranges
-    if rows > 1 and mask.everything:
-        cached = keys - rows if mask.causal else 0
-        if positions.follow(position_ids, cached):
-            return None
     position_ids = position_ids.expand(len(ranges), -1)
     used = positions.used(ranges, rows)
     later = positions.begin_later(ranges, position_ids, used)
