@@ -58,7 +58,7 @@ def microseconds(modules: list[nn.Module], device: torch.device) -> float:
     """Of one pass, a layer."""
     heads = modules[0].config.num_attention_heads
     query = torch.zeros(1, 1, heads, 64, device=device, dtype=torch.bfloat16)
-    call = Pass("decode", query, 64, 64, heads, 4000, lambda: 4000, lambda: [4000], {})
+    call = Pass("decode", query, 64, heads, 4000, lambda: 4000, lambda: [4000], {})
     began = perf_counter()
     for module in modules:
         options_of(module, call)

@@ -197,7 +197,7 @@ def test_what_layers_remember_of_a_pass_follows_every_change(model):
     def answers(keys: int, phase: str = "prefill") -> list[float]:
         """Of the layers of a pass whose requests are all so long."""
         query, noted = torch.zeros(1, keys, 4, 16), {}
-        call = Pass(phase, query, 16, 16, 4, keys, lambda: keys, lambda: [keys], noted)
+        call = Pass(phase, query, 16, 4, keys, lambda: keys, lambda: [keys], noted)
         return [options_of(module, call)["threshold"].item() for module in modules]
 
     def one(target: float, keys: int) -> list:

@@ -64,7 +64,7 @@ def asked(module: torch.nn.Module, phase: str, keys: int = 4096) -> dict:
     """Threshold and order of a layer for one request of so many keys."""
     query, lengths = torch.zeros(1, 1, 4, 16), torch.tensor([keys])
     return options_of(
-        module, Pass(phase, query, 16, 16, 4, keys, lambda: lengths, lengths.tolist, {})
+        module, Pass(phase, query, query.shape[-1], 4, keys, lambda: lengths, lengths.tolist, {})
     )
 
 

@@ -1,29 +1,12 @@
 """How a call differs from what was measured, in words; "": not at all."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from blasst.config.laws import Measured, ThresholdTable
+from blasst.config.laws import ThresholdTable
 
 NEAR = 1.1
 """Requests up to so many times the longest calibrated length pass without a word."""
-
-
-def differences(
-    phase: str,
-    found: Measured,
-    target: float,
-    tile: tuple[int, int],
-    lengths: Callable[[], Sequence[int]],
-) -> dict[Any, str]:
-    """All of these, by what they are of, for `SparseAttention.tell`."""
-    messages: dict[Any, str] = {"tiles": other_tiles(phase, found.tile_shape, tile)}
-    if found.tables:
-        longest = max(lengths(), default=0)
-        messages["length"] = longer(found.table(target).lengths[-1], longest)
-        messages[target] = other_target(found.tables, target)
-    return messages
 
 
 def other_tiles(phase: str, measured: tuple[int, int], runs: tuple[int, int]) -> str:

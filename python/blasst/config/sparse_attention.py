@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blasst.config.laws import Law, Measured, Schedule, heads_of, on_host, row_of
-from blasst.config.messages import differences
+from blasst.config.messages import longer, other_target, other_tiles
 from blasst.config.writing import ecosystem_entry, own_entry
 
 PHASES = ("prefill", "decode")
@@ -42,17 +42,10 @@ class Rules(NamedTuple):
     """Of each layer; None: as many as the rows have."""
     order: str
 
-    width: int
-    """Heads of a row."""
-
     def of_layer(self, layer: int) -> Tensor:
         """[requests, heads, 1] or [requests, 1, 1]."""
         row = self.rows[row_of(layer, len(self.rows))]
         return row if self.heads is None else row[:, : self.heads[layer]]
-
-    def heads_of(self, layer: int) -> int:
-        """For how many heads of a layer there are thresholds; 1: one for all."""
-        return self.width if self.heads is None else self.heads[layer]
 
 
 @dataclass(frozen=True)
@@ -152,20 +145,13 @@ class SparseAttention:
     def scores(self, attention_class: str, phase: str, name: str) -> str:
         """How the layer of this class, at this place in the model, computes scores."""
         measured = self.measured.get(phase)
-        is_exact = measured is None or self.is_dense(attention_class, name)
-        return "exact" if is_exact else measured.scores
-
-    def of_layer(self, kind: str, layer: int, phase: str, name: str | None) -> tuple[str, bool]:
-        """`scores` and `is_sparse` of a layer, kept: every layer of every pass asks."""
-        key = "layer", kind, layer, phase, name
-        if key not in self._tables:
-            is_sparse = self.is_sparse(kind, layer, phase, name)
-            self._tables[key] = self.scores(kind, phase, name or _default_name(layer)), is_sparse
-        return self._tables[key]
+        if measured is None or self.is_dense(attention_class, name):
+            return "exact"
+        return measured.scores
 
     def rule(
         self,
-        kind: str,
+        attention_class: str,
         layer: int,
         phase: str,
         lengths: Sequence[int],
@@ -173,8 +159,9 @@ class SparseAttention:
         name: str | None = None,
     ) -> Rule:
         """The thresholds, order and scores of one layer: see `thresholds_for`."""
-        scores, is_sparse = self.of_layer(kind, layer, phase, name)
-        if not is_sparse:
+        name = _default_name(layer) if name is None else name
+        scores = self.scores(attention_class, phase, name)
+        if not self.is_sparse(attention_class, layer, phase, name):
             return Rule(None, "sink_first", scores)
         rules = self.rules(phase, on_host(lengths, torch.float64), keys)
         return Rule(rules.of_layer(layer).squeeze(-1), rules.order, scores)
@@ -203,8 +190,7 @@ class SparseAttention:
             self._tables[key] = found.to(device), heads_of(found.ln_threshold)
         whole, heads = self._tables[key]
         schedule = whole.of_call(keys)
-        thresholds = schedule.at(lengths)[..., None]
-        return Rules(thresholds.unbind(1), heads, schedule.order, thresholds.shape[2])
+        return Rules(schedule.at(lengths)[..., None].unbind(1), heads, schedule.order)
 
     def schedule(
         self,
@@ -219,7 +205,9 @@ class SparseAttention:
             return None
         return self._schedule(phase, tile).of_layer(layer)
 
-    def is_sparse(self, kind: str, layer: int, phase: str, name: str | None = None) -> bool:
+    def is_sparse(
+        self, attention_class: str, layer: int, phase: str, name: str | None = None
+    ) -> bool:
         """Whether a layer has thresholds in this phase.
 
         Raises:
@@ -229,12 +217,12 @@ class SparseAttention:
         has_threshold = phase in self.measured or phase in self.laws
         if not self.target_sparsity.get(phase) or not has_threshold:
             return False
-        if self.is_dense(kind, name):
+        if self.is_dense(attention_class, name):
             return False
-        if not self.is_target(kind, name):
+        if not self.is_target(attention_class, name):
             raise ValueError(
                 f"sparse_attention_config targets {', '.join(self.targets)}; layer {layer} is a "
-                f"{kind}: list it under targets, or the layer under ignore"
+                f"{attention_class}: list it under targets, or the layer under ignore"
             )
         return True
 
@@ -253,8 +241,13 @@ class SparseAttention:
             tile: query rows and keys on which the kernel decides.
             lengths: of requests, as far as they are known.
         """
-        found, target = self.on(phase, tile), self.target_sparsity.get(phase, 0.0)
-        for what, message in differences(phase, found, target, tile, lengths).items():
+        found = self.on(phase, tile)
+        messages: dict[Any, str] = {"tiles": other_tiles(phase, found.tile_shape, tile)}
+        if found.tables:
+            target, longest = self.target_sparsity[phase], max(lengths(), default=0)
+            messages["length"] = longer(found.table(target).lengths[-1], longest)
+            messages[target] = other_target(found.tables, target)
+        for what, message in messages.items():
             if message and (what, phase) not in self._told:
                 self._told.add((what, phase))
                 _log.warning("%s: %s", phase, message)

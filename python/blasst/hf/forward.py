@@ -22,7 +22,7 @@ from blasst.hf.packed import Sequences
 from blasst.hf.tensor_parallel import Share, share_of
 from blasst.hf.thresholds import NAMES, Pass, options_of, options_when_compiled
 from blasst.hf.tracing import is_at_hand
-from blasst.hf.visits import policy_of, visit_of
+from blasst.hf.visits import policy_of, visit_under
 from blasst.ops.attention import Result, autocast
 from blasst.policies import Call
 
@@ -132,14 +132,13 @@ def _test(
     share: Share | None,
 ) -> dict[str, Any]:
     """Thresholds, those of this process's heads, order and scores."""
-    query, head_dim, value_dim = inputs[0], inputs[0].shape[-1], inputs[2].shape[-1]
+    query, value_dim = inputs[0], inputs[2].shape[-1]
     if torch.compiler.is_compiling():
         test = options_when_compiled(module, phase, query, value_dim, lengths.room, lengths.tensor)
     else:
         one_pass = Pass(
             phase,
             query,
-            head_dim,
             value_dim,
             query.shape[2] if share is None else share.total,
             lengths.room,
@@ -163,12 +162,13 @@ def _visit(
     causal: bool,
 ) -> dict[str, Any]:
     """Bands and blocks that the layer's policy leaves."""
-    if policy_of(module) is None:
+    policy = policy_of(module)
+    if policy is None:
         return {"bands": None, "blocks": None}
     query, key, _ = inputs
     _, layer = tower_and_layer(module)
     call = Call(layer, phase, query, key, lengths.ends)
-    visit = visit_of(module, call, causal, lengths.longest, is_packed=lengths.are_packed)
+    visit = visit_under(policy, module, call, causal, lengths.longest, is_packed=lengths.are_packed)
     if share is not None and any(part is not None for part in visit):
         raise NotSupportedError(
             "a policy (blasst.set_policy, blasst_policy) is not supported for a tensor-parallel "

@@ -96,8 +96,7 @@ class Pass(NamedTuple):
     phase: str
     """"prefill" or "decode"."""
     query: Tensor
-    """For its device and type."""
-    head_dim: int
+    """For its device, type and head_dim."""
     value_dim: int
     heads: int
     """Of the layer, those of other processes too."""
@@ -131,21 +130,22 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
         _tell_uncalibrated(module)
         return {}
     read, place = found
-    scores, is_sparse = read.of_layer(type(module).__name__, place.layer, call.phase, place.name)
-    if not is_sparse:
+    kind = type(module).__name__
+    scores = read.scores(kind, call.phase, place.name or "")
+    if not read.is_sparse(kind, place.layer, call.phase, place.name):
         return {"scores": scores}
-    key = id(read), call.phase, call.room, call.query.device, call.head_dim, call.value_dim
+    key = id(read), call.phase, call.room, call.query.device, call.query.shape[-1], call.value_dim
     of, rules = call.noted.get(key, (None, None))
     if of is not read:
         rules = _rules_of_pass(read, module, call)
         call.noted[key] = read, rules
-    heads = rules.heads_of(place.layer)
-    if heads not in (1, call.heads):
+    threshold = rules.of_layer(place.layer)
+    if threshold.shape[1] not in (1, call.heads):
         raise ValueError(
-            f"sparse_attention_config holds thresholds for {heads} heads of layer "
+            f"sparse_attention_config holds thresholds for {threshold.shape[1]} heads of layer "
             f"{place.layer}; the model has {call.heads}: it is another model's"
         )
-    options = {"threshold": rules.of_layer(place.layer), "order": rules.order, "scores": scores}
+    options = {"threshold": threshold, "order": rules.order, "scores": scores}
     where, entry = place_of_entry(module, CONFIG_KEY)
     is_kept = call.noted.get(call.phase) is rules and id(entry) in call.noted
     if is_kept and (last is None or not last.answers(own, call)):
@@ -209,13 +209,14 @@ def _tensor_of(threshold: float, device: torch.device) -> Tensor:
     def make() -> Tensor:
         return torch.full((1, 1, 1), threshold, dtype=torch.float32, device=device)
 
-    return make() if is_deferred(device) else _kept(threshold, device, (threshold,), make)
+    return make() if is_deferred(device) else _kept(threshold, device, (), make)
 
 
 def _rules_of_pass(read: SparseAttention, module: nn.Module, call: Pass) -> Rules:
     """The thresholds of all layers."""
     device, lengths = call.query.device, call.lengths()
-    tile = call.tile_of(call.phase, device, call.query.dtype, call.head_dim, call.value_dim)
+    sizes = call.query.shape[-1], call.value_dim
+    tile = call.tile_of(call.phase, device, call.query.dtype, *sizes)
 
     def make() -> Rules:
         read.tell(call.phase, tile, call.known)

@@ -60,7 +60,14 @@ def _inside(model: nn.Module) -> PreTrainedModel:
     return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def visit_of(
+def visit_of(module: nn.Module, call: Call, causal: bool) -> Visit:
+    """`visit_under` the layer's policy, or the configuration's; without one every tile."""
+    policy = policy_of(module)
+    return Visit() if policy is None else visit_under(policy, module, call, causal)
+
+
+def visit_under(
+    policy: VisitPolicy,
     module: nn.Module,
     call: Call,
     causal: bool,
@@ -68,18 +75,16 @@ def visit_of(
     *,
     is_packed: bool = False,
 ) -> Visit:
-    """What the layer's policy, or the configuration's, lets the call visit.
+    """What a policy lets a call visit.
 
     Args:
+        policy: `policy_of` the layer.
         module: the attention layer.
         call: what it is asked.
         causal: whether the call is.
         longest: keys of the longest request, []; default: all that the call has room for.
         is_packed: a request holds several sequences.
     """
-    policy = policy_of(module)
-    if policy is None:
-        return Visit()
     if not causal:
         raise NotSupportedError(
             f"{type(module).__name__} is not causal; blasst_policy needs causal layers"
