@@ -141,42 +141,38 @@ def thresholds_for(
 class _Watch:
     """Notices edits of an entry that one layer can see, in a few microseconds.
 
-    Attention asks at every layer of every pass, so of lists only that layer's thresholds are
-    compared.
+    Attention asks in every pass, so the entry is compared with a copy of it, which Python does in
+    one step; of tables of lists only that layer's thresholds are.
     """
 
     def __init__(self, entry: dict[str, Any]) -> None:
-        self._sizes: list[tuple[Any, int]] = []
-        self._inner: list[tuple[Any, Any, Any]] = []
-        self._values: list[tuple[Any, Any, Any]] = []
+        self._entry = entry
         self.tables: list[tuple[dict, list[list]]] = []
         """Those that can be edited; of tuples, which `to_dict` gives, none can."""
-        self._collect(entry)
+        self._copy = self._copied(entry)
 
-    def _collect(self, node: dict | list) -> None:
-        self._sizes.append((node, len(node)))
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            if key == "ln_threshold" and isinstance(value, list):
-                layers = range(len(value[0][0]))
-                rows = [deepcopy(_rows(value, layer)) for layer in layers]
-                self.tables.append((node, rows))
-            elif isinstance(value, tuple):
-                self._inner.append((node, key, value))
-            elif isinstance(value, dict) or (isinstance(value, list) and _nests(value)):
-                self._inner.append((node, key, value))
-                self._collect(value)
-            else:
-                self._values.append((node, key, deepcopy(value)))
+    def _copied(self, node: Any) -> Any:
+        """What equals this for as long as it is not edited; shares tables and tuples with it."""
+        if isinstance(node, tuple):
+            return node
+        if isinstance(node, list):
+            return [self._copied(value) for value in node]
+        if not isinstance(node, dict):
+            return deepcopy(node)
+        copy = {key: self._copied(v) for key, v in node.items() if not _is_table(key, v)}
+        for key, table in node.items():
+            if _is_table(key, table):
+                layers = range(len(table[0][0]))
+                self.tables.append((node, [deepcopy(_rows(table, layer)) for layer in layers]))
+                copy[key] = table
+        return copy
 
     def is_unchanged(self, layer: int) -> bool:
         """Whether the entry says the same to this layer as when it was read."""
+        if self._entry != self._copy:
+            return False
         try:
-            return (
-                all(len(node) == size for node, size in self._sizes)
-                and all(node[key] is value for node, key, value in self._inner)
-                and all(node[key] == value for node, key, value in self._values)
-                and all(self._has_rows(node, rows, layer) for node, rows in self.tables)
-            )
+            return all(self._has_rows(node, rows, layer) for node, rows in self.tables)
         except (IndexError, KeyError, TypeError):  # something went, or became something else
             return False
 
@@ -186,13 +182,14 @@ class _Watch:
         return len(table[0][0]) == len(rows) and _rows(table, place) == rows[place]
 
 
+def _is_table(key: Any, value: Any) -> bool:
+    """Whether this is a table of thresholds that can be edited."""
+    return key == "ln_threshold" and isinstance(value, list)
+
+
 def _rows(table: list, layer: int) -> list:
     """One layer's thresholds, of every length and target."""
     return [layers[layer] for by_target in table for layers in by_target]
-
-
-def _nests(values: list) -> bool:
-    return any(isinstance(value, dict | list) for value in values)
 
 
 class Read(NamedTuple):
