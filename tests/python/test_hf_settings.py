@@ -4,13 +4,14 @@ import copy
 import logging
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 import blasst
 from blasst import Bands, Threshold
-from blasst.config import parse
+from blasst.config import Law, Measured, ThresholdTable, parse
 from blasst.hf import thresholds
 from blasst.hf.layers import attention_modules
 from blasst.hf.operator import Kernels, calling
@@ -222,6 +223,31 @@ def test_what_layers_remember_of_a_pass_follows_every_change(model):
         answers(keys)
     assert len(thresholds._kept_values) <= thresholds.KEPT
     assert answers(4096) == one(0.5, 4096)
+
+
+def test_a_pass_on_other_tiles_or_in_another_mode_has_thresholds_of_its_own(model):
+    def on(keys: int, threshold: float, *others: Measured) -> Measured:
+        ln = torch.full((1, 1, 1, 1), math.log(threshold))
+        table = ThresholdTable("reverse", "one_threshold", Law(A, B, 1.0), (8,), (0.5,), ln)
+        return Measured((64, keys), (table,), others=others)
+
+    measured = {"prefill": on(64, 0.25, on(128, 0.5))}
+    config = replace(parse(CONFIG), measured=measured)
+    model.config.sparse_attention_config = config.to_dict()
+    module = attention_modules(model)[0]
+
+    def answer(keys: int) -> torch.Tensor:
+        """Of a pass over 8 keys, on tiles of so many."""
+        lengths = lambda: 8, lambda: [8]
+        query = torch.zeros(1, 8, 4, 16)
+        call = Pass("prefill", query, 16, 4, 8, *lengths, {}, lambda *_: (64, keys))
+        return options_of(module, call)["threshold"]
+
+    for keys in (64, 64, 128, 128, 64):
+        assert answer(keys).item() == pytest.approx(0.25 if keys == 64 else 0.5, rel=1e-3)
+    with torch.inference_mode():
+        assert answer(64).is_inference()
+    assert not answer(64).is_inference()
 
 
 def test_a_layer_that_gets_a_configuration_of_its_own_follows_it(model):

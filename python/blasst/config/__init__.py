@@ -4,7 +4,7 @@ from typing import get_args
 
 from blasst.config.laws import LOWEST_LN_THRESHOLD, Law, Measured, Schedule, ThresholdTable
 from blasst.config.messages import NEAR
-from blasst.config.reading import parse, parsed, thresholds_for
+from blasst.config.reading import Read, parse, parsed, thresholds_for
 from blasst.config.schema import (
     ALGORITHM,
     ECOSYSTEM_TARGET,
@@ -48,6 +48,7 @@ __all__ = [
     "VERSION",
     "Law",
     "Measured",
+    "Read",
     "Rule",
     "Rules",
     "Schedule",

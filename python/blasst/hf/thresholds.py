@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from blasst.config import ORDERS, SCORES, Rules, Schedule, SparseAttention, is_listed, parsed
+from blasst.config import ORDERS, SCORES, Read, Rules, Schedule, SparseAttention, is_listed, parsed
 from blasst.hf.layers import Place, entry_of, place_of, place_of_entry
 from blasst.hf.saving import CONFIG_KEY, beside
 from blasst.hf.tracing import is_deferred, module_of
@@ -147,11 +147,20 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
         )
     options = {"threshold": threshold, "order": rules.order, "scores": scores}
     where, entry = place_of_entry(module, CONFIG_KEY)
-    is_kept = call.noted.get(call.phase) is rules and id(entry) in call.noted
+    held, seen = call.noted.get(call.phase), call.noted.get(id(entry))
+    is_kept = held is not None and held.rules is rules and seen is not None
     if is_kept and (last is None or not last.answers(own, call)):
         state = call.room, call.query.device, own.get("config"), own.get("blasst_targets")
-        module.blasst_last = _Last(where, entry, *state, rules, options)
+        module.blasst_last = _Last(where, seen, *state, held, options)
     return options
+
+
+class _Held(NamedTuple):
+    """The thresholds of a pass, and what they depend on beside the calibration."""
+
+    phase: str
+    rules: Rules
+    about: tuple
 
 
 class _Last(NamedTuple):
@@ -163,13 +172,13 @@ class _Last(NamedTuple):
 
     where: dict[str, Any]
     """Attributes of the configuration that holds the entry."""
-    entry: Any
+    read: Read
     room: int
     device: torch.device
     config: Any
     """Of the layer; it has the entry, or the model's around it."""
     targets: Any
-    rules: Rules
+    held: _Held
     options: dict[str, Any]
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -182,13 +191,28 @@ class _Last(NamedTuple):
         An earlier layer of the pass has the same rules: it has seen that the entry is as it was.
         """
         return (
-            call.noted.get(call.phase) is self.rules
-            and self.room == call.room
+            self.room == call.room
             and own.get("config") is self.config
             and own.get("blasst_targets") is self.targets
-            and self.where.get(CONFIG_KEY) is self.entry
+            and self.where.get(CONFIG_KEY) is self.read.entry
             and self.device == call.query.device
+            and (call.noted.get(call.phase) is self.held or self._begins(call))
         )
+
+    def _begins(self, call: Pass) -> bool:
+        """Whether no layer of the pass has asked, and what was held for the last holds for it."""
+        if call.phase != self.held.phase or call.phase in call.noted:
+            return False
+        if _about(call) != self.held.about:
+            return False
+        entry = self.read.entry
+        seen = call.noted.get(id(entry))
+        if seen is None and self.read.watch.is_unchanged(layer=0):
+            seen = call.noted[id(entry)] = self.read
+        if seen is not self.read:
+            return False
+        call.noted[call.phase] = self.held
+        return True
 
 
 def _configured(threshold: Threshold, call: Pass) -> dict[str, Any]:
@@ -209,32 +233,47 @@ def _tensor_of(threshold: float, device: torch.device) -> Tensor:
     def make() -> Tensor:
         return torch.full((1, 1, 1), threshold, dtype=torch.float32, device=device)
 
-    return make() if is_deferred(device) else _kept(threshold, device, (), make)
+    return make() if is_deferred(device) else _kept(threshold, _stream_of(device), make)
 
 
 def _rules_of_pass(read: SparseAttention, module: nn.Module, call: Pass) -> Rules:
     """The thresholds of all layers."""
-    device, lengths = call.query.device, call.lengths()
-    sizes = call.query.shape[-1], call.value_dim
-    tile = call.tile_of(call.phase, device, call.query.dtype, *sizes)
+    device, lengths, tile = call.query.device, call.lengths(), _tile_of(call)
 
     def make() -> Rules:
         read.tell(call.phase, tile, call.known)
         return read.rules(call.phase, lengths, call.room, tile, device)
 
     # In training and evaluation most passes are as long as one before.
-    is_kept = isinstance(lengths, int) and not is_deferred(device)
-    about = call.phase, lengths, call.room, tile
-    rules = _kept(read, device, about, make) if is_kept else make()
+    about = _about(call)
+    rules = make() if about is None else _kept(read, about, make)
     layers = getattr(module.config, "num_hidden_layers", None)
     if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
         raise ValueError(  # of kept ones, too: two models may share an entry
             f"sparse_attention_config holds thresholds for {len(rules.rows)} layers; the model "
             f"has {layers}: it is another model's"
         )
-    if is_kept:
-        call.noted[call.phase] = rules
+    call.noted[call.phase] = None if about is None else _Held(call.phase, rules, about)
     return rules
+
+
+def _tile_of(call: Pass) -> tuple[int, int]:
+    sizes = call.query.shape[-1], call.value_dim
+    return call.tile_of(call.phase, call.query.device, call.query.dtype, *sizes)
+
+
+def _about(call: Pass) -> tuple | None:
+    """What a pass's thresholds depend on beside the calibration; None: not known on the host."""
+    device = call.query.device
+    if is_deferred(device) or not isinstance(lengths := call.lengths(), int):
+        return None
+    return call.phase, lengths, call.room, _tile_of(call), *_stream_of(device)
+
+
+def _stream_of(device: torch.device) -> tuple:
+    """Where a tensor is made that others may use."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return device, stream, torch.is_inference_mode_enabled()
 
 
 KEPT = 64
@@ -243,10 +282,9 @@ _kept_values: dict[Any, tuple[Any, Any]] = {}
 _keeping = Lock()
 
 
-def _kept(of: Any, device: torch.device, about: tuple, make: Callable[[], Any]) -> Any:
-    """What was made of an object before, on the device's stream; else it is made."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-    key = id(of), about, device, stream, torch.is_inference_mode_enabled()
+def _kept(of: Any, about: tuple, make: Callable[[], Any]) -> Any:
+    """What was made of an object before, with all else the same; else it is made."""
+    key = id(of), about
     known, value = _kept_values.get(key, (None, None))
     if known is not of:
         value = make()
