@@ -6,6 +6,7 @@ Dense: torch's FlashAttention-2 and cuDNN, FlashAttention-4 (flash-attn-4), also
 mode, and FSA (flash-sparse-attn). Sparse: FSA, which decides anew in its backward, and cuDNN's
 block-sparse attention (nvidia-cudnn-frontend) over the tiles that the forward kept, as blocks of
 64 x 64 or 128 x 128; it has as many KV heads as heads, and its blocks have no causal mask inside.
+Where values have fewer elements than keys, flash attention gets them padded with zeros.
 
 Every line checks gradients first, against those of torch's flash attention, which is dense: what a
 threshold drops of these inputs is far below the rounding. Rates are the five products of a dense
@@ -34,6 +35,7 @@ WORKS = (
     Work(1, 8192, 16, 16),
     Work(1, 16384, 32, 8, 64),
     Work(1, 16384, 16, 4, 256),
+    Work(1, 16384, 32, 32, 192, value_dim=128),
     Work(1, 8192, 16, 16, causal=False),
 )
 OF_TORCH = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -63,11 +65,14 @@ class Peers:
     def of_torch(self, backend: SDPBackend) -> Backward:
         inputs, dout = self.by_heads()
         inputs = [t.requires_grad_() for t in inputs]
+        q, k, v = inputs
+        if backend == SDPBackend.FLASH_ATTENTION:
+            v = F.pad(v, (0, self.work.dim - self.work.values))
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(
-                *inputs, is_causal=self.work.causal, enable_gqa=True
+                q, k, v, is_causal=self.work.causal, enable_gqa=True
             )
-        return backward_of(out, inputs, dout)
+        return backward_of(out[..., : self.work.values], inputs, dout)
 
     def of_function(self, attend: Callable[..., Any], **options: Any) -> Backward:
         """`attend` gives the output and the LSE, which has no gradient here."""
@@ -138,9 +143,9 @@ def measure(
 ) -> dict[str, object]:
     torch.manual_seed(0)
     inputs = [t.requires_grad_() for t in planted(work, sparsity)]
-    dout = torch.randn_like(inputs[0])
     causal = work.causal
     dense = attention(*inputs, causal=causal)
+    dout = torch.randn_like(dense)
     sparse = attention(
         *inputs, causal=causal, threshold=THRESHOLD, return_stats=True, return_tile_mask=True
     )
@@ -168,7 +173,9 @@ def measure(
         "forward_reporting": lambda: attention(*inputs, causal=causal, threshold=THRESHOLD),
     }
     times = milliseconds(runs, rounds, turn) | milliseconds(forward, rounds, turn)
-    operations = 2.5 * work.operations
+    # Three products of queries' and keys' elements, two of values', where a forward has one each.
+    products = (3 * work.dim + 2 * work.values) / (work.dim + work.values)
+    operations = products * work.operations
     skipped = sparse.stats.skipped.sum().item() / sparse.stats.visitable.sum().item()
     return {
         "work": work.name,

@@ -127,7 +127,6 @@ Case for_gpu(Case c) {
 
 Case differentiable_on_gpu(Case c) {
   c = for_gpu(differentiable(c));
-  c.head_dim = c.value_dim;
   if (c.layout == Layout::kPaged) c.layout = Layout::kRagged;
   return c;
 }

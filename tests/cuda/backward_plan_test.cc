@@ -69,6 +69,9 @@ INSTANTIATE_TEST_SUITE_P(
               {"q is float32"}},
         Wrong{
             "Dim", [](P& p) { p.problem.head_dim = p.problem.value_dim = 96; }, {"head_dim is 96"}},
+        Wrong{"Dims",
+              [](P& p) { p.problem.head_dim = 128, p.problem.value_dim = 192; },
+              {"head_dim is 128 and value_dim 192", "192/128"}},
         Wrong{"Pages",
               [](P& p) {
                 KeysValues& kv = p.problem.kv;
@@ -118,9 +121,9 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& param) { return param.param.name; });
 
 TEST(BackwardPlan, HasTheTilesOfTheForward) {
-  for (const int64_t dim : {64, 128, 256}) {
+  for (const auto& [dim, value_dim] : {std::pair{64, 64}, {128, 128}, {192, 128}, {256, 256}}) {
     P p = dense();
-    p.problem.head_dim = p.problem.value_dim = dim;
+    p.problem.head_dim = dim, p.problem.value_dim = value_dim;
     const Plan found = plan(p);
     EXPECT_EQ(found.shape.query_rows, 64);
     EXPECT_EQ(found.shape.keys, dim == 256 ? 64 : 128);
@@ -142,6 +145,9 @@ TEST(BackwardPlan, WorkspaceGrowsWithRowsAndTheBitsOfTiles) {
   EXPECT_LE(bytes(65536, 65536),
             heads * (8 * rows + (rows / 64) * (rows / 128) / 8 + parts) + 4096);
   EXPECT_LE(bytes(4096, 4096), heads * (8 * 4096 + 64 * 32 / 8) + 4096);
+  const double alike = bytes(65536, 65536);
+  p.problem.head_dim = 192;
+  EXPECT_EQ(bytes(65536, 65536) - alike, heads * 128 * (192 - kDim) * sizeof(float));
 }
 
 TEST(BackwardPlan, PassesScalesOn) {

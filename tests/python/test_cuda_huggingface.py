@@ -123,6 +123,33 @@ def test_latent_attention(name: str, absorbed: bool) -> None:
     assert ours < 2 * own
 
 
+@hopper
+@pytest.mark.parametrize("how", ["whole", "checkpointed", "packed"])
+@pytest.mark.parametrize("name", [n for n in ("DeepseekV2", "DeepseekV3") if n in present()])
+def test_gradients_of_latent_attention(name: str, how: str) -> None:
+    lengths = [200, 100] if how == "packed" else [300]
+    places = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
+    ids = tokens(1, 300)
+
+    def run(implementation: str, dtype: torch.dtype) -> torch.Tensor:
+        model = make_latent_model(name, implementation, initializer_range=0.1, **ON_GPUS[name])
+        model.to("cuda", dtype).train()
+        if implementation == "blasst":
+            blasst.configure(model, prefill=Threshold(0.0), decode=Threshold(0.0))
+        if how == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids, labels=ids, position_ids=places, use_cache=False).loss.backward()
+        grads = (p.grad for p in model.parameters() if p.grad is not None)
+        return torch.cat([g.flatten() for g in grads]).float()
+
+    exact = run("eager", torch.float32)
+    own, ours = (
+        (run(implementation, torch.bfloat16) - exact).norm()
+        for implementation in ("eager", "blasst")
+    )
+    assert ours < 2 * own
+
+
 @pytest.mark.skipif("DeepseekV3" not in present(), reason="needs models that cache latents")
 @absorbed_or_not
 @torch.inference_mode()

@@ -15,7 +15,21 @@ pytestmark = hopper
 THRESHOLD = 0.3
 
 
-def inputs(batch=2, queries=400, keys=700, heads=4, kv_heads=2, dim=128, dtype=torch.bfloat16):
+SIZES = pytest.mark.parametrize(
+    ("dim", "value_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)]
+)
+
+
+def inputs(
+    batch=2,
+    queries=400,
+    keys=700,
+    heads=4,
+    kv_heads=2,
+    dim=128,
+    value_dim=128,
+    dtype=torch.bfloat16,
+):
     """q, k, v in which some stretches of keys matter more than others, so that tiles can go."""
     generator = torch.Generator().manual_seed(batch + queries + 3 * keys + heads)
 
@@ -24,7 +38,7 @@ def inputs(batch=2, queries=400, keys=700, heads=4, kv_heads=2, dim=128, dtype=t
 
     q, k = normal(batch, queries, heads, dim), normal(batch, keys, kv_heads, dim)
     size = torch.tensor([3.0, 0.1, 0.2, 4.0, 0.1, 1.0])[torch.arange(keys) // 128 % 6]
-    k, v = k * size[:, None, None], normal(batch, keys, kv_heads, dim)
+    k, v = k * size[:, None, None], normal(batch, keys, kv_heads, value_dim)
     return tuple(t.to("cuda", dtype).requires_grad_() for t in (q, k, v))
 
 
@@ -66,7 +80,7 @@ def norm_of_difference(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@SIZES
 @pytest.mark.parametrize(
     "options",
     [
@@ -78,8 +92,10 @@ def norm_of_difference(a: Tensor, b: Tensor) -> float:
     ],
     ids="+".join,
 )
-def test_gradients_are_as_good_as_plain_ones(options: dict, dim: int, dtype: torch.dtype) -> None:
-    q, k, v = inputs(dim=dim, dtype=dtype)
+def test_gradients_are_as_good_as_plain_ones(
+    options: dict, dim: int, value_dim: int, dtype: torch.dtype
+) -> None:
+    q, k, v = inputs(dim=dim, value_dim=value_dim, dtype=dtype)
     options = {"causal": True, "threshold": THRESHOLD, **options}
     wanted = [q, k, v]
     if "sinks" in options:
@@ -106,9 +122,9 @@ def test_gradients_are_as_good_as_plain_ones(options: dict, dim: int, dtype: tor
         assert error <= 2 * plain_error + 1e-6 * e.norm(), f"d{name}: {error}, plain {plain_error}"
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_the_same_bits_whatever_asks_for_them(dim: int) -> None:
-    q, k, v = inputs(dim=dim)
+@SIZES
+def test_the_same_bits_whatever_asks_for_them(dim: int, value_dim: int) -> None:
+    q, k, v = inputs(dim=dim, value_dim=value_dim)
 
     def layer(q: Tensor, k: Tensor, v: Tensor, threshold: float | None = THRESHOLD) -> Tensor:
         return attention(q, k, v, causal=True, threshold=threshold)
@@ -125,9 +141,11 @@ def test_the_same_bits_whatever_asks_for_them(dim: int) -> None:
     assert not all(map(torch.equal, dense, first))
 
 
-def test_packed_sequences_have_the_gradients_that_each_has_alone() -> None:
+@SIZES
+def test_packed_sequences_have_the_gradients_that_each_has_alone(dim: int, value_dim: int) -> None:
     lengths = [300, 0, 77, 513]
-    q, k, v = (t.detach()[0, : sum(lengths)] for t in inputs(1, 900, 900))
+    sizes = {"dim": dim, "value_dim": value_dim}
+    q, k, v = (t.detach()[0, : sum(lengths)] for t in inputs(1, 900, 900, **sizes))
     ends = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     packed = attention(
@@ -197,9 +215,3 @@ def test_what_has_no_backward_is_named() -> None:
     lengths = torch.tensor([128, 128], device="cuda")
     with pytest.raises(NotImplementedError, match=r"kv\.layout is paged"):
         attention(q, k, v, page_table=pages, lengths=lengths, phase="prefill").sum().backward()
-
-
-def test_heads_of_latent_attention_have_no_backward() -> None:
-    q, k, v = inputs(dim=192)
-    with pytest.raises(NotImplementedError, match="head_dim is 192 and value_dim 128; of these"):
-        attention(q, k, v[..., :128], causal=True).sum().backward()

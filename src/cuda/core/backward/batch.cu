@@ -106,15 +106,17 @@ __global__ void __launch_bounds__(kListThreads)
 constexpr int kPartThreads = 256;
 template <typename T>
 __global__ void __launch_bounds__(kPartThreads)
-    sum_parts(const __grid_constant__ Params b, int tile_keys, int dim) {
+    sum_parts(const __grid_constant__ Params b, int tile_keys, int qk_dim, int value_dim) {
   const prefill::Params& p = b.forward;
   const bool values = blockIdx.x % 2;
   const int kv_head = blockIdx.x / 2 % p.kv_heads, slot = blockIdx.x / 2 / p.kv_heads;
   const int request = request_of_slot(b, slot, tile_keys);
   if (request < 0) return;
-  const int64_t size = int64_t{tile_keys} * dim;
+  const int dim = values ? value_dim : qk_dim;
+  const int size = tile_keys * dim, both = tile_keys * (qk_dim + value_dim);
   const int parts = p.heads / p.kv_heads;
-  const float* from = b.sums + (int64_t{blockIdx.x / 2} * parts * 2 + values) * size;
+  const float* from =
+      b.sums + int64_t{blockIdx.x / 2} * parts * both + (values ? tile_keys * qk_dim : 0);
   const OutputRows& to = values ? b.dv : b.dk;
   T* first = key_row<T>(to, p, request, kv_head, keys_of_request(p.keys, request).first);
   const float factor = values ? 1 : b.scale;
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kPartThreads)
     for (int part = 0; part < parts; ++part) {
 #pragma unroll
       for (int e = 0; e < 8; e += 4) {
-        const float4 add = *reinterpret_cast<const float4*>(from + part * 2 * size + i + e);
+        const float4 add = *reinterpret_cast<const float4*>(from + int64_t{part} * both + i + e);
         x[e] += add.x, x[e + 1] += add.y, x[e + 2] += add.z, x[e + 3] += add.w;
       }
     }
@@ -182,7 +184,8 @@ __global__ void clear_padding_rows(const __grid_constant__ Params b, int dim) {
 }
 
 // A block for each token.
-__global__ void clear_unused_keys(const __grid_constant__ Params b, int tokens, int dim) {
+__global__ void clear_unused_keys(const __grid_constant__ Params b, int tokens, int qk_dim,
+                                  int value_dim) {
   const prefill::Params& p = b.forward;
   const int outer = blockIdx.x / tokens, token = blockIdx.x % tokens;
   Span used = {0, 0};
@@ -191,16 +194,16 @@ __global__ void clear_unused_keys(const __grid_constant__ Params b, int tokens, 
   else
     used = keys_of_request(p.keys, outer);
   if (token >= used.first && token < used.first + used.count) return;
-  clear_row(b.dk, outer, token, p.kv_heads, dim);
-  clear_row(b.dv, outer, token, p.kv_heads, dim);
+  clear_row(b.dk, outer, token, p.kv_heads, qk_dim);
+  clear_row(b.dv, outer, token, p.kv_heads, value_dim);
 }
 
 }  // namespace
 
-void measure_rows(const Params& b, Element element, int dim, void* stream) {
+void measure_rows(const Params& b, Element element, int value_dim, void* stream) {
   const auto kernel = element == Element::kHalf ? measure<__half> : measure<__nv_bfloat16>;
   enqueue(kernel, b.forward.heads * b.query_tiles, kMeasureThreads,
-          static_cast<cudaStream_t>(stream), b, dim);
+          static_cast<cudaStream_t>(stream), b, value_dim);
 }
 
 void list_keepers(const Params& b, int tile_keys, void* stream) {
@@ -208,27 +211,28 @@ void list_keepers(const Params& b, int tile_keys, void* stream) {
           static_cast<cudaStream_t>(stream), b, tile_keys);
 }
 
-void add_parts(const Params& b, Element element, int tile_keys, int dim, void* stream) {
+void add_parts(const Params& b, Element element, int tile_keys, int qk_dim, int value_dim,
+               void* stream) {
   const auto kernel = element == Element::kHalf ? sum_parts<__half> : sum_parts<__nv_bfloat16>;
   enqueue(kernel, 2 * b.sum_slots * b.forward.kv_heads, kPartThreads,
-          static_cast<cudaStream_t>(stream), b, tile_keys, dim);
+          static_cast<cudaStream_t>(stream), b, tile_keys, qk_dim, value_dim);
 }
 
 void add_sinks(const Params& b, void* stream) {
   enqueue(sum_sinks, b.forward.heads, kSinkThreads, static_cast<cudaStream_t>(stream), b);
 }
 
-void clear_unused(const Params& b, int64_t key_outer, int64_t key_tokens, int dim,
+void clear_unused(const Params& b, int64_t key_outer, int64_t key_tokens, int qk_dim, int value_dim,
                   void* cuda_stream) {
   const auto stream = static_cast<cudaStream_t>(cuda_stream);
   const prefill::Params& p = b.forward;
   if (prefill::may_be_padded(p) && p.rows > 0)
-    enqueue(clear_padding_rows, p.rows, 128, stream, b, dim);
+    enqueue(clear_padding_rows, p.rows, 128, stream, b, qk_dim);
   const bool all_used = !p.keys.cu_seqlens && !p.keys.starts && !p.keys.lengths;
   const auto tokens = static_cast<int>(key_tokens);
   if (!all_used && key_outer * key_tokens > 0)
     enqueue(clear_unused_keys, static_cast<unsigned>(key_outer * key_tokens), 128, stream, b,
-            tokens, dim);
+            tokens, qk_dim, value_dim);
 }
 
 }  // namespace blasst::cuda::backward

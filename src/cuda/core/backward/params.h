@@ -35,8 +35,8 @@ struct Params {
   int keeper_words;
   int key_tiles;  // room for those of all requests
 
-  // [slots, heads, 2, keys of a tile, dim] dk, not yet scaled, and dv of the first key tiles of
-  // long requests (request_of_slot()), by query head.
+  // [slots, heads] dk, not yet scaled, [keys of a tile, qk_dim], and dv, [keys of a tile,
+  // value_dim], of the first key tiles of long requests (request_of_slot()), by query head.
   float* sums;
   int sum_slots;
 };

@@ -13,9 +13,6 @@
 
 namespace blasst::cuda::backward {
 
-using Scores = float[kBlock / 2];      // a thread's share of 64 x 64
-using Weights = uint32_t[kBlock / 4];  // the same, in the element type
-
 // A block that passes by, where it is and how it is seen.
 struct Visit {
   int first_stage, second_stage;
@@ -24,11 +21,16 @@ struct Visit {
 
 template <typename L, typename T>
 class Consumer {
-  using Block = typename L::Block;
+  using First = typename L::First;
+  using Second = typename L::Second;
   using Shared = typename L::Shared;
-  using Sums = float[L::kDim / 2];
-  using Square = ptx::Wgmma<T, kBlock>;
   static constexpr bool kKeys = L::kSide == Side::kKeys;
+  static constexpr int kPassing = L::kPassing;
+  using Scores = float[kPassing / 2];      // a thread's share of 64 x kPassing
+  using Weights = uint32_t[kPassing / 4];  // the same, in the element type
+  using FirstSums = float[L::kQkDim / 2];
+  using SecondSums = float[L::kValueDim / 2];
+  static constexpr int kFirstSums = L::kTileKeys * L::kQkDim;  // of a tile, of one query head
 
  public:
   __device__ Consumer(const Params& b, Shared& s)
@@ -68,7 +70,8 @@ class Consumer {
   // weights' gradients of the next. What threads compute meanwhile stands between.
   __device__ __forceinline__ void find_all() {
     if constexpr (!kKeys) load_rows();
-    Sums dk, dv;  // dq is in dk
+    FirstSums dk;  // or dq
+    SecondSums dv;
     clear(dk);
     if constexpr (kKeys) clear(dv);
     Scores s, dp;
@@ -120,7 +123,7 @@ class Consumer {
     }
     if constexpr (kKeys) {
       finish(dk, b_.scale, b_.dk, 0);
-      finish(dv, 1, b_.dv, 1);
+      finish(dv, 1, b_.dv, kFirstSums);
     } else {
       store(dk, b_.scale, b_.dq);
     }
@@ -128,7 +131,7 @@ class Consumer {
 
   // dv, where the other warpgroup finds dk.
   __device__ __forceinline__ void find_values_gradient() {
-    Sums dv;
+    SecondSums dv;
     clear(dv);
     Visit at;
     if (take(at)) {
@@ -151,7 +154,7 @@ class Consumer {
         // 2. The other warpgroup goes on with them.
         ptx::mbarrier_wait(address(s_.barriers.weights_empty[handover.stage]), handover.phase ^ 1);
 #pragma unroll
-        for (int i = 0; i < kBlock / 2; ++i)
+        for (int i = 0; i < kPassing / 2; ++i)
           s_.weights[handover.stage][i][threadIdx.x % 128] = s[i];
         arrive(address(s_.barriers.weights_full[handover.stage]));
         handover.next();
@@ -165,12 +168,12 @@ class Consumer {
       ptx::wgmma_wait<0>();
       ptx::fence_registers(dv);
     }
-    finish(dv, 1, b_.dv, 1);
+    finish(dv, 1, b_.dv, kFirstSums);
   }
 
   // dk, from the other warpgroup's weights.
   __device__ __forceinline__ void find_keys_gradient() {
-    Sums dk;
+    FirstSums dk;
     clear(dk);
     Visit at;
     if (take(at)) {
@@ -189,7 +192,7 @@ class Consumer {
         Scores s;
         ptx::mbarrier_wait(address(s_.barriers.weights_full[handover.stage]), handover.phase);
 #pragma unroll
-        for (int i = 0; i < kBlock / 2; ++i)
+        for (int i = 0; i < kPassing / 2; ++i)
           s[i] = s_.weights[handover.stage][i][threadIdx.x % 128];
         arrive(address(s_.barriers.weights_empty[handover.stage]));
         handover.next();
@@ -229,7 +232,7 @@ class Consumer {
       second_ring_.next();
       if (wanted >> warpgroup_ & 1) {
         at.masked = ptx::warp_uniform(!all_seen(step));
-        if (at.masked && step.count < kBlock) [[unlikely]]
+        if (at.masked && step.count < kPassing) [[unlikely]]
           clear(at, step.count);
         return true;
       }
@@ -249,33 +252,37 @@ class Consumer {
   // Whether every row sees every key, and all that passes by exists.
   __device__ __forceinline__ bool all_seen(const Step& step) const {
     const int row = kKeys ? step.first : first_, key = kKeys ? first_ : step.first;
-    return step.count >= kBlock && step.least <= row - (key + kBlock - 1) &&
-           row + kBlock - 1 - key <= step.most;
+    constexpr int kRows = kKeys ? kPassing : kBlock, kKeyCount = kKeys ? kBlock : kPassing;
+    return step.count >= kPassing && step.least <= row - (key + kKeyCount - 1) &&
+           row + kRows - 1 - key <= step.most;
   }
 
   // What is behind the last row or key may be anything, NaN too, and 0 * NaN is not 0.
   __device__ __forceinline__ void clear(const Visit& at, int valid) {
     wait_second(at);
-    const int vectors = (kBlock - valid) * (kPanelRowBytes / 16);
-    for (const uint32_t block : {first_block(at), second_block(at)}) {
-#pragma unroll 1
-      for (int panel = 0; panel < Block::kCount; ++panel) {
-        const uint32_t from = block + panel * Block::kPanelBytes + valid * kPanelRowBytes;
-#pragma unroll 1
-        for (int i = threadIdx.x % 128; i < vectors; i += 128)
-          asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(from + 16 * i), "r"(0)
-                       : "memory");
-      }
-    }
+    clear_rows<First>(first_block(at), valid);
+    clear_rows<Second>(second_block(at), valid);
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(1 + warpgroup_, 128);
   }
+  template <typename Block>
+  __device__ __forceinline__ static void clear_rows(uint32_t block, int valid) {
+    const int vectors = (kPassing - valid) * (kPanelRowBytes / 16);
+#pragma unroll 1
+    for (int panel = 0; panel < Block::kCount; ++panel) {
+      const uint32_t from = block + panel * Block::kPanelBytes + valid * kPanelRowBytes;
+#pragma unroll 1
+      for (int i = threadIdx.x % 128; i < vectors; i += 128)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(from + 16 * i), "r"(0)
+                     : "memory");
+    }
+  }
 
   __device__ __forceinline__ uint32_t first_block(const Visit& at) const {
-    return base_ + offsetof(Shared, first) + at.first_stage * Block::kBytes;
+    return base_ + offsetof(Shared, first) + at.first_stage * First::kBytes;
   }
   __device__ __forceinline__ uint32_t second_block(const Visit& at) const {
-    return base_ + offsetof(Shared, second) + at.second_stage * Block::kBytes;
+    return base_ + offsetof(Shared, second) + at.second_stage * Second::kBytes;
   }
   __device__ __forceinline__ void wait_second(const Visit& at) const {
     ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.second_full) + 8 * at.second_stage,
@@ -295,54 +302,63 @@ class Consumer {
 
   // --- products ---------------------------------------------------------------------------------
 
-  // 64 x 64: what stays times what passes by.
-  __device__ __forceinline__ void start_square(Scores& t, int operand, uint32_t passing) const {
+  // 64 x kPassing: what stays, blocks at `fixed` of the shared memory, times what passes by.
+  template <typename Fixed, typename Passing>
+  __device__ __forceinline__ void multiply(Scores& t, uint32_t fixed, uint32_t passing) const {
+    using Multiply = ptx::Wgmma<T, kPassing>;
     const int block = L::kByGradient ? 0 : warpgroup_;
-    const uint64_t fixed = ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, fixed)),
-                                        (operand * L::kFixedBlocks + block) * Block::kBytes);
-    const uint64_t other = ptx::wgmma_descriptor(passing);
+    // Beside sums that fill the registers, no descriptors are kept from one product to the next.
+    const uint32_t base = kPassing < kBlock ? ptx::opaque(base_) : base_;
+    const uint64_t a = ptx::advance(ptx::wgmma_descriptor(base + fixed), block * Fixed::kBytes);
+    const uint64_t b = ptx::wgmma_descriptor(passing);
     ptx::fence_registers(t);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < L::kDim / 16; ++step) {
-      const int offset = step / 4 * Block::kPanelBytes + step % 4 * 32;
-      const uint64_t x = ptx::advance(fixed, offset), y = ptx::advance(other, offset);
-      step == 0 ? Square::first(t, x, y) : Square::add(t, x, y);
+    for (int step = 0; step < 4 * Fixed::kCount; ++step) {
+      const int panel = step / 4, within = step % 4 * 32;
+      const uint64_t x = ptx::advance(a, panel * Fixed::kPanelBytes + within);
+      const uint64_t y = ptx::advance(b, panel * Passing::kPanelBytes + within);
+      step == 0 ? Multiply::first(t, x, y) : Multiply::add(t, x, y);
     }
     ptx::wgmma_commit();
   }
   __device__ __forceinline__ void start_scores(Scores& s, const Visit& at) const {
-    start_square(s, 0, first_block(at));
+    multiply<typename L::FirstFixed, First>(s, offsetof(Shared, first_fixed), first_block(at));
   }
   __device__ __forceinline__ void start_dweights(Scores& dp, const Visit& at) const {
     wait_second(at);
-    start_square(dp, 1, second_block(at));
+    multiply<typename L::SecondFixed, Second>(dp, offsetof(Shared, second_fixed), second_block(at));
   }
 
   // Here, not later: the assembler serialises products among which sums are first written.
-  __device__ __forceinline__ static void clear(Sums& sums) {
+  template <int kCount>
+  __device__ __forceinline__ static void clear(float (&sums)[kCount]) {
 #pragma unroll
     for (float& x : sums) x = 0;
     ptx::fence_registers(sums);
   }
 
   // sums += weights * block.
-  __device__ __forceinline__ void add(Sums& sums, const Weights& weights, uint32_t block) const {
+  template <typename Block, int kCount>
+  __device__ __forceinline__ void add(float (&sums)[kCount], const Weights& weights,
+                                      uint32_t block) const {
     const uint64_t rows = ptx::wgmma_descriptor(block, Block::kPanelBytes);
     ptx::fence_registers(sums);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kBlock / 16; ++step) {
-      ptx::Wgmma<T, L::kDim>::add_registers_by_columns(
+    for (int step = 0; step < kPassing / 16; ++step) {
+      ptx::Wgmma<T, 2 * kCount>::add_registers_by_columns(
           sums, weights + 4 * step, ptx::advance(rows, 16 * step * kPanelRowBytes));
     }
     ptx::wgmma_commit();
   }
-  __device__ __forceinline__ void start_dv(Sums& dv, const Weights& p, const Visit& at) const {
-    add(dv, p, second_block(at));
+  __device__ __forceinline__ void start_dv(SecondSums& dv, const Weights& p,
+                                           const Visit& at) const {
+    add<Second>(dv, p, second_block(at));
   }
-  __device__ __forceinline__ void start_sums(Sums& sums, const Weights& ds, const Visit& at) const {
-    add(sums, ds, first_block(at));
+  __device__ __forceinline__ void start_sums(FirstSums& sums, const Weights& ds,
+                                             const Visit& at) const {
+    add<First>(sums, ds, first_block(at));
   }
 
   // --- weights ----------------------------------------------------------------------------------
@@ -368,7 +384,7 @@ class Consumer {
   __device__ __forceinline__ void for_pairs(const float* of_rows, const float (&mine)[2],
                                             const Each& each) const {
 #pragma unroll
-    for (int j = 0; j < kBlock / 8; ++j) {
+    for (int j = 0; j < kPassing / 8; ++j) {
       float2 row = {};
       if constexpr (kKeys)
         row = *reinterpret_cast<const float2*>(of_rows + 8 * j + fragment_column());
@@ -425,7 +441,7 @@ class Consumer {
 
   __device__ __forceinline__ static void pack(const Scores& s, Weights& p) {
 #pragma unroll
-    for (int i = 0; i < kBlock / 4; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
+    for (int i = 0; i < kPassing / 4; ++i) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
   }
 
   __device__ __forceinline__ void mask(Scores& s, const Visit& at, float masked) const {
@@ -443,22 +459,24 @@ class Consumer {
 
   // --- gradients --------------------------------------------------------------------------------
 
-  // Writes the gradients of 64 keys, or leaves them for add_parts(): the first or the second of the
-  // two.
-  __device__ __forceinline__ void finish(const Sums& sums, float factor, const OutputRows& to,
-                                         int gradient) const {
+  // Writes the gradients of 64 keys, or leaves them for add_parts(), `place` floats on.
+  template <int kCount>
+  __device__ __forceinline__ void finish(const float (&sums)[kCount], float factor,
+                                         const OutputRows& to, int place) const {
+    constexpr int kDim = 2 * kCount;
     if (!w_.sums) return store(sums, factor, to);
-    float* first = w_.sums + (gradient * L::kTileKeys + first_) * L::kDim + fragment_column();
+    float* first = w_.sums + place + first_ * kDim + fragment_column();
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int j = 0; j < L::kDim / 8; ++j)
-        *reinterpret_cast<float2*>(first + fragment_row(r) * L::kDim + 8 * j) =
+      for (int j = 0; j < kDim / 8; ++j)
+        *reinterpret_cast<float2*>(first + fragment_row(r) * kDim + 8 * j) =
             make_float2(sums[4 * j + 2 * r], sums[4 * j + 2 * r + 1]);
   }
 
   // Writes the 64 rows or keys.
-  __device__ __forceinline__ void store(const Sums& sums, float factor,
+  template <int kCount>
+  __device__ __forceinline__ void store(const float (&sums)[kCount], float factor,
                                         const OutputRows& to) const {
     T* first;
     if constexpr (kKeys) {
@@ -476,7 +494,7 @@ class Consumer {
       T* at = first + row * to.stride_token + 8 * (threadIdx.x % 4);
       // The four threads of a row trade pairs, so that each has eight elements side by side.
 #pragma unroll
-      for (int j = 0; j < L::kDim / 32; ++j) {
+      for (int j = 0; j < kCount / 16; ++j) {
         uint32_t x[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {

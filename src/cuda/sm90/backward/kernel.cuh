@@ -34,7 +34,7 @@ __device__ __forceinline__ void find_gradients(const Params& b, uint8_t* memory,
                                                int index) {
   auto& s = *reinterpret_cast<typename L::Shared*>(memory);
   if (threadIdx.x == 0) {
-    s.work = find_work<L::kSide>(b, index, L::kTileKeys, L::kDim);
+    s.work = find_work<L::kSide>(b, index, L::kTileKeys, L::kQkDim + L::kValueDim);
     init_barriers<L>(s);
   }
   __syncthreads();
@@ -49,7 +49,7 @@ __device__ __forceinline__ void find_gradients(const Params& b, uint8_t* memory,
 }
 
 // The first `key_blocks` blocks of threads find dk and dv, those after them dq.
-template <typename T, int kDim, bool kCapped>
+template <typename T, int kQkDim, int kValueDim, bool kCapped>
 __global__ void __launch_bounds__(128 * (1 + kWarpgroups), 1)
     differentiate(const __grid_constant__ Params b, const __grid_constant__ CUtensorMap query_map,
                   const __grid_constant__ CUtensorMap dout_map,
@@ -59,9 +59,10 @@ __global__ void __launch_bounds__(128 * (1 + kWarpgroups), 1)
   const Maps maps = {&query_map, &dout_map, &key_map, &value_map};
   const int index = blockIdx.x;
   if (index < key_blocks)
-    find_gradients<Layout<Side::kKeys, kDim, kCapped>, T>(b, memory, maps, index);
+    find_gradients<Layout<Side::kKeys, kQkDim, kValueDim, kCapped>, T>(b, memory, maps, index);
   else
-    find_gradients<Layout<Side::kQueries, kDim, kCapped>, T>(b, memory, maps, index - key_blocks);
+    find_gradients<Layout<Side::kQueries, kQkDim, kValueDim, kCapped>, T>(b, memory, maps,
+                                                                          index - key_blocks);
 }
 
 }  // namespace blasst::cuda::backward

@@ -1,4 +1,4 @@
-// Instantiates the kernels of one size of heads, BLASST_DIM.
+// Instantiates the kernels of one pair of dimensions, BLASST_QK_DIM and BLASST_VALUE_DIM.
 #include <algorithm>
 #include <cstddef>
 
@@ -10,12 +10,13 @@ namespace {
 
 template <typename T, bool kCapped>
 Kernel kernel() {
-  using Keys = Layout<Side::kKeys, BLASST_DIM, kCapped>;
-  using Queries = Layout<Side::kQueries, BLASST_DIM, kCapped>;
+  using Keys = Layout<Side::kKeys, BLASST_QK_DIM, BLASST_VALUE_DIM, kCapped>;
+  using Queries = Layout<Side::kQueries, BLASST_QK_DIM, BLASST_VALUE_DIM, kCapped>;
   constexpr std::size_t bytes =
       std::max(sizeof(typename Keys::Shared), sizeof(typename Queries::Shared));
-  return {reinterpret_cast<const void*>(&differentiate<T, BLASST_DIM, kCapped>),
-          static_cast<int>(bytes), Keys::kThreads};
+  return {
+      reinterpret_cast<const void*>(&differentiate<T, BLASST_QK_DIM, BLASST_VALUE_DIM, kCapped>),
+      static_cast<int>(bytes), Keys::kThreads};
 }
 
 template <typename T>
@@ -26,7 +27,7 @@ Kernel kernel(bool capped) {
 }  // namespace
 
 template <>
-Kernel find_kernel_of<BLASST_DIM>(Element element, bool capped) {
+Kernel find_kernel_of<BLASST_QK_DIM, BLASST_VALUE_DIM>(Element element, bool capped) {
   return element == Element::kHalf ? kernel<__half>(capped) : kernel<__nv_bfloat16>(capped);
 }
 

@@ -22,10 +22,10 @@ namespace {
 // take.
 constexpr int64_t kSectionBytes = int64_t{32} << 20;
 
-// Boxes of one panel by a block of tokens.
-CUtensorMap map_of(const Tensor& t, Element element) {
+// Boxes of one panel by so many tokens.
+CUtensorMap map_of(const Tensor& t, Element element, int tokens) {
   return tensor_map(t, element,
-                    {{{t.tokens, t.stride_token, kBlock},
+                    {{{t.tokens, t.stride_token, tokens},
                       {t.heads, t.stride_head, 1},
                       {t.outer, t.stride_outer, 1}}},
                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
@@ -63,11 +63,12 @@ void launch(const Launch& l) {
 
   // Where there is nothing, nothing is copied; any tensor will do.
   const Tensor& any = row_blocks > 0 ? l.q : l.k;
-  const CUtensorMap q = map_of(row_blocks > 0 ? l.q : any, l.element);
-  const CUtensorMap dout = map_of(row_blocks > 0 ? l.dout : any, l.element);
-  const CUtensorMap k = map_of(keys_at_all ? l.k : any, l.element);
-  const CUtensorMap v = map_of(keys_at_all ? l.v : any, l.element);
-  const Kernel kernel = find_kernel(l.element, l.qk_dim, p.softcap > 0);
+  const int box_rows = passing_rows(l.qk_dim);
+  const CUtensorMap q = map_of(row_blocks > 0 ? l.q : any, l.element, box_rows);
+  const CUtensorMap dout = map_of(row_blocks > 0 ? l.dout : any, l.element, box_rows);
+  const CUtensorMap k = map_of(keys_at_all ? l.k : any, l.element, kBlock);
+  const CUtensorMap v = map_of(keys_at_all ? l.v : any, l.element, kBlock);
+  const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, p.softcap > 0);
   allow_shared_memory(kernel.function, kernel.shared_bytes);
 
   if (p.first_block) prefill::list_blocks(p, kRowsPerBlock, stream);
@@ -77,8 +78,8 @@ void launch(const Launch& l) {
   enqueue(kernel.function, key_blocks + row_blocks, kernel.threads, kernel.shared_bytes, stream,
           {&b, &q, &dout, &k, &v, &key_blocks});
   if (keys_at_all && b.sum_slots > 0)
-    add_parts(b, l.element, prefill::tile_keys(l.qk_dim), l.qk_dim, stream);
-  clear_unused(b, l.k.outer, l.k.tokens, l.qk_dim, stream);
+    add_parts(b, l.element, prefill::tile_keys(l.qk_dim), l.qk_dim, l.value_dim, stream);
+  clear_unused(b, l.k.outer, l.k.tokens, l.qk_dim, l.value_dim, stream);
   if (b.dsinks) add_sinks(b, stream);
 }
 

@@ -13,8 +13,8 @@ struct Launch {
   Params params;  // launch() fills in the work
   Tensor q, k, v, dout;
   Element element;
-  int qk_dim, value_dim;  // alike
-  void* stream;           // a cudaStream_t
+  int qk_dim, value_dim;
+  void* stream;  // a cudaStream_t
 };
 
 // Enqueues everything on the stream; allocates nothing. Throws Error.

@@ -11,7 +11,7 @@
 namespace blasst::cuda::backward {
 
 // Whose gradients a block of threads finds. Those rows stay in shared memory; what they meet passes
-// by, in blocks of 64:
+// by, in blocks of 64, or of passing_rows():
 //            stays      passes by   scores    weights' gradients   sums
 //   kKeys    K, V       Q, dout     K Q^T     V dout^T             dv += P^T dout, dk += dS^T Q
 //   kQueries Q, dout    K, V        Q K^T     dout V^T             dq += dS K
@@ -37,22 +37,30 @@ struct alignas(16) Step {
   int least, most;  // distances that the head looks across
 };
 
-template <Side kSide_, int kDim_, bool kCapped_>
+template <Side kSide_, int kQkDim_, int kValueDim_, bool kCapped_>
 struct Layout {
   static constexpr Side kSide = kSide_;
-  static constexpr int kDim = kDim_;
+  static constexpr int kQkDim = kQkDim_;
+  static constexpr int kValueDim = kValueDim_;
   static constexpr bool kCapped = kCapped_;  // scores have a soft cap
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
-  static constexpr int kTileKeys = prefill::tile_keys(kDim);
+  static constexpr int kTileKeys = prefill::tile_keys(kQkDim);
 
-  using Block = Panels<kBlock, kDim>;
+  // Operands of scores are the first, of weights' gradients the second.
+  static constexpr int kBoxRows = passing_rows(kQkDim);  // of q and dout, that a copy takes
+  static constexpr int kPassing = kSide == Side::kKeys ? kBoxRows : kBlock;
+  using FirstFixed = Panels<kBlock, kQkDim>;
+  using SecondFixed = Panels<kBlock, kValueDim>;
+  using First = Panels<kPassing, kQkDim>;
+  using Second = Panels<kPassing, kValueDim>;
   // Where sums of two gradients do not fit in a warpgroup's registers, one finds dv and hands the
   // weights over to the other, which finds dk.
-  static constexpr bool kByGradient = kSide == Side::kKeys && kDim == 256;
+  static constexpr bool kByGradient = kSide == Side::kKeys && kQkDim == 256;
   static constexpr int kFixedBlocks = kByGradient ? 1 : kWarpgroups;
-  static constexpr int kFirstStages = kDim == 256 ? 2 : 4;
-  static constexpr int kSecondStages = kDim == 256 && kSide == Side::kQueries ? 1 : kFirstStages;
+  static constexpr int kFirstStages = kQkDim == 256 ? 2 : kPassing == kBlock ? 4 : 6;
+  static constexpr int kSecondStages =
+      kQkDim > 128 && kSide == Side::kQueries ? kFirstStages - 1 : kFirstStages;
   static constexpr int kHandovers = 2;
 
   static constexpr int kProducerRegisters = 24;
@@ -65,13 +73,13 @@ struct Layout {
     uint64_t weights_full[kHandovers], weights_empty[kHandovers];  // kByGradient only
   };
   struct Shared {
-    // First and second operands: of scores, of weights' gradients.
-    alignas(1024) uint8_t fixed[2][kFixedBlocks][Block::kBytes];
-    alignas(1024) uint8_t first[kFirstStages][Block::kBytes];
-    alignas(1024) uint8_t second[kSecondStages][Block::kBytes];
-    RowBlock rows[kSide == Side::kKeys ? kFirstStages : 1];  // of first
+    alignas(1024) uint8_t first_fixed[kFixedBlocks][FirstFixed::kBytes];
+    alignas(1024) uint8_t second_fixed[kFixedBlocks][SecondFixed::kBytes];
+    alignas(1024) uint8_t first[kFirstStages][First::kBytes];
+    alignas(1024) uint8_t second[kSecondStages][Second::kBytes];
+    RowBlock rows[kSide == Side::kKeys ? kFirstStages : 1];  // of first; kPassing of each
     Step step[kFirstStages];                                 // of first
-    float weights[kByGradient ? kHandovers : 1][kByGradient ? kBlock / 2 : 1][128];
+    float weights[kByGradient ? kHandovers : 1][kByGradient ? kPassing / 2 : 1][128];
     Work work;
     Barriers barriers;
   };

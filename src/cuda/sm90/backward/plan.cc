@@ -22,7 +22,7 @@ using problem::check_range;
 using problem::Geometry;
 using problem::Phase;
 
-constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {256, 256}};
+constexpr HeadSizes kSizes[] = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
 
 // Room for the key tiles of all requests: a ragged one shares tiles of tokens with nobody.
 int64_t all_key_tiles(const blasst_problem& p, int64_t tile_keys) {
@@ -49,8 +49,8 @@ WorkspaceLayout layout_of(const blasst_problem& p, const Geometry& g) {
   w.sums = w.keepers +
            aligned(sizeof(unsigned) * p.heads * all_key_tiles(p, g.shape.keys) * keeper_words(p));
   // A group's parts of both gradients, of all KV heads.
-  w.bytes = w.sums + aligned(sizeof(float) * sum_slots(p, g.shape.keys) * p.heads * 2 *
-                             g.shape.keys * p.head_dim);
+  w.bytes = w.sums + aligned(sizeof(float) * sum_slots(p, g.shape.keys) * p.heads * g.shape.keys *
+                             (p.head_dim + p.value_dim));
   return w;
 }
 

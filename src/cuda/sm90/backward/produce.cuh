@@ -30,7 +30,10 @@ struct Maps {
 
 template <typename L>
 class Producer {
-  using Block = typename L::Block;
+  using First = typename L::First;
+  using Second = typename L::Second;
+  using FirstFixed = typename L::FirstFixed;
+  using SecondFixed = typename L::SecondFixed;
   using Shared = typename L::Shared;
 
  public:
@@ -50,54 +53,64 @@ class Producer {
   }
 
  private:
+  // In boxes of so many tokens.
+  template <typename Block, int kBoxTokens>
   __device__ void copy(void* to, const CUtensorMap* map, uint64_t& barrier, int token, int head,
                        int outer) const {
 #pragma unroll
     for (int panel = 0; panel < Block::kCount; ++panel) {
-      ptx::copy_box(ptx::shared_address(to) + panel * Block::kPanelBytes, map, address(barrier),
-                    panel * kPanel, token, head, outer, ptx::L2Hint::kNormal);
+#pragma unroll
+      for (int i = 0; i < Block::kPanelBytes / kPanelRowBytes; i += kBoxTokens)
+        ptx::copy_box(ptx::shared_address(to) + panel * Block::kPanelBytes + i * kPanelRowBytes,
+                      map, address(barrier), panel * kPanel, token + i, head, outer,
+                      ptx::L2Hint::kNormal);
     }
   }
-  // A block of 64 rows of q or dout, of a query tile of the request.
-  __device__ void copy_rows(void* to, const CUtensorMap* map, uint64_t& barrier, int tile,
+  // Rows of q or dout, from one of the request's on.
+  template <typename Block>
+  __device__ void copy_rows(void* to, const CUtensorMap* map, uint64_t& barrier, int row,
                             int head) const {
-    const int row = w_.spans.rows.first + tile * kQueryTileRows;
-    copy(to, map, barrier, prefill::row_in_tensor(p_, w_.request, row), head,
-         p_.cu_seqlens_q ? 0 : w_.request);
+    copy<Block, L::kBoxRows>(to, map, barrier,
+                             prefill::row_in_tensor(p_, w_.request, w_.spans.rows.first + row),
+                             head, p_.cu_seqlens_q ? 0 : w_.request);
   }
+  template <typename Block>
   __device__ void copy_keys(void* to, const CUtensorMap* map, uint64_t& barrier, int key) const {
-    copy(to, map, barrier, w_.spans.keys.first + key, w_.kv_head,
-         p_.keys.cu_seqlens ? 0 : w_.request);
+    copy<Block, kBlock>(to, map, barrier, w_.spans.keys.first + key, w_.kv_head,
+                        p_.keys.cu_seqlens ? 0 : w_.request);
   }
 
   __device__ void load_fixed() const {
     uint64_t& full = s_.barriers.fixed_full;
-    ptx::mbarrier_arrive_expect(address(full), 2 * L::kFixedBlocks * Block::kBytes);
+    ptx::mbarrier_arrive_expect(address(full),
+                                L::kFixedBlocks * (FirstFixed::kBytes + SecondFixed::kBytes));
     for (int i = 0; i < L::kFixedBlocks; ++i) {
       if constexpr (L::kSide == Side::kKeys) {
         const int key = w_.tile * L::kTileKeys + i * kBlock;
-        copy_keys(s_.fixed[0][i], maps_.k, full, key);
-        copy_keys(s_.fixed[1][i], maps_.v, full, key);
+        copy_keys<FirstFixed>(s_.first_fixed[i], maps_.k, full, key);
+        copy_keys<SecondFixed>(s_.second_fixed[i], maps_.v, full, key);
       } else {
-        copy_rows(s_.fixed[0][i], maps_.q, full, w_.tile + i, w_.head);
-        copy_rows(s_.fixed[1][i], maps_.dout, full, w_.tile + i, w_.head);
+        const int row = (w_.tile + i) * kQueryTileRows;
+        copy_rows<FirstFixed>(s_.first_fixed[i], maps_.q, full, row, w_.head);
+        copy_rows<SecondFixed>(s_.second_fixed[i], maps_.dout, full, row, w_.head);
       }
     }
   }
 
   // For every block: room for its first operand, then for its second.
-  template <typename Copy>
-  __device__ void pass(const Step& step, int first_bytes, const Copy& copy_block) {
+  template <typename CopyFirst, typename CopySecond>
+  __device__ void pass(const Step& step, int first_bytes, const CopyFirst& copy_first,
+                       const CopySecond& copy_second) {
     if (!one_) return;
     auto& b = s_.barriers;
     ptx::mbarrier_wait(address(b.first_empty[first_.stage]), first_.phase ^ 1);
     s_.step[first_.stage] = step;
     ptx::mbarrier_arrive_expect(address(b.first_full[first_.stage]), first_bytes);
-    copy_block(0, s_.first[first_.stage], b.first_full[first_.stage]);
+    copy_first(s_.first[first_.stage], b.first_full[first_.stage]);
     first_.next();
     ptx::mbarrier_wait(address(b.second_empty[second_.stage]), second_.phase ^ 1);
-    ptx::mbarrier_arrive_expect(address(b.second_full[second_.stage]), Block::kBytes);
-    copy_block(1, s_.second[second_.stage], b.second_full[second_.stage]);
+    ptx::mbarrier_arrive_expect(address(b.second_full[second_.stage]), Second::kBytes);
+    copy_second(s_.second[second_.stage], b.second_full[second_.stage]);
     second_.next();
   }
 
@@ -106,6 +119,8 @@ class Producer {
     const int first = w_.tile * L::kTileKeys;
     const int end = min(first + L::kTileKeys, w_.spans.keys.count);
     const int place = first_query_tile(p_, w_.request);
+    // From the LSE of the first row to delta of the last.
+    constexpr int kRowBytes = sizeof(float) * (kQueryTileRows + L::kPassing);
     const int key_place = prefill::first_key_tile(p_.keys, w_.request, L::kTileKeys) + w_.tile;
     for (int head = w_.head; head < w_.head + w_.heads; ++head) {
       const Distances distances = distances_of(p_, head);
@@ -113,19 +128,27 @@ class Producer {
           b_.keepers + (int64_t{head} * b_.key_tiles + key_place) * b_.keeper_words;
       const auto word = [&](int i) { return b_.tile_bits ? keepers[i] : ~0u; };
       for_bits(tiles_that_see(w_, distances, first, end), word, [&](int tile) {
-        const int row = tile * kQueryTileRows;
-        const Step step = {.first = row + w_.spans.offset,
-                           .count = w_.spans.rows.count - row,
-                           .wanted = (1u << kWarpgroups) - 1,
-                           .least = distances.least,
-                           .most = distances.most};
-        pass(step, Block::kBytes + sizeof(RowBlock), [&](int operand, void* to, uint64_t& full) {
-          copy_rows(to, operand == 0 ? maps_.q : maps_.dout, full, tile, head);
-          if (operand == 0)
-            ptx::copy_bytes(ptx::shared_address(&s_.rows[first_.stage]),
-                            b_.rows + int64_t{head} * b_.query_tiles + place + tile,
-                            sizeof(RowBlock), address(full));
-        });
+#pragma unroll
+        for (int i = 0; i < kQueryTileRows; i += L::kPassing) {
+          const int row = tile * kQueryTileRows + i;
+          if (i > 0 && row >= w_.spans.rows.count) break;
+          const Step step = {.first = row + w_.spans.offset,
+                             .count = w_.spans.rows.count - row,
+                             .wanted = (1u << kWarpgroups) - 1,
+                             .least = distances.least,
+                             .most = distances.most};
+          pass(
+              step, First::kBytes + kRowBytes,
+              [&](void* to, uint64_t& full) {
+                copy_rows<First>(to, maps_.q, full, row, head);
+                ptx::copy_bytes(ptx::shared_address(&s_.rows[first_.stage]),
+                                b_.rows[int64_t{head} * b_.query_tiles + place + tile].lse + i,
+                                kRowBytes, address(full));
+              },
+              [&](void* to, uint64_t& full) {
+                copy_rows<Second>(to, maps_.dout, full, row, head);
+              });
+        }
       });
     }
   }
@@ -163,9 +186,10 @@ class Producer {
                            .wanted = wanted,
                            .least = distances.least,
                            .most = distances.most};
-        pass(step, Block::kBytes, [&](int operand, void* to, uint64_t& full) {
-          copy_keys(to, operand == 0 ? maps_.k : maps_.v, full, key);
-        });
+        pass(
+            step, First::kBytes,
+            [&](void* to, uint64_t& full) { copy_keys<First>(to, maps_.k, full, key); },
+            [&](void* to, uint64_t& full) { copy_keys<Second>(to, maps_.v, full, key); });
       }
     });
   }

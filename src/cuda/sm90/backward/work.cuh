@@ -11,9 +11,9 @@ namespace blasst::cuda::backward {
 
 // Blocks of threads: kKeys, one for each key tile of each KV head, the first keys, which causal
 // rows see most often, first; before them, one for each query head and first key tile of a long
-// request, which all of its rows may keep. kQueries, as in prefill.
+// request, which all of its rows may keep. kQueries, as in prefill. dims: of a key and its value.
 template <Side kSide>
-__device__ Work find_work(const Params& b, int index, int tile_keys, int dim) {
+__device__ Work find_work(const Params& b, int index, int tile_keys, int dims) {
   const prefill::Params& p = b.forward;
   Work w{};
   if constexpr (kSide == Side::kKeys) {
@@ -26,7 +26,7 @@ __device__ Work find_work(const Params& b, int index, int tile_keys, int dim) {
       w.request = request_of_slot(b, slot, tile_keys);
       if (w.request < 0) return w;
       w.head += place % group, w.heads = 1;
-      w.sums = b.sums + (int64_t{slot} * p.heads + w.head) * 2 * tile_keys * dim;
+      w.sums = b.sums + (int64_t{slot} * p.heads + w.head) * tile_keys * dims;
       w.spans = spans_of(p, w.request);
       w.any = true;
       return w;

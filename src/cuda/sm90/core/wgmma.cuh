@@ -71,10 +71,12 @@ struct Wgmma;
   BLASST_REGS_32                                                                     \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BLASST_REGS_96                                                               \
+  BLASST_REGS_64                                                                     \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define BLASST_REGS_128                                                                          \
-  BLASST_REGS_64                                                                                 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
+  BLASST_REGS_96                                                                                 \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
   "%127"
@@ -83,6 +85,7 @@ struct Wgmma;
 #define BLASST_EACH_16(mode, i) BLASST_EACH_8(mode, i), BLASST_EACH_8(mode, i + 8)
 #define BLASST_EACH_32(mode, i) BLASST_EACH_16(mode, i), BLASST_EACH_16(mode, i + 16)
 #define BLASST_EACH_64(mode, i) BLASST_EACH_32(mode, i), BLASST_EACH_32(mode, i + 32)
+#define BLASST_EACH_96(mode, i) BLASST_EACH_64(mode, i), BLASST_EACH_32(mode, i + 64)
 #define BLASST_EACH_128(mode, i) BLASST_EACH_64(mode, i), BLASST_EACH_64(mode, i + 64)
 #define BLASST_OUT "=f"
 #define BLASST_INOUT "+f"
@@ -135,12 +138,13 @@ struct Wgmma;
     }                                                                                           \
   };
 
-#define BLASST_WGMMA_SHAPES(ptx_type, type)                           \
-  BLASST_WGMMA(8, 4, "4", "5", "6", "7", "8", ptx_type, type)         \
-  BLASST_WGMMA(16, 8, "8", "9", "10", "11", "12", ptx_type, type)     \
-  BLASST_WGMMA(32, 16, "16", "17", "18", "19", "20", ptx_type, type)  \
-  BLASST_WGMMA(64, 32, "32", "33", "34", "35", "36", ptx_type, type)  \
-  BLASST_WGMMA(128, 64, "64", "65", "66", "67", "68", ptx_type, type) \
+#define BLASST_WGMMA_SHAPES(ptx_type, type)                            \
+  BLASST_WGMMA(8, 4, "4", "5", "6", "7", "8", ptx_type, type)          \
+  BLASST_WGMMA(16, 8, "8", "9", "10", "11", "12", ptx_type, type)      \
+  BLASST_WGMMA(32, 16, "16", "17", "18", "19", "20", ptx_type, type)   \
+  BLASST_WGMMA(64, 32, "32", "33", "34", "35", "36", ptx_type, type)   \
+  BLASST_WGMMA(128, 64, "64", "65", "66", "67", "68", ptx_type, type)  \
+  BLASST_WGMMA(192, 96, "96", "97", "98", "99", "100", ptx_type, type) \
   BLASST_WGMMA(256, 128, "128", "129", "130", "131", "132", ptx_type, type)
 BLASST_WGMMA_SHAPES("bf16", __nv_bfloat16)
 BLASST_WGMMA_SHAPES("f16", __half)
