@@ -50,7 +50,7 @@ def noise_like(t: Tensor) -> Tensor:
 def kept_keys(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
     """[batch, heads, queries, keys]: whether attention keeps the tile."""
     mask = attention(q, k, v, phase="prefill", return_tile_mask=True, **options).tile_mask
-    rows, keys = prefill_tile(q.device, q.shape[-1])
+    rows, keys = prefill_tile(q.device, q.shape[-1], v.shape[-1])
     mask = mask.repeat_interleave(rows, 2).repeat_interleave(keys, 3)
     return mask[:, :, : q.shape[1], : k.shape[1]]
 
