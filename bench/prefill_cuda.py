@@ -230,7 +230,19 @@ def able(
             passed[name] = run
         except Exception as error:  # whatever a peer dies of, the others are measured
             print(f"{work.name}: no {name}: {reason(error)}", flush=True)
+            check_gpu(f"{work.name}: after {name}'s error")
     return passed
+
+
+def check_gpu(when: str) -> None:
+    """Some errors take the GPU from the whole process: it ends here."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise SystemExit(
+            f"{when} this process has no GPU any more ({reason(error)}); "
+            "measure this work without that package"
+        ) from None
 
 
 class FmhaV2:
