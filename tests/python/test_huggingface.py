@@ -221,6 +221,28 @@ def test_compiled_passes_have_no_graph_break(name):
     assert torch.equal(compiled(token, attention_mask=mask, cache=cache).logits, step)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_sliding_and_global", "gpt_oss_sinks"])
+@torch.no_grad()
+def test_layers_that_are_compiled_each_alone(name):
+    torch.compiler.reset()  # a function is compiled anew only so many times
+    plain, model = make_model(name), make_model(name)
+    for m in (plain, model):
+        blasst.configure(m, prefill=Threshold(0.1), decode=Threshold(threshold_scale_factor=5.0))
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    ids, mask = prompts((70, 60))
+    for given in (mask, torch.ones_like(mask)):
+        wanted = plain(ids, attention_mask=given, use_cache=False).logits
+        assert torch.equal(model(ids, attention_mask=given, use_cache=False).logits, wanted)
+    caches = [StaticCache(config=model.config, max_cache_len=128) for _ in "12"]
+    both = (plain, caches[0]), (model, caches[1])
+    prefill, _ = (m(ids, attention_mask=mask, cache=cache).logits for m, cache in both)
+    token = prefill[:, -1:].argmax(-1)
+    mask = torch.cat([mask, torch.ones_like(token)], 1)
+    step, same = (m(token, attention_mask=mask, cache=cache).logits for m, cache in both)
+    assert torch.equal(step, same)
+
+
 def test_compiled_pass_still_finds_padding_between_tokens():
     model = make_model("llama")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

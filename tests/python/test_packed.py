@@ -501,6 +501,19 @@ def test_a_compiled_pass_takes_one_sequence_and_refuses_several():
             compiled(ids, position_ids=positions, attention_mask=mask, use_cache=False)
 
 
+@torch.no_grad()
+def test_layers_that_are_compiled_each_alone_take_one_sequence_and_refuse_several():
+    model = make_model("llama")
+    one = sequences()[0]
+    wanted = model(one).logits
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    ids, positions = packed()
+    assert torch.equal(model(one, use_cache=False).logits, wanted)
+    with pytest.raises(RuntimeError, match="must be told cu_seq_lens_q and cu_seq_lens_k"):
+        model(ids, position_ids=positions, use_cache=False)
+
+
 @pytest.mark.parametrize("situation", ["plain", "with a cache", "mask of ones"])
 @pytest.mark.parametrize("config", KEEP_POSITIONS, ids=lambda config: config.model_type)
 @torch.no_grad()

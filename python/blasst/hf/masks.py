@@ -146,6 +146,8 @@ def with_facts(mask: Tensor | None, queries: int, keys: int) -> Tensor | None:
     if mask is None:
         return mask
     is_known = isinstance(mask, KeyRanges)
+    if is_known and torch.compiler.is_compiling():  # layers are compiled, the model is not
+        return _with_packed_marked(mask.ranges, mask.positions)[:, None, None]
     # The attributes of a subclass of Tensor are slow.
     if is_deferred((mask.ranges if is_known else mask).device):
         return mask
@@ -233,7 +235,7 @@ _DESCRIBING = {
     *("__get__", "__len__", "__hash__", "__repr__", "__format__", "__reduce_ex__", "as_subclass"),
     *("size", "dim", "ndimension", "numel", "stride", "storage_offset", "element_size"),
     *("is_contiguous", "is_floating_point", "is_complex", "get_device", "data_ptr"),
-    *("untyped_storage", "record_stream", "requires_grad_"),
+    *("untyped_storage", "record_stream", "requires_grad_", "_is_view", "is_conj", "is_neg"),
 }
 
 
