@@ -43,7 +43,7 @@ from blasst.hf.models import check_length, context_length
 from blasst.hf.reading import CHUNK, read
 from blasst.hf.saving import calibration_in
 from blasst.measure.results import fingerprint
-from blasst.ops.arguments import whole_numbers
+from blasst.ops.arguments import check_whole_number, whole_numbers
 from blasst.percent import percent
 from blasst.progress import Progress, silent
 from blasst.prompts import (
@@ -131,7 +131,9 @@ def calibrate(
     """
     check_attention(model)
     found = lengths_of(model, lengths)
-    [prompts] = whole_numbers("prompts", prompts)
+    check_whole_number("prompts", prompts)
+    check_whole_number("swept_prompts", swept_prompts)
+    prompts, swept_prompts = int(prompts), int(swept_prompts)
     if held_out is None:
         held_out = default_held_out(found, context_length(model))
     held_out = whole_numbers("held_out", held_out)

@@ -15,7 +15,7 @@ from blasst.heads import heads_of_layer, query_size
 from blasst.hf.models import attention_layers, check_length, context_length, unwindowed_layers
 from blasst.hf.operator import KERNELS, Operator
 from blasst.hf.reading import check_chunk, read
-from blasst.ops.arguments import check_choice, is_number, whole_numbers
+from blasst.ops.arguments import check_choice, check_whole_number, is_number, whole_numbers
 from blasst.ops.library import DEVICES, TileShape, plan
 from blasst.progress import Progress, silent
 from blasst.prompts import DocumentMaker, PromptMaker
@@ -58,7 +58,7 @@ class Setup:
     def __post_init__(self) -> None:
         check_attention(self.model)
         check_choice("scores", self.scores, SCORES)
-        whole_numbers("batch", self.batch)
+        check_whole_number("batch", self.batch)
         if self.chunk is not None:
             check_chunk(self.chunk)
         for length in self.lengths:
