@@ -431,6 +431,17 @@ def test_what_cannot_be_honoured_is_an_error_that_names_it(path, value, message)
         parse(entry)
 
 
+@pytest.mark.parametrize("table", [[], [[]], [1, 2], [[1]], [{}], [[[[-1.0]]], [[]]]])
+def test_a_call_says_of_a_table_that_is_none_what_reading_says(table):
+    entry = as_read(measured_config())
+    entry["blasst"]["prefill"]["policies"][0]["ln_threshold"] = table
+    with pytest.raises(ValueError, match="ln_threshold") as said:
+        parse(entry)
+    with pytest.raises(ValueError, match="ln_threshold") as found:
+        thresholds_for(entry, "LlamaAttention", 0, "prefill", [1024])
+    assert str(found.value) == str(said.value)
+
+
 @pytest.mark.parametrize(
     ("value", "message"), [(8.5, "a value above 8: 8.5"), (math.nan, "is nan; it must be a finite")]
 )

@@ -217,9 +217,12 @@ def parsed(entry: Any, layer: int, find: Find = in_no_folder) -> Read:
     for known in _read:
         if known.entry is entry and known.watch.is_unchanged(layer):
             return known
-    if not isinstance(entry, dict):
+    try:
+        watch = _Watch(entry)  # before it is parsed, to notice what is edited meanwhile
+    except (LookupError, TypeError):
         parse(entry, find)  # which says what is wrong
-    found = Read(entry, _Watch(entry), parse(entry, find))
+        raise
+    found = Read(entry, watch, parse(entry, find))
     with _reading:
         others = [known for known in _read if known.entry is not entry]
         _read = (*others[1 - _READ_AT_MOST :], found)
