@@ -428,6 +428,14 @@ def test_a_multimodal_models_own_configuration_reaches_its_text_layers():
     with blasst.record() as r:
         model.model.language_model(ids)
     assert r.sparsity("prefill") == 0
+    group["target_sparsity"]["prefill"] = 0.5
+    nearer = copy.deepcopy(config.sparse_attention_config)
+    nearer["config_groups"]["group_0"]["target_sparsity"]["prefill"] = 0
+    model.model.language_model(ids)
+    model.config.text_config.sparse_attention_config = nearer
+    with blasst.record() as r:
+        model.model.language_model(ids)
+    assert r.sparsity("prefill") == 0
 
 
 # Statistics

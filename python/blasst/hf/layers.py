@@ -180,12 +180,12 @@ def entry_of(module: nn.Module, key: str) -> Any | None:
 
 def place_of_entry(module: nn.Module, key: str) -> tuple[dict[str, Any], Any | None]:
     """The attributes of the configuration that has an entry under the key, and the entry."""
-    own = _of_config(module.config)
+    own = attributes_of(module.config)
     found = own.get(key)
     if found is not None:
         return own, found
     outer = place_of(module).outer
-    around = own if outer is None else _of_config(outer)
+    around = own if outer is None else attributes_of(outer)
     return around, around.get(key)
 
 
@@ -193,10 +193,10 @@ def wants_weights(config: PreTrainedConfig) -> bool:
     """Whether a configuration asks attention for its weights."""
     if torch.compiler.is_compiling():
         return bool(getattr(config, "output_attentions", False))
-    return bool(_of_config(config).get("_output_attentions"))
+    return bool(attributes_of(config).get("_output_attentions"))
 
 
-def _of_config(config: PreTrainedConfig) -> dict[str, Any]:
+def attributes_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Its attributes; Transformers makes getattr slow, and every layer of every pass asks."""
     return object.__getattribute__(config, "__dict__")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blasst.config import ORDERS, SCORES, Read, Rules, Schedule, SparseAttention, is_listed, parsed
-from blasst.hf.layers import Place, entry_of, place_of, place_of_entry
+from blasst.hf.layers import Place, attributes_of, entry_of, place_of, place_of_entry
 from blasst.hf.saving import CONFIG_KEY, beside
 from blasst.hf.tracing import is_deferred, module_of
 from blasst.ops.arguments import check_choice
@@ -151,7 +151,8 @@ def options_of(module: nn.Module, call: Pass) -> dict[str, Any]:
     is_kept = held is not None and held.rules is rules and seen is not None
     if is_kept and (last is None or not last.answers(own, call)):
         state = call.room, call.query.device, own.get("config"), own.get("blasst_targets")
-        module.blasst_last = _Last(where, seen, *state, held, options)
+        nearer = attributes_of(module.config)
+        module.blasst_last = _Last(nearer, where, seen, *state, held, options)
     return options
 
 
@@ -170,6 +171,8 @@ class _Last(NamedTuple):
     30 us a layer, this takes 10.
     """
 
+    nearer: dict[str, Any]
+    """Attributes of the layer's configuration, whose entry goes before that of the model's."""
     where: dict[str, Any]
     """Attributes of the configuration that holds the entry."""
     read: Read
@@ -195,6 +198,7 @@ class _Last(NamedTuple):
             and own.get("config") is self.config
             and own.get("blasst_targets") is self.targets
             and self.where.get(CONFIG_KEY) is self.read.entry
+            and (self.nearer is self.where or self.nearer.get(CONFIG_KEY) is None)
             and self.device == call.query.device
             and (call.noted.get(call.phase) is self.held or self._begins(call))
         )
