@@ -82,11 +82,11 @@ TEST(ThreadPool, ThreadsThatHaveNothingToDoEnd) {
   EXPECT_LE(pool.size(), 2) << "started again, as many as are needed";
 }
 
-// A field of a thread in /proc: state, voluntary_ctxt_switches.
+// A field of a thread in /proc: State, voluntary_ctxt_switches.
 std::string status_of(pid_t thread, const std::string& field) {
   std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/status");
   for (std::string line; std::getline(file, line);) {
-    if (line.starts_with(field)) return line;
+    if (line.starts_with(field)) return line.substr(field.size() + 1);
   }
   return {};
 }
@@ -94,18 +94,23 @@ std::string status_of(pid_t thread, const std::string& field) {
 TEST(ThreadPool, ABatchOfTwoWakesNoMore) {
   ThreadPool pool(1h);
   const std::vector<pid_t> ids = threads_of_batch(pool, 6);
-  std::vector<std::string> before;
-  for (const pid_t id : ids) {
-    while (id != ids[0] && status_of(id, "State").find("S (sleeping)") == std::string::npos)
+  const auto sleeps = [&](int worker) {
+    return std::stol(status_of(ids[worker], "voluntary_ctxt_switches"));
+  };
+  std::vector<long> before;
+  for (size_t i = 0; i < ids.size(); ++i) {
+    while (i > 0 && status_of(ids[i], "State").find("S (sleeping)") == std::string::npos)
       std::this_thread::yield();
-    before.push_back(status_of(id, "voluntary_ctxt_switches"));
+    before.push_back(sleeps(i));
   }
-  for (int round = 0; round < 100; ++round) {
+  constexpr int kRounds = 100;
+  for (int round = 0; round < kRounds; ++round) {
     const std::vector<pid_t> two = threads_of_batch(pool, 2);
     EXPECT_EQ(two[1], ids[1]);
   }
+  // One that slept in front of a lock, on its way to sleep for good, has slept once or twice more.
   for (size_t i = 2; i < ids.size(); ++i)
-    EXPECT_EQ(status_of(ids[i], "voluntary_ctxt_switches"), before[i]) << "worker " << i;
+    EXPECT_LT(sleeps(i) - before[i], kRounds / 10) << "worker " << i;
 }
 
 TEST(ThreadPool, AThreadThatCannotBeMadeCostsSpeedNotTheCall) {
