@@ -205,9 +205,9 @@ class _Last(NamedTuple):
 
     def _begins(self, call: Pass) -> bool:
         """Whether no layer of the pass has asked, and what was held for the last holds for it."""
-        if call.phase != self.held.phase or call.phase in call.noted:
+        if call.phase != self.held.phase or call.phase in call.noted or is_deferred(self.device):
             return False
-        if _about(call) != self.held.about:
+        if _about(call, call.lengths(), _tile_of(call)) != self.held.about:
             return False
         entry = self.read.entry
         seen = call.noted.get(id(entry))
@@ -249,7 +249,7 @@ def _rules_of_pass(read: SparseAttention, module: nn.Module, call: Pass) -> Rule
         return read.rules(call.phase, lengths, call.room, tile, device)
 
     # In training and evaluation most passes are as long as one before.
-    about = _about(call)
+    about = _about(call, lengths, tile)
     rules = make() if about is None else _kept(read, about, make)
     layers = getattr(module.config, "num_hidden_layers", None)
     if layers is not None and len(rules.rows) > 1 and layers < len(rules.rows):
@@ -266,12 +266,12 @@ def _tile_of(call: Pass) -> tuple[int, int]:
     return call.tile_of(call.phase, call.query.device, call.query.dtype, *sizes)
 
 
-def _about(call: Pass) -> tuple | None:
+def _about(call: Pass, lengths: Tensor | int, tile: tuple[int, int]) -> tuple | None:
     """What a pass's thresholds depend on beside the calibration; None: not known on the host."""
     device = call.query.device
-    if is_deferred(device) or not isinstance(lengths := call.lengths(), int):
+    if is_deferred(device) or not isinstance(lengths, int):
         return None
-    return call.phase, lengths, call.room, _tile_of(call), *_stream_of(device)
+    return call.phase, lengths, call.room, tile, *_stream_of(device)
 
 
 def _stream_of(device: torch.device) -> tuple:
