@@ -205,42 +205,39 @@ def test_set_attn_implementation_later():
     assert r.layers("prefill") == [0, 1]
 
 
+def whole(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def each_layer(model):
+    """A copy, whose mask is made outside of what is compiled."""
+    model = copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize("compiling", [whole, each_layer])
 @pytest.mark.parametrize("name", ["llama", "gemma3_sliding_and_global", "gpt_oss_sinks"])
 @torch.no_grad()
-def test_compiled_passes_have_no_graph_break(name):
+def test_compiled_passes_have_no_graph_break(name, compiling):
+    torch.compiler.reset()  # a function is compiled anew only so many times
     model = make_model(name)
     blasst.configure(model, prefill=Threshold(0.1), decode=Threshold(threshold_scale_factor=5.0))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = compiling(model)
     ids, mask = prompts((70, 60))
-    cache = StaticCache(config=model.config, max_cache_len=128)
+    for given in (mask, torch.ones_like(mask)):
+        wanted = model(ids, attention_mask=given, use_cache=False).logits
+        assert torch.equal(compiled(ids, attention_mask=given, use_cache=False).logits, wanted)
+    cache, own = (StaticCache(config=model.config, max_cache_len=128) for _ in "12")
     prefill = model(ids, attention_mask=mask, cache=cache).logits
     assert torch.equal(compiled(ids, attention_mask=mask, use_cache=False).logits, prefill)
+    assert torch.equal(compiled(ids, attention_mask=mask, cache=own).logits, prefill)
     token = prefill[:, -1:].argmax(-1)
     mask = torch.cat([mask, torch.ones_like(token)], 1)
     step = model(token, attention_mask=mask, cache=copy.deepcopy(cache)).logits
     assert torch.equal(compiled(token, attention_mask=mask, cache=cache).logits, step)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma3_sliding_and_global", "gpt_oss_sinks"])
-@torch.no_grad()
-def test_layers_that_are_compiled_each_alone(name):
-    torch.compiler.reset()  # a function is compiled anew only so many times
-    plain, model = make_model(name), make_model(name)
-    for m in (plain, model):
-        blasst.configure(m, prefill=Threshold(0.1), decode=Threshold(threshold_scale_factor=5.0))
-    for layer in model.model.layers:
-        layer.compile(fullgraph=True, backend="aot_eager")
-    ids, mask = prompts((70, 60))
-    for given in (mask, torch.ones_like(mask)):
-        wanted = plain(ids, attention_mask=given, use_cache=False).logits
-        assert torch.equal(model(ids, attention_mask=given, use_cache=False).logits, wanted)
-    caches = [StaticCache(config=model.config, max_cache_len=128) for _ in "12"]
-    both = (plain, caches[0]), (model, caches[1])
-    prefill, _ = (m(ids, attention_mask=mask, cache=cache).logits for m, cache in both)
-    token = prefill[:, -1:].argmax(-1)
-    mask = torch.cat([mask, torch.ones_like(token)], 1)
-    step, same = (m(token, attention_mask=mask, cache=cache).logits for m, cache in both)
-    assert torch.equal(step, same)
+    assert torch.equal(compiled(token, attention_mask=mask, cache=own).logits, step)
 
 
 def test_compiled_pass_still_finds_padding_between_tokens():
