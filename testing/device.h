@@ -18,7 +18,8 @@ struct HeadSizes {
 };
 
 // Those that some backend has kernels of.
-inline constexpr HeadSizes kHeadSizes[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+inline constexpr HeadSizes kHeadSizes[] = {{64, 64},   {96, 64},   {96, 96},
+                                           {128, 128}, {192, 128}, {256, 256}};
 
 // Those of decode over latents.
 inline constexpr HeadSizes kLatentSizes = {576, 512};

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <string>
 #include <tuple>
 
 #include "cuda/backend.h"
@@ -63,7 +64,7 @@ INSTANTIATE_TEST_SUITE_P(
                  {"Latents",
                   kDecode,
                   [](P& p) { p.problem.head_dim = 576, p.problem.value_dim = 512; },
-                  {"cuda-sm80: head_dim is 576 and value_dim 512", "96/96", "192/128"},
+                  {"cuda-sm80: head_dim is 576 and value_dim 512", "96/64", "192/128"},
                   BLASST_UNSUPPORTED},
                  {"RaggedWithoutStarts",
                   kDecode,
@@ -106,6 +107,7 @@ TEST(Sm80Plan, DecodesOnTheTilesOfTheHopperKernel) {
 
 TEST(Sm80Plan, PrefillTilesAreWhatRegistersHold) {
   for (const auto& [qk, value, keys] : {std::tuple<int64_t, int64_t, int64_t>{64, 64, 128},
+                                        {96, 64, 64},
                                         {96, 96, 64},
                                         {128, 128, 64},
                                         {192, 128, 32},
@@ -116,6 +118,29 @@ TEST(Sm80Plan, PrefillTilesAreWhatRegistersHold) {
     EXPECT_EQ(plan.backend, BLASST_BACKEND_CUDA_SM80);
     EXPECT_EQ(plan.shape.query_rows, 64);
     EXPECT_EQ(plan.shape.keys, keys) << qk;
+  }
+}
+
+// Where no backend is named, whatever GPU there is.
+TEST(Sm80Plan, TakesTheHeadSizesThatTheHopperKernelsLack) {
+  for (const int64_t value : {64, 96}) {
+    for (const bool decode : {false, true}) {
+      P p = decode ? kDecode() : kPrefill();
+      p.problem.head_dim = 96, p.problem.value_dim = value;
+      const auto chosen = [&](blasst_backend wanted) {
+        p.execution.backend = wanted;
+        return (decode ? blasst::decode_plan(p) : blasst::prefill_plan(p)).backend;
+      };
+      EXPECT_EQ(chosen(BLASST_BACKEND_CUDA), BLASST_BACKEND_CUDA_SM80) << value;
+      try {
+        chosen(BLASST_BACKEND_CUDA_SM90);
+        ADD_FAILURE() << "accepted: " << value;
+      } catch (const Error& error) {
+        EXPECT_EQ(error.status(), BLASST_UNSUPPORTED);
+        const std::string message = error.what();
+        EXPECT_TRUE(message.starts_with("cuda-sm90: head_dim is 96")) << message;
+      }
+    }
   }
 }
 

@@ -125,7 +125,8 @@ def attention(
         q: [batch, query_length, heads, head_dim], or ragged [rows, heads, head_dim]. float32,
             float16 or bfloat16, any strides. head_dim: a multiple of 8 from 16 to 576. On a
             processor with AVX512_BF16, bfloat16 numbers below 1.2e-38 (subnormal) count as 0. On a
-            GPU: 64, 96, 128 or 256; 192 with values of 128; to decode over latents, 576.
+            GPU: 64, 96, 128 or 256; 96 with values of 64; 192 with values of 128; to decode over
+            latents, 576.
         k: [batch, keys, kv_heads, head_dim]; ragged [total keys, kv_heads, head_dim]; paged
             [pages, page_size, kv_heads, head_dim]. heads must be a multiple of kv_heads.
             k and v are of q's type, or each of them int8 or float8_e4m3fn, with scales: a quantised

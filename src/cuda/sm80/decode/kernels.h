@@ -24,6 +24,7 @@ Kernels find_kernels_of(Element element, int rows, Variant variant);
   template <>                     \
   Kernels find_kernels_of<qk, value>(Element element, int rows, Variant variant);
 BLASST_DECLARE(64, 64)
+BLASST_DECLARE(96, 64)
 BLASST_DECLARE(96, 96)
 BLASST_DECLARE(128, 128)
 BLASST_DECLARE(192, 128)

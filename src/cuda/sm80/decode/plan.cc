@@ -12,7 +12,7 @@ namespace {
 
 using problem::Phase;
 
-constexpr HeadSizes kSizes[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+constexpr HeadSizes kSizes[] = {{64, 64}, {96, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
 
 int rows_of(const blasst_problem& p) {
   return static_cast<int>(p.heads / p.kv_heads * p.query_length);

@@ -16,6 +16,7 @@ Kernel find_kernel_of(Element element, Variant variant);
   template <>                     \
   Kernel find_kernel_of<qk, value>(Element element, Variant variant);
 BLASST_DECLARE(64, 64)
+BLASST_DECLARE(96, 64)
 BLASST_DECLARE(96, 96)
 BLASST_DECLARE(128, 128)
 BLASST_DECLARE(192, 128)

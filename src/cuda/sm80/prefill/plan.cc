@@ -9,7 +9,7 @@ namespace {
 
 using problem::Phase;
 
-constexpr HeadSizes kSizes[] = {{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
+constexpr HeadSizes kSizes[] = {{64, 64}, {96, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}};
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
