@@ -69,7 +69,7 @@ HOPPER = {
     "v_head_dim": 128,
     "kv_lora_rank": 512,
 }
-"""Sizes of heads and latents that every kernel is for, those of DeepSeek, Kimi and LongCat."""
+"""Sizes of heads and latents that all Hopper kernels are for: DeepSeek's, Kimi's and LongCat's."""
 ON_GPUS = {
     "DeepseekV2": {**HOPPER, "first_k_dense_replace": 2},
     "DeepseekV3": {**HOPPER, "first_k_dense_replace": 2},
@@ -86,13 +86,13 @@ ON_GPUS = {
         "kv_lora_rank": 256,
         "first_k_dense_replace": 2,
     },
+    "MiniCPM3": {"v_head_dim": 64, "kv_lora_rank": 256},
     "Youtu": HOPPER,
     "LongcatFlash": {**HOPPER, "head_dim": 64, "n_routed_experts": 2, "zero_expert_num": 0},
     "KimiLinear": HOPPER,
     "BailingHybrid": HOPPER,
 }
-"""The heads of each as its models have them, without experts, of which rounding may choose others.
-MiniCPM3's, 96 with values of 64, no GPU kernel is for."""
+"""The heads of each as its models have them; no experts, of which rounding may choose others."""
 
 
 def present() -> list[str]:
@@ -115,7 +115,7 @@ def make_latent_model(name: str, implementation: str = "blasst", **options) -> P
 
 
 def make_recency_latent_model(name: str, **options) -> PreTrainedModel:
-    """One of DeepSeek's whose heads prefer near keys, so that far tiles can be skipped."""
+    """One like DeepSeek's whose heads prefer near keys, so that far tiles can be skipped."""
     changes = {"vocab_size": 257, "attention_bias": True, "initializer_range": 0.1, **options}
     model = make_latent_model(name, **changes)
     strength = torch.tensor([2.0, 3.0, 4.0, 5.0])

@@ -17,7 +17,7 @@ from blasst.evaluation.summary import timings
 from blasst.hf.models import Loaded
 from blasst.prompts import reference_text
 from gpu import hopper, needs_gpu
-from latent_models import HOPPER, make_recency_latent_model, present
+from latent_models import HOPPER, ON_GPUS, make_recency_latent_model, present
 from recency_model import make_recency_model, make_tokenizer
 from test_calibration import tokens
 
@@ -137,11 +137,19 @@ def test_an_evaluation_there_shows_tiles_costs_and_times(calibrated, tmp_path):
     assert report.write("Title", "About", results, None, tmp_path).exists()
 
 
-@pytest.mark.skipif("DeepseekV3" not in present(), reason="needs models that cache latents")
-@pytest.mark.parametrize("absorbed", [False, pytest.param(True, marks=hopper)])
-def test_latent_attention_is_calibrated_and_recorded(absorbed):
+@pytest.mark.parametrize(
+    ("name", "sizes", "absorbed"),
+    [
+        ("DeepseekV3", HOPPER, False),
+        pytest.param("DeepseekV3", HOPPER, True, marks=hopper),
+        ("MiniCPM3", ON_GPUS["MiniCPM3"], False),
+    ],
+)
+def test_latent_attention_is_calibrated_and_recorded(name, sizes, absorbed):
     """In the form that decodes: absorbed, the heads decide together."""
-    model = make_recency_latent_model("DeepseekV3", **HOPPER).to("cuda", torch.bfloat16)
+    if name not in present():
+        pytest.skip(f"{name} is not in this Transformers")
+    model = make_recency_latent_model(name, **sizes).to("cuda", torch.bfloat16)
     if absorbed:
         blasst.absorb(model)
     tokenizer, target = make_tokenizer(), {"prefill": 0.2, "decode": 0.2}
