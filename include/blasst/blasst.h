@@ -113,7 +113,12 @@ typedef BLASST_ENUM(blasst_test){
  * times two units, plus q.mean. Thresholds, LSE, sinks and reports mean what they mean with exact
  * scores. The bytes follow from float32 in a fixed order, so every backend has the same for the
  * same tiles. A NaN or an infinity in a query makes its row NaN; one in a key makes every row NaN
- * that sees the key. */
+ * that sees the key.
+ *
+ * Keys that are int8 already are taken as they are: no mean is taken off, nothing is rotated, and
+ * queries are rounded as they come. A score is a sum of integer products times the row's unit, the
+ * keys' scale and the problem's. So whoever rounds the keys rotates queries and keys alike: a query
+ * that is large in few elements loses the others otherwise. */
 typedef BLASST_ENUM(blasst_scores){
     BLASST_SCORES_EXACT = 0, /* in the precision of q and k */
     BLASST_SCORES_INT8 = 1,
@@ -184,7 +189,8 @@ typedef struct blasst_mask {
  * k and v are of the type of q, or each of 8 bits (a quantised cache): exact in every type of q, so
  * that they give what the same numbers in that type give. A score is scale * k_scale * q.k, an
  * output row v_scale times the sum over v. A backend that has no kernel for a pair of types says
- * so. CUDA's prefill first rounds k_scale * k and v_scale * v to the type of q. */
+ * so. CUDA's prefill first rounds k_scale * k and v_scale * v to the type of q, but for int8 keys
+ * under scores in int8, which are taken as they are (blasst_scores). */
 typedef struct blasst_problem {
   size_t struct_size BLASST_DEFAULT(sizeof(blasst_problem));
   int64_t batch BLASST_DEFAULT(1);

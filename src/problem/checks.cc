@@ -226,8 +226,9 @@ void check_exact_scores(std::string_view backend, std::string_view what, const D
 void check_types(std::string_view backend, std::string_view what, Caches caches,
                  const blasst_problem& p) {
   const bool takes_8_bits = caches == Caches::kOfQueriesOr8Bits;
+  const bool int8_keys = caches == Caches::kInt8Keys && p.kv.k.dtype == BLASST_INT8;
   for (const auto& [name, view, may_be_8_bits] :
-       {std::tuple{"k", &p.kv.k, takes_8_bits}, std::tuple{"v", &p.kv.v, takes_8_bits},
+       {std::tuple{"k", &p.kv.k, takes_8_bits || int8_keys}, std::tuple{"v", &p.kv.v, takes_8_bits},
         std::tuple{"out", &p.out, false}}) {
     if (view->dtype == p.q.dtype || (may_be_8_bits && is_8_bits(view->dtype))) continue;
     throw Error(BLASST_UNSUPPORTED,

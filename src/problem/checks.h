@@ -53,7 +53,7 @@ void check_tiles(std::string_view backend, const Decision& decision, TileShape s
 void check_exact_scores(std::string_view backend, std::string_view what, const Decision& decision);
 
 // What a backend takes as keys and values in `what`.
-enum class Caches { kOfQueries, kOfQueriesOr8Bits };
+enum class Caches { kOfQueries, kInt8Keys, kOfQueriesOr8Bits };
 
 // Queries, keys, values and output are of one type, but for caches in 8 bits. Unsupported
 // otherwise.

@@ -15,6 +15,11 @@ namespace blasst::problem {
 // Keys and values of a quantised cache.
 inline bool is_8_bits(DType dtype) { return dtype == BLASST_INT8 || dtype == BLASST_FLOAT8_E4M3; }
 
+// Whether scores are made of the keys' own bytes (blasst_scores).
+inline bool scores_take_bytes(blasst_scores scores, DType keys) {
+  return scores == BLASST_SCORES_INT8 && keys == BLASST_INT8;
+}
+
 inline int64_t element_bytes(DType dtype) {
   return dtype == BLASST_FLOAT32 ? 4 : is_8_bits(dtype) ? 1 : 2;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "blasst/blasst.hpp"
+#include "problem/element.h"
 #include "problem/geometry.h"
 #include "problem/tiles.h"
 
@@ -68,6 +69,7 @@ struct Problem {
   Geometry geometry(TileShape shape) const { return problem::geometry(given, phase, shape); }
 
   int64_t group() const { return heads / kv_heads; }
+  bool scores_take_bytes() const { return problem::scores_take_bytes(scores, kv.k.dtype); }
   int64_t page_of(int64_t request, int64_t token) const {
     return pages[requests[request].first_page + token / kv.page_size];
   }

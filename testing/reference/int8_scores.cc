@@ -20,6 +20,11 @@ std::vector<float> row_of(DType dtype, const std::byte* address, int64_t dim) {
   return row;
 }
 
+// Of elements that were rotated by blocks of this size, without the matrix's factor.
+double unit_of(float largest, int64_t block) {
+  return largest / (127 * std::sqrt(static_cast<double>(block)));
+}
+
 }  // namespace
 
 int64_t rotated_block(int64_t dim) { return dim & -dim; }
@@ -41,10 +46,25 @@ int8_t quantized(float x, float largest) {
 }
 
 Int8Scores::Int8Scores(const problem::Problem& problem, TileShape shape)
-    : p_(problem), tile_keys_(shape.keys), keys_(problem.batch * problem.kv_heads) {
+    : p_(problem),
+      tile_keys_(shape.keys),
+      takes_bytes_(problem::scores_take_bytes(problem.scores, problem.kv.k.dtype)),
+      keys_(problem.batch * problem.kv_heads) {
   for (int64_t b = 0; b < p_.batch; ++b)
-    for (int64_t h = 0; h < p_.kv_heads; ++h) quantize_keys(b, h);
+    for (int64_t h = 0; h < p_.kv_heads; ++h) takes_bytes_ ? take_keys(b, h) : quantize_keys(b, h);
   quantize_queries();
+}
+
+void Int8Scores::take_keys(int64_t request, int64_t kv_head) {
+  Keys& into = keys_[request * p_.kv_heads + kv_head];
+  const int64_t count = p_.requests[request].keys;
+  into.mean.resize(p_.head_dim);
+  into.broken.resize(count);
+  into.units.resize(problem::ceil_div(count, tile_keys_), 1.0);
+  for (int64_t key = 0; key < count; ++key) {
+    const auto* bytes = reinterpret_cast<const int8_t*>(p_.key(request, key, kv_head));
+    into.elements.insert(into.elements.end(), bytes, bytes + p_.head_dim);
+  }
 }
 
 void Int8Scores::quantize_keys(int64_t request, int64_t kv_head) {
@@ -71,7 +91,7 @@ void Int8Scores::quantize_keys(int64_t request, int64_t kv_head) {
       into.broken.push_back(!std::isfinite(of_key));
       if (std::isfinite(of_key)) largest = larger(largest, of_key);
     }
-    into.largest.push_back(largest);
+    into.units.push_back(unit_of(largest, rotated_block(dim)));
     for (const std::vector<float>& row : tile)
       for (const float x : row) into.elements.push_back(quantized(x, largest));
   }
@@ -80,7 +100,7 @@ void Int8Scores::quantize_keys(int64_t request, int64_t kv_head) {
 void Int8Scores::quantize_queries() {
   const int64_t rows = p_.rows * p_.heads, dim = p_.head_dim;
   queries_.elements.resize(rows * dim);
-  queries_.largest.resize(rows);
+  queries_.units.resize(rows);
   shifts_.resize(rows);
   for (int64_t b = 0; b < p_.batch; ++b) {
     for (int64_t i = 0; i < p_.requests[b].rows; ++i) {
@@ -91,9 +111,10 @@ void Int8Scores::quantize_queries() {
         double shift = 0;
         for (int64_t d = 0; d < dim; ++d) shift += static_cast<double>(row[d]) * mean_key[d];
         shifts_[at] = shift * score_scale_of(p_, b, h / p_.group());
-        rotate(row);
-        float& largest = queries_.largest[at];
+        if (!takes_bytes_) rotate(row);
+        float largest = 0;
         for (const float x : row) largest = larger(largest, x);
+        queries_.units[at] = unit_of(largest, takes_bytes_ ? 1 : rotated_block(dim));
         for (int64_t d = 0; d < dim; ++d)
           queries_.elements[at * dim + d] = quantized(row[d], largest);
       }
@@ -108,8 +129,7 @@ Int8Scores::Score Int8Scores::at(int64_t request, int64_t position, int64_t head
   const int8_t *q = &queries_.elements[row * dim], *k = &of_head.elements[key * dim];
   int32_t product = 0;  // of at most 576 elements
   for (int64_t d = 0; d < dim; ++d) product += q[d] * k[d];
-  const double one = 127 * std::sqrt(static_cast<double>(rotated_block(dim)));
-  const double unit = queries_.largest[row] / one * (of_head.largest[key / tile_keys_] / one);
+  const double unit = queries_.units[row] * of_head.units[key / tile_keys_];
   if (of_head.broken[key]) return {product, NAN, shifts_[row]};
   return {product, unit * score_scale_of(p_, request, head / p_.group()), shifts_[row]};
 }

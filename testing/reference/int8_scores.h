@@ -1,5 +1,6 @@
 // Scores in int8 by the definition (blasst_scores): the integers from float32, in a fixed order of
-// operations that every backend follows; what is made of them in double precision.
+// operations that every backend follows, or the keys' own; what is made of them in double
+// precision.
 #pragma once
 
 #include <cstdint>
@@ -30,18 +31,19 @@ class Int8Scores {
   };
   Score at(int64_t request, int64_t position, int64_t head, int64_t key) const;
 
-  // What was taken off a request's keys, [head_dim].
+  // What was taken off a request's keys, [head_dim]; zeros if they are taken as they are.
   std::span<const float> mean(int64_t request, int64_t kv_head) const;
 
  private:
   void quantize_queries();
   void quantize_keys(int64_t request, int64_t kv_head);
+  void take_keys(int64_t request, int64_t kv_head);
 
   struct Rows {
     std::vector<int8_t> elements;  // [rows, head_dim]
-    std::vector<float> largest;    // [rows] magnitude that is 127
+    std::vector<double> units;     // [rows] of an element
   };
-  struct Keys : Rows {  // largest: [tiles], of the keys that are finite
+  struct Keys : Rows {  // units: [tiles], of the keys that are finite
     std::vector<float> mean;
     std::vector<bool> broken;  // [rows]: not finite, and so are its scores
   };
@@ -54,6 +56,7 @@ class Int8Scores {
 
   const problem::Problem& p_;
   int64_t tile_keys_;
+  bool takes_bytes_;            // of the keys: then nothing is rotated
   Rows queries_;                // rows of all heads
   std::vector<double> shifts_;  // of each
   std::vector<Keys> keys_;      // of each request and KV head

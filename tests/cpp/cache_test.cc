@@ -69,15 +69,51 @@ TEST_P(Cache, DecodeOfManySplitsAgreesWithTheReference) {
   }
 }
 
-TEST_P(Cache, IsRoundedToScoresInInt8) {
+TEST_P(Cache, HasScoresInInt8) {
   for (const Types& types : kCaches) {
-    Case c = cache_case(false, BLASST_BFLOAT16, types);
-    c.scores = BLASST_SCORES_INT8;
+    for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
+      Case c = cache_case(false, BLASST_BFLOAT16, types);
+      c.scores = BLASST_SCORES_INT8;
+      c.scales_per_head = true;
+      c.layout = layout;
+      c.padding = layout == Layout::kPaged ? 3 : 0;  // rows at any address
+      if (layout == Layout::kRagged) c.softcap = 20, c.sinks = true;
+      c.padded = layout == Layout::kDense;
+      Problem problem(c);
+      problem.run();
+      EXPECT_GT(skipped(problem), 0) << describe(c);
+      EXPECT_EQ(compare(problem).mismatch, "") << describe(c);
+    }
+  }
+}
+
+// Keys in int8 are taken as they are, so that queries which lose nothing have exact scores.
+TEST_P(Cache, OfInt8KeysHasExactScoresOfQueriesThatAreBytes) {
+  for (const DType dtype : kTypes) {
+    Case c = cache_case(false, dtype, {BLASST_INT8, std::nullopt});
     c.scales_per_head = true;
-    Problem problem(c);
-    problem.run();
-    EXPECT_GT(skipped(problem), 0) << describe(c);
-    EXPECT_EQ(compare(problem).mismatch, "") << describe(c);
+    c.scale = 0.01f;
+    Problem exact(c);
+    c.scores = BLASST_SCORES_INT8;
+    Problem int8(c);
+    for (Problem* problem : {&exact, &int8}) {
+      const Access access(problem->params);
+      for (int64_t b = 0; b < 2; ++b)
+        for (int64_t i = 0; i < c.requests[b].queries; ++i)
+          for (int64_t h = 0; h < c.heads; ++h)
+            for (int64_t d = 0; d < c.head_dim; ++d)
+              store_element(
+                  dtype, access.query(b, i, h) + d * element_bytes(dtype),
+                  static_cast<float>(d == 0 ? 127 : (i * 31 + h * 7 + d * 13) % 255 - 127));
+      std::ranges::fill(problem->k_scales, 0.001f);
+      problem->run();
+    }
+    for (size_t i = 0; i < exact.lse.size(); ++i)
+      ASSERT_NEAR(int8.lse[i], exact.lse[i], 1e-5 * (1 + std::abs(exact.lse[i])));
+    for (size_t i = 0; i < exact.tile_maxima.size(); ++i)
+      if (std::isfinite(exact.tile_maxima[i]))
+        ASSERT_NEAR(int8.tile_maxima[i], exact.tile_maxima[i],
+                    1e-5 * (1 + std::abs(exact.tile_maxima[i])));
   }
 }
 

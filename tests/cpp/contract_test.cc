@@ -77,6 +77,9 @@ std::vector<Case> sparse_cases() {
     cases.push_back(c);
     c.inputs = Inputs::kPlanted;
     cases.push_back(c);
+    c.k_dtype = BLASST_INT8;
+    cases.push_back(c);
+    c.k_dtype = {};
     c.scores = BLASST_SCORES_EXACT;
     cases.push_back(c);
     c.decode = true;

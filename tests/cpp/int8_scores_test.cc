@@ -139,6 +139,41 @@ TEST(Int8Scores, AreAsNearToExactOnesAsTheRoundingSays) {
   }
 }
 
+// Keys in int8 are taken as they are: nothing is taken off or rotated, queries neither.
+TEST(Int8Scores, TakeKeysInInt8AsTheyAre) {
+  for (const DType dtype : {BLASST_FLOAT32, BLASST_BFLOAT16}) {
+    Case c = int8_case();
+    c.dtype = dtype;
+    c.k_dtype = BLASST_INT8;
+    c.scales_per_head = c.scales_per_request = true;
+    Problem problem(c);
+    const Access access(problem.params);
+    access.key(1, 90, 1)[7] = std::byte{0x80};
+    const problem::Problem p = checked(problem);
+    const Int8Scores scores(p, kShape);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t h = 0; h < p.heads; ++h) {
+        for (const float x : scores.mean(b, h / 2)) ASSERT_EQ(x, 0);
+        for (int64_t i = 0; i < p.requests[b].rows; i += 7) {
+          std::vector<double> q(c.head_dim);
+          for (int64_t d = 0; d < c.head_dim; ++d)
+            q[d] = load_element(dtype, p.query(b, i, h) + d * element_bytes(dtype));
+          const double unit = largest_of(q) / 127;
+          for (int64_t j = 0; j < p.requests[b].keys; ++j) {
+            int64_t product = 0;
+            for (int64_t d = 0; d < c.head_dim; ++d)
+              product += std::llrint(q[d] / unit) * static_cast<int8_t>(p.key(b, j, h / 2)[d]);
+            const auto score = scores.at(b, i, h, j);
+            ASSERT_NEAR(static_cast<double>(score.product), static_cast<double>(product), 128);
+            ASSERT_NEAR(score.unit, p.scale * unit * access.key_scale(b, h / 2), 1e-6 * score.unit);
+            ASSERT_EQ(score.shift, 0);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(Int8Scores, AttentionIsNearExactAttention) {
   Case c = int8_case();
   const auto int8 = refer(Problem(c).params, false, kShape);

@@ -64,6 +64,8 @@ TEST_P(Kernels, EveryHeadDimension) {
       Case int8 = c;
       int8.scores = BLASST_SCORES_INT8;
       expect_agreement(int8);
+      int8.k_dtype = BLASST_INT8;
+      expect_agreement(int8);
     }
   }
 }

@@ -170,6 +170,39 @@ TEST(PrefillPlan, Int8ScoresNeedRoomForTheKeysBytes) {
   EXPECT_THROW(plan_launch(p), Error);
 }
 
+P with_int8_keys(P p) {
+  p.problem.kv.k.dtype = BLASST_INT8;
+  p.problem.kv.k.elements *= 2;  // of the same buffer
+  p.problem.k_scales = {.values = array<float>(0x80000000), .stride_head = 1};
+  p.decision.scores = BLASST_SCORES_INT8;
+  return p;
+}
+
+TEST(PrefillPlan, Int8ScoresTakeInt8KeysAsTheyAre) {
+  for (const P& given : {dense(), ragged(), paged()}) {
+    P p = with_int8_keys(given);
+    EXPECT_FALSE(needs_widening(p));
+    P rounded = given;
+    rounded.decision.scores = BLASST_SCORES_INT8;
+    const std::size_t needed = sm90_backend().plan(p, problem::Phase::kPrefill).workspace_bytes;
+    EXPECT_LT(needed, plan(rounded).workspace_bytes);  // which has means and sums
+    p.execution.workspace_bytes = needed;
+    float* buffer = static_cast<float*>(device(0x60000000));
+    p.report.lse = buffer;
+    const Launch l = plan_launch(p);
+    EXPECT_TRUE(l.params.quantized.as_stored);
+    EXPECT_FALSE(l.params.quantized.level);
+    EXPECT_EQ(l.params.quantized.means, nullptr);
+    EXPECT_EQ(l.k.data, p.problem.kv.k.data);
+    EXPECT_EQ(l.k_scales.values, p.problem.k_scales.values);
+    EXPECT_EQ(l.params.keys.page_table, p.problem.kv.page_table);
+  }
+  P exact = with_int8_keys(dense());
+  exact.decision.scores = BLASST_SCORES_EXACT;
+  EXPECT_TRUE(needs_widening(exact));
+  EXPECT_THROW(plan(exact), Error);  // it takes no int8 but under these scores
+}
+
 P in_8_bits(P p) {
   for (View* view : {&p.problem.kv.k, &p.problem.kv.v}) {
     view->dtype = BLASST_INT8;
@@ -215,6 +248,35 @@ TEST(Widening, IsTheSameCallOverTheWorkspace) {
   }
 }
 
+TEST(Widening, CopiesOnlyWhatMustBe) {
+  for (const P& given : {dense(), ragged(), paged()}) {
+    const bool paged = given.problem.kv.layout == BLASST_LAYOUT_PAGED;
+    // 16-bit values stay beside keys that are widened, but for pages.
+    P keys = with_int8_keys(given);
+    keys.decision.scores = BLASST_SCORES_EXACT;
+    const Widening wide = plan_widening(kCudaSm90, keys);
+    EXPECT_NE(wide.k.to, nullptr);
+    EXPECT_EQ(wide.v.to != nullptr, paged);
+    // So do keys whose bytes are taken, beside values that are widened; with their scales.
+    P both = in_8_bits(given);
+    both.decision.scores = BLASST_SCORES_INT8;
+    const Widening w = plan_widening(kCudaSm90, both);
+    const KeysValues &from = both.problem.kv, &to = w.params.problem.kv;
+    EXPECT_TRUE(needs_widening(both));
+    EXPECT_FALSE(needs_widening(w.params));
+    EXPECT_EQ(w.k.to != nullptr, paged);
+    EXPECT_NE(w.v.to, nullptr);
+    EXPECT_EQ(to.k.dtype, BLASST_INT8);
+    EXPECT_EQ(to.v.dtype, BLASST_BFLOAT16);
+    EXPECT_EQ(to.k.data == from.k.data, !paged);
+    EXPECT_EQ(w.params.problem.k_scales.values, both.problem.k_scales.values);
+    EXPECT_EQ(w.params.problem.v_scales.values, nullptr);
+    P call = w.params;
+    call.execution.workspace_bytes = plan(call).workspace_bytes;
+    EXPECT_TRUE(plan_launch(call).params.quantized.as_stored);
+  }
+}
+
 TEST(Widening, RefusesWhatItCannotRead) {
   const auto refusal = [](const auto& bend) {
     P p = in_8_bits(dense());
@@ -241,10 +303,10 @@ TEST(Widening, RefusesWhatItCannotRead) {
 }
 
 TEST(QuantizedLayout, FollowsTheRequests) {
-  const QuantizedLayout dense = quantized_layout(3, 2, 1000, -1, 64, 128);
+  const QuantizedLayout dense = quantized_layout(3, 2, 1000, -1, 64, 128, false);
   EXPECT_EQ(dense.tiles, 3 * 8);
   // Ragged: a request may begin in the middle of what would be a tile of all tokens.
-  const QuantizedLayout ragged = quantized_layout(3, 2, 1000, 1500, 64, 128);
+  const QuantizedLayout ragged = quantized_layout(3, 2, 1000, 1500, 64, 128, false);
   EXPECT_EQ(ragged.tiles, 1500 / 128 + 3);
   for (const QuantizedLayout& l : {dense, ragged}) {
     EXPECT_EQ(l.units, static_cast<std::size_t>(l.tiles) * 2 * 128 * 64);
@@ -255,7 +317,9 @@ TEST(QuantizedLayout, FollowsTheRequests) {
     for (const std::size_t offset : {l.units, l.broken, l.means, l.sums})
       EXPECT_EQ(offset % 16, 0u);
   }
-  EXPECT_EQ(quantized_layout(3, 2, 0, -1, 64, 128).bytes, 3u * 2 * 64 * sizeof(float));
+  EXPECT_EQ(quantized_layout(3, 2, 0, -1, 64, 128, false).bytes, 3u * 2 * 64 * sizeof(float));
+  const QuantizedLayout stored = quantized_layout(3, 2, 1000, -1, 64, 128, true);
+  EXPECT_EQ(stored.bytes, dense.means);  // neither means nor sums
 }
 
 }  // namespace

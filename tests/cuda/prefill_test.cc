@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -109,6 +110,37 @@ TEST_P(PrefillDims, SameBitsInEveryRunAndLayout) {
         EXPECT_EQ(bits(c), first) << describe(c);
       }
     }
+  }
+}
+
+// Keys in int8 under scores in int8, beside values of 16 and of 8 bits: the reference's decisions,
+// and the same bits from every layout.
+TEST_P(PrefillDims, Int8ScoresTakeInt8KeysAsTheyAre) {
+  if (scores_of(GetParam()).size() < 2) GTEST_SKIP() << "no scores in int8";
+  for (const std::optional<DType> values :
+       {std::optional<DType>(), std::optional(BLASST_INT8), std::optional(BLASST_FLOAT8_E4M3)}) {
+    Case c = long_case(values == BLASST_INT8 ? BLASST_FLOAT16 : BLASST_BFLOAT16, GetParam());
+    c.scores = BLASST_SCORES_INT8;
+    c.k_dtype = BLASST_INT8, c.v_dtype = values;
+    c.scales_per_head = c.scales_per_request = true;
+    c.scales_are_powers = values.has_value();  // values are rounded once more otherwise
+    const std::vector<std::byte> first = bits(c);
+    EXPECT_EQ(bits(c, 3), first);
+    c.ragged_queries = true;
+    for (const Layout layout : {Layout::kDense, Layout::kRagged, Layout::kPaged}) {
+      c.layout = layout;
+      c.head_major = layout == Layout::kPaged;
+      c.padding = 16;
+      Problem problem(c);
+      const Comparison comparison = compare_on_gpu(problem);
+      EXPECT_EQ(comparison.mismatch, "") << describe(c);
+      EXPECT_GT(comparison.skipped, 0) << describe(c);
+      EXPECT_EQ(problem.out_bits(), first) << describe(c);
+    }
+    c.layout = Layout::kDense, c.ragged_queries = false, c.padded = true;
+    c.softcap = 20, c.sinks = true;
+    Problem padded(c);
+    EXPECT_EQ(compare_on_gpu(padded).mismatch, "") << describe(c);
   }
 }
 

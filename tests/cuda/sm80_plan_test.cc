@@ -36,6 +36,15 @@ INSTANTIATE_TEST_SUITE_P(
                                 kPrefill,
                                 [](P& p) { p.decision.scores = BLASST_SCORES_INT8; },
                                 {"cuda-sm80: scores is int8", "prefill has exact scores"},
+                                BLASST_UNSUPPORTED},
+                               {"Int8OfInt8Keys",
+                                kPrefill,
+                                [](P& p) {
+                                  p.decision.scores = BLASST_SCORES_INT8;
+                                  p.problem.kv.k.dtype = BLASST_INT8;
+                                  p.problem.kv.k.elements *= 2;
+                                },
+                                {"cuda-sm80: scores is int8", "prefill has exact scores"},
                                 BLASST_UNSUPPORTED}})),
     name_of);
 

@@ -36,19 +36,31 @@ def test_rotation_is_orthonormal_and_its_own_inverse(dim):
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_int8_scores_do_not_turn_rotated_keys_back(dim):
-    """One channel that is much larger than the others costs the bytes of both roundings little."""
+def test_int8_scores_add_only_the_rounding_of_queries(dim):
+    """To what the bytes of rotated keys cost, of which one channel was much larger than others."""
     q, k, v = inputs(queries=150, keys=400, dim=dim)
     k[..., 3] *= 60
     q[..., 3] /= 20
     exact = attention(q, k, v, causal=True)
     keys = quantize_keys(k)
     options = {"causal": True, "k_scale": keys.scale}
-    once, twice = (
+    of_keys, of_both = (
         attention(rotate(q), keys.k, v, **options, scores=scores) for scores in ("exact", "int8")
     )
-    error = [((out - exact).norm() / exact.norm()).item() for out in (once, twice)]
-    assert error[0] < error[1] < 2.5 * error[0]
+    error = [((out - exact).norm() / exact.norm()).item() for out in (of_keys, of_both)]
+    assert error[0] < error[1] < 1.45 * error[0]  # twice rounded, keys had 1.6 to 1.84
+
+
+def test_int8_scores_do_not_turn_other_rotated_keys_back():
+    q, k, v = inputs(queries=150, keys=400, dim=128)
+    k[..., 3] *= 60
+    q[..., 3] /= 20
+    exact, plain, turned = (
+        attention(q, k, v, causal=True, scores=scores)
+        for q, k, scores in ((q, k, "exact"), (q, k, "int8"), (rotate(q), rotate(k), "int8"))
+    )
+    error = [((out - exact).norm() / exact.norm()).item() for out in (plain, turned)]
+    assert error[1] < 1.5 * error[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

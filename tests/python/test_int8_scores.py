@@ -78,6 +78,32 @@ def test_is_attention_over_rounded_queries_and_keys(dtype, dim):
             assert (result.lse - lse).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [64, 80])
+def test_takes_keys_in_int8_as_they_are(dtype, dim):
+    """Neither mean nor rotation, of keys of any mean and of a query with one large channel."""
+    q, _, v = inputs(queries=150, keys=400, dim=dim, dtype=dtype)
+    q[..., 3] *= 10
+    k = torch.randint(-128, 128, (2, 400, 2, dim), generator=torch.Generator().manual_seed(2)) // 2
+    k[..., 5], k[0, 7, 1, 9] = k[..., 5].abs(), -128
+    k_scale = torch.tensor([[0.02, 0.005], [0.01, 0.03]])
+    options = {"causal": True, "scores": "int8", "k_scale": k_scale, "return_lse": True}
+    rounded_q = rounded(q.float(), q.float().abs().amax(-1, keepdim=True))
+    numbers = k.double() * k_scale.double()[:, None, :, None]
+    visible = distances(150, 400) >= 0
+    for softcap, sinks in ((None, None), (4.0, torch.tensor([0.5, -1.0, 2.0, -math.inf]))):
+        result = attention(q, k.char(), v, softcap=softcap, sinks=sinks, **options)
+        wanted = dense(rounded_q, numbers, v, visible, dim**-0.5, softcap, sinks)
+        close = 5e-6 if dtype == torch.float32 else 2e-2
+        assert (result.out - wanted).abs().max() < close
+        if softcap is None:
+            products = (
+                rounded_q.transpose(1, 2) @ numbers.transpose(1, 2).repeat_interleave(2, 1).mT
+            )
+            lse = (products * dim**-0.5).masked_fill(~visible, -math.inf).logsumexp(-1)
+            assert (result.lse - lse).abs().max() < 1e-5 * (1 + lse.abs().max())
+
+
 def test_thresholds_mean_what_they_mean_with_exact_scores():
     q, k, v = inputs(queries=600, keys=600, dim=64)
     k = k + torch.randn(64, generator=torch.Generator().manual_seed(1))  # a mean that matters

@@ -131,8 +131,9 @@ def attention(
             [pages, page_size, kv_heads, head_dim]. heads must be a multiple of kv_heads.
             k and v are of q's type, or each of them int8 or float8_e4m3fn, with scales: a quantised
             cache. Then without a backward pass. On cuda strides are multiples of 16; prefill rounds
-            k * k_scale and v * v_scale to q's type; decode takes both in one type with head_dim
-            64, 128 or 256, or int8 keys and v of q's type with 128.
+            k * k_scale and v * v_scale to q's type, but for int8 k under scores="int8"; decode
+            takes both in one type with head_dim 64, 128 or 256, or int8 keys and v of q's type with
+            128.
         v: like k; its last dimension may differ (the same range). Over latents on a GPU it is the
             view k[..., :512].
         causal: a query sees no key after its own position.
@@ -155,8 +156,9 @@ def attention(
         order: in which order key tiles are visited: "sink_first" (tile 0, then from the diagonal
             back), "reverse" or "forward".
         scores: "exact", or "int8": q.k from bytes, queries in units of each row, keys in units of
-            each key tile, after the keys' mean is taken off and both are rotated. Thresholds and
-            results mean the same, to the rounding. Prefill only, without a backward pass.
+            each key tile, after the keys' mean is taken off and both are rotated. Int8 k is taken
+            as it is, and q rounded as it comes: rotate both before (`quantize_keys`). Thresholds
+            and results mean the same, to the rounding. Prefill only, without a backward pass.
         k_scale: of k in 8 bits: its elements are multiples of it, so that score = scale * k_scale *
             q.k. A number, or a tensor of them: [], [kv_heads] or [1 or batch, 1 or kv_heads];
             positive and finite. Default: 1.

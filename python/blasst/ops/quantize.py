@@ -26,7 +26,8 @@ def quantize_keys(
     """Keys as int8, for a cache that prefill and decode read as it is.
 
     A mean is taken off the keys of each request and KV head, they are rotated (`rotate`) and
-    rounded in units of `scale`. Queries must be rotated, too:
+    rounded in units of `scale`. Scores in int8 take these bytes as they are. Queries must be
+    rotated, too:
 
     >>> keys = blasst.quantize_keys(k)
     >>> out = blasst.attention(blasst.rotate(q), keys.k, v, k_scale=keys.scale)
@@ -87,8 +88,8 @@ def rotate(x: Tensor) -> Tensor:
 
     Of the largest power of two that divides the dimension, in blocks. It is its own inverse and
     leaves dot products as they are; a few large channels are spread over all, so that rounding all
-    in one unit costs less. Scores in int8 rotate keys and queries once more, by Sylvester's matrix:
-    the signs of this one are such that they then stay spread.
+    in one unit costs less. Scores in int8 rotate what is not int8 once more, by Sylvester's matrix:
+    the signs of this one are such that it then stays spread.
 
     Raises:
         TypeError: x is no floating-point tensor.

@@ -1,4 +1,5 @@
-// The keys of a call in int8 (blasst_scores): written once, before prefill walks them.
+// The keys of a call in int8 (blasst_scores): written once, before prefill walks them. Keys that
+// are int8 already stay where they lie.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +13,7 @@ namespace blasst::cpu {
 
 // One key tile of a KV head.
 struct Int8Tile {
-  int8_t* elements;  // [kKeys][head_dim]
+  int8_t* elements;  // [kKeys][head_dim]; not used if the keys' own bytes are taken
   int32_t* sums;     // [kKeys] of each key's elements; 0 beyond the request's keys
   float* unit;       // of an element
   uint64_t* broken;  // bit k: key k is not finite, and so are its scores; its elements are 0
@@ -28,7 +29,7 @@ class Int8Keys {
   int64_t request_of(int64_t tile) const;               // of these
   int64_t first_tile(int64_t request) const { return first_tile_[request]; }
 
-  // What is taken off the request's keys, [head_dim].
+  // What is taken off the request's keys, [head_dim]; zeros if it is nothing.
   float* mean(int64_t request, int64_t kv_head) const {
     return means_ + (request * kv_heads_ + kv_head) * head_dim_;
   }

@@ -21,19 +21,22 @@
 BLASST_BEFORE_NAMESPACE();
 namespace blasst::cpu::BLASST_ISA {
 
-// The largest power of two that divides the dimension is rotated together.
-constexpr int64_t RotatedBlock(int64_t dim) { return dim & -dim; }
-
-// What a rotated row's largest magnitude is divided by for its unit; a Hadamard matrix without its
-// factor makes a row sqrt(block) times as long.
-inline float UnitOf(float largest, int64_t dim) {
-  return largest * (1 / (127 * std::sqrt(static_cast<float>(RotatedBlock(dim)))));
+// Elements that are rotated together: as the largest power of two that divides the dimension; 1 is
+// no rotation, where the keys' own bytes are taken.
+inline int64_t RotatedBlock(const Problem& p) {
+  return p.scores_take_bytes() ? 1 : p.head_dim & -p.head_dim;
 }
 
-// x rotated in place by Hadamard matrices; butterflies of neighbours first. `x` is padded to whole
-// vectors.
-HWY_INLINE void Rotate(float* HWY_RESTRICT x, int64_t dim) {
-  for (int64_t bit = 1; bit < RotatedBlock(dim); bit *= 2) {
+// Of a row with this largest magnitude; a Hadamard matrix without its factor makes it sqrt(block)
+// times as long.
+inline float UnitOf(float largest, int64_t block) {
+  return largest * (1 / (127 * std::sqrt(static_cast<float>(block))));
+}
+
+// x rotated in place by Hadamard matrices of `block`; butterflies of neighbours first. `x` is
+// padded to whole vectors.
+HWY_INLINE void Rotate(float* HWY_RESTRICT x, int64_t dim, int64_t block) {
+  for (int64_t bit = 1; bit < block; bit *= 2) {
     if (bit < kLanes) {
       alignas(64) int32_t partner[kLanes], minus[kLanes];
       for (int i = 0; i < kLanes; ++i) {
@@ -77,9 +80,14 @@ HWY_INLINE void RoundToInt8(const float* HWY_RESTRICT x, int64_t dim, float larg
   }
 }
 
-// The mean of the finite elements of a request's keys.
+// The mean of the finite elements of a request's keys; of those that are taken as they are, 0.
 inline void MeanKey(const Problem& p, const Int8Keys& keys, int64_t request, int64_t kv_head) {
   const int64_t count = p.requests[request].keys, dim = p.head_dim;
+  float* mean = keys.mean(request, kv_head);
+  if (p.scores_take_bytes()) {
+    std::fill_n(mean, dim, 0.0f);
+    return;
+  }
   std::array<double, kMaxDim> sums{};
   std::array<const std::byte*, kKeys> rows;
   alignas(64) float row[kMaxDim];
@@ -91,9 +99,15 @@ inline void MeanKey(const Problem& p, const Int8Keys& keys, int64_t request, int
       for (int64_t d = 0; d < dim; ++d) sums[d] += std::isfinite(row[d]) ? row[d] : 0;
     }
   }
-  float* mean = keys.mean(request, kv_head);
   for (int64_t d = 0; d < dim; ++d)
     mean[d] = count == 0 ? 0 : static_cast<float>(sums[d] / static_cast<double>(count));
+}
+
+// Of a row in int8, `dim` elements.
+inline int32_t SumOfBytes(const int8_t* row, int64_t dim) {
+  int32_t sum = 0;
+  for (int64_t d = 0; d < dim; ++d) sum += row[d];
+  return sum;
 }
 
 // Key tile j of a request, whose mean is there. `scratch`: prefill_scratch_floats.
@@ -106,13 +120,20 @@ inline void QuantizeKeys(const Problem& p, const Int8Keys& keys, int64_t request
   p.rows_of(p.kv.k, request, range, kv_head, rows.data());
   const Int8Tile tile = keys.tile(request, kv_head, j);
   *tile.broken = 0;
+  std::fill_n(tile.sums, kKeys, 0);
+  if (p.scores_take_bytes()) {
+    *tile.unit = 1;  // k_scale is in the problem's scale of scores
+    for (int64_t key = 0; key < range.size(); ++key)
+      tile.sums[key] = SumOfBytes(reinterpret_cast<const int8_t*>(rows[key]), dim);
+    return;
+  }
   float largest = 0;
   for (int64_t key = 0; key < range.size(); ++key) {
     float* row = scratch + key * stride;
     LoadFloats(p.kv.k.dtype, rows[key], dim, row);
     std::fill(row + dim, row + stride, 0.0f);
     for (int64_t d = 0; d < dim; ++d) row[d] -= mean[d];
-    Rotate(row, dim);
+    Rotate(row, dim, RotatedBlock(p));
     const float of_key = LargestOf(row, dim);
     if (std::isfinite(of_key)) {
       largest = std::max(largest, of_key);
@@ -121,12 +142,11 @@ inline void QuantizeKeys(const Problem& p, const Int8Keys& keys, int64_t request
       std::fill(row, row + dim, 0.0f);
     }
   }
-  *tile.unit = UnitOf(largest, dim);
-  std::fill_n(tile.sums, kKeys, 0);
+  *tile.unit = UnitOf(largest, RotatedBlock(p));
   for (int64_t key = 0; key < range.size(); ++key) {
     int8_t* to = tile.elements + key * dim;
     RoundToInt8(scratch + key * stride, dim, largest, to);
-    for (int64_t d = 0; d < dim; ++d) tile.sums[key] += to[d];
+    tile.sums[key] = SumOfBytes(to, dim);
   }
 }
 
@@ -135,16 +155,17 @@ struct Int8Query {
   float unit, shift;
 };
 template <DType kStored>
-Int8Query QuantizeQuery(const std::byte* query, int64_t dim, const float* mean, float* row,
+Int8Query QuantizeQuery(const Problem& p, const std::byte* query, const float* mean, float* row,
                         int8_t* to) {
+  const int64_t dim = p.head_dim, block = RotatedBlock(p);
   LoadFloats(kStored, query, dim, row);
   std::fill(row + dim, row + hwy::RoundUpTo(dim, kLanes), 0.0f);
   double shift = 0;
   for (int64_t d = 0; d < dim; ++d) shift += static_cast<double>(row[d]) * mean[d];
-  Rotate(row, dim);
+  Rotate(row, dim, block);
   const float largest = LargestOf(row, dim);
   RoundToInt8(row, dim, largest, to);
-  return {UnitOf(largest, dim), static_cast<float>(shift)};
+  return {UnitOf(largest, block), static_cast<float>(shift)};
 }
 
 }  // namespace blasst::cpu::BLASST_ISA

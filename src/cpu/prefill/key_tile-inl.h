@@ -64,7 +64,7 @@ class KeyTile {
   int64_t steps() const { return padded_ / A::kPack; }  // words of one output element
   const float* k() const { return k_; }                 // [padded][depth] words
   const float* v() const { return v_; }  // [value_dim / kBroadcasts][steps][kBroadcasts]
-  float k_magnitude() const { return kIsInt8<S> ? 127 * *int8_tile_.unit : LargestLane(k_most_); }
+  float k_magnitude() const { return kIsInt8<S> ? 128 * *int8_tile_.unit : LargestLane(k_most_); }
   const Int8Tile& int8() const { return int8_tile_; }
   bool v_finite() const { return LargestLane(v_most_) < kInf; }
 
@@ -75,11 +75,14 @@ class KeyTile {
   void FindKeys(int64_t request, int64_t kv_head, int64_t j) {
     if constexpr (kIsInt8<S>) {
       int8_tile_ = int8_->tile(request, kv_head, j);
-      for (int64_t key = 0; key < keys_.size(); ++key)
-        k_rows_[key] = reinterpret_cast<const std::byte*>(int8_tile_.elements + key * p_.head_dim);
-    } else {
-      p_.rows_of(p_.kv.k, request, keys_, kv_head, k_rows_.data());
+      if (!p_.scores_take_bytes()) {
+        for (int64_t key = 0; key < keys_.size(); ++key)
+          k_rows_[key] =
+              reinterpret_cast<const std::byte*>(int8_tile_.elements + key * p_.head_dim);
+        return;
+      }
     }
+    p_.rows_of(p_.kv.k, request, keys_, kv_head, k_rows_.data());
   }
 
   // Asks for row i, counted over keys and then steps of values.

@@ -77,8 +77,7 @@ struct PrefillTile {
       if constexpr (kIsInt8<S>) {
         const float* mean = int8->mean(tile.request, tile.head / p.group());
         alignas(64) int8_t bytes[kMaxDim];
-        const auto [row_unit, row_shift] =
-            QuantizeQuery<S::kDType>(from, p.head_dim, mean, row, bytes);
+        const auto [row_unit, row_shift] = QuantizeQuery<S::kDType>(p, from, mean, row, bytes);
         unit[r] = row_unit, shift[r] = row_shift;
         S::StageQuery(bytes, p.head_dim, row);
       } else {

@@ -14,8 +14,9 @@ namespace blasst::cuda::prefill {
 struct Launch {
   Params params;  // plan_work() fills in the work
   Tensor q, k, v;
-  Element element;
-  int qk_dim, value_dim;  // of queries and keys, of values and outputs
+  Element element;         // of all three, but for keys whose bytes scores in int8 take
+  blasst_scales k_scales;  // of those
+  int qk_dim, value_dim;   // of queries and keys, of values and outputs
   Scores scores;
   Variant variant;
   int* workspace;  // workspace_bytes() on the device, 16-byte aligned

@@ -26,6 +26,7 @@ struct QuantizedKeys {
   BrokenKeys* broken;  // [kv_heads, tiles]
   float* means;        // [batch, kv_heads, dim] what was taken off the keys
   double* sums;        // [kv_heads, tiles, dim] of the elements that are finite
+  bool as_stored;      // the caller's own bytes: nothing is rotated, and there are no means
   int tiles;           // that there is room for
   float dot_to_log2;   // log2(e) times what q.k is multiplied with
   bool level;          // what the means add to the scores of a row counts: softmax does not see it

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
@@ -39,8 +40,8 @@ struct Source {
   blasst_scales scales;
 };
 
-// The keys of a request and KV head, kThreads * kElements elements a block. A page that is none
-// reads as zeros.
+// The keys of a request and KV head, kThreads * kElements elements a block; to int8, their bytes. A
+// page that is none reads as zeros.
 template <Stored kStored, typename T>
 __global__ void __launch_bounds__(kThreads)
     widen_rows(const __grid_constant__ KeyLayout keys, const __grid_constant__ Source from, T* to,
@@ -72,22 +73,24 @@ __global__ void __launch_bounds__(kThreads)
       words[0] = x.x, words[1] = x.y;
     }
   }
-  const float scale =
-      from.scales.values
-          ? from.scales
-                .values[request * from.scales.stride_request + kv_head * from.scales.stride_head]
-          : 1;
-  uint32_t wide[kElements / 2];
-#pragma unroll
-  for (int i = 0; i < kElements / 2; ++i) {
-    const float2 x = pair_of<kStored, T>(words, i);
-    wide[i] = pack2<T>(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale));
-  }
   // Where the request's token lies in a tensor of its layout without pages.
   const int64_t outer = keys.cu_seqlens ? 0 : request;
   const int64_t heads = gridDim.y;
   T* row = to + ((outer * tokens + span.first + token) * heads + kv_head) * dim;
-  *reinterpret_cast<uint4*>(row + element) = make_uint4(wide[0], wide[1], wide[2], wide[3]);
+  if constexpr (std::is_same_v<T, int8_t>) {
+    *reinterpret_cast<uint2*>(row + element) = make_uint2(words[0], words[1]);
+  } else {
+    const blasst_scales& s = from.scales;
+    const float scale =
+        s.values ? s.values[request * s.stride_request + kv_head * s.stride_head] : 1;
+    uint32_t wide[kElements / 2];
+#pragma unroll
+    for (int i = 0; i < kElements / 2; ++i) {
+      const float2 x = pair_of<kStored, T>(words, i);
+      wide[i] = pack2<T>(__fmul_rn(x.x, scale), __fmul_rn(x.y, scale));
+    }
+    *reinterpret_cast<uint4*>(row + element) = make_uint4(wide[0], wide[1], wide[2], wide[3]);
+  }
 }
 
 template <Stored kStored, typename T>
@@ -120,7 +123,10 @@ void widen(const Widening& w) {
   if (w.batch == 0 || w.keys.length == 0 || w.k.tokens == 0) return;
   const auto stream = static_cast<cudaStream_t>(w.params.execution.stream);
   for (const Widened* t : {&w.k, &w.v}) {
-    if (w.element == BLASST_FLOAT16)
+    if (!t->to) continue;
+    if (t->to_type == BLASST_INT8)
+      enqueue_rows<Stored::kInt8, int8_t>(w, *t, stream);
+    else if (w.element == BLASST_FLOAT16)
       enqueue_tensor<__half>(w, *t, stream);
     else
       enqueue_tensor<__nv_bfloat16>(w, *t, stream);

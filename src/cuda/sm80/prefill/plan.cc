@@ -13,8 +13,8 @@ constexpr HeadSizes kSizes[] = {{64, 64}, {96, 64}, {96, 96}, {128, 128}, {192, 
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
-  check_supported(kCudaSm80, params, Phase::kPrefill, kSizes, problem::Caches::kOfQueries);
   problem::check_exact_scores(kCudaSm80, "prefill", params.decision);
+  check_supported(kCudaSm80, params, Phase::kPrefill, kSizes, problem::Caches::kOfQueries);
   check_work(params.problem, rows_per_block(static_cast<int>(params.problem.value_dim)));
   const TileShape shape{.query_rows = kQueryTileRows,
                         .keys = tile_keys(static_cast<int>(params.problem.head_dim))};

@@ -32,13 +32,15 @@ class Int8Scores {
   static constexpr Score kMasked = static_cast<Score>(0xff800000);  // -inf
   static constexpr bool kQueriesInRegisters = true;                 // or in a place of their own
 
-  // This warpgroup's queries, rotated, each row in units of its own. Runs once an item and is long:
+  // This warpgroup's queries, rotated as the keys are, each row in units of its own. Runs once an
+  // item and is long:
   // a loop over the thread's two rows, so that less of the instruction cache goes to it.
   __device__ __forceinline__ void load_queries(const Params& p, const Work& work, Shared& s,
                                                ThreadPlace at) {
     const float* means =
         p.quantized.means +
         (int64_t{work.request} * p.kv_heads + work.head / (p.heads / p.kv_heads)) * C::kQkDim;
+    const bool as_stored = p.quantized.as_stored;
     uint32_t bytes[2][kElements / 4];
 #pragma unroll 1
     for (int r = 0; r < 2; ++r) {
@@ -46,7 +48,7 @@ class Int8Scores {
       load_row(s, at, r, x);
       float shift = 0;
       if (p.quantized.level) shift = dot_with(x, means, at) * p.quantized.dot_to_log2;
-      rotate(x, at);
+      if (!as_stored) rotate(x, at);
       float most = 0;
 #pragma unroll
       for (float value : x) most = max_nan(most, fabsf(value));
@@ -56,7 +58,9 @@ class Int8Scores {
       // The second row pushes the first to its place: registers have no index at run time.
       row_unit_[0] = row_unit_[1], shift_[0] = shift_[1];
       // NaN if the row is not finite.
-      row_unit_[1] = most * (rsqrtf(C::kQkDim) / 127) * p.quantized.dot_to_log2 + (most - most);
+      row_unit_[1] =
+          most * ((as_stored ? 1.f : rsqrtf(C::kQkDim)) / 127) * p.quantized.dot_to_log2 +
+          (most - most);
       shift_[1] = shift;
 #pragma unroll
       for (int i = 0; i < kElements / 4; ++i) {

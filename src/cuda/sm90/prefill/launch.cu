@@ -48,7 +48,10 @@ void launch(const Launch& l) {
     const int blocks = std::min(items, multiprocessors());
     return [&l, &p, q, k, v, int8, kernel, blocks] {
       const auto stream = static_cast<cudaStream_t>(l.stream);
-      if (int8) quantize_keys(p, l.k, l.element, l.qk_dim, stream);
+      if (int8 && p.quantized.as_stored)
+        arrange_keys(p, l.k, l.k_scales, l.qk_dim, stream);
+      else if (int8)
+        quantize_keys(p, l.k, l.element, l.qk_dim, stream);
       enqueue(kernel.function, blocks, kernel.threads, kernel.shared_bytes, stream,
               {&p, &q, &k, &v});
     };

@@ -29,7 +29,7 @@ QuantizedLayout quantized_layout_of(const blasst_problem& p) {
   const int dim = static_cast<int>(p.head_dim);
   const bool ragged = p.kv.layout == BLASST_LAYOUT_RAGGED;
   return quantized_layout(p.batch, p.kv_heads, problem::most_keys(p), ragged ? p.kv.tokens : -1,
-                          dim, tile_keys(dim));
+                          dim, tile_keys(dim), p.kv.k.dtype == BLASST_INT8);
 }
 
 // Lists of the batch first, then the keys' bytes.
@@ -49,6 +49,8 @@ void plan_quantized(Params& p, const AttentionParams& params) {
   p.quantized.data = reinterpret_cast<int8_t*>(base);
   p.quantized.units = reinterpret_cast<KeyTileUnit*>(base + layout.units);
   p.quantized.broken = reinterpret_cast<BrokenKeys*>(base + layout.broken);
+  p.quantized.as_stored = params.problem.kv.k.dtype == BLASST_INT8;
+  if (p.quantized.as_stored) return;
   p.quantized.means = reinterpret_cast<float*>(base + layout.means);
   p.quantized.sums = reinterpret_cast<double*>(base + layout.sums);
   p.quantized.level = p.report.lse || p.report.tile_maxima || p.sinks || p.softcap > 0 ||
@@ -57,8 +59,11 @@ void plan_quantized(Params& p, const AttentionParams& params) {
 
 // Of the scalars alone.
 problem::Geometry geometry_of(const AttentionParams& params) {
-  check_supported(kCudaSm90, params, Phase::kPrefill, kSizes, problem::Caches::kOfQueries);
   const blasst_problem& p = params.problem;
+  check_supported(kCudaSm90, params, Phase::kPrefill, kSizes,
+                  problem::scores_take_bytes(params.decision.scores, p.kv.k.dtype)
+                      ? problem::Caches::kInt8Keys
+                      : problem::Caches::kOfQueries);
   const int dim = static_cast<int>(p.head_dim);
   check_work(p, rows_per_block(dim));
   if (scores_of(params.decision) == Scores::kInt8) {
@@ -86,6 +91,7 @@ Launch plan_launch(const AttentionParams& params) {
   check_workspace(kCudaSm90, params.execution, needed_workspace(params),
                   scores == Scores::kInt8 ? 128 : 16);
   if (scores == Scores::kInt8) plan_quantized(l.params, params);
+  l.k_scales = params.problem.k_scales;
   return l;
 }
 

@@ -218,6 +218,38 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Keys that are bytes already. A block for each tile and KV head, a thread 16 elements at a time.
+template <int kDim, int kKeys>
+__global__ void __launch_bounds__(kThreads)
+    arrange_tiles(const __grid_constant__ Params p, const __grid_constant__ Tensor k,
+                  const __grid_constant__ blasst_scales scales) {
+  constexpr int kLanes = kDim / 16, kGroups = kThreads / kLanes, kRows = kKeys / kGroups;
+  const Place place = place_of_block<kKeys>(p);
+  if (place.count <= 0) return;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  const int kv_head = static_cast<int>(blockIdx.y);
+  uint4 raw[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const int key = group + i * kGroups;
+    const int8_t* row = key < place.count ? key_row<int8_t>(p.keys, k, place.request, place.first,
+                                                            place.tile * kKeys + key, kv_head)
+                                          : nullptr;
+    raw[i] = row ? reinterpret_cast<const uint4*>(row)[lane] : uint4{};
+  }
+  uint4* to = reinterpret_cast<uint4*>(p.quantized.data + place.at * kKeys * kDim);
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const auto [a, b, c, d] = raw[i];
+    to[(group + i * kGroups) * kLanes + lane] =
+        make_uint4(__byte_perm(a, c, 0x5410), __byte_perm(a, c, 0x7632), __byte_perm(b, d, 0x5410),
+                   __byte_perm(b, d, 0x7632));
+  }
+  if (threadIdx.x > 0) return;
+  const int64_t at = place.request * scales.stride_request + kv_head * scales.stride_head;
+  p.quantized.units[place.at] = {scales.values ? scales.values[at] : 1.f, 0};
+}
+
 template <typename T, int kDim, int kKeys>
 void quantize(const Params& p, const Tensor& k, cudaStream_t stream) {
   const dim3 tiles(p.quantized.tiles, p.kv_heads);
@@ -241,6 +273,18 @@ void quantize_keys(const Params& p, const Tensor& k, Element element, int dim, v
   if (dim == 64) return quantize<64, tile_keys(64)>(p, k, element, stream);
   if (dim == 128) return quantize<128, tile_keys(128)>(p, k, element, stream);
   quantize<256, tile_keys(256)>(p, k, element, stream);
+}
+
+void arrange_keys(const Params& p, const Tensor& k, const blasst_scales& scales, int dim,
+                  void* cuda_stream) {
+  if (p.quantized.tiles == 0) return;
+  const auto enqueue_tiles = [&](auto kernel) {
+    enqueue(kernel, dim3(p.quantized.tiles, p.kv_heads), kThreads,
+            static_cast<cudaStream_t>(cuda_stream), p, k, scales);
+  };
+  if (dim == 64) return enqueue_tiles(arrange_tiles<64, tile_keys(64)>);
+  if (dim == 128) return enqueue_tiles(arrange_tiles<128, tile_keys(128)>);
+  enqueue_tiles(arrange_tiles<256, tile_keys(256)>);
 }
 
 }  // namespace blasst::cuda::prefill

@@ -11,6 +11,8 @@
 //
 // A key that is not finite is marked (BrokenKeys): its scores are NaN, those of its neighbours are
 // not.
+//
+// Keys that are int8 already are only put in that order; their scale is the unit of their tiles.
 #pragma once
 
 #include <cstddef>
@@ -24,13 +26,13 @@ namespace blasst::cuda::prefill {
 // Where a call's bytes lie in its workspace.
 struct QuantizedLayout {
   int64_t tiles;  // of each KV head
-  // Offsets of the arrays, and the end; the data is at 0.
+  // Offsets of the arrays, and the end; the data is at 0. Stored bytes have neither means nor sums.
   std::size_t units, broken, means, sums, bytes;
 };
 
 // tokens: of a ragged batch's keys; -1: requests have room for key_length keys each.
 constexpr QuantizedLayout quantized_layout(int64_t batch, int64_t kv_heads, int64_t key_length,
-                                           int64_t tokens, int dim, int tile_keys) {
+                                           int64_t tokens, int dim, int tile_keys, bool as_stored) {
   const int64_t tiles =
       tokens < 0 ? batch * ((key_length + tile_keys - 1) / tile_keys) : tokens / tile_keys + batch;
   const auto all = static_cast<std::size_t>(tiles * kv_heads);
@@ -41,11 +43,15 @@ constexpr QuantizedLayout quantized_layout(int64_t batch, int64_t kv_heads, int6
   l.broken = l.units + all * sizeof(KeyTileUnit);
   l.means = l.broken + all * sizeof(BrokenKeys);
   l.sums = l.means + static_cast<std::size_t>(batch * kv_heads) * width * sizeof(float);
-  l.bytes = l.sums + all * width * sizeof(double);
+  l.bytes = as_stored ? l.means : l.sums + all * width * sizeof(double);
   return l;
 }
 
 // Enqueues the rounding of all keys, into params.quantized.
 void quantize_keys(const Params& params, const Tensor& k, Element element, int dim, void* stream);
+
+// The same of keys in int8, with their scales.
+void arrange_keys(const Params& params, const Tensor& k, const blasst_scales& scales, int dim,
+                  void* stream);
 
 }  // namespace blasst::cuda::prefill
