@@ -1,7 +1,9 @@
 // How decode is cut into splits and work items: no GPU needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
+#include <random>
 #include <set>
 
 #include "cuda/core/decode/splits.h"
@@ -63,8 +65,19 @@ TEST(DecodeSchedule, RunsOfSplitsEndTogether) {
   // A tile more or less changes little: two rounds of groups, and what is left beside them.
   for (const int tiles : {255, 256, 257, 260}) EXPECT_EQ(run(128, tiles, 8, 264, 64), 8);
   EXPECT_EQ(run(512, 65, 8, 264, 64), 8);
-  EXPECT_EQ(run(512, 65, 8, 264, 72), 9);  // or all of it at once
-  EXPECT_EQ(run(384, 94, 8, 264, 64), 6);  // halves, in three rounds
+  EXPECT_EQ(run(384, 94, 8, 264, 64), 6);    // halves, in three rounds
+  EXPECT_EQ(run(64, 4096, 8, 264, 999), 8);  // a group at most
+}
+
+TEST(DecodeSchedule, QuotientsAreThoseOfIntegers) {
+  constexpr int kMost = (1 << 21) - 1;
+  std::mt19937 random(1);
+  for (int i = 0; i < 200'000; ++i) {
+    const int b = 1 + static_cast<int>(random() % (i % 2 ? kMost : 300));
+    const int multiple = b * static_cast<int>(random() % (kMost / b + 1));
+    for (const int a : {std::max(0, multiple - 1), multiple, std::min(kMost, multiple + b - 1)})
+      ASSERT_EQ(quotient(a, inverse(b)), a / b) << a << " / " << b;
+  }
 }
 
 TEST(DecodeSchedule, ItemsHoldEverySplitOfARequestOnce) {

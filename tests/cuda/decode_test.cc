@@ -187,6 +187,32 @@ TEST_F(DecodeKernels, GroupsOfSplits) {
   }
 }
 
+// Blocks with three items of a tile or two one after the other: what an item reads of its slot must
+// not be the item's after the next.
+TEST_F(DecodeKernels, ShortItemsOneAfterTheOther) {
+  Seen seen;
+  for (const int64_t dim : {64, 128}) {
+    Case c{.seed = 23,
+           .decode = true,
+           .dtype = BLASST_BFLOAT16,
+           .requests = {},
+           .heads = 32,
+           .kv_heads = 16,
+           .head_dim = dim,
+           .value_dim = dim,
+           .inputs = Inputs::kDrift,
+           .softcap = 20,
+           .causal = true,
+           .test = BLASST_TEST_RELATIVE,
+           .threshold = 0.3f,
+           .per_request = true,
+           .per_head = true};
+    for (int64_t b = 0; b < 200; ++b) c.requests.push_back({1, 1 + b % 7 * 29});
+    c.requests.push_back({1, 65});
+    for (int run = 0; run < 5; ++run) expect_agreement(c, seen);
+  }
+}
+
 // More tiles than splits of the least size: the splits grow.
 TEST_F(DecodeKernels, LongVisit) {
   Seen seen;

@@ -50,7 +50,7 @@ class Rows {
   // Of the item; what a thread has of others is no row.
   __device__ __forceinline__ int rows() const { return rows_of(item, group); }
 
-  // After `item` and `below` were set.
+  // After `item` was set.
   __device__ __forceinline__ void begin_item() {
     seen_by_all_ = {range_of(p_, item, group, rows() - 1).begin, range_of(p_, item, group, 0).end};
     first_split_ = item.begin == 0;

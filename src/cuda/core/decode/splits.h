@@ -76,6 +76,23 @@ BLASST_HOST_DEVICE bool adds_groups(const Plan& plan, int item_splits, int split
   return plan.folds && (item_splits % kGroupSplits == 0 || item_splits >= splits);
 }
 
+// a / b for 0 <= a < 2^21 and 0 < b (beyond, it may be one off), the same bits on the host and in
+// every kernel. A block's first copy waits for a dozen of them, and integers divide slowly.
+BLASST_HOST_DEVICE int quotient(int a, float inverse_of_b) {
+#if defined(__CUDA_ARCH__)
+  return __float2int_rz(__fmul_rn(__fadd_rn(__int2float_rn(a), 0.5f), inverse_of_b));
+#else
+  return static_cast<int>((static_cast<float>(a) + 0.5f) * inverse_of_b);
+#endif
+}
+BLASST_HOST_DEVICE float inverse(int b) {
+#if defined(__CUDA_ARCH__)
+  return __frcp_rn(__int2float_rn(b));
+#else
+  return 1.0f / static_cast<float>(b);
+#endif
+}
+
 // Splits that a block takes one after the other, after one look at the seeds: of at most
 // plan.most_item_tiles tiles in all, what lets all blocks end soonest, as if all requests were as
 // long. pairs: requests times KV heads; tiles: that each of them visits.
@@ -87,20 +104,29 @@ BLASST_HOST_DEVICE int splits_of_item(const Plan& plan, int pairs, int tiles, in
     const int results = adds ? ceil_div(item_splits, kGroupSplits) : item_splits;
     return 8 * (item_tiles + BLASST_SEED_TILES / 2 + 1) + results * plan.rows;
   };
+  const int whole_splits = quotient(tiles, inverse(split_tiles));
+  const float of_blocks = inverse(plan.blocks);
+  const auto rounds_of = [&](int items) { return quotient(items + plan.blocks - 1, of_blocks); };
   int best = 1;
   int64_t least = INT64_MAX;
-  for (int run = 1; run <= splits && (run == 1 || run * split_tiles <= plan.most_item_tiles);
-       ++run) {
-    const int size = run * split_tiles < tiles ? run * split_tiles : tiles;
-    const int whole = pairs * (tiles / size), rounds = ceil_div(whole, plan.blocks);
+  // Unrolled: no candidate waits for another, and all divide by constants.
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int run = 1; run <= kGroupSplits; ++run) {
+    if (run > 1 && (run > splits || run * split_tiles > plan.most_item_tiles)) break;
+    const bool all = run * split_tiles >= tiles;  // of a request and KV head
+    const int of_each = all ? 1 : whole_splits / run;
+    const int size = all ? tiles : run * split_tiles, rest = tiles - of_each * size;
+    const int whole = pairs * of_each, rounds = rounds_of(whole);
     const bool adds = adds_groups(plan, run, splits);
     const int each = cost(size, run, adds);
     int64_t time = int64_t{rounds} * each;
-    if (const int rest = tiles % size; rest > 0) {
+    if (rest > 0) {
       // Behind the last whole items, and where that round has blocks left.
-      const int last = cost(rest, ceil_div(rest, split_tiles), adds);
-      const int beside = (rounds * plan.blocks - whole) * (each / last);
-      if (pairs > beside) time += int64_t{ceil_div(pairs - beside, plan.blocks)} * last;
+      const int last = cost(rest, splits - of_each * run, adds);
+      const int beside = (rounds * plan.blocks - whole) * quotient(each, inverse(last));
+      if (pairs > beside) time += int64_t{rounds_of(pairs - beside)} * last;
     }
     if (time < least) least = time, best = run;
   }

@@ -10,23 +10,41 @@
 
 namespace blasst::cuda::decode {
 
-// The next number from 0 on. One thread.
-__device__ __forceinline__ int take_turn(const Turns& turns) {
-  volatile unsigned long long* signature = turns.signature;
-  const unsigned long long found = *signature, mine = turns.of_launch, at_work = ~mine;
-  if (found != mine) {
+__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* at) {
+  unsigned long long found;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(at) : "memory");
+  return found;
+}
+__device__ __forceinline__ void store_release(unsigned long long* at, unsigned long long x) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(at), "l"(x) : "memory");
+}
+
+// The turns that a block takes. One thread.
+class Turn {
+ public:
+  // The next number from 0 on. It comes later: the first use waits for it.
+  __device__ __forceinline__ int take(const Turns& turns) {
+    if (!signed_) sign(turns);
+    signed_ = true;
+    return atomicAdd(turns.taken, 1);
+  }
+
+ private:
+  __device__ __forceinline__ void sign(const Turns& turns) {
+    const unsigned long long mine = turns.of_launch, at_work = ~mine;
+    const unsigned long long found = load_acquire(turns.signature);
+    if (found == mine) return;
     if (found != at_work && atomicCAS(turns.signature, found, at_work) == found) {
       *turns.taken = 0;
-      __threadfence();  // the counter is seen before the signature
-      *signature = mine;
+      store_release(turns.signature, mine);
     } else {
-      while (*signature != mine) {
+      while (load_acquire(turns.signature) != mine) {
       }
     }
   }
-  __threadfence();  // and read after it
-  return atomicAdd(turns.taken, 1);
-}
+
+  bool signed_ = false;  // this launch's signature was seen
+};
 
 // No launch has this one.
 __device__ __forceinline__ void remove_signature(const Turns& turns) {

@@ -117,31 +117,45 @@ class Items {
   Item mine_{};
 };
 
-// What an item scores: the first tiles of the whole visit, if it begins later, and its own.
+// What an item scores, one after the other: the first tiles of the whole visit, if it begins later,
+// and its own.
 struct Step {
   int position;  // in the visit
   int flags;
 };
-__device__ __forceinline__ int seeds_of(const Item& item) {
-  return item.begin > 0 ? BLASST_SEED_TILES : 0;
-}
-__device__ __forceinline__ int steps_of(const Item& item) {
-  return seeds_of(item) + item.end - item.begin;
-}
-__device__ __forceinline__ Step step_of(const Item& item, int i) {
-  const int seeds = seeds_of(item), last = steps_of(item) - 1;
-  const int position = i < seeds ? i : item.begin + i - seeds;
-  int flags =
-      (i == 0) * kFirstOfItem | (i == last) * kLastOfItem | (position < BLASST_SEED_TILES) * kSeed;
-  if (i < seeds) {
-    flags |= kOnlySeed | (i == seeds - 1) * kLastSeed;
-  } else {
-    const int of_split = (position - item.begin) % item.split_tiles;
-    flags |= (of_split == 0) * kFirstOfSplit;
-    flags |= (of_split == item.split_tiles - 1 || i == last) * kLastOfSplit;
+class Steps {
+ public:
+  Steps() = default;
+  __device__ __forceinline__ explicit Steps(const Item& item)
+      : begin_(item.begin), split_tiles_(item.split_tiles) {
+    seeds_ = item.begin > 0 ? BLASST_SEED_TILES : 0;
+    count_ = seeds_ + item.end - item.begin;
   }
-  return {position, flags};
-}
+
+  __device__ __forceinline__ int count() const { return count_; }
+  __device__ __forceinline__ int position(int i) const {
+    return i < seeds_ ? i : begin_ + i - seeds_;
+  }
+
+  __device__ __forceinline__ Step next() {
+    const int i = next_++, place = position(i);
+    int flags = (i == 0) * kFirstOfItem | (i == count_ - 1) * kLastOfItem |
+                (place < BLASST_SEED_TILES) * kSeed;
+    if (i < seeds_) {
+      flags |= kOnlySeed | (i == seeds_ - 1) * kLastSeed;
+    } else {
+      const bool ends = of_split_ == split_tiles_ - 1 || i == count_ - 1;
+      flags |= (of_split_ == 0) * kFirstOfSplit | ends * kLastOfSplit;
+      of_split_ = ends ? 0 : of_split_ + 1;
+    }
+    return {place, flags};
+  }
+
+ private:
+  int begin_, split_tiles_, seeds_, count_;
+  int next_ = 0;
+  int of_split_ = 0;  // tiles of the split before the next
+};
 
 // Query rows of the item; group: query heads of a KV head.
 __device__ __forceinline__ int rows_of(const Item& item, int group) {

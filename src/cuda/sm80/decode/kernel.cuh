@@ -47,11 +47,13 @@ class Block {
   // A block's first item has its number; later ones go to whoever comes first.
   __device__ __forceinline__ void run() {
     Items items(p_, plan_);
+    Turn turn;
     for (int index = blockIdx.x; items.find(index, rows_.item);) {
-      if (threadIdx.x == 0 && plan_.turns.signature)
-        shared_.next_item = gridDim.x + take_turn(plan_.turns);
+      const bool takes = threadIdx.x == 0 && plan_.turns.signature;
+      const int next = takes ? turn.take(plan_.turns) : 0;
       attend();
       if (!plan_.turns.signature) return;
+      if (takes) shared_.next_item = gridDim.x + next;
       __syncthreads();
       index = ptx::warp_uniform(shared_.next_item);
       __syncthreads();
@@ -66,10 +68,10 @@ class Block {
   // copies are one group.
   __device__ __forceinline__ void attend() {
     begin_item();
-    const int count = steps_of(rows_.item);
+    Steps steps(rows_.item);
     copy_queries();
     for (int i = 0; i <= behind_; ++i) {
-      copy_keys(i, count, shared_.stages[i]);
+      copy_keys(steps, i, shared_.stages[i]);
       ptx::commit_copies();
     }
     wait_for_copies(behind_);
@@ -78,9 +80,9 @@ class Block {
     unsigned kept = 0;  // bit i: the tile i steps ago is
     int here = 0;       // its stage
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const Step step = step_of(rows_.item, i);
-      const int tile = tile_of(step);
+    for (int i = 0; i < steps.count(); ++i) {
+      const Step step = steps.next();
+      const int tile = tile_of(step.position);
       Stage& stage = shared_.stages[here];
       // 1. The scores of this warp's keys, and their maxima; other keys take their place.
       wait_for_copies(behind_);
@@ -89,7 +91,7 @@ class Block {
       Scores s;
       score(stage, s);
       __syncwarp();
-      copy_keys(i + sources_.stages, count, stage);
+      copy_keys(steps, i + sources_.stages, stage);
       Columns maximum;
       bool nan = rows_.finish_scores(s, tile, maximum);
       bool keep = false;
@@ -167,8 +169,8 @@ class Block {
 
   // --- copies -----------------------------------------------------------------------------------
 
-  __device__ __forceinline__ int tile_of(const Step& step) const {
-    return tile_at(p_.order, {rows_.item.tile_begin, rows_.item.tile_end}, step.position);
+  __device__ __forceinline__ int tile_of(int position) const {
+    return tile_at(p_.order, {rows_.item.tile_begin, rows_.item.tile_end}, position);
   }
   __device__ __forceinline__ int stage_before(int stage, int steps) const {
     return stage >= steps ? stage - steps : stage - steps + sources_.stages;
@@ -186,9 +188,9 @@ class Block {
   }
 
   // This warp's keys of the i-th step, if there is one.
-  __device__ __forceinline__ void copy_keys(int i, int count, Stage& stage) {
-    if (i >= count) return;
-    const int tile = tile_of(step_of(rows_.item, i)), page = page_of(tile);
+  __device__ __forceinline__ void copy_keys(const Steps& steps, int i, Stage& stage) {
+    if (i >= steps.count()) return;
+    const int tile = tile_of(steps.position(i)), page = page_of(tile);
     if (at_.lane == 0) stage.pages[at_.warp] = page;
     copy(sources_.k, stage.keys[at_.warp], tile, page);
   }
@@ -198,9 +200,9 @@ class Block {
     const int first = first_key(tile);
     if (!p_.keys.page_table) return 0;
     if (first >= seen_.end) return -1;
+    const int page_bits = 31 - __clz(p_.keys.page_size);  // a power of two
     const int page =
-        p_.keys
-            .page_table[rows_.item.request * p_.keys.page_table_stride + first / p_.keys.page_size];
+        p_.keys.page_table[rows_.item.request * p_.keys.page_table_stride + (first >> page_bits)];
     return page < p_.keys.pages ? page : -1;
   }
   __device__ __forceinline__ int first_key(int tile) const {
@@ -214,11 +216,11 @@ class Block {
     using Tile = Panels32<kWarpKeys, kBytes / (2 * kWarpKeys)>;
     using Copies = ThreadCopies<Tile, 32>;
     const int first = first_key(tile);
-    const TokenPlace place =
-        place_of_token(p_.keys, rows_.item.request, rows_.item.first_key, first, page);
-    const uint16_t* from = static_cast<const uint16_t*>(tensor.data) +
-                           place.outer * tensor.stride_outer + place.token * tensor.stride_token +
-                           rows_.item.kv_head * tensor.stride_head;
+    const bool paged = p_.keys.page_table;
+    const int token = paged ? first & (p_.keys.page_size - 1) : rows_.item.first_key + first;
+    const int outer = paged ? page : p_.keys.cu_seqlens ? 0 : rows_.item.request;
+    const uint16_t* from = static_cast<const uint16_t*>(tensor.data) + outer * tensor.stride_outer +
+                           token * tensor.stride_token + rows_.item.kv_head * tensor.stride_head;
     const uint32_t destination = ptx::shared_address(to);
     if (page >= 0 && first >= seen_.begin && first + kWarpKeys <= seen_.end)
       return Copies::start_whole(destination, from, tensor.stride_token);

@@ -120,6 +120,18 @@ __device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
+// One box of a 5-dimensional tensor whose innermost dimension is a panel (tensor_map.h).
+__device__ __forceinline__ void copy_panels(uint32_t destination, const CUtensorMap* map,
+                                            uint32_t barrier, int y, int z, int panel, int w,
+                                            L2Hint hint) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(0), "r"(y), "r"(z), "r"(panel),
+      "r"(w), "l"(static_cast<uint64_t>(hint))
+      : "memory");
+}
+
 // Bytes to shared memory, a multiple of 16 between 16-byte aligned addresses; completes on the
 // barrier.
 __device__ __forceinline__ void copy_bytes(uint32_t destination, const void* source, uint32_t bytes,

@@ -21,4 +21,9 @@ struct Dimension {
 CUtensorMap tensor_map(const Tensor& tensor, Element element, const std::array<Dimension, 3>& outer,
                        CUtensorMapL2promotion promotion);
 
+// The same with boxes of `panels` panels of each row: in shared memory one panel of all the box's
+// rows lies behind the other. A box's place is {0, outer[0], outer[1], panel, outer[2]}.
+CUtensorMap panels_map(const Tensor& tensor, Element element, const std::array<Dimension, 3>& outer,
+                       int panels, CUtensorMapL2promotion promotion);
+
 }  // namespace blasst::cuda

@@ -1,8 +1,9 @@
 // The warpgroup that scores, decides and adds.
 //
 // It walks the tiles that the producer warp streams in. For each: scores S^T = K Q^T, the row
-// maxima, the decision. Only when a tile is kept are its values asked for; they are added one to
-// three kept tiles later, so that their way from memory is hidden behind the scores in between.
+// maxima, the decision. Only when a tile is kept are its values asked for, of a warp of its own
+// where there is room for one; they are added one to three kept tiles later, so that their way from
+// memory is hidden behind the scores in between.
 #pragma once
 
 #include <cmath>
@@ -55,7 +56,7 @@ class Consumer {
       Tile tile;
       if (at_.lane == 0) tile = shared_.tiles[stage];
       const int flags = ptx::warp_uniform(tile.flags);
-      if (flags & kStop) return;
+      if (flags & kStop) return stop();
       const int index = ptx::warp_uniform(tile.index);
       if (flags & kFirstOfItem) begin_item();
 
@@ -64,7 +65,7 @@ class Consumer {
       Scores s;
       Columns maximum;
       score(s);
-      release_keys(flags);
+      release_keys();
       bool nan = rows_.finish_scores(s, index, maximum);
 
       // 3. A seed of another item gives its maxima and no more.
@@ -78,9 +79,13 @@ class Consumer {
       // probabilities wait for them; values that came in the meantime are added.
       rows_.share_maxima(maximum, nan);
       if (flags & kSeed) rows_.take_seed(maximum);
-      if (flags & kFirstOfSplit) rows_.begin_split();
+      if (flags & kFirstOfSplit) {
+        take_thresholds();
+        rows_.begin_split();
+      }
+      if (flags & kLastOfItem) release_item();
       if (rows_.decide(index, maximum, nan)) {
-        ask_for_values(index, tile);
+        ask_for_values(tile);
         keep(s, maximum);
       }
 
@@ -93,6 +98,10 @@ class Consumer {
  private:
   // --- items and splits -------------------------------------------------------------------------
 
+  __device__ __forceinline__ void stop() {
+    if constexpr (L::kFeedsValues) ask_for_values({});
+  }
+
   __device__ __forceinline__ void begin_item() {
     const int slot = queries_.stage;
     ptx::mbarrier_wait(address(shared_.queries_full[slot]), queries_.phase);
@@ -101,7 +110,13 @@ class Consumer {
                                                          plan_.rows, 1);
     if constexpr (L::kNarrowKeys) prepare_queries(slot);
     rows_.begin_item();
+  }
+
+  // Of the item, which the first split waits for: they come behind its first keys.
+  __device__ __forceinline__ void take_thresholds() {
     if constexpr (kTests) {
+      const int slot = queries_.stage;
+      ptx::mbarrier_wait(address(shared_.below_full[slot]), queries_.phase);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) rows_.below[c] = shared_.below[slot][at_.row(c)];
     }
@@ -210,33 +225,30 @@ class Consumer {
     }
   }
 
-  // Keys, and after an item's last tile its queries, may be overwritten.
-  __device__ __forceinline__ void release_keys(int flags) {
+  // Keys may be overwritten.
+  __device__ __forceinline__ void release_keys() {
     __syncwarp();
     if (at_.lane == 0) ptx::mbarrier_arrive(address(shared_.keys_empty[ring_.stage]));
-    if (flags & kLastOfItem) ptx::mbarrier_arrive(address(shared_.queries_empty[queries_.stage]));
     ring_.next();
+  }
+
+  // So may the item's queries and thresholds, which its last tile may be the first to read.
+  __device__ __forceinline__ void release_item() {
+    ptx::mbarrier_arrive(address(shared_.queries_empty[queries_.stage]));
   }
 
   // --- kept tiles -------------------------------------------------------------------------------
 
   // The stage is free: its last values were added before the barrier that this tile's maxima met
   // at.
-  __device__ __forceinline__ void ask_for_values(int index, const Tile& tile) {
-    if (at_.warp != 0) return;
+  __device__ __forceinline__ void ask_for_values(const Tile& tile) {
     const int stage = values_.stage;
-    int page = 0;
-    if (p_.keys.page_table) {
-#pragma unroll
-      for (int box = 0; box < kMostBoxes; ++box) {
-        const int of_box = ptx::warp_uniform(tile.pages[box]);
-        if (box == at_.lane / L::Values::kCount) page = of_box;
-      }
+    if (threadIdx.x == 0) shared_.wanted[stage] = tile;
+    if constexpr (L::kFeedsValues) {
+      if (threadIdx.x == 0) ptx::mbarrier_arrive(address(shared_.values_wanted[stage]));
+    } else {
+      if (at_.warp == 0) copy_values<L>(plan_, shared_, v_map_, stage, of_lane_0(tile));
     }
-    if (at_.lane == 0) shared_.kept[stage] = index;
-    copy_tile<typename L::Values, L::kNarrowValues ? 1 : 2>(
-        p_, plan_, v_map_, ptx::shared_address(shared_.values[stage]), shared_.values_full[stage],
-        rows_.item, index, boxes_of(p_, plan_, rows_.item.keys, index), page, ptx::L2Hint::kFirst);
   }
 
   // Softmax of the tile, packed into shared memory as [query row, key], and the factor that brings
@@ -293,7 +305,7 @@ class Consumer {
   // Values that no row sees may be anything, NaN too, and are multiplied by zero.
   __device__ __forceinline__ void clear_unseen(int stage) {
     const Range seen = visible_keys(rows_.item.keys, rows_.item.positions, p_.distances);
-    const int key0 = shared_.kept[stage] * kTileKeys;
+    const int key0 = shared_.wanted[stage].index * kTileKeys;
     if (key0 >= seen.begin && key0 + kTileKeys <= seen.end) return;
     constexpr int kChunks = L::Values::kRowBytes / 16;  // of a swizzled row, within which it stays
     for (int x = threadIdx.x; x < L::Values::kBytes / 16; x += kConsumers) {

@@ -19,7 +19,8 @@ struct Compiled {
     using Multiplied = std::conditional_t<narrow_values(kCache), __half, T>;
     using C = Config<Multiplied, BLASST_QK_DIM, BLASST_VALUE_DIM, kRows, kVariant, kCache>;
     return {reinterpret_cast<const void*>(&attend<C>), sizeof(typename C::Shared),
-            C::Layout::kBlocks, reinterpret_cast<const void*>(&combine<T, BLASST_VALUE_DIM>)};
+            C::Layout::kThreads, C::Layout::kBlocks,
+            reinterpret_cast<const void*>(&combine<T, BLASST_VALUE_DIM>)};
   }
 };
 

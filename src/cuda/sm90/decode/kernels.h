@@ -8,7 +8,8 @@ namespace blasst::cuda::decode {
 struct Kernels {
   const void* attend;
   int shared_bytes;
-  int blocks;  // a multiprocessor
+  int threads;  // a block
+  int blocks;   // a multiprocessor
   const void* combine;
 };
 

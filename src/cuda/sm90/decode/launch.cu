@@ -10,7 +10,6 @@
 #include "cuda/sm90/decode/latent/layout.cuh"
 #include "cuda/sm90/decode/latent/shape.h"
 #include "cuda/sm90/decode/launch.h"
-#include "cuda/sm90/decode/layout.cuh"
 #include "cuda/sm90/decode/shape.h"
 
 namespace blasst::cuda::decode {
@@ -24,6 +23,18 @@ CUtensorMap map_of(const Tensor& t, Element element, int heads, int tokens) {
                       {t.outer, t.stride_outer, 1}}},
                     CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
+
+// Boxes of `panels` panels by one head by `tokens`, or of one panel where a tile is several boxes.
+CUtensorMap map_of_cache(const Tensor& t, Element element, int tokens, int panels) {
+  return panels_map(t, element,
+                    {{{t.heads, t.stride_head, 1},
+                      {t.tokens, t.stride_token, tokens},
+                      {t.outer, t.stride_outer, 1}}},
+                    tokens == kTileKeys ? panels : 1, CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+}
+
+// Of a row.
+int panels_of(int dim, Element element) { return std::max(1, dim * bytes_of(element) / 128); }
 
 // The part of the plan that the shapes decide.
 Plan make_plan(int batch, int heads, int kv_heads, int query_length, int key_length,
@@ -57,16 +68,11 @@ void launch(const Launch& l) {
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
 
   const CUtensorMap q = map_of(l.q, l.element, p.heads / p.kv_heads, p.query_length);
-  // Without keys nothing is copied; any tensor will do.
-  const bool keys_at_all = p.keys.length > 0 && l.k.tokens > 0 && l.k.outer > 0;
-  const auto element = [&](bool narrow) {
-    return narrow ? Element::kInt8 : l.element;
-  };  // any byte
-  const CUtensorMap k =
-      map_of(keys_at_all ? l.k : l.q, element(narrow_keys(l.cache)), 1, plan.box_tokens);
-  const CUtensorMap v =
-      map_of(keys_at_all ? l.v : l.q, element(narrow_values(l.cache)), 1, plan.box_tokens);
-
+  const auto map = [&](const Tensor& t, bool narrow, int dim) {
+    if (p.keys.length == 0 || t.tokens == 0 || t.outer == 0) return q;  // nothing is copied by it
+    const Element element = narrow ? Element::kInt8 : l.element;        // any byte
+    return map_of_cache(t, element, plan.box_tokens, panels_of(dim, element));
+  };
   const bool latents = latent::is_latent(l.value_dim);
   const Kernels kernels =
       latents ? latent::find_kernels(l.element, variant_of(p))
@@ -76,13 +82,14 @@ void launch(const Launch& l) {
   const int blocks = deal_out(plan, multiprocessors() * kernels.blocks,
                               latents ? latent::most_item_tiles(plan.rows) : kMostItemTiles);
 
+  // A latent comes in halves of its value, and its rotary part.
+  const CUtensorMap k = map(l.k, narrow_keys(l.cache), latents ? latent::kHalfDim : l.qk_dim);
+  const CUtensorMap v = latents ? map(l.k, false, latent::kQkDim - latent::kValueDim)
+                                : map(l.v, narrow_values(l.cache), l.value_dim);
+
   clear_report(p, stream);
-  if (latents)
-    enqueue(kernels.attend, blocks, latent::kBlockThreads, kernels.shared_bytes, stream,
-            {&p, &plan, &q, &k});
-  else
-    enqueue(kernels.attend, blocks, kThreads, kernels.shared_bytes, stream,
-            {&p, &plan, &q, &k, &v});
+  enqueue(kernels.attend, blocks, kernels.threads, kernels.shared_bytes, stream,
+          {&p, &plan, &q, &k, &v});
 
   enqueue_combine(kernels.combine, p, plan, l.value_dim, true, stream);
 }

@@ -11,22 +11,14 @@
 #include "cuda/core/decode/rows.cuh"
 #include "cuda/core/decode/work.cuh"
 #include "cuda/sm90/core/panels.cuh"
+#include "cuda/sm90/decode/places.cuh"
 
 namespace blasst::cuda::decode {
 
 inline constexpr int kConsumers = 32 * kWarps;
-inline constexpr int kThreads = kConsumers + 32;  // and the warp that feeds them
-inline constexpr int kMostBoxes = 4;              // pages of 16 tokens in a tile
 
 struct CacheItem : Item {  // of keys in 8 bits
   float k_scale, v_scale;
-};
-
-// Written and read by one lane, which shares it with its warp.
-struct Tile {
-  int index;
-  int flags;
-  int pages[kMostBoxes];
 };
 
 // kRows: query rows, rounded up. Queries and keys have kQkDim elements, values kValueDim.
@@ -43,11 +35,13 @@ struct Layout {
   using Probabilities = Panels<kRows, kTileKeys>;
 
   // Two blocks share a multiprocessor where 113 KiB and 168 registers a thread are enough; three
-  // where 75 KiB and 136 are.
+  // where 75 KiB and 136 are, which leave no room for a warp that feeds values.
   static constexpr bool kSmall = kNarrowValues && kRows == 8;
   static constexpr int kBlocks = kValueDim == 256 || kRows > (kQkDim == 192 ? 8 : 16) ? 1
                                  : kSmall                                             ? 3
                                                                                       : 2;
+  static constexpr bool kFeedsValues = kBlocks < 3;
+  static constexpr int kThreads = kConsumers + 32 + kFeedsValues * 32;
 
   // Kept tiles whose values are on their way, and the one that is added.
   static constexpr int kValueStages = kValueDim == 256 ? (kRows > 16 ? 2 : 3)
@@ -70,12 +64,11 @@ struct Layout {
     float below[2][kRows];  // of an item: what the tested value must stay below for a skip
     SharedRows<kRows> rows;
     Work items[2];
-    Tile tiles[kKeyStages];
-    int kept[kValueStages];  // tile index
+    Tile tiles[kKeyStages], wanted[kValueStages];  // of keys, and of values as they are asked for
     // Of a stage's Tile, with the Item of an item's first; of its keys. keys_empty frees both.
     uint64_t tiles_full[kKeyStages], keys_full[kKeyStages], keys_empty[kKeyStages];
-    uint64_t values_full[kValueStages];
-    uint64_t queries_full[2], queries_empty[2];
+    uint64_t values_wanted[kValueStages], values_full[kValueStages];
+    uint64_t queries_full[2], below_full[2], queries_empty[2];  // the last frees both
     float
         query_units[kNarrowKeys ? kRows : 1];  // of an item: of its queries as they are multiplied
   };

@@ -1,48 +1,39 @@
-// The warp that feeds a block: it finds the block's work, and streams queries and keys ahead of the
-// warps that score them.
+// The warps that feed a block: one finds the block's work, and streams queries and keys ahead of
+// the warps that score them; the other, where there is one, brings the values that those ask for.
 #pragma once
 
-#include <cmath>
-
-#include "blasst/blasst.h"
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/queries.cuh"
-#include "cuda/core/decode/splits.h"
 #include "cuda/core/decode/turns.cuh"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
-#include "cuda/core/tile_test.h"
-#include "cuda/core/tiles.h"
 #include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/decode/layout.cuh"
+#include "cuda/sm90/decode/places.cuh"
 
 namespace blasst::cuda::decode {
 
-// Copies of a tile: pages, or one box. Those wholly beyond the request's keys are left out.
-__device__ __forceinline__ int boxes_of(const Params& p, const Plan& plan, int keys, int tile) {
-  if (!p.keys.page_table) return 1;
-  const int left = min(kTileKeys, keys - tile * kTileKeys);
-  return ceil_div(left, plan.box_tokens);
+// One warp.
+template <typename L>
+__device__ __forceinline__ void copy_values(const Plan& plan, typename L::Shared& shared,
+                                            const CUtensorMap* v_map, int stage, const Tile& tile) {
+  copy_tile<typename L::Values>(plan, v_map, ptx::shared_address(shared.values[stage]),
+                                shared.values_full[stage], tile, ptx::L2Hint::kFirst);
 }
 
-// Copies a tile's keys or values, of `Tile`'s panels and elements of so many bytes; one warp, whose
-// lane copies a panel of box lane / Tile::kCount, from that box's `page`.
-template <typename Tile, int kElementBytes>
-__device__ __forceinline__ void copy_tile(const Params& p, const Plan& plan, const CUtensorMap* map,
-                                          uint32_t destination, uint64_t& barrier, const Item& item,
-                                          int tile, int boxes, int page, ptx::L2Hint hint) {
-  const int lane = threadIdx.x % 32;
-  const int box = lane / Tile::kCount, panel = lane % Tile::kCount;
-  if (lane == 0)
-    ptx::mbarrier_arrive_expect(address(barrier),
-                                boxes * plan.box_tokens * Tile::kCount * Tile::kRowBytes);
-  __syncwarp();
-  if (box >= boxes) return;
-  const int token = tile * kTileKeys + box * plan.box_tokens;
-  const TokenPlace place = place_of_token(p.keys, item.request, item.first_key, token, page);
-  ptx::copy_box(destination + panel * Tile::kPanelBytes + box * plan.box_tokens * Tile::kRowBytes,
-                map, address(barrier), panel * Tile::kRowBytes / kElementBytes, item.kv_head,
-                place.token, place.outer, hint);
+// The values of tiles as they are asked for, until one of no boxes is.
+template <typename L>
+__device__ __forceinline__ void feed_values(const Plan& plan, typename L::Shared& shared,
+                                            const CUtensorMap* v_map) {
+  for (Ring<L::kValueStages> ring;; ring.next()) {
+    const int stage = ring.stage;
+    ptx::mbarrier_wait(address(shared.values_wanted[stage]), ring.phase);
+    Tile tile{};
+    if (threadIdx.x % 32 == 0) tile = shared.wanted[stage];
+    tile = of_lane_0(tile);
+    if (tile.boxes == 0) return;
+    copy_values<L>(plan, shared, v_map, stage, tile);
+  }
 }
 
 template <typename L, int kRows, bool kTests>
@@ -58,22 +49,23 @@ class Producer {
         shared_(shared),
         q_map_(q_map),
         k_map_(k_map),
-        lane_(threadIdx.x % 32) {}
+        items_(p, plan),
+        lane_(threadIdx.x % 32),
+        places_(p, plan) {}
 
-  // A block's first item has its number; later ones go to whoever comes first.
+  // A block's first item has its number; later ones go to whoever comes first. The first is looked
+  // for while the rest of the block gets ready.
+  __device__ __forceinline__ void find_first() { found_ = items_.find(blockIdx.x, work_); }
+
   __device__ __forceinline__ void run() {
-    Items items(p_, plan_);
-    Work work;
-    for (int index = blockIdx.x; items.find(index, work);) {
-      int next = 0;
-      if (lane_ == 0 && plan_.turns.signature) next = gridDim.x + take_turn(plan_.turns);
+    while (found_) {
       if constexpr (L::kNarrowKeys) {
-        work.k_scale = scale_of(p_.k_scales, work);
-        work.v_scale = scale_of(p_.v_scales, work);
+        work_.k_scale = scale_of(p_.k_scales, work_);
+        work_.v_scale = scale_of(p_.v_scales, work_);
       }
-      feed(work);
-      if (!plan_.turns.signature) break;
-      index = __shfl_sync(kAllLanes, next, 0);
+      const int next = feed(work_);
+      found_ =
+          plan_.turns.signature && items_.find(gridDim.x + __shfl_sync(kAllLanes, next, 0), work_);
     }
     ptx::mbarrier_wait(address(shared_.keys_empty[ring_.stage]), ring_.phase ^ 1);
     if (lane_ == 0) {
@@ -88,18 +80,25 @@ class Producer {
     return scales.values[item.request * scales.stride_request + item.kv_head * scales.stride_head];
   }
 
-  __device__ __forceinline__ void feed(const Work& item) {
+  // Returns, to lane 0, the block's next turn.
+  __device__ __forceinline__ int feed(const Work& item) {
     float thresholds[kOwnRows] = {};
     if constexpr (kTests) ask_for_thresholds(item, thresholds);
     feed_queries(item);
-    const Range visit{item.tile_begin, item.tile_end};
-    const int count = steps_of(item);
+    places_.begin(item);
+    const int count = places_.count();
+    int next = 0;
     for (int i = 0; i < count; ++i) {
-      const Step step = step_of(item, i);
-      feed_keys(item, tile_at(p_.order, visit, step.position), step.flags);
+      feed_keys(places_.next(item));
       // Keys come first: the ring has room for these whether or not the item has begun.
-      if (kTests && i == min(count, L::kKeyStages) - 1) feed_thresholds(item, thresholds);
+      if (i == min(count, L::kKeyStages) - 1) {
+        if constexpr (kTests) feed_thresholds(item, thresholds);
+        queries_.next();
+      }
+      // Where nobody waits for it.
+      if (i == count / 2 && lane_ == 0 && plan_.turns.signature) next = turn_.take(plan_.turns);
     }
+    return next;
   }
 
   // As many positions as any request may have.
@@ -119,7 +118,6 @@ class Producer {
                     item.kv_head * (p_.heads / p_.kv_heads), first.token, first.outer,
                     ptx::L2Hint::kNormal);
     }
-    if constexpr (!kTests) queries_.next();
   }
 
   // Before the copies that would go ahead of it to memory.
@@ -140,44 +138,32 @@ class Producer {
       const int row = lane_ + 32 * i;
       if (row < kRows) shared_.below[slot][row] = skip_limit(p_, plan_, item, row, values[i]);
     }
-    ptx::mbarrier_arrive(address(shared_.queries_full[slot]));
-    queries_.next();
+    ptx::mbarrier_arrive(address(shared_.below_full[slot]));
   }
 
-  __device__ __forceinline__ void feed_keys(const Item& item, int tile, int flags) {
-    const int boxes = boxes_of(p_, plan_, item.keys, tile);
-    Tile here{.index = tile, .flags = flags};
-    int page = 0;
-    if (p_.keys.page_table) {
-      const int mine = lane_ < boxes ? page_of(item, tile) : 0;
-#pragma unroll
-      for (int box = 0; box < kMostBoxes; ++box)
-        here.pages[box] = __shfl_sync(kAllLanes, mine, box);
-      page = __shfl_sync(kAllLanes, mine, lane_ / L::Keys::kCount);
-    }
+  __device__ __forceinline__ void feed_keys(const Tile& tile) {
     const int stage = ring_.stage;
     ptx::mbarrier_wait(address(shared_.keys_empty[stage]), ring_.phase ^ 1);
     if (lane_ == 0) {
-      shared_.tiles[stage] = here;
+      shared_.tiles[stage] = tile;
       ptx::mbarrier_arrive(address(shared_.tiles_full[stage]));
     }
-    __syncwarp();
-    copy_tile<typename L::Keys, L::kNarrowKeys ? 1 : 2>(
-        p_, plan_, k_map_, ptx::shared_address(shared_.keys[stage]), shared_.keys_full[stage], item,
-        tile, boxes, page, flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
+    copy_tile<typename L::Keys>(plan_, k_map_, ptx::shared_address(shared_.keys[stage]),
+                                shared_.keys_full[stage], tile,
+                                tile.flags & kSeed ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
     ring_.next();
-  }
-
-  __device__ __forceinline__ int page_of(const Item& item, int tile) {
-    const int index = (tile * kTileKeys + lane_ * plan_.box_tokens) / p_.keys.page_size;
-    return p_.keys.page_table[item.request * p_.keys.page_table_stride + index];
   }
 
   const Params& p_;
   const Plan& plan_;
   typename L::Shared& shared_;
   const CUtensorMap *q_map_, *k_map_;
-  int lane_;
+  Items items_;
+  Work work_;  // at hand, if one was found
+  bool found_ = false;
+  const int lane_;
+  Places places_;
+  Turn turn_;
   Ring<L::kKeyStages> ring_;
   Ring<2> queries_;
 };

@@ -7,8 +7,8 @@ namespace {
 
 template <typename T, Variant kVariant>
 Kernels kernels() {
-  return {reinterpret_cast<const void*>(&attend<Config<T, kVariant>>), sizeof(Shared), 1,
-          reinterpret_cast<const void*>(&combine<T, kValueDim>)};
+  return {reinterpret_cast<const void*>(&attend<Config<T, kVariant>>), sizeof(Shared),
+          kBlockThreads, 1, reinterpret_cast<const void*>(&combine<T, kValueDim>)};
 }
 
 template <typename T>

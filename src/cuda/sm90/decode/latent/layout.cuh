@@ -15,7 +15,7 @@ namespace blasst::cuda::decode::latent {
 // A warpgroup that feeds and two that compute. The first of those, left, scores and decides; of the
 // outputs each has one half of the columns.
 inline constexpr int kBlockThreads = 384;
-inline constexpr int kFeedRegisters = 40, kLeftRegisters = 248, kRightRegisters = 216;
+inline constexpr int kFeedRegisters = 72, kLeftRegisters = 248, kRightRegisters = 184;
 static_assert(128 * (kFeedRegisters + kLeftRegisters + kRightRegisters) <= 65536);
 
 inline constexpr int kStages = 2;  // all that there is room for beside the queries

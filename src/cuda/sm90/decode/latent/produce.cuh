@@ -5,11 +5,9 @@
 #include "cuda/core/decode/turns.cuh"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
-#include "cuda/core/tile_test.h"
-#include "cuda/core/tiles.h"
 #include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/decode/latent/layout.cuh"
-#include "cuda/sm90/decode/produce.cuh"
+#include "cuda/sm90/decode/places.cuh"
 
 namespace blasst::cuda::decode::latent {
 
@@ -17,19 +15,26 @@ template <typename C>
 class Producer {
  public:
   __device__ __forceinline__ Producer(const Params& p, const Plan& plan, Shared& shared,
-                                      const CUtensorMap* q_map, const CUtensorMap* k_map)
-      : p_(p), plan_(plan), shared_(shared), q_map_(q_map), k_map_(k_map) {}
+                                      const CUtensorMap* q_map, const CUtensorMap* k_map,
+                                      const CUtensorMap* rotary_map)
+      : p_(p),
+        plan_(plan),
+        shared_(shared),
+        q_map_(q_map),
+        k_map_(k_map),
+        rotary_map_(rotary_map),
+        items_(p, plan),
+        places_(p, plan) {}
 
-  // A block's first item has its number; later ones go to whoever comes first.
+  // A block's first item has its number; later ones go to whoever comes first. The first is looked
+  // for while the rest of the block gets ready.
+  __device__ __forceinline__ void find_first() { found_ = items_.find(blockIdx.x, item_); }
+
   __device__ __forceinline__ void run() {
-    Items items(p_, plan_);
-    Item item;
-    for (int index = blockIdx.x; items.find(index, item);) {
-      int next = 0;
-      if (lane_ == 0 && plan_.turns.signature) next = gridDim.x + take_turn(plan_.turns);
-      feed(item);
-      if (!plan_.turns.signature) break;
-      index = __shfl_sync(kAllLanes, next, 0);
+    while (found_) {
+      const int next = feed();
+      found_ =
+          plan_.turns.signature && items_.find(gridDim.x + __shfl_sync(kAllLanes, next, 0), item_);
     }
     ptx::mbarrier_wait(address(shared_.empty[ring_.stage][kRotary]), ring_.phase ^ 1);
     if (lane_ == 0) {
@@ -39,13 +44,25 @@ class Producer {
   }
 
  private:
-  __device__ __forceinline__ void feed(const Item& item) {
-    feed_queries(item);
-    const Range visit{item.tile_begin, item.tile_end};
-    for (int i = 0; i < steps_of(item); ++i) {
-      const Step step = step_of(item, i);
-      feed_tile(item, tile_at(p_.order, visit, step.position), step.flags);
+  // Returns, to lane 0, the block's next turn.
+  __device__ __forceinline__ int feed() {
+    feed_queries(item_);
+    places_.begin(item_);
+    const int count = places_.count();
+    int next = 0;
+    Tile tile = find();
+    for (int i = 0; i < count; ++i) {
+      // While the tile's rotary piece is all that there is room for.
+      feed_piece<kRotary>(rotary_map_, tile);
+      const Tile following = i + 1 < count ? find() : tile;
+      feed_piece<kLeft>(k_map_, tile);
+      feed_piece<kRight>(k_map_, tile);
+      ring_.next();
+      tile = following;
+      // Where nobody waits for it.
+      if (i == count / 2 && lane_ == 0 && plan_.turns.signature) next = turn_.take(plan_.turns);
     }
+    return next;
   }
 
   // As many positions as any request may have.
@@ -74,44 +91,33 @@ class Producer {
     }
   }
 
-  __device__ __forceinline__ void feed_tile(const Item& item, int tile, int flags) {
-    const int boxes = boxes_of(p_, plan_, item.keys, tile);
-    int page = 0;
-    if (p_.keys.page_table && lane_ < boxes) {
-      const int index = (tile * kTileKeys + lane_ * plan_.box_tokens) / p_.keys.page_size;
-      page = p_.keys.page_table[item.request * p_.keys.page_table_stride + index];
-    }
+  __device__ __forceinline__ Tile find() {
+    Tile tile = places_.next(item_);
+    tile.kv_head = 0;  // of all parts of the query heads
+    return tile;
+  }
+
+  template <Piece kPiece>
+  __device__ __forceinline__ void feed_piece(const CUtensorMap* map, const Tile& tile) {
     // Other blocks read what several parts of the heads share, or what is a seed, about now.
-    const bool shared = p_.kv_heads > 1 || flags & kSeed;
-    const ptx::L2Hint hint = shared ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst;
+    const bool shared = p_.kv_heads > 1 || tile.flags & kSeed;
     const int stage = ring_.stage;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const auto piece = static_cast<Piece>(i);
-      const uint32_t full = address(shared_.full[stage][piece]);
-      ptx::mbarrier_wait(address(shared_.empty[stage][piece]), ring_.phase ^ 1);
-      if (lane_ == 0) {
-        if (piece == kRotary) shared_.tiles[stage] = {tile, flags};
-        ptx::mbarrier_arrive_expect(full,
-                                    boxes * plan_.box_tokens * panels(piece) * kPanelRowBytes);
-      }
-      __syncwarp();
-      const int box = lane_ / panels(piece), panel = first_panel(piece) + lane_ % panels(piece);
-      const int of_box = __shfl_sync(kAllLanes, page, box);
-      if (box >= boxes) continue;
-      const int token = tile * kTileKeys + box * plan_.box_tokens;
-      const TokenPlace place = place_of_token(p_.keys, item.request, item.first_key, token, of_box);
-      ptx::copy_box(ptx::shared_address(shared_.latents[stage]) + panel * Latents::kPanelBytes +
-                        box * plan_.box_tokens * kPanelRowBytes,
-                    k_map_, full, panel * kPanel, 0, place.token, place.outer, hint);
-    }
-    ring_.next();
+    ptx::mbarrier_wait(address(shared_.empty[stage][kPiece]), ring_.phase ^ 1);
+    if (kPiece == kRotary && lane_ == 0) shared_.tiles[stage] = {tile.index, tile.flags};
+    copy_tile<Latents, first_panel(kPiece), panels(kPiece)>(
+        plan_, map, ptx::shared_address(shared_.latents[stage]), shared_.full[stage][kPiece], tile,
+        shared ? ptx::L2Hint::kNormal : ptx::L2Hint::kFirst);
   }
 
   const Params& p_;
   const Plan& plan_;
   Shared& shared_;
-  const CUtensorMap *q_map_, *k_map_;
+  const CUtensorMap *q_map_, *k_map_, *rotary_map_;
+  Items items_;
+  Item item_;  // at hand, if one was found
+  bool found_ = false;
+  Places places_;
+  Turn turn_;
   const int lane_ = threadIdx.x % 32;
   Ring<kStages> ring_;
   uint32_t queries_phase_ = 0;
