@@ -61,6 +61,7 @@ void launch(const Launch& l) {
   Params p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
   if (p.rows == 0) return report_nothing(p, stream);
+  if (l.k.tokens == 0 || l.k.outer == 0) p.keys.length = 0;  // whatever the lengths say
   Plan plan = make_plan(p.batch, p.heads, p.kv_heads, p.query_length, p.keys.length, l.value_dim);
   place_results(plan, l);
   plan.box_tokens = p.keys.page_table ? std::min(p.keys.page_size, kTileKeys) : kTileKeys;
@@ -69,8 +70,8 @@ void launch(const Launch& l) {
 
   const CUtensorMap q = map_of(l.q, l.element, p.heads / p.kv_heads, p.query_length);
   const auto map = [&](const Tensor& t, bool narrow, int dim) {
-    if (p.keys.length == 0 || t.tokens == 0 || t.outer == 0) return q;  // nothing is copied by it
-    const Element element = narrow ? Element::kInt8 : l.element;        // any byte
+    if (p.keys.length == 0) return q;                             // nothing is copied by it
+    const Element element = narrow ? Element::kInt8 : l.element;  // any byte
     return map_of_cache(t, element, plan.box_tokens, panels_of(dim, element));
   };
   const bool latents = latent::is_latent(l.value_dim);
