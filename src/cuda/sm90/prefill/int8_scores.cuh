@@ -33,8 +33,8 @@ class Int8Scores {
   static constexpr bool kQueriesInRegisters = true;                 // or in a place of their own
 
   // This warpgroup's queries, rotated as the keys are, each row in units of its own. Runs once an
-  // item and is long:
-  // a loop over the thread's two rows, so that less of the instruction cache goes to it.
+  // item and is long: a loop over the thread's two rows, so that less of the instruction cache goes
+  // to it.
   __device__ __forceinline__ void load_queries(const Params& p, const Work& work, Shared& s,
                                                ThreadPlace at) {
     const float* means =
