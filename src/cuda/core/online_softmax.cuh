@@ -83,9 +83,10 @@ struct RowEnd {
   float maximum, sum;
 };
 
-// sum: of all the row's keys. sink: null: none.
+// sum: of all the row's keys. sink: null: none. The LSE only where it is wanted: it takes longer
+// than all else.
 __device__ __forceinline__ RowEnd finish_row(float log2_maximum, float sum, bool empty,
-                                             const float* sink) {
+                                             const float* sink, bool wants_lse) {
   if (empty) return {0, sink ? *sink : -INFINITY, 0, 0};
   float maximum = log2_maximum, weight = 1;
   if (sink) {  // it may lie far above every score
@@ -93,7 +94,8 @@ __device__ __forceinline__ RowEnd finish_row(float log2_maximum, float sum, bool
     weight = exp2_approx(log2_maximum - maximum);
     sum = sum * weight + exp2_approx(*sink * kLog2e - maximum);
   }
-  return {weight / sum, maximum * kLn2 + logf(sum), maximum, sum};
+  const float lse = wants_lse ? maximum * kLn2 + logf(sum) : 0.f;
+  return {__fdividef(weight, sum), lse, maximum, sum};
 }
 
 }  // namespace blasst::cuda

@@ -295,7 +295,7 @@ class Block {
         const float sum = quad_sum(softmax[i].sum[r]);
         const bool empty = softmax[i].maximum[r] == -INFINITY && sum == 0;
         const RowEnd end = finish_row(softmax[i].log2_maximum(r), sum, empty,
-                                      p_.sinks ? p_.sinks + work.head : nullptr);
+                                      p_.sinks ? p_.sinks + work.head : nullptr, p_.report.lse);
         weight[r] = end.weight;
         if (at.lane() % 4 == 0 && at.row(r) < rows) {
           const int64_t cell = int64_t{work.head} * p_.rows + output_row + at.row(r);

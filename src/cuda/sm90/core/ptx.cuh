@@ -143,6 +143,26 @@ __device__ __forceinline__ void copy_bytes(uint32_t destination, const void* sou
       : "memory");
 }
 
+// One box of a 4-dimensional tensor from shared memory. Of the thread's group of stores.
+__device__ __forceinline__ void store_box(const CUtensorMap* map, uint32_t source, int x, int y,
+                                          int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          reinterpret_cast<uint64_t>(map)),
+      "r"(source), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// The thread's stores have read shared memory, which may be written again.
+__device__ __forceinline__ void wait_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 // Shared memory written by ordinary stores becomes visible to the copy engine and to wgmma.
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -176,6 +196,13 @@ __device__ __forceinline__ void lower_registers() {
 }
 
 // --- matrices in shared memory ----------------------------------------------------------------
+
+// Four 8 x 8 blocks of 2-byte elements as load_matrices reads them.
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
 
 // Stores transposed 8 x 8 blocks of 2-byte elements; lane 8 * b + i gives the address of row i of
 // block b. A block's fragment is one register a thread.

@@ -16,6 +16,7 @@
 #include "cuda/sm90/prefill/config.cuh"
 #include "cuda/sm90/prefill/exact_scores.cuh"
 #include "cuda/sm90/prefill/int8_scores.cuh"
+#include "cuda/sm90/prefill/store.cuh"
 
 namespace blasst::cuda::prefill {
 
@@ -357,26 +358,49 @@ class Consumer {
   // Normalises and writes the rows.
   __device__ __forceinline__ void write(const Work& work, const OnlineSoftmax& softmax,
                                         const Outputs& o) {
-    const int rows = query_tile_of(work, at_.warpgroup).rows;
+    const QueryTile q = query_tile_of(work, at_.warpgroup);
     const int output_row = work.output_row + at_.warpgroup * kQueryTileRows;
+    const float* sink = p_.sinks ? p_.sinks + work.head : nullptr;
+    const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
     float weight[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float sum = quad_sum(softmax.sum[r]);
-      const bool empty = softmax.maximum[r] == -INFINITY && sum == 0;
+      const bool empty = softmax.maximum[r] == -INFINITY && sum[r] == 0;
       float log2_maximum = softmax.log2_maximum(r);
       if constexpr (C::kInt8) log2_maximum += scores_.level(p_, r);
-      const RowEnd end =
-          finish_row(log2_maximum, sum, empty, p_.sinks ? p_.sinks + work.head : nullptr);
+      const RowEnd end = finish_row(log2_maximum, sum[r], empty, sink, p_.report.lse);
       weight[r] = end.weight;
-      if (at_.lane() % 4 == 0 && at_.row(r) < rows) {
+      if (at_.lane() % 4 == 0 && at_.row(r) < q.rows) {
         const int64_t cell = int64_t{work.head} * p_.rows + output_row + at_.row(r);
         if (p_.report.lse) p_.report.lse[cell] = end.lse;
         reports_.row(work, r, cell, end);
       }
     }
     reports_.finish(work);
-    write_rows<Element>(p_, work, at_, output_row, rows, weight, o);
+    if (is_staged<C>(q)) return stage(weight, o);
+    write_rows<Element>(p_, work, at_, output_row, q.rows, weight, o);
+  }
+
+  // Leaves them in shared memory, for store_outputs.
+  __device__ __forceinline__ void stage(const float (&weight)[2], const Outputs& o) {
+    ptx::mbarrier_wait(address(s_.barriers.output_empty[at_.warpgroup]), output_phase_ ^ 1);
+    output_phase_ ^= 1;
+    // Of each 16 columns a lane has the address of a row of one of four 8 x 8 blocks.
+    const uint32_t panels = ptx::shared_address(s_.output[at_.warpgroup]);
+    const int row = at_.strip() * 16 + at_.lane() % 16, half = at_.lane() / 16;
+#pragma unroll
+    for (int j = 0; j < C::kValueDim / 16; ++j) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* pair = &o[8 * j + 2 * i];
+        x[i] = pack2<Element>(pair[0] * weight[i % 2], pair[1] * weight[i % 2]);
+      }
+      ptx::store_matrices(output_place<typename L::Outputs>(panels, row, 2 * j + half), x);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    arrive(address(s_.barriers.output_full[at_.warpgroup]));
   }
 
   // --- shared memory ----------------------------------------------------------------------------
@@ -412,7 +436,7 @@ class Consumer {
   float threshold_;                // as a difference of raw scores
   Ring<L::kKeyStages> keys_;       // the next to score
   Ring<L::kKeyStages> scored_;     // the next to give back
-  uint32_t query_phase_ = 0;
+  uint32_t query_phase_ = 0, output_phase_ = 0;
 };
 
 }  // namespace blasst::cuda::prefill

@@ -7,6 +7,7 @@
 
 #include "cuda/sm90/prefill/consume.cuh"
 #include "cuda/sm90/prefill/produce.cuh"
+#include "cuda/sm90/prefill/store.cuh"
 
 namespace blasst::cuda::prefill {
 
@@ -30,9 +31,14 @@ __device__ void init_barriers(typename C::Shared& s) {
     ptx::mbarrier_init(address(b.value_full[i]), 1);
     ptx::mbarrier_init(address(b.value_done[i]), L::kConsumerWarps);
   }
+  for (int wg = 0; wg < L::kWarpgroups; ++wg) {
+    ptx::mbarrier_init(address(b.output_full[wg]), 4);  // its warps
+    ptx::mbarrier_init(address(b.output_empty[wg]), 1);
+  }
   for (int i = 0; i < 2; ++i) {
     ptx::mbarrier_init(address(b.work_full[i]), 1);
-    ptx::mbarrier_init(address(b.work_empty[i]), L::kConsumerWarps + L::kValueStages);
+    ptx::mbarrier_init(address(b.work_empty[i]),
+                       L::kConsumerWarps + L::kValueStages + L::kStagedOutputs);
   }
   ptx::fence_mbarrier_init();
 }
@@ -41,7 +47,8 @@ template <typename C>
 __global__ void __launch_bounds__(C::Layout::kThreads, 1)
     attend(const __grid_constant__ Params p, const __grid_constant__ CUtensorMap query_map,
            const __grid_constant__ CUtensorMap key_map,
-           const __grid_constant__ CUtensorMap value_map) {
+           const __grid_constant__ CUtensorMap value_map,
+           const __grid_constant__ CUtensorMap output_map) {
   extern __shared__ __align__(1024) uint8_t memory[];
   auto& s = *reinterpret_cast<typename C::Shared*>(memory);
   if (threadIdx.x == 0) {
@@ -49,6 +56,7 @@ __global__ void __launch_bounds__(C::Layout::kThreads, 1)
     ptx::prefetch_tensor_map(&query_map);
     ptx::prefetch_tensor_map(&key_map);
     ptx::prefetch_tensor_map(&value_map);
+    ptx::prefetch_tensor_map(&output_map);
   }
   __syncthreads();
   if (threadIdx.x < 128) {
@@ -59,6 +67,8 @@ __global__ void __launch_bounds__(C::Layout::kThreads, 1)
         produce_keys<C>(p, s, &query_map, &key_map);
       else if (warp <= C::Layout::kValueStages)
         produce_values<C>(p, s, &value_map, warp - 1);
+      else if (C::Layout::kStagedOutputs)
+        store_outputs<C>(p, s, &output_map);
     }
   } else {
     ptx::raise_registers<C::Layout::kConsumerRegisters>();

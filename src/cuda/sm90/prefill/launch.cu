@@ -30,6 +30,18 @@ Tensor quantized_keys(const Params& p, int dim, int keys) {
           tokens * p.kv_heads * dim, dim, tokens * dim};
 }
 
+Tensor outputs(const Params& p, int dim) {
+  const int64_t outer = p.cu_seqlens_q ? 1 : p.batch;
+  return {p.out.data,
+          outer,
+          p.cu_seqlens_q ? p.rows : p.query_length,
+          p.heads,
+          dim,
+          p.out.stride_request,
+          p.out.stride_token,
+          p.out.stride_head};
+}
+
 }  // namespace
 
 void launch(const Launch& l) {
@@ -43,17 +55,18 @@ void launch(const Launch& l) {
     const CUtensorMap k = int8 ? map_of(quantized_keys(p, l.qk_dim, keys), Element::kInt8, keys)
                                : map_of(keys_at_all ? l.k : l.q, l.element, key_rows);
     const CUtensorMap v = map_of(keys_at_all ? l.v : l.q, l.element, key_rows);
+    const CUtensorMap o = map_of(outputs(p, l.value_dim), l.element, kQueryTileRows);
     const Kernel kernel = find_kernel(l.element, l.qk_dim, l.value_dim, l.scores, l.variant);
     allow_shared_memory(kernel.function, kernel.shared_bytes);
     const int blocks = std::min(items, multiprocessors());
-    return [&l, &p, q, k, v, int8, kernel, blocks] {
+    return [&l, &p, q, k, v, o, int8, kernel, blocks] {
       const auto stream = static_cast<cudaStream_t>(l.stream);
       if (int8 && p.quantized.as_stored)
         arrange_keys(p, l.k, l.k_scales, l.qk_dim, stream);
       else if (int8)
         quantize_keys(p, l.k, l.element, l.qk_dim, stream);
       enqueue(kernel.function, blocks, kernel.threads, kernel.shared_bytes, stream,
-              {&p, &q, &k, &v});
+              {&p, &q, &k, &v, &o});
     };
   });
 }

@@ -21,8 +21,11 @@ struct Layout {
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kKeys = tile_keys(kQkDim);
+  // Outputs leave through shared memory where queries are not in its way.
+  static constexpr bool kStagedOutputs = kQkDim <= 128;
   static constexpr int kKeyStages = kQkDim == 256   ? (kInt8 ? 4 : 3)
                                     : kQkDim == 192 ? 2
+                                    : kQkDim == 128 ? (kInt8 ? 6 : 3)
                                                     : (kInt8 ? 6 : 4);
   // Parts of a key tile that come and are given back on their own: where there are two stages, the
   // first part's place is needed before the last one's product is done.
@@ -37,6 +40,7 @@ struct Layout {
   using Keys = std::conditional_t<kInt8, BytePanels<kKeys, kQkDim>, Panels<kKeys, kQkDim>>;
   using KeyPart = Panels<kKeys, kQkDim / kKeyParts>;  // of exact scores
   using Values = Panels<kKeys, kValueDim>;
+  using Outputs = Panels<kQueryTileRows, kValueDim>;  // of one warpgroup
   // Three warpgroups have no registers for queries.
   static constexpr bool kRoundedQueries = kInt8 && kWarpgroups == 3;
   using RoundedQueries = BytePanels<kQueryTileRows, kQkDim>;
@@ -52,12 +56,15 @@ struct Layout {
     uint64_t value_full[kValueBarriers], value_done[kValueBarriers];  // of visit v: v % that
     uint64_t
         settled[kMostAhead];  // tests only: the values of visit v were loaded, or are not wanted
+    uint64_t output_full[kWarpgroups], output_empty[kWarpgroups];
     uint64_t work_full[2], work_empty[2];
   };
   struct Shared {
     alignas(1024) uint8_t query[kWarpgroups][Queries::kBytes];
     alignas(1024) uint8_t key[kKeyStages][Keys::kBytes];
     alignas(1024) uint8_t value[kValueStages][Values::kBytes];
+    alignas(1024)
+        uint8_t output[kStagedOutputs ? kWarpgroups : 1][kStagedOutputs ? Outputs::kBytes : 16];
     // Queries in bytes, where they do not stay in registers. Each warpgroup writes its own.
     alignas(1024) uint8_t rounded_query[kRoundedQueries ? kWarpgroups : 1]
                                        [kRoundedQueries ? RoundedQueries::kBytes : 16];
