@@ -16,16 +16,6 @@ __device__ __forceinline__ Range visible_tiles(const Work& work, QueryTile q) {
   return {seen.begin / kKeys, ceil_div(seen.end, kKeys)};
 }
 
-// Tiles of which every row sees every key. Rows beyond the request see none.
-template <int kKeys>
-__device__ __forceinline__ Range whole_tiles(const Work& work, QueryTile q) {
-  const int last = q.position + max(q.rows, 1) - 1;
-  const int begin = max(0, last - work.distances.most);
-  const int end = min(work.keys, q.position - work.distances.least + 1);
-  const Range tiles = {ceil_div(begin, kKeys), end / kKeys};
-  return q.rows == kQueryTileRows && tiles.begin < tiles.end ? tiles : Range{0, 0};
-}
-
 // The tile at hand, and the way to the next.
 struct Visit {
   int index;  // among all tiles that were visited: says which stages are its own

@@ -24,6 +24,7 @@ struct Work {
   int tile_begin, tile_end;
   int output_row;                    // of first_row, among the rows of all requests
   float threshold[kMostQueryTiles];  // of the tile test, as scores are kept
+  Range whole[kMostQueryTiles];      // tiles of which all rows of a query tile see all keys
   // Reports only: the query tile of first_row, among those of all requests, and their number.
   int query_tile, query_tiles;
 };
@@ -37,6 +38,16 @@ struct QueryTile {
 __device__ __forceinline__ QueryTile query_tile_of(const Work& work, int tile) {
   return {work.first_row + work.offset + tile * kQueryTileRows,
           min(kQueryTileRows, work.rows - tile * kQueryTileRows)};
+}
+
+// Tiles of which every row sees every key. Rows beyond the request see none.
+template <int kKeys>
+__device__ __forceinline__ Range whole_tiles(const Work& work, QueryTile q) {
+  const int last = q.position + max(q.rows, 1) - 1;
+  const int begin = max(0, last - work.distances.most);
+  const int end = min(work.keys, q.position - work.distances.least + 1);
+  const Range tiles = {ceil_div(begin, kKeys), end / kKeys};
+  return q.rows == kQueryTileRows && tiles.begin < tiles.end ? tiles : Range{0, 0};
 }
 
 // What the test compares with, for a query tile of an item: of a tile's largest score, or
@@ -89,6 +100,8 @@ __device__ Work describe(const Params& p, const Item& item) {
   const bool any = seen.begin < seen.end && w.distances.least <= w.distances.most;
   w.tile_begin = any ? seen.begin / C::kKeys : 0;
   w.tile_end = any ? ceil_div(seen.end, C::kKeys) : 0;
+  for (int tile = 0; tile < C::kRowsPerBlock / kQueryTileRows; ++tile)
+    w.whole[tile] = whole_tiles<C::kKeys>(w, query_tile_of(w, tile));
   return w;
 }
 

@@ -209,7 +209,7 @@ class Consumer {
 
   // Tiles whose scores are final as they come.
   __device__ __forceinline__ void set_plain_tiles(const Work& work) {
-    const Range whole = whole_tiles<C::kKeys>(work, query_tile_of(work, at_.warpgroup));
+    const Range whole = work.whole[at_.warpgroup];
     plain_begin_ = ptx::warp_uniform(whole.begin);
     plain_count_ = ptx::warp_uniform(p_.softcap > 0 ? 0 : whole.end - whole.begin);
   }
@@ -217,7 +217,7 @@ class Consumer {
   __device__ __forceinline__ void cap_and_mask(Tile& s, const Work& work) const {
     scores_.cap(s, p_, work, visit_.tile, at_);
     const QueryTile q = query_tile_of(work, at_.warpgroup);
-    const Range whole = whole_tiles<C::kKeys>(work, q);
+    const Range whole = work.whole[at_.warpgroup];
     if (visit_.tile >= whole.begin && visit_.tile < whole.end) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
