@@ -363,8 +363,10 @@ typedef struct blasst_merge_params {
 typedef struct blasst_tile_shape {
   /* Rows of one head a query tile; decode: heads / kv_heads * query_length. */
   int64_t query_rows BLASST_DEFAULT(0);
-  int64_t keys BLASST_DEFAULT(0);        /* keys a key tile */
-  int64_t split_tiles BLASST_DEFAULT(0); /* decode: tiles of the visit a split; 0: never split */
+  int64_t keys BLASST_DEFAULT(0); /* keys a key tile */
+  /* decode: tiles of the visit a split; 0: never split. What is left at the visit's end joins the
+   * split before it if it is half a split at most and no more than BLASST_SEED_TILES tiles. */
+  int64_t split_tiles BLASST_DEFAULT(0);
   /* decode: a visit longer than most_splits * split_tiles has splits of ceil(tiles / most_splits)
    * tiles; 0: no limit */
   int64_t most_splits BLASST_DEFAULT(0);

@@ -56,11 +56,20 @@ int64_t decode_unit_heads(int64_t kv_heads, int64_t splits, int threads) {
   return heads;
 }
 
+int64_t count_splits(int64_t tiles) {
+  return tiles <= kSplitTiles ? tiles > 0 : ceil_div(tiles - BLASST_SEED_TILES, kSplitTiles);
+}
+
+Range split_positions(int64_t tiles, int64_t split) {
+  const int64_t begin = split * kSplitTiles;
+  return {begin, split + 1 < count_splits(tiles) ? begin + kSplitTiles : tiles};
+}
+
 std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile> tiles,
                                      int threads) {
   // A tile without keys has one empty split, which writes its zeros.
   const auto splits_of = [](Range key_tiles) {
-    return std::max<int64_t>(1, ceil_div(key_tiles.size(), kSplitTiles));
+    return std::max<int64_t>(1, count_splits(key_tiles.size()));
   };
   std::vector<Range> ranges;
   int64_t all_splits = 0;
@@ -81,12 +90,8 @@ std::vector<DecodeUnit> decode_units(const Problem& p, std::span<const QueryTile
     }
     const int64_t splits = splits_of(range);
     for (int64_t i = 0; i < splits; ++i)
-      units.push_back({tiles.subspan(first, count),
-                       range,
-                       {i * kSplitTiles, std::min(range.size(), (i + 1) * kSplitTiles)},
-                       i,
-                       splits,
-                       partial});
+      units.push_back({tiles.subspan(first, count), range, split_positions(range.size(), i), i,
+                       splits, partial});
     partial += static_cast<int64_t>(count) * splits;
   }
   return units;
@@ -99,7 +104,7 @@ int64_t decode_partials(std::span<const DecodeUnit> units) {
 }
 
 int64_t most_decode_partials(const Problem& p) {
-  const int64_t splits = ceil_div(p.geometry(decode_shape(p)).key_tiles, kSplitTiles);
+  const int64_t splits = count_splits(p.geometry(decode_shape(p)).key_tiles);
   return p.batch * p.kv_heads * std::max<int64_t>(1, splits);
 }
 

@@ -36,12 +36,17 @@ struct PrefillUnit {
 // Longest first, so that threads end together.
 std::vector<PrefillUnit> prefill_units(const Problem& p, std::span<const QueryTile> tiles);
 
+// Splits of a visit of so many tiles: kSplitTiles each. What is left joins the last one if it is
+// BLASST_SEED_TILES at most.
+int64_t count_splits(int64_t tiles);
+Range split_positions(int64_t tiles, int64_t split);
+
 // Decode work: one split of the visit of several query tiles, KV heads of one request that visit
 // the same key tiles.
 struct DecodeUnit {
   std::span<const QueryTile> tiles;
   Range key_tiles;  // of the whole visit
-  Range visit;      // positions in the visit sequence, kSplitTiles of them
+  Range visit;      // positions in the visit sequence (split_positions)
   int64_t split;    // which of
   int64_t splits;   // a query tile has; their partial results follow each other
   int64_t partial;  // index of the first tile's first partial result

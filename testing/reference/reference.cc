@@ -74,7 +74,9 @@ class Attend {
     if (shape_.most_splits > 0)
       split_tiles = std::max(split_tiles, problem::ceil_div(tiles.size(), shape_.most_splits));
     for (int64_t i = 0; i < tiles.size(); ++i) {
-      if (split_tiles > 0 && i > 0 && i % split_tiles == 0) start_split(tiles, i);
+      const int64_t left = tiles.size() - i;
+      const bool joins = 2 * left <= split_tiles && left <= BLASST_SEED_TILES;
+      if (split_tiles > 0 && i > 0 && i % split_tiles == 0 && !joins) start_split(tiles, i);
       const int64_t j = problem::nth_tile(p_.order, tiles, i);
       if (visited(j)) visit(j);
     }

@@ -60,7 +60,7 @@ TEST_P(Cache, AgreesWithTheReference) {
 TEST_P(Cache, DecodeOfManySplitsAgreesWithTheReference) {
   for (const Types& types : kCaches) {
     Case c = cache_case(true, BLASST_BFLOAT16, types);
-    c.requests = {{1, 5000}};
+    c.requests = {{1, 6200}};
     c.softcap = 20, c.sinks = true;
     Problem problem(c);
     problem.run();

@@ -45,7 +45,7 @@ Case latent_case(DType dtype, int64_t heads, int64_t positions, int64_t keys) {
 
 // One of two splits, one of several positions, one of many heads.
 std::vector<Case> latent_cases() {
-  std::vector<Case> cases = {latent_case(BLASST_BFLOAT16, 8, 1, 4200),
+  std::vector<Case> cases = {latent_case(BLASST_BFLOAT16, 8, 1, 6200),
                              latent_case(BLASST_FLOAT16, 16, 4, 150),
                              latent_case(BLASST_FLOAT32, 128, 1, 130)};
   for (size_t i = 0; i < 2; ++i) cases[i].layout = Layout::kPaged, cases[i].page_size = 64;

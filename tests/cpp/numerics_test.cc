@@ -188,9 +188,9 @@ TEST_P(Numerics, TheBoundHoldsForTilesFarAboveTheRunningMaximum) {
 TEST_P(Numerics, TheFirstVisitedTileIsKeptWhereverItLies) {
   for (const TestKind test : {BLASST_TEST_ABSOLUTE, BLASST_TEST_RELATIVE}) {
     for (const Order order : {BLASST_FORWARD, BLASST_REVERSE, BLASST_SINK_FIRST}) {
-      for (const int64_t first : {0, 62, 63, 64, 70, 127, 128, 139}) {  // splits have 64 tiles
+      for (const int64_t first : {0, 62, 63, 64, 70, 127, 128, 169}) {  // splits have 64 tiles
         Problem p({.decode = true,
-                   .requests = {{2, 140 * 64}},
+                   .requests = {{2, 170 * 64}},
                    .blocks = true,
                    .order = order,
                    .test = test,
@@ -198,11 +198,11 @@ TEST_P(Numerics, TheFirstVisitedTileIsKeptWhereverItLies) {
         std::ranges::fill(p.blocks, 0);
         const auto tile_at = [&](int64_t i) -> int64_t {
           return order == BLASST_FORWARD   ? i
-                 : order == BLASST_REVERSE ? 139 - i
+                 : order == BLASST_REVERSE ? 169 - i
                  : i == 0                  ? 0
-                                           : 140 - i;
+                                           : 170 - i;
         };
-        for (int64_t i = first; i < 140; ++i) p.blocks[tile_at(i)] = 1;
+        for (int64_t i = first; i < 170; ++i) p.blocks[tile_at(i)] = 1;
         p.run();
         EXPECT_EQ(compare(p).mismatch, "") << describe(p.description);
         EXPECT_TRUE(p.tile_bits[tile_at(first) / 32] >> (tile_at(first) % 32) & 1)

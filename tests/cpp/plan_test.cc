@@ -23,7 +23,7 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
   for (const int threads : {1, 2, 16}) {
     const check::Problem problem(
         {.decode = true,
-         .requests = {{1, 10000}, {1, 0}, {1, 4 * kKeys * kSplitTiles}, {1, 1}},
+         .requests = {{1, 10000}, {1, 0}, {1, 4 * kKeys * kSplitTiles}, {1, 1}, {1, kKeys * 196}},
          .heads = 6,
          .kv_heads = 3,
          .head_dim = 16,
@@ -34,7 +34,7 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
     std::set<int64_t> partials;
     std::vector<int64_t> visited(tiles.size());
     for (const DecodeUnit& unit : units) {
-      EXPECT_LE(unit.visit.size(), kSplitTiles);
+      EXPECT_LE(unit.visit.size(), kSplitTiles + BLASST_SEED_TILES);
       EXPECT_LT(unit.split, unit.splits);
       for (size_t t = 0; t < unit.tiles.size(); ++t) {
         EXPECT_TRUE(partials.insert(unit.first_partial(t) + unit.split).second)
@@ -47,6 +47,23 @@ TEST(Plan, DecodeUnitsCoverEveryTileOfEveryVisitOnce) {
     for (size_t i = 0; i < tiles.size(); ++i)
       EXPECT_EQ(visited[i], problem::ceil_div(p.requests[tiles[i].request].keys, kKeys));
   }
+}
+
+TEST(Plan, FourTilesThatAreLeftOfAVisitJoinTheLastSplit) {
+  const auto splits = [](int64_t tiles) {
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < count_splits(tiles); ++i)
+      sizes.push_back(split_positions(tiles, i).size());
+    return sizes;
+  };
+  using Sizes = std::vector<int64_t>;
+  EXPECT_EQ(splits(0), Sizes{});
+  EXPECT_EQ(splits(1), Sizes{1});
+  EXPECT_EQ(splits(68), Sizes{68});
+  EXPECT_EQ(splits(69), (Sizes{64, 5}));
+  EXPECT_EQ(splits(128), (Sizes{64, 64}));
+  EXPECT_EQ(splits(132), (Sizes{64, 68}));
+  EXPECT_EQ(splits(133), (Sizes{64, 64, 5}));
 }
 
 TEST(Plan, TheTileOfAnEmptyBatchIsThatOfAnyOther) {

@@ -174,6 +174,23 @@ TEST(Reference, SplitsStartFromTheFirstTwoTiles) {
   EXPECT_EQ(kept_tiles(refer(problem.params, true, {1, 1, 1})), (Tiles{0, 1, 3, 4, 5}));
 }
 
+TEST(Reference, WhatIsLeftJoinsTheLastSplitIfItIsShort) {
+  // The fifth is the best, and no seed: what is 4 below is kept in a split of its own alone.
+  const auto kept = [&](int64_t behind, TileShape shape) {
+    std::vector<float> scores = {0, 0, 0, 0, 5};
+    scores.resize(scores.size() + behind, 1);
+    const auto tiles =
+        kept_tiles(refer(with_scores({scores}, kE2, BLASST_FORWARD).params, true, shape));
+    return std::ssize(tiles) - 5;
+  };
+  EXPECT_EQ(kept(2, {1, 1, 5}), 0);
+  EXPECT_EQ(kept(3, {1, 1, 5}), 3) << "more than half a split";
+  EXPECT_EQ(kept(2, {1, 1, 4, 1}), 0) << "one split of seven";
+  EXPECT_EQ(kept(3, {1, 1, 2, 2}), 0) << "two of four";
+  EXPECT_EQ(kept(10, {1, 1, 11}), 0);
+  EXPECT_EQ(kept(11, {1, 1, 11}), 5) << "more tiles than seeds";
+}
+
 TEST(Reference, AbsoluteTestComparesTheTileMaximum) {
   Problem problem = with_scores({kScores}, kE2, BLASST_FORWARD);
   const float tau = 1;

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "cuda/core/decode/splits.h"
+#include "cuda/core/decode/steps.h"
 #include "cuda/core/tensor.h"
 #include "cuda/core/tiles.h"
 #include "cuda/sm90/decode/latent/shape.h"
@@ -15,7 +16,7 @@ namespace blasst::cuda::decode {
 namespace {
 
 int splits_of(int tiles, int rows, int kv_heads) {
-  return ceil_div(tiles, split_tiles(tiles, least_split_tiles(rows), most_splits(kv_heads)));
+  return count_splits(tiles, split_tiles(tiles, least_split_tiles(rows), most_splits(kv_heads)));
 }
 
 TEST(DecodeSchedule, OneLongRequestFillsTheChip) {
@@ -33,12 +34,21 @@ TEST(DecodeSchedule, SplitsHaveTheLeastSizeAndFitTheirSlots) {
       for (int tiles = 1; tiles < 5000; tiles += 7) {
         const int each = split_tiles(tiles, least, most);
         EXPECT_GE(each, least);
-        EXPECT_LE(ceil_div(tiles, each), most);
-        EXPECT_LE(ceil_div(tiles, each), split_slots(tiles * kTileKeys, least, most));
-        EXPECT_LE(ceil_div(tiles, each), split_slots(6000 * kTileKeys, least, most));
+        EXPECT_LE(count_splits(tiles, each), most);
+        EXPECT_LE(count_splits(tiles, each), split_slots(tiles * kTileKeys, least, most));
+        EXPECT_LE(count_splits(tiles, each), split_slots(6000 * kTileKeys, least, most));
       }
     }
   }
+}
+
+TEST(DecodeSchedule, FourTilesThatAreLeftJoinTheLastSplit) {
+  const int wanted[] = {0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2};  // of 0 to 13 tiles
+  for (int tiles = 0; tiles < 14; ++tiles) EXPECT_EQ(count_splits(tiles, 8), wanted[tiles]);
+  EXPECT_EQ(count_splits(68, 8), 8);
+  EXPECT_EQ(count_splits(69, 8), 9);
+  EXPECT_EQ(count_splits(68, 64), 1);
+  EXPECT_EQ(count_splits(69, 64), 2);
 }
 
 TEST(DecodeSchedule, LargeBatchesWorkOnWholeGroupsWhereResultsAreLarge) {
@@ -47,6 +57,8 @@ TEST(DecodeSchedule, LargeBatchesWorkOnWholeGroupsWhereResultsAreLarge) {
   EXPECT_FALSE(whole_groups(16, 8, 256, 4, 128));   // 4 rows for as many
   EXPECT_FALSE(whole_groups(64, 4, 256, 64, 128));  // no registers for it
   EXPECT_FALSE(whole_groups(64, 4, 256, 32, 256));
+  EXPECT_FALSE(whole_groups(66, 4, 68, 16, 128));  // a group of each, an item a block
+  EXPECT_TRUE(whole_groups(66, 4, 69, 16, 128));   // a ninth split
 }
 
 TEST(DecodeSchedule, RunsOfSplitsEndTogether) {
@@ -64,7 +76,7 @@ TEST(DecodeSchedule, RunsOfSplitsEndTogether) {
   EXPECT_EQ(run(128, 0, 8, 264, 16), 1);
   // A tile more or less changes little: two rounds of groups, and what is left beside them.
   for (const int tiles : {255, 256, 257, 260}) EXPECT_EQ(run(128, tiles, 8, 264, 64), 8);
-  EXPECT_EQ(run(512, 65, 8, 264, 64), 8);
+  for (const int tiles : {64, 65, 68}) EXPECT_EQ(run(512, tiles, 8, 264, 64), 8);
   EXPECT_EQ(run(384, 94, 8, 264, 64), 6);    // halves, in three rounds
   EXPECT_EQ(run(64, 4096, 8, 264, 999), 8);  // a group at most
 }
@@ -102,6 +114,75 @@ TEST(DecodeSchedule, ItemsHoldEverySplitOfARequestOnce) {
   plan.whole_groups = false, plan.most_item_tiles = 64;
   EXPECT_EQ(cut_of(plan, 128, 256).results, 4);  // whole groups, if they come out so
   EXPECT_EQ(cut_of(plan, 8, 256).results, 32);   // of few requests, no
+}
+
+// The first tile of each split, by the words of blasst_tile_shape.
+std::set<int> first_tiles(int tiles, int each) {
+  std::set<int> first = {0};
+  for (int tile = each; tile < tiles; tile += each)
+    if (2 * (tiles - tile) > each || tiles - tile > BLASST_SEED_TILES) first.insert(tile);
+  return first;
+}
+
+// The steps of all items of a request, as the kernels take them.
+void expect_cut(const Plan& plan, int pairs, int tiles) {
+  const Cut cut = cut_of(plan, pairs, tiles);
+  const std::set<int> first = first_tiles(tiles, cut.split_tiles);
+  std::set<int> slots;
+  int next = 0;  // tile
+  for (int split = 0; split < cut.splits; split += cut.item_splits) {
+    const Range item = tiles_of_splits(split, cut.item_splits, tiles, cut.split_tiles);
+    Steps steps(item.begin, item.end, cut.split_tiles);
+    ASSERT_EQ(steps.count(), item.end - item.begin + (split > 0 ? BLASST_SEED_TILES : 0));
+    int results = 0;
+    for (int i = 0, of_result = 0; i < steps.count(); ++i) {
+      const Step step = steps.next();
+      ASSERT_EQ(step.flags & kFirstOfItem, i == 0 ? kFirstOfItem : 0);
+      ASSERT_EQ(step.flags & kLastOfItem, i + 1 == steps.count() ? kLastOfItem : 0);
+      ASSERT_EQ(step.flags & kSeed, step.position < BLASST_SEED_TILES ? kSeed : 0);
+      if (split > 0 && i < BLASST_SEED_TILES) {
+        ASSERT_EQ(step.position, i);
+        ASSERT_EQ(step.flags & (kOnlySeed | kFirstOfSplit | kLastOfSplit), kOnlySeed);
+        continue;
+      }
+      ASSERT_EQ(step.position, next++);
+      ASSERT_EQ(step.flags & (kOnlySeed | kLastSeed), 0);
+      ASSERT_EQ(step.flags & kFirstOfSplit, first.contains(step.position) ? kFirstOfSplit : 0);
+      const bool ends = next == tiles || first.contains(next);
+      ASSERT_EQ(step.flags & kLastOfSplit, ends ? kLastOfSplit : 0);
+      if (ends && (++of_result == cut.result_splits || i + 1 == steps.count()))
+        slots.insert(split / cut.result_splits + results++), of_result = 0;
+    }
+  }
+  ASSERT_EQ(next, tiles);
+  ASSERT_EQ(std::ssize(slots), cut.results);
+  ASSERT_TRUE(slots.empty() || *slots.rbegin() + 1 == cut.results);
+  ASSERT_LE(cut.results, plan.result_slots);
+}
+
+TEST(DecodeSchedule, StepsAreEveryTileOnceAndTheirResultsHaveSlots) {
+  std::mt19937 random(1);
+  const auto any = [&random](int least, int most) {
+    return least + static_cast<int>(random() % (most - least + 1));
+  };
+  for (int i = 0; i < 20'000; ++i) {
+    const int room = any(1, i % 10 ? 300 : 5000), batch = any(1, 200), kv_heads = any(1, 40);
+    Plan plan{};
+    plan.rows = any(1, kMaxRows);
+    plan.least_split_tiles = any(kLeastSplitTiles, i % 2 ? 12 : 64);
+    plan.most_splits = any(1, i % 3 ? kSlots : 9);
+    plan.whole_groups = any(0, 1);
+    plan.folds = plan.whole_groups || any(0, 1);
+    plan.blocks = any(1, kSlots);
+    plan.most_item_tiles = any(1, 8) * plan.least_split_tiles;
+    plan.result_slots =
+        ceil_div(split_slots(room * kTileKeys, plan.least_split_tiles, plan.most_splits),
+                 plan.whole_groups ? kGroupSplits : 1);
+    for (const int tiles : {any(0, room), room}) {
+      expect_cut(plan, batch * kv_heads, tiles);
+      if (HasFatalFailure()) FAIL() << tiles << " tiles, splits of " << plan.least_split_tiles;
+    }
+  }
 }
 
 TEST(DecodeSchedule, ManyRowsAreAddedByAWarpEach) {

@@ -147,6 +147,7 @@ TEST_F(DecodeKernels, Latents) {
   Seen seen;
   for (const DType dtype : {BLASST_FLOAT16, BLASST_BFLOAT16}) {
     for (const auto& [heads, positions, keys] : {std::tuple<int64_t, int64_t, int64_t>{8, 1, 3000},
+                                                 {8, 1, 2200},
                                                  {16, 1, 1500},
                                                  {16, 4, 500},
                                                  {64, 1, 700},
@@ -181,8 +182,8 @@ TEST_F(DecodeKernels, GroupsOfSplits) {
            .causal = true,
            .test = BLASST_TEST_RELATIVE,
            .threshold = 0.05f};
-    for (int64_t b = 3; b < requests; ++b) c.requests.push_back({1, 17 * b + b * b % 700});
-    for (const int64_t keys : {6000, 4096, 3700}) c.requests.push_back({1, keys});
+    for (int64_t b = 5; b < requests; ++b) c.requests.push_back({1, 17 * b + b * b % 700});
+    for (const int64_t keys : {6000, 4096, 4097, 4300, 3700}) c.requests.push_back({1, keys});
     expect_agreement(c, seen);
   }
 }
@@ -305,7 +306,8 @@ TEST_F(DecodeKernels, SameBitsInEveryLayoutAndRun) {
 TEST_F(DecodeKernels, SameBitsAloneAndInAnyBatch) {
   for (Case c : mixed_cases()) {
     c.per_request = c.per_head = false;
-    for (const auto [keys, requests] : {std::pair<int64_t, int64_t>{5000, 90}, {4096, 132}}) {
+    for (const auto [keys, requests] :
+         {std::pair<int64_t, int64_t>{5000, 90}, {4096, 132}, {4200, 132}}) {
       c.requests = {{2, keys}};
       const std::vector<std::byte> alone = bits_of(c, false);
       for (int64_t b = 1; b < requests; ++b) c.requests.push_back({2, 4500 * b / requests});

@@ -120,6 +120,8 @@ def kept_one_by_one(q, k, order: str, threshold: torch.Tensor, split: int) -> to
         best = [scores[64 * j : 64 * (j + 1)].max() for j in visit]
         for i, j in enumerate(visit):
             begin = i // split * split
+            if begin > 0 and tiles - begin <= min(split / 2, SEED_TILES):  # joins the one before
+                begin -= split
             before = best[begin:i] + best[: min(SEED_TILES, begin)]
             skips = bool(before) and best[i] - max(before) < threshold[head].log()
             kept[head * kv_heads // heads, j] |= not skips

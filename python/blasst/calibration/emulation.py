@@ -214,6 +214,10 @@ def _running(maxima: Tensor, shape: TileShape) -> Tensor:
     last = [min(SEED_TILES, begin) - 1 for begin in range(split, tiles, split)]
     later = running[..., 1:, :]
     torch.maximum(later, seeds[..., last, None], out=later)
+    # What is left may join the split before it.
+    if split < tiles and 0 < tiles % split <= min(split // 2, SEED_TILES):
+        before = torch.maximum(running[..., -2, -1:], splits[..., -2, -1:])
+        torch.maximum(running[..., -1, :], before, out=running[..., -1, :])
     return running.flatten(-2)[..., :tiles]
 
 

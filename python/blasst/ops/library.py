@@ -95,7 +95,8 @@ class TileShape(NamedTuple):
     keys: int
     """Keys in a key tile."""
     split_tiles: int = 0
-    """Decode: visited tiles in one split of a long KV; 0: never split."""
+    """Decode: visited tiles in one split of a long KV; 0: never split. What is left joins the split
+    before it if it is half of one at most and no more than 4 tiles."""
     most_splits: int = 0
     """Decode: the most splits, which then are longer; 0: no limit."""
 

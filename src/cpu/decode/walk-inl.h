@@ -102,8 +102,8 @@ class DecodeHead {
     int seeds = 0;
     for (int64_t split = 0; split < count; ++split) {
       std::copy_n(rows.seed, rows.count, splits[split].seed);
-      const int64_t end = std::min(key_tiles_.size(), (split + 1) * kSplitTiles);
-      for (int64_t i = split * kSplitTiles; i < end && seeds < BLASST_SEED_TILES; ++i) {
+      const Range positions = split_positions(key_tiles_.size(), split);
+      for (int64_t i = positions.begin; i < positions.end && seeds < BLASST_SEED_TILES; ++i) {
         const int64_t j = problem::nth_tile(p_.order, key_tiles_, i);
         if (!Visits(j)) continue;
         ++seeds;

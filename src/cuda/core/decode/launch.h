@@ -42,7 +42,8 @@ void place_results(Plan& plan, const Launch& launch);
 std::uint64_t new_signature();
 
 // How the work is dealt out: to `blocks` blocks, which the GPU runs at a time, in items of at most
-// `most_item_tiles` tiles, one split, or one group. Returns how many blocks there is work for.
+// `most_item_tiles` tiles (and what joins the last split), one split, or one group. Returns how
+// many blocks there is work for.
 int deal_out(Plan& plan, int blocks, int most_item_tiles);
 
 Variant variant_of(const Params& params);

@@ -50,7 +50,7 @@ struct Plan {
   int result_slots;     // results that a request and KV head may have
   int results;          // of all requests and KV heads, with those that short requests lack
   int blocks;           // of threads, that the GPU runs at a time
-  int most_item_tiles;  // of an item of several splits, if not all are whole groups
+  int most_item_tiles;  // of several whole splits that are an item, if not all are whole groups
   Turns turns;
   int box_tokens;     // tokens a copy: kTileKeys or a smaller page
   bool half_queries;  // of keys in 8 bits: queries are fp16, not bf16

@@ -31,10 +31,24 @@ BLASST_HOST_DEVICE int least_split_tiles(int rows) {
 // A request has at most this many splits for each of its KV heads.
 BLASST_HOST_DEVICE int most_splits(int kv_heads) { return ceil_div(kSlots, kv_heads); }
 
-// Tiles a split, for a visit of `tiles` tiles.
+// Tiles a split, for a visit of `tiles` tiles; the last has fewer, or more.
 BLASST_HOST_DEVICE int split_tiles(int tiles, int least_tiles, int most_splits) {
   const int even = ceil_div(tiles, most_splits);
   return even > least_tiles ? even : least_tiles;
+}
+
+// What is left of a visit joins the split before it if it is so many tiles at most: by itself it
+// would look at as many seeds. Of more, a request alone would wait for the longer split.
+inline constexpr int kMostJoining = BLASST_SEED_TILES;
+static_assert(2 * kMostJoining <= kLeastSplitTiles, "half a split at most");
+
+// Where a split of a visit of `tiles` tiles ends that has all its tiles at `end`.
+BLASST_HOST_DEVICE int split_end(int end, int tiles) {
+  return tiles - end <= kMostJoining ? tiles : end;
+}
+
+BLASST_HOST_DEVICE int count_splits(int tiles, int split_tiles) {
+  return tiles <= split_tiles ? tiles > 0 : ceil_div(tiles - kMostJoining, split_tiles);
 }
 
 // Keys that some of the request's last `positions` positions sees, one at least.
@@ -50,7 +64,7 @@ BLASST_HOST_DEVICE Range visit(int keys, int positions, Distances distances) {
 
 // The most splits of a request of at most `keys` keys.
 inline int split_slots(int keys, int least_tiles, int most_splits) {
-  return std::max(1, std::min(most_splits, ceil_div(ceil_div(keys, kTileKeys), least_tiles)));
+  return std::max(1, std::min(most_splits, count_splits(ceil_div(keys, kTileKeys), least_tiles)));
 }
 
 // Query rows of the kernel that takes `rows`.
@@ -68,7 +82,8 @@ BLASST_HOST_DEVICE constexpr bool adds_splits(int dim, int kernel_rows) {
 inline bool whole_groups(int batch, int kv_heads, int tiles, int rows, int dim) {
   const int each = split_tiles(tiles, least_split_tiles(rows), most_splits(kv_heads));
   if (!adds_splits(dim, kernel_rows(rows)) || each * kTileKeys >= 100 * rows) return false;
-  return int64_t{batch} * kv_heads * ceil_div(tiles, kGroupSplits * each) > kSlots;
+  const int groups = ceil_div(count_splits(tiles, each), kGroupSplits);
+  return int64_t{batch} * kv_heads * groups > kSlots;
 }
 
 // Whether an item's splits are added by the kernel, group by group: where it begins with a group.
@@ -94,10 +109,11 @@ BLASST_HOST_DEVICE float inverse(int b) {
 }
 
 // Splits that a block takes one after the other, after one look at the seeds: of at most
-// plan.most_item_tiles tiles in all, what lets all blocks end soonest, as if all requests were as
-// long. pairs: requests times KV heads; tiles: that each of them visits.
+// plan.most_item_tiles tiles in all, not counting those that join the last split, what lets all
+// blocks end soonest, as if all requests were as long. pairs: requests times KV heads; tiles: that
+// each of them visits.
 BLASST_HOST_DEVICE int splits_of_item(const Plan& plan, int pairs, int tiles, int split_tiles) {
-  const int splits = ceil_div(tiles, split_tiles);
+  const int splits = count_splits(tiles, split_tiles);
   // In eighths of what a tile takes, as measured. A seed's tile is scored, and no more: half of it.
   // To begin and to end takes about one, and each row of a result an eighth.
   const auto cost = [&plan](int item_tiles, int item_splits, bool adds) {
@@ -115,18 +131,21 @@ BLASST_HOST_DEVICE int splits_of_item(const Plan& plan, int pairs, int tiles, in
 #endif
   for (int run = 1; run <= kGroupSplits; ++run) {
     if (run > 1 && (run > splits || run * split_tiles > plan.most_item_tiles)) break;
-    const bool all = run * split_tiles >= tiles;  // of a request and KV head
+    const bool all = run >= splits;  // of a request and KV head
     const int of_each = all ? 1 : whole_splits / run;
     const int size = all ? tiles : run * split_tiles, rest = tiles - of_each * size;
     const int whole = pairs * of_each, rounds = rounds_of(whole);
     const bool adds = adds_groups(plan, run, splits);
     const int each = cost(size, run, adds);
     int64_t time = int64_t{rounds} * each;
-    if (rest > 0) {
+    const int rest_splits = splits - of_each * run;
+    if (rest_splits > 0) {
       // Behind the last whole items, and where that round has blocks left.
-      const int last = cost(rest, splits - of_each * run, adds);
+      const int last = cost(rest, rest_splits, adds);
       const int beside = (rounds * plan.blocks - whole) * quotient(each, inverse(last));
       if (pairs > beside) time += int64_t{rounds_of(pairs - beside)} * last;
+    } else {
+      time += int64_t{rounds_of(pairs)} * 8 * rest;  // joins the last of each
     }
     if (time < least) least = time, best = run;
   }
@@ -143,13 +162,19 @@ struct Cut {
 BLASST_HOST_DEVICE Cut cut_of(const Plan& plan, int pairs, int tiles) {
   Cut cut{};
   cut.split_tiles = split_tiles(tiles, plan.least_split_tiles, plan.most_splits);
-  cut.splits = ceil_div(tiles, cut.split_tiles);
+  cut.splits = count_splits(tiles, cut.split_tiles);
   cut.item_splits =
       plan.whole_groups ? kGroupSplits : splits_of_item(plan, pairs, tiles, cut.split_tiles);
   cut.items = cut.splits / cut.item_splits;
   cut.result_splits = adds_groups(plan, cut.item_splits, cut.splits) ? kGroupSplits : 1;
   cut.results = ceil_div(cut.splits, cut.result_splits);
   return cut;
+}
+
+// Positions in a visit of `tiles` tiles of `splits` splits from the first on, fewer where it ends.
+BLASST_HOST_DEVICE Range tiles_of_splits(int first, int splits, int tiles, int split_tiles) {
+  const int begin = first * split_tiles;
+  return {begin, split_end(begin + splits * split_tiles, tiles)};
 }
 
 // Where a result lies; those of a KV head are kv_heads apart.

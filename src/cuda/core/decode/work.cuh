@@ -1,4 +1,4 @@
-// Work of a block: splits of one request and KV head, and the tiles that it scores for them.
+// Work of a block: splits of one request and KV head.
 #pragma once
 
 #include <cmath>
@@ -25,17 +25,6 @@ struct Item {
   int split_tiles;
   int result_splits;
   int begin, end;  // positions in the visit
-};
-
-enum TileFlags : int {
-  kFirstOfItem = 1,
-  kLastOfItem = 2,
-  kFirstOfSplit = 4,
-  kLastOfSplit = 8,
-  kSeed = 16,      // one of the visit's first BLASST_SEED_TILES
-  kOnlySeed = 32,  // of another item: only the row maxima are of interest
-  kLastSeed = 64,  // of those
-  kStop = 128,     // no tile: the end of the block's work
 };
 
 // The items of a launch in order: those of a request stand side by side, and its KV heads beside
@@ -71,8 +60,9 @@ class Items {
     const int first_split = of_lane(before_) + of_request / p_.kv_heads * splits;
     item.slot =
         slot_of(plan_, p_.kv_heads, item.request, item.kv_head, first_split / item.result_splits);
-    item.begin = first_split * item.split_tiles;
-    item.end = min(item.tile_end - item.tile_begin, item.begin + splits * item.split_tiles);
+    const Range own =
+        tiles_of_splits(first_split, splits, item.tile_end - item.tile_begin, item.split_tiles);
+    item.begin = own.begin, item.end = own.end;
     return true;
   }
 
@@ -115,46 +105,6 @@ class Items {
   int item_splits_ = 1;
   int before_ = 0;  // splits of the request, before its first item here
   Item mine_{};
-};
-
-// What an item scores, one after the other: the first tiles of the whole visit, if it begins later,
-// and its own.
-struct Step {
-  int position;  // in the visit
-  int flags;
-};
-class Steps {
- public:
-  Steps() = default;
-  __device__ __forceinline__ explicit Steps(const Item& item)
-      : begin_(item.begin), split_tiles_(item.split_tiles) {
-    seeds_ = item.begin > 0 ? BLASST_SEED_TILES : 0;
-    count_ = seeds_ + item.end - item.begin;
-  }
-
-  __device__ __forceinline__ int count() const { return count_; }
-  __device__ __forceinline__ int position(int i) const {
-    return i < seeds_ ? i : begin_ + i - seeds_;
-  }
-
-  __device__ __forceinline__ Step next() {
-    const int i = next_++, place = position(i);
-    int flags = (i == 0) * kFirstOfItem | (i == count_ - 1) * kLastOfItem |
-                (place < BLASST_SEED_TILES) * kSeed;
-    if (i < seeds_) {
-      flags |= kOnlySeed | (i == seeds_ - 1) * kLastSeed;
-    } else {
-      const bool ends = of_split_ == split_tiles_ - 1 || i == count_ - 1;
-      flags |= (of_split_ == 0) * kFirstOfSplit | ends * kLastOfSplit;
-      of_split_ = ends ? 0 : of_split_ + 1;
-    }
-    return {place, flags};
-  }
-
- private:
-  int begin_, split_tiles_, seeds_, count_;
-  int next_ = 0;
-  int of_split_ = 0;  // tiles of the split before the next
 };
 
 // Query rows of the item; group: query heads of a KV head.

@@ -11,6 +11,7 @@
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/rows.cuh"
 #include "cuda/core/decode/splits.h"
+#include "cuda/core/decode/steps.h"
 #include "cuda/core/decode/work.cuh"
 #include "cuda/core/keys.cuh"
 #include "cuda/core/math.cuh"
@@ -68,7 +69,7 @@ class Block {
   // copies are one group.
   __device__ __forceinline__ void attend() {
     begin_item();
-    Steps steps(rows_.item);
+    Steps steps(rows_.item.begin, rows_.item.end, rows_.item.split_tiles);
     copy_queries();
     for (int i = 0; i <= behind_; ++i) {
       copy_keys(steps, i, shared_.stages[i]);

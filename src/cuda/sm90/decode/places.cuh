@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/core/decode/params.h"
+#include "cuda/core/decode/steps.h"
 #include "cuda/core/decode/work.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/tiles.h"
@@ -28,7 +29,7 @@ class Places {
       : p_(p), plan_(plan), boxes_(kTileKeys / plan.box_tokens), window_(32 / boxes_) {}
 
   __device__ __forceinline__ void begin(const Item& item) {
-    steps_ = Steps(item);
+    steps_ = Steps(item.begin, item.end, item.split_tiles);
     found_ = 0;
   }
   __device__ __forceinline__ int count() const { return steps_.count(); }
