@@ -68,7 +68,7 @@ class Consumer {
     visit_.begin(p_.order, tiles);
     reports_.begin(work);
     if constexpr (C::kTests) threshold_ = work.threshold[at_.warpgroup];
-    OnlineSoftmax softmax = OnlineSoftmax::empty(p_.score_to_log2);
+    OnlineSoftmaxApart softmax = OnlineSoftmaxApart::empty(p_.score_to_log2);
     Outputs o = {};
     if (const int count = tiles.end - tiles.begin; count > 0) {
       ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
@@ -83,8 +83,8 @@ class Consumer {
   // The tiles of an item. The scores of the next tile and the outputs of a kept one are computed
   // together; then come the next tile's decision and exponentials, under the products of the other
   // warpgroups.
-  __device__ __forceinline__ void attend_tiles(const Work& work, int count, OnlineSoftmax& softmax,
-                                               Outputs& o) {
+  __device__ __forceinline__ void attend_tiles(const Work& work, int count,
+                                               OnlineSoftmaxApart& softmax, Outputs& o) {
     Tile s;
     Probabilities p;
     Weights weights;
@@ -184,7 +184,7 @@ class Consumer {
   // else to do.
   template <int kPending>
   __device__ __forceinline__ Decision take_scores(Tile& s, const Work& work,
-                                                  const OnlineSoftmax& softmax, bool more) {
+                                                  const OnlineSoftmaxApart& softmax, bool more) {
     if (C::kTests && more) wait_keys();
     scores_.read_stage(s_, scored_.stage);
     // Their keys may be overwritten, part by part.
@@ -248,7 +248,7 @@ class Consumer {
 
   // --- decision ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Decision decide(const Tile& s, const OnlineSoftmax& softmax) {
+  __device__ __forceinline__ Decision decide(const Tile& s, const OnlineSoftmaxApart& softmax) {
     Decision tile;
     scores_.maxima(s, visit_.masked, tile.maximum);
     if constexpr (!C::kTests) {
@@ -269,7 +269,7 @@ class Consumer {
 
   // Tells the producers what was decided.
   __device__ __forceinline__ void announce(const Work& work, Decision& tile,
-                                           const OnlineSoftmax& softmax) {
+                                           const OnlineSoftmaxApart& softmax) {
     if constexpr (C::kTests) {
       const uint32_t decision = base_ + offsetof(Shared, decision) +
                                 visit_.index % L::kValueStages * sizeof(*s_.decision);
@@ -289,7 +289,7 @@ class Consumer {
   };
 
   // The scores of a kept tile become probabilities.
-  __device__ __forceinline__ void weigh(Tile& s, const Decision& tile, OnlineSoftmax& softmax,
+  __device__ __forceinline__ void weigh(Tile& s, const Decision& tile, OnlineSoftmaxApart& softmax,
                                         Weights& weights) const {
     weights.moved = softmax.raise(tile.maximum, weights.alpha);
     scores_.exponentials(s, visit_.masked, weights.alpha, softmax);
@@ -356,7 +356,7 @@ class Consumer {
   }
 
   // Normalises and writes the rows.
-  __device__ __forceinline__ void write(const Work& work, const OnlineSoftmax& softmax,
+  __device__ __forceinline__ void write(const Work& work, const OnlineSoftmaxApart& softmax,
                                         const Outputs& o) {
     const QueryTile q = query_tile_of(work, at_.warpgroup);
     const int output_row = work.output_row + at_.warpgroup * kQueryTileRows;

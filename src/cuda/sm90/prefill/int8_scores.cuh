@@ -157,7 +157,7 @@ class Int8Scores {
 
   // Probabilities in place, and their sums beside what was summed before.
   __device__ __forceinline__ void exponentials(Tile& t, bool floats, const float (&alpha)[2],
-                                               OnlineSoftmax& softmax) const {
+                                               OnlineSoftmaxApart& softmax) const {
     // Two forms behind one branch that lanes take together.
     if (floats) [[unlikely]]
       exponentials_of<true>(t, alpha, softmax);
@@ -199,7 +199,7 @@ class Int8Scores {
 
   template <bool kFloats>
   __device__ __forceinline__ void exponentials_of(Tile& t, const float (&alpha)[2],
-                                                  OnlineSoftmax& softmax) const {
+                                                  OnlineSoftmaxApart& softmax) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float minus_maximum = -softmax.log2_maximum(r);
