@@ -88,6 +88,10 @@ def test_options():
         ({"prefil": {}}, "blasst has 'prefil'; known keys: prefill, decode, statistics"),
         ({"prefill": {"treshold": 1}}, "blasst.prefill has 'treshold'"),
         ({"prefill": {"threshold": 1.5}}, r"blasst.prefill: threshold is 1.5; it must be a number"),
+        (
+            {"prefill": {"threshold": [[0.1], [0.2]]}},
+            r"\[\[0.1\], \[0.2\]\]; it must be a number or",
+        ),
         ({"prefill": {"threshold": 0.1, "target_sparsity": 0.5}}, "and threshold; a target takes"),
         ({"decode": {"target_sparsity": 2}}, "target sparsity of decode is 2"),
         ({"statistics": "yes"}, "blasst.statistics is 'yes'; it must be true or false"),

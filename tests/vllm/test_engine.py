@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import blasst
 from blasst.errors import NotSupportedError
-from blasst.integrations.vllm import on_cpu
+from blasst.integrations.vllm import metadata, on_cpu
 from blasst.integrations.vllm.backend import CpuBackend
 from engines import generate, make_engine, prompts_of, tokens_of
 
@@ -126,11 +126,19 @@ def sparsity_of(phase: str, layer: int) -> float:
             {"additional_config": {"blasst": {"decode": {"target_sparsity": 0.5}}}},
             "has no sparse_attention_config",
         ),
+        (REQUESTS | {"attention_backend": None}, "Requests without --attention-backend CUSTOM"),
     ],
 )
 def test_an_engine_that_cannot_be(llama, options, message):
     with pytest.raises(Exception, match=re.escape(message)):
-        make_engine(llama, **CUSTOM, **options)
+        make_engine(llama, **CUSTOM | options)
+
+
+@pytest.mark.parametrize(("threshold", "times"), [("threshold", 0), ("threshold_scale_factor", 1)])
+def test_chunks_are_spoken_of_where_the_length_matters(llama, log, monkeypatch, threshold, times):
+    monkeypatch.setattr(metadata, "_said", set())
+    make_engine(llama, **CUSTOM, additional_config={"blasst": {"prefill": {threshold: 0.5}}})
+    assert log.text.count("go by its length so far") == times
 
 
 def test_a_draft_model_keeps_vllms_attention(llama):

@@ -162,7 +162,11 @@ class Builder(AttentionMetadataBuilder[Metadata]):
                 "gives no thresholds: blasst computes every tile"
                 + ("" if self._requests is None else ", but for requests that ask otherwise")
             )
-        elif self._requests is None and config.scheduler_config.enable_chunked_prefill:
+        elif (
+            self._requests is None
+            and config.scheduler_config.enable_chunked_prefill
+            and not getattr(found["prefill"].source, "is_same_for_all_lengths", True)
+        ):
             _say_once(
                 "thresholds of a prompt that is read in chunks go by its length so far; with "
                 f"--logits-processors {REQUESTS} they go by the whole"

@@ -13,15 +13,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from blasst.errors import NotSupportedError
 from blasst.integrations.vllm import CPU_BACKENDS
 from blasst.integrations.vllm.backend import CpuBackend
+from blasst.integrations.vllm.options import is_asked_for
 
 
 def _asks_for_blasst() -> bool:
     config = get_current_vllm_config_or_none()
-    if config is None:
-        return False
-    asked = {config.attention_config.backend}
-    asked |= set(getattr(config.attention_config, "backend_per_kind", {}).values())
-    return AttentionBackendEnum.CUSTOM in asked
+    return config is not None and is_asked_for(config.attention_config)
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,13 @@ def passes_requests_on(processors: Sequence[str | type] | None) -> bool:
     )
 
 
+def is_asked_for(attention_config: Any) -> bool:
+    """Whether `--attention-backend` is CUSTOM, for all layers or for those of a kind."""
+    by_kind = getattr(attention_config, "backend_per_kind", {})
+    asked = (attention_config.backend, *by_kind.values())
+    return any(getattr(one, "name", None) == "CUSTOM" for one in asked)
+
+
 @dataclass(frozen=True)
 class Options:
     """What the engine was started with.
@@ -75,6 +82,11 @@ _ARGUMENTS = tuple(f.name for f in fields(Threshold))
 
 def _threshold(phase: str, values: Mapping[str, Any]) -> Threshold:
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for name, value in given.items():
+        if isinstance(value, tuple) and any(isinstance(one, Sequence) for one in value):
+            raise TypeError(
+                f"blasst.{phase}: {name} is {values[name]!r}; it must be a number or a list of them"
+            )
     try:
         return Threshold(**given)
     except (TypeError, ValueError) as error:

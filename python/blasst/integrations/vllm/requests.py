@@ -7,7 +7,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
 from blasst.config import PHASES
-from blasst.integrations.vllm.options import thresholds_of_request
+from blasst.integrations.vllm.options import REQUESTS, is_asked_for, thresholds_of_request
 
 try:  # vLLM 0.32: another interface for the other of its two model runners
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotProcessor
@@ -24,7 +24,16 @@ class Requests(LogitsProcessor, SlotProcessor):
     _newest: "Requests | None" = None
 
     def __init__(self, vllm_config: Any, *runner: Any) -> None:
-        """Args: what vLLM's two model runners pass, which blasst does not need."""
+        """Args: what vLLM's two model runners pass, which blasst does not need.
+
+        Raises:
+            ValueError: the engine has another attention, which would leave thresholds unread.
+        """
+        if not is_asked_for(vllm_config.attention_config):
+            raise ValueError(
+                f"--logits-processors {REQUESTS} without --attention-backend CUSTOM: nothing would "
+                "read the thresholds of requests"
+            )
         most = vllm_config.scheduler_config.max_num_seqs
         self._model = vllm_config.model_config
         self.prompt_lengths = np.zeros(most, np.int32)
