@@ -150,7 +150,7 @@ __device__ __forceinline__ RowEnd finish_row(float log2_maximum, float sum, bool
     sum = sum * weight + exp2_approx(*sink * kLog2e - maximum);
   }
   const float lse = wants_lse ? maximum * kLn2 + logf(sum) : 0.f;
-  return {__fdividef(weight, sum), lse, maximum, sum};
+  return {weight / sum, lse, maximum, sum};
 }
 
 }  // namespace blasst::cuda
