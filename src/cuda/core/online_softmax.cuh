@@ -35,53 +35,6 @@ struct OnlineSoftmax {
     }
     return __any_sync(kAllLanes, moved);
   }
-
-  // The same, and scales: `sum` and the outputs.
-  template <int kOutputs>
-  __device__ __forceinline__ void move(const float (&tile_maximum)[2], float (&o)[kOutputs]) {
-    float alpha[2];
-    if (!raise(tile_maximum, alpha)) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] *= alpha[r];
-    scale_rows(o, alpha);
-  }
-
-  // Probabilities, in the element type, from the scores of a tile.
-  template <typename Element, int kScores>
-  __device__ __forceinline__ void exponentials(const float (&s)[kScores],
-                                               uint32_t (&p)[kScores / 2]) {
-    const float minus_maximum[2] = {-log2_maximum(0), -log2_maximum(1)};
-    take_exponentials<Element>(s, p, minus_maximum);
-  }
-
- protected:
-  // Two halves, each with sums of its own: the assembler orders that better than one.
-  template <typename Element, int kScores>
-  __device__ __forceinline__ void take_exponentials(const float (&s)[kScores],
-                                                    uint32_t (&p)[kScores / 2],
-                                                    const float (&minus_maximum)[2]) {
-    constexpr int kHalf = kScores / 2;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sums[2][2] = {};
-#pragma unroll
-      for (int j = 0; j < kHalf / 4; ++j) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          float x[2];
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            x[e] = exp2_approx(
-                fmaf(s[half * kHalf + 4 * j + 2 * r + e], score_to_log2, minus_maximum[r]));
-            sums[r][e] += x[e];
-          }
-          p[half * kHalf / 2 + 2 * j + r] = pack2<Element>(x[0], x[1]);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < 2; ++r) sum[r] += sums[r][0] + sums[r][1];
-    }
-  }
 };
 
 // The same, where the maxima's logarithms change only as the maxima do. Then the assembler cannot
@@ -113,23 +66,47 @@ struct OnlineSoftmaxApart : OnlineSoftmax {
     }
     return true;
   }
-
-  template <int kOutputs>
-  __device__ __forceinline__ void move(const float (&tile_maximum)[2], float (&o)[kOutputs]) {
-    float alpha[2];
-    if (!raise(tile_maximum, alpha)) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) sum[r] *= alpha[r];
-    scale_rows(o, alpha);
-  }
-
-  template <typename Element, int kScores>
-  __device__ __forceinline__ void exponentials(const float (&s)[kScores],
-                                               uint32_t (&p)[kScores / 2]) {
-    const float minus_maximum[2] = {-log2_maxima[0], -log2_maxima[1]};
-    take_exponentials<Element>(s, p, minus_maximum);
-  }
 };
+
+// raise(), and scales: `sum` and the outputs.
+template <typename Softmax, int kOutputs>
+__device__ __forceinline__ void move_maxima(Softmax& softmax, const float (&tile_maximum)[2],
+                                            float (&o)[kOutputs]) {
+  float alpha[2];
+  if (!softmax.raise(tile_maximum, alpha)) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) softmax.sum[r] *= alpha[r];
+  scale_rows(o, alpha);
+}
+
+// Probabilities, in the element type, from the scores of a tile. Two halves, each with sums of
+// its own: the assembler orders that better than one.
+template <typename Element, typename Softmax, int kScores>
+__device__ __forceinline__ void exponentials(Softmax& softmax, const float (&s)[kScores],
+                                             uint32_t (&p)[kScores / 2]) {
+  constexpr int kHalf = kScores / 2;
+  const float minus_maximum[2] = {-softmax.log2_maximum(0), -softmax.log2_maximum(1)};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float sums[2][2] = {};
+#pragma unroll
+    for (int j = 0; j < kHalf / 4; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          x[e] = exp2_approx(
+              fmaf(s[half * kHalf + 4 * j + 2 * r + e], softmax.score_to_log2, minus_maximum[r]));
+          sums[r][e] += x[e];
+        }
+        p[half * kHalf / 2 + 2 * j + r] = pack2<Element>(x[0], x[1]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) softmax.sum[r] += sums[r][0] + sums[r][1];
+  }
+}
 
 // A row at its end: what its sums are multiplied with, its LSE, and the denominator
 // sum * 2^maximum, the sink in it.

@@ -276,8 +276,8 @@ class Block {
   __device__ __forceinline__ void weigh(int strip, const Scores& s, Maxima& maxima,
                                         Softmax& softmax, Outputs& o, Probabilities& p) const {
     quad_maxima(maxima[strip]);
-    softmax[strip].move(maxima[strip], o[strip]);
-    softmax[strip].template exponentials<Element>(s[strip], p[strip]);
+    move_maxima(softmax[strip], maxima[strip], o[strip]);
+    exponentials<Element>(softmax[strip], s[strip], p[strip]);
   }
 
   // Normalises and writes the rows.

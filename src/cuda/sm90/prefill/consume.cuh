@@ -118,8 +118,8 @@ class Consumer {
       do {
         // 2. A kept tile's probabilities, under the products of the other warpgroups.
         if constexpr (!kUnderOutputs) {
-          softmax.move(tile.maximum, o);
-          softmax.template exponentials<Element>(s, p);
+          move_maxima(softmax, tile.maximum, o);
+          exponentials<Element>(softmax, s, p);
         }
         if (--count == 0) {
           release_queries();

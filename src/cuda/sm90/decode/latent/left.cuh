@@ -220,7 +220,7 @@ class Left {
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax_.sum[r] *= factor[r];
     PackedTile p;
-    softmax_.template exponentials<Element>(s, p);
+    exponentials<Element>(softmax_, s, p);
     const int key0 = tile * kTileKeys;
     const Range valid{max(0, seen_by_any_.begin - key0), min(kTileKeys, seen_by_any_.end - key0)};
     wait_for_answer();
