@@ -39,7 +39,7 @@ struct OnlineSoftmax {
 
 // The same, where the maxima's logarithms change only as the maxima do. Then the assembler cannot
 // take exponentials before the branch that scales, apart from the additions and conversions that
-// hide in them. (Where a warp waits for its products, mma.sync, that was 3 % slower.)
+// hide in them. (Where a warp waits for its products, mma.sync, one run was 4 % slower.)
 struct OnlineSoftmaxApart : OnlineSoftmax {
   float log2_maxima[2];
 

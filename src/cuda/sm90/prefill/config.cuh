@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/core/prefill/params.h"
+#include "cuda/sm90/core/ring.cuh"
 #include "cuda/sm90/prefill/layout.cuh"
 #include "cuda/sm90/prefill/place.cuh"
 
@@ -21,5 +22,15 @@ struct Config {
   static constexpr Variant kVariant = kVariant_;
   static constexpr bool kTests = kVariant_ != Variant::kDense;
 };
+
+// The next item, or the end, for a thread that serves the warpgroups.
+template <typename Shared>
+__device__ __forceinline__ Work take_work(Shared& s, Ring<2>& works) {
+  ptx::mbarrier_wait(address(s.barriers.work_full[works.stage]), works.phase);
+  const Work w = s.work[works.stage];
+  ptx::mbarrier_arrive(address(s.barriers.work_empty[works.stage]));
+  works.next();
+  return w;
+}
 
 }  // namespace blasst::cuda::prefill

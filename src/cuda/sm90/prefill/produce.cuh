@@ -162,10 +162,7 @@ __device__ void produce_values(const Params& p, typename C::Shared& s, const CUt
   int kept_in_a_row = 0;
   for (;;) {
     // 1. The work, and which of its visits are this stage's.
-    ptx::mbarrier_wait(address(b.work_full[works.stage]), works.phase);
-    const Work w = s.work[works.stage];
-    ptx::mbarrier_arrive(address(b.work_empty[works.stage]));
-    works.next();
+    const Work w = take_work(s, works);
     if (w.rows == 0) return;
     const KeySource source(p, w);
     const Range tiles = {w.tile_begin, w.tile_end};

@@ -29,10 +29,7 @@ __device__ void store_outputs(const Params& p, typename C::Shared& s, const CUte
   Ring<2> works;
   unsigned phases = 0;  // bit wg: of the warpgroup's next outputs
   for (;;) {
-    ptx::mbarrier_wait(address(b.work_full[works.stage]), works.phase);
-    const Work w = s.work[works.stage];
-    ptx::mbarrier_arrive(address(b.work_empty[works.stage]));
-    works.next();
+    const Work w = take_work(s, works);
     if (w.rows == 0) break;
     const int row = row_in_tensor(p, w.request, w.output_row);
     const int outer = p.cu_seqlens_q ? 0 : w.request;

@@ -90,10 +90,8 @@ __device__ __forceinline__ void store_probabilities(Shared& shared, const Thread
   for (int step = 0; step < kTileKeys / 16; ++step) {
     const uint32_t to =
         address_of_matrix(base, 16 * at.warp + at.lane % 16, 2 * step + at.lane / 16);
-    const uint32_t* x = p + 4 * step;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-                 : "memory");
+    const uint32_t x[4] = {p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3]};
+    ptx::store_matrices(to, x);
   }
 }
 
