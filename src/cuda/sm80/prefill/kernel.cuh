@@ -195,7 +195,7 @@ class Block {
   // Tiles whose scores are final as they come.
   __device__ __forceinline__ Range plain_tiles(const Work& work) const {
     if (p_.softcap > 0) return {0, 0};
-    const Range plain = work.whole[place(0).tile()];
+    const Range plain = whole_tiles<C::kKeys>(work, query_tile_of(work, place(0).tile()));
     return {ptx::warp_uniform(plain.begin), ptx::warp_uniform(plain.end)};
   }
 
