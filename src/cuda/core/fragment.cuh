@@ -85,6 +85,24 @@ __device__ __forceinline__ void transpose_in_quad(uint32_t (&x)[4]) {
   }
 }
 
+// x = f(x, i, first) for each element first + i, i < kAtOnce, by one piece of code for so many:
+// what seldom runs should not push the loop around it out of the instruction cache. Registers have
+// no index at run time, so they are pushed along.
+template <int kAtOnce, typename T, int kCount, typename F>
+__device__ __forceinline__ void for_each_rolled(T (&x)[kCount], const F& f) {
+  static_assert(kCount % kAtOnce == 0);
+#pragma unroll 1
+  for (int first = 0; first < kCount; first += kAtOnce) {
+    T y[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) y[i] = f(x[i], i, first);
+#pragma unroll
+    for (int i = kAtOnce; i < kCount; ++i) x[i - kAtOnce] = x[i];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x[kCount - kAtOnce + i] = y[i];
+  }
+}
+
 // The scores of a row's keys outside [seen.begin, seen.end) become `masked`. first_key: of the
 // thread's first column; r: 0 or 1.
 template <typename Score, int kCount>

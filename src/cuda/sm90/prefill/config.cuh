@@ -11,7 +11,7 @@ namespace blasst::cuda::prefill {
 template <typename T, int kQkDim_, int kValueDim_, Scores kScores_, Variant kVariant_>
 struct Config {
   using Element = T;
-  using Layout = prefill::Layout<kQkDim_, kValueDim_, kScores_>;
+  using Layout = prefill::Layout<kQkDim_, kValueDim_, kScores_, kVariant_ != Variant::kDense>;
   using Shared = typename Layout::Shared;
   using Place = ThreadPlace;
   static constexpr int kQkDim = kQkDim_;

@@ -50,6 +50,7 @@ class Consumer {
   using Tile = typename ScoresOf::Tile;
   using Probabilities = uint32_t[C::kKeys / 4];
   using Outputs = float[C::kValueDim / 2];
+  using Softmax = std::conditional_t<C::kTests && !C::kInt8, OnlineSoftmax, OnlineSoftmaxApart>;
   // Where the product of scores is short, the exponentials of a tile are taken in place, under the
   // outputs of the tile before.
   static constexpr bool kUnderOutputs = C::kInt8;
@@ -68,7 +69,7 @@ class Consumer {
     visit_.begin(p_.order, tiles);
     reports_.begin(work);
     if constexpr (C::kTests) threshold_ = work.threshold[at_.warpgroup];
-    OnlineSoftmaxApart softmax = OnlineSoftmaxApart::empty(p_.score_to_log2);
+    Softmax softmax = Softmax::empty(p_.score_to_log2);
     Outputs o = {};
     if (const int count = tiles.end - tiles.begin; count > 0) {
       ptx::mbarrier_wait(address(s_.barriers.query_full), query_phase_);
@@ -83,8 +84,8 @@ class Consumer {
   // The tiles of an item. The scores of the next tile and the outputs of a kept one are computed
   // together; then come the next tile's decision and exponentials, under the products of the other
   // warpgroups.
-  __device__ __forceinline__ void attend_tiles(const Work& work, int count,
-                                               OnlineSoftmaxApart& softmax, Outputs& o) {
+  __device__ __forceinline__ void attend_tiles(const Work& work, int count, Softmax& softmax,
+                                               Outputs& o) {
     Tile s;
     Probabilities p;
     Weights weights;
@@ -183,8 +184,8 @@ class Consumer {
   // on. With a test and `more` to come, the keys after them are waited for while there is nothing
   // else to do.
   template <int kPending>
-  __device__ __forceinline__ Decision take_scores(Tile& s, const Work& work,
-                                                  const OnlineSoftmaxApart& softmax, bool more) {
+  __device__ __forceinline__ Decision take_scores(Tile& s, const Work& work, const Softmax& softmax,
+                                                  bool more) {
     if (C::kTests && more) wait_keys();
     scores_.read_stage(s_, scored_.stage);
     // Their keys may be overwritten, part by part.
@@ -248,7 +249,7 @@ class Consumer {
 
   // --- decision ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Decision decide(const Tile& s, const OnlineSoftmaxApart& softmax) {
+  __device__ __forceinline__ Decision decide(const Tile& s, const Softmax& softmax) {
     Decision tile;
     scores_.maxima(s, visit_.masked, tile.maximum);
     if constexpr (!C::kTests) {
@@ -269,7 +270,7 @@ class Consumer {
 
   // Tells the producers what was decided.
   __device__ __forceinline__ void announce(const Work& work, Decision& tile,
-                                           const OnlineSoftmaxApart& softmax) {
+                                           const Softmax& softmax) {
     if constexpr (C::kTests) {
       const uint32_t decision = base_ + offsetof(Shared, decision) +
                                 visit_.index % L::kValueStages * sizeof(*s_.decision);
@@ -289,7 +290,7 @@ class Consumer {
   };
 
   // The scores of a kept tile become probabilities.
-  __device__ __forceinline__ void weigh(Tile& s, const Decision& tile, OnlineSoftmaxApart& softmax,
+  __device__ __forceinline__ void weigh(Tile& s, const Decision& tile, Softmax& softmax,
                                         Weights& weights) const {
     weights.moved = softmax.raise(tile.maximum, weights.alpha);
     scores_.exponentials(s, visit_.masked, weights.alpha, softmax);
@@ -356,7 +357,7 @@ class Consumer {
   }
 
   // Normalises and writes the rows.
-  __device__ __forceinline__ void write(const Work& work, const OnlineSoftmaxApart& softmax,
+  __device__ __forceinline__ void write(const Work& work, const Softmax& softmax,
                                         const Outputs& o) {
     const QueryTile q = query_tile_of(work, at_.warpgroup);
     const int output_row = work.output_row + at_.warpgroup * kQueryTileRows;

@@ -76,10 +76,8 @@ class ExactScores {
   // A tile that is not plain: what softmax sees before the mask.
   __device__ __forceinline__ void cap(Tile& t, const Params& p, const Work&, int,
                                       ThreadPlace) const {
-    if (p.softcap > 0) {
-#pragma unroll
-      for (float& x : t) x = tanh_exact(x * p.softcap_scale);
-    }
+    if (p.softcap > 0)
+      for_each_rolled<8>(t, [&](float x, int, int) { return tanh_exact(x * p.softcap_scale); });
   }
 
   __device__ __forceinline__ void maxima(const Tile& t, bool, float (&maximum)[2]) const {

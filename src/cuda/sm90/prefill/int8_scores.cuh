@@ -120,20 +120,18 @@ class Int8Scores {
   // A tile that is not plain: what softmax sees before the mask, as floats.
   __device__ __forceinline__ void cap(Tile& t, const Params& p, const Work& work, int tile,
                                       ThreadPlace at) const {
-#pragma unroll
-    for (int j = 0; j < kScores; ++j) {
-      const int r = j / 2 % 2;
-      float x = __int2float_rn(t[j]) * unit_[r];
-      if (p.softcap > 0) x = tanh_exact((x + shift_[r]) * p.softcap_scale);
-      t[j] = __float_as_int(x);
-    }
+    const bool caps = p.softcap > 0;
+    for_each_rolled<8>(t, [&](Score score, int i, int) {
+      const int r = i / 2 % 2;
+      const float x = __int2float_rn(score) * unit_[r];
+      return __float_as_int(caps ? tanh_exact((x + shift_[r]) * p.softcap_scale) : x);
+    });
     if (!any_broken_) return;
-    const BrokenKeys broken = broken_keys(p, work, tile);
-#pragma unroll
-    for (int j = 0; j < kScores; ++j) {
-      const int column = j / 4 * 8 + j % 2;
-      if (broken.words[column / 32] >> (column % 32 + at.column()) & 1) t[j] = __float_as_int(NAN);
-    }
+    const uint32_t* broken = broken_keys(p, work, tile).words;
+    for_each_rolled<8>(t, [&](Score score, int i, int first) {
+      const int column = at.column() + 2 * first + i / 4 * 8 + i % 2;
+      return broken[column / 32] >> column % 32 & 1 ? __float_as_int(NAN) : score;
+    });
   }
 
   // What is missing in a row's scores, as a base-2 logarithm; read only where it counts.
@@ -190,8 +188,8 @@ class Int8Scores {
         &s.rounded_query[at.warpgroup][64 * row + 16 * vector + 4 * (at.lane() % 4)]) = bytes;
   }
 
-  static __device__ __forceinline__ BrokenKeys broken_keys(const Params& p, const Work& work,
-                                                           int tile) {
+  static __device__ __forceinline__ const BrokenKeys& broken_keys(const Params& p, const Work& work,
+                                                                  int tile) {
     const int64_t first = int64_t{work.head / (p.heads / p.kv_heads)} * p.quantized.tiles +
                           first_key_tile(p.keys, work.request, C::kKeys);
     return p.quantized.broken[first + tile];

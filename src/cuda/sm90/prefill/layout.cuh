@@ -13,7 +13,7 @@ namespace blasst::cuda::prefill {
 
 // A tensor tile [rows, dim] lies as dim / 64 panels of [rows, 64]. Queries and keys have kQkDim
 // elements, values and outputs kValueDim. With scores in int8 keys are bytes.
-template <int kQkDim, int kValueDim, Scores kScores>
+template <int kQkDim, int kValueDim, Scores kScores, bool kTests>
 struct Layout {
   static constexpr bool kInt8 = kScores == Scores::kInt8;
   static constexpr int kWarpgroups = warpgroups(kQkDim);
@@ -21,11 +21,14 @@ struct Layout {
   static constexpr int kThreads = 128 * (1 + kWarpgroups);
   static constexpr int kConsumerWarps = 4 * kWarpgroups;
   static constexpr int kKeys = tile_keys(kQkDim);
-  // Outputs leave through shared memory where queries are not in its way.
-  static constexpr bool kStagedOutputs = kQkDim <= 128;
+  // Outputs leave through shared memory where there is room for them. With a test a fourth stage of
+  // keys is worth more at d = 128 than they are.
+  static constexpr bool kStagedOutputs = kQkDim <= 64 || (kQkDim == 128 && (kInt8 || !kTests));
   static constexpr int kKeyStages = kQkDim == 256   ? (kInt8 ? 4 : 3)
                                     : kQkDim == 192 ? 2
-                                    : kQkDim == 128 ? (kInt8 ? 6 : 3)
+                                    : kQkDim == 128 ? (kInt8            ? 6
+                                                       : kStagedOutputs ? 3
+                                                                        : 4)
                                                     : (kInt8 ? 6 : 4);
   // Parts of a key tile that come and are given back on their own: where there are two stages, the
   // first part's place is needed before the last one's product is done.
