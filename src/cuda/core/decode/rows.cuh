@@ -122,15 +122,17 @@ class Rows {
 
   // --- scores -----------------------------------------------------------------------------------
 
+  // Whether every row sees every key of a tile.
+  __device__ __forceinline__ bool seen_by_all(int tile) const {
+    const int key0 = tile * kTileKeys;
+    return key0 >= seen_by_all_.begin && key0 + kTileKeys <= seen_by_all_.end;
+  }
+
   // Soft cap, mask and the maximum of every row over a thread's keys, NaN left aside. Whether there
   // is a NaN.
   __device__ __forceinline__ bool finish_scores(Scores& s, int tile, Columns& maximum) const {
-    if (p_.softcap > 0) {
-#pragma unroll
-      for (int x = 0; x < kScores; ++x) s[x] = p_.softcap * tanhf(p_.scale * s[x] / p_.softcap);
-    }
-    const int key0 = tile * kTileKeys;
-    if (key0 < seen_by_all_.begin || key0 + kTileKeys > seen_by_all_.end) mask(s, tile);
+    const bool all_seen = seen_by_all(tile);
+    if (!all_seen || p_.softcap > 0) cap_and_mask(s, tile, all_seen);
 
     bool nan = false;
 #pragma unroll
@@ -142,8 +144,8 @@ class Rows {
     return nan;
   }
 
-  // From the keys of each thread to all keys of the tile: the row maxima, and whether there is a
-  // NaN. All warps meet.
+  // Row maxima: from the keys of each thread to all keys of the tile; and, for reports, whether
+  // there is a NaN. All warps meet.
   __device__ __forceinline__ void share_maxima(Columns& maximum, bool& nan) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -158,7 +160,7 @@ class Rows {
         *reinterpret_cast<float2*>(&maxima[at.warp][at.row(c)]) =
             make_float2(maximum[c], maximum[c + 1]);
     }
-    if constexpr (C::kTests) {
+    if constexpr (C::kReports) {
       nan = __any_sync(kAllLanes, nan);
       if (at.lane == 0) shared_.nan[buffer_][at.warp] = nan;
     }
@@ -172,7 +174,7 @@ class Rows {
         maximum[c + 1] = w == 0 ? of_warp.y : fmaxf(maximum[c + 1], of_warp.y);
       }
     }
-    if constexpr (C::kTests) {
+    if constexpr (C::kReports) {
       const int4 any = *reinterpret_cast<const int4*>(shared_.nan[buffer_]);
       nan = any.x | any.y | any.z | any.w;
     }
@@ -181,13 +183,16 @@ class Rows {
 
   // --- decision ---------------------------------------------------------------------------------
 
-  // Whether some row wants the tile. A row's first scores, and NaN, are wanted.
-  __device__ __forceinline__ bool decide(int tile, const Columns& maximum, bool nan) {
+  // Whether some row wants the tile. `maximum`, over a thread's own keys, becomes that over all
+  // keys if it is kept or a seed, or tiles are reported. All warps meet.
+  __device__ __forceinline__ bool decide(int tile, bool is_seed, Columns& maximum, bool nan) {
     Columns running;  // what the tile is tested against
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
       running[c] = seeded_ ? fmaxf(split.maximum[c], seed[c]) : split.maximum[c];
     const bool keep = wanted(maximum, running, nan);
+    if (keep || is_seed || C::kReports) share_maxima(maximum, nan);
+    if (is_seed) take_seed(maximum);
     reports.decided(item, at, tile, nan, keep, maximum, running);
     if (!keep) ++dropped;
     return keep;
@@ -196,8 +201,9 @@ class Rows {
   // --- kept tiles -------------------------------------------------------------------------------
 
   // Probabilities in place of the scores of a kept tile; `factor` brings earlier results to the new
-  // maximum.
-  __device__ __forceinline__ void weigh(Scores& s, const Columns& tile_maximum, Columns& factor) {
+  // maximum. Returns whether that changes anything in the warp.
+  __device__ __forceinline__ bool weigh(Scores& s, const Columns& tile_maximum, Columns& factor) {
+    bool grown = false;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float maximum = fmaxf(split.maximum[c], tile_maximum[c]);
@@ -212,23 +218,21 @@ class Rows {
         sum = half == 0 ? x : __fadd_rn(sum, x);
       }
       split.sum[c] = __fmaf_rn(split.sum[c], factor[c], sum);
+      grown |= factor[c] != 1;
     }
+    return __any_sync(kAllLanes, grown);
   }
 
   // Earlier outputs of kPanels times 64 value elements, times the factor.
   template <int kPanels>
-  __device__ __forceinline__ void rescale(float (&o)[kPanels][kScores],
-                                          const Columns& factor) const {
-    bool grown = false;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) grown |= factor[c] != 1;
-    if (!__any_sync(kAllLanes, grown)) return;
+  static __device__ __forceinline__ void rescale(float (&o)[kPanels][kScores],
+                                                 const Columns& factor) {
 #pragma unroll
     for (int i = 0; i < kPanels; ++i)
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) o[i][at.element(c, half)] *= factor[c];
+        for (int half = 0; half < 2; ++half) o[i][ThreadPlace::element(c, half)] *= factor[c];
   }
 
   const ThreadPlace at;
@@ -246,7 +250,12 @@ class Rows {
   // All threads that have scores.
   static __device__ __forceinline__ void meet() { ptx::named_barrier_sync(1, 32 * kWarps); }
 
-  __device__ __forceinline__ void mask(Scores& s, int tile) const {
+  __device__ __forceinline__ void cap_and_mask(Scores& s, int tile, bool all_seen) const {
+    if (p_.softcap > 0) {
+#pragma unroll
+      for (int x = 0; x < kScores; ++x) s[x] = p_.softcap * tanhf(p_.scale * s[x] / p_.softcap);
+    }
+    if (all_seen) return;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const Range seen = range_of(p_, item, group, min(at.row(c), rows() - 1));
@@ -258,19 +267,22 @@ class Rows {
     }
   }
 
+  // A tile that every thread would skip for its own keys is skipped: a row's largest score is one
+  // of them. A row's first scores, and NaN, are wanted.
   __device__ __forceinline__ bool wanted(const Columns& maximum, const Columns& running,
                                          bool nan) const {
     if constexpr (!C::kTests) {
       return true;
     } else {
-      bool skip = true;
+      // Without branches, which would take longer than what they leave out.
+      const bool absolute = p_.test.kind == BLASST_TEST_ABSOLUTE;
+      bool skip = !nan;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const float tested =
-            p_.test.kind == BLASST_TEST_ABSOLUTE ? maximum[c] : maximum[c] - running[c];
-        skip &= maximum[c] == -INFINITY || (running[c] > -INFINITY && tested < below[c]);
+        const float tested = maximum[c] - (absolute ? 0.f : running[c]);
+        skip &= (maximum[c] == -INFINITY) | ((running[c] > -INFINITY) & (tested < below[c]));
       }
-      return ptx::warp_uniform(!__all_sync(kAllLanes, skip) || nan);
+      return __any_sync(kAllLanes, !ptx::named_barrier_all(1, 32 * kWarps, skip));
     }
   }
 

@@ -1,8 +1,8 @@
 // Decode attention for compute capability 8.0 and later. docs/kernels/sm80.md draws the schedule.
 //
 // A block of four warps walks over splits of the keys of one request and KV head. Of every tile of
-// 64 keys each warp copies and scores 16; all meet once a tile, for the row maxima. Of the outputs
-// each warp has a part of the elements, and adds the values of all keys to it.
+// 64 keys each warp copies and scores 16; all meet to decide, and for a kept tile's maxima. Of the
+// outputs each warp has a part of the elements, and adds the values of all keys to it.
 #pragma once
 
 #include <cstdint>
@@ -62,6 +62,14 @@ class Block {
   }
 
  private:
+  // Of the tiles some steps ago, bit by bit: whether they were kept, and some row's maximum grew.
+  struct StepsAgo {
+    unsigned kept = 0, grown = 0;
+    __device__ __forceinline__ void push(bool keeps, bool grows) {
+      kept = kept << 1 | keeps, grown = grown << 1 | grows;
+    }
+  };
+
   // --- an item ----------------------------------------------------------------------------------
 
   // Keys are copied a ring of stages ahead; values are asked for when a tile is kept, and added
@@ -78,8 +86,8 @@ class Block {
     wait_for_copies(behind_);
     __syncthreads();
     Outputs o = {};
-    unsigned kept = 0;  // bit i: the tile i steps ago is
-    int here = 0;       // its stage
+    StepsAgo steps_ago;
+    int here = 0;  // its stage
 #pragma unroll 1
     for (int i = 0; i < steps.count(); ++i) {
       const Step step = steps.next();
@@ -101,22 +109,20 @@ class Block {
         rows_.take_seed(maximum);
         if (step.flags & kLastSeed) rows_.share_maxima(rows_.seed, nan);
       } else {
-        // 3. With the other warps, the tile's maxima: values and probabilities of `behind_` steps
-        // ago are there for all. The decision: a kept tile's values are asked for.
+        // 3. With the other warps, the decision: values and probabilities of `behind_` steps ago
+        // are there for all. A kept tile's values are asked for.
         if (behind_ > 0) wait_for_copies(behind_ - 1);
-        rows_.share_maxima(maximum, nan);
-        if (step.flags & kSeed) rows_.take_seed(maximum);
         if (step.flags & kFirstOfSplit) begin_split(o);
-        keep = rows_.decide(tile, maximum, nan);
+        keep = rows_.decide(tile, step.flags & kSeed, maximum, nan);
         if (keep) copy(sources_.v, stage.values[at_.warp], tile, page);
       }
       ptx::commit_copies();
-      if (keep) weigh(s, maximum, stage);
+      const bool grown = keep && weigh(s, maximum, stage);
       // 4. Values that have come are added.
-      kept = kept << 1 | keep;
+      steps_ago.push(keep, grown);
       if (behind_ == 0 && keep) meet_all_copies();
-      if (kept >> behind_ & 1) add(shared_.stages[stage_before(here, behind_)], o);
-      if (step.flags & kLastOfSplit) end_split(kept, here, o);
+      add(steps_ago, behind_, here, o);
+      if (step.flags & kLastOfSplit) end_split(steps_ago, here, o);
       if (++here == sources_.stages) here = 0;
     }
     __syncthreads();  // before the next item's queries
@@ -145,11 +151,10 @@ class Block {
   }
 
   // Adds what is left, and writes the result.
-  __device__ __forceinline__ void end_split(unsigned& kept, int here, Outputs& o) {
+  __device__ __forceinline__ void end_split(StepsAgo& steps_ago, int here, Outputs& o) {
     meet_all_copies();
-    for (int i = behind_ - 1; i >= 0; --i)
-      if (kept >> i & 1) add(shared_.stages[stage_before(here, i)], o);
-    kept = 0;
+    for (int i = behind_ - 1; i >= 0; --i) add(steps_ago, i, here, o);
+    steps_ago = {};
     rows_.sum_over_keys();
     float* partial = plan_.partial + int64_t{rows_.item.slot} * plan_.rows * C::kValueDim;
 #pragma unroll
@@ -281,9 +286,9 @@ class Block {
   }
 
   // Softmax of a kept tile: its probabilities and factors for all warps.
-  __device__ __forceinline__ void weigh(Scores& s, const Columns& maximum, Stage& stage) {
+  __device__ __forceinline__ bool weigh(Scores& s, const Columns& maximum, Stage& stage) {
     Columns factor;
-    rows_.weigh(s, maximum, factor);
+    const bool grown = rows_.weigh(s, maximum, factor);
     if (threadIdx.x < 4) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) stage.factors[at_.row(c)] = factor[c];
@@ -296,6 +301,7 @@ class Block {
       stage.probabilities[at_.warp][j][at_.lane] =
           make_uint2(transposed(4 * j), transposed(4 * j + 2));
     }
+    return grown;
   }
 
   // Whether this warp has elements of the panel.
@@ -303,13 +309,18 @@ class Block {
     return C::kValueDim % 64 == 0 || i * 64 + 16 * at_.warp < C::kValueDim;
   }
 
-  // O^T += V^T P, of this warp's elements and all keys.
-  __device__ __forceinline__ void add(const Stage& stage, Outputs& o) const {
+  // O^T += V^T P of the tile `steps` ago, if it was kept; of this warp's elements and all keys.
+  __device__ __forceinline__ void add(const StepsAgo& steps_ago, int steps, int here,
+                                      Outputs& o) const {
+    if (!(steps_ago.kept >> steps & 1)) return;
     using V = typename C::Values;
-    Columns factor;
+    const Stage& stage = shared_.stages[stage_before(here, steps)];
+    if (steps_ago.grown >> steps & 1) {
+      Columns factor;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) factor[c] = stage.factors[at_.row(c)];
-    rows_.rescale(o, factor);
+      for (int c = 0; c < kColumns; ++c) factor[c] = stage.factors[at_.row(c)];
+      rows_.rescale(o, factor);
+    }
     const uint32_t lane = V::offset(at_.lane % 8 + at_.lane / 16 * 8, at_.lane / 8 % 2);
     const uint32_t first = ptx::shared_address(stage.values[0]) + V::advance(lane, at_.warp);
 #pragma unroll

@@ -170,21 +170,6 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 // --- barriers and registers ---------------------------------------------------------------------
 
-// Whether `vote` holds in every one of the `threads`. The result is the same everywhere, but the
-// assembler cannot know: pass it through a vote of the warp before a branch around wgmma.
-__device__ __forceinline__ bool named_barrier_all(int id, int threads, bool vote) {
-  uint32_t all;
-  asm volatile(
-      "{\n.reg .pred in, out;\n"
-      "setp.ne.u32 in, %3, 0;\n"
-      "barrier.cta.red.and.pred out, %1, %2, in;\n"
-      "selp.b32 %0, 1, 0, out;\n}"
-      : "=r"(all)
-      : "r"(id), "r"(threads), "r"(static_cast<uint32_t>(vote))
-      : "memory");
-  return all != 0;
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

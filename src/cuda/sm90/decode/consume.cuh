@@ -1,7 +1,7 @@
 // The warpgroup that scores, decides and adds.
 //
-// It walks the tiles that the producer warp streams in. For each: scores S^T = K Q^T, the row
-// maxima, the decision. Only when a tile is kept are its values asked for, of a warp of its own
+// It walks the tiles that the producer warp streams in. For each: scores S^T = K Q^T, the decision,
+// a kept tile's row maxima. Only when a tile is kept are its values asked for, of a warp of its own
 // where there is room for one; they are added one to three kept tiles later, so that their way from
 // memory is hidden behind the scores in between.
 #pragma once
@@ -49,54 +49,68 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     clear_outputs();
-    while (true) {
-      // 1. Which tile is next, and what it begins.
-      const int stage = ring_.stage;
-      ptx::mbarrier_wait(address(shared_.tiles_full[stage]), ring_.phase);
-      Tile tile;
-      if (at_.lane == 0) tile = shared_.tiles[stage];
-      const int flags = ptx::warp_uniform(tile.flags);
-      if (flags & kStop) return stop();
-      const int index = ptx::warp_uniform(tile.index);
-      if (flags & kFirstOfItem) begin_item();
+    for (TileInfo info = next_tile(), following; true; info = following) {
+      // 1. What the tile begins.
+      const int stage = ring_.stage, index = info.index, flags = info.flags;
+      if (flags & (kStop | kFirstOfItem)) {
+        if (flags & kStop) return stop();
+        begin_item();
+      }
+      Tile tile;  // of which the lanes that will ask for its values must know
+      if (!L::kFeedsValues || at_.lane == 0) tile = shared_.tiles[stage];
 
-      // 2. Its scores and their maxima, over the thread's own keys; the stage goes back.
+      // 2. Its scores and their maxima, over the thread's own keys; the stage goes back. Which tile
+      // is next is read meanwhile; of another item it may not be known yet.
       ptx::mbarrier_wait(address(shared_.keys_full[stage]), ring_.phase);
       Scores s;
       Columns maximum;
       score(s);
       release_keys();
+      if (!(flags & kLastOfItem)) following = next_tile();
       bool nan = rows_.finish_scores(s, index, maximum);
 
-      // 3. A seed of another item gives its maxima and no more.
-      if (flags & kOnlySeed) {
-        rows_.take_seed(maximum);
-        if (flags & kLastSeed) rows_.share_maxima(rows_.seed, nan);
-        continue;
+      if (flags & (kOnlySeed | kFirstOfSplit | kLastOfItem)) {
+        // 3. A seed of another item gives its maxima and no more.
+        if (flags & kOnlySeed) {
+          rows_.take_seed(maximum);
+          if (flags & kLastSeed) rows_.share_maxima(rows_.seed, nan);
+          continue;
+        }
+        if (flags & kFirstOfSplit) {
+          take_thresholds();
+          rows_.begin_split();
+        }
+        if (flags & kLastOfItem) release_item();
       }
 
-      // 4. The maxima over all keys, and the decision: a kept tile's values are asked for, its
-      // probabilities wait for them; values that came in the meantime are added.
-      rows_.share_maxima(maximum, nan);
-      if (flags & kSeed) rows_.take_seed(maximum);
-      if (flags & kFirstOfSplit) {
-        take_thresholds();
-        rows_.begin_split();
-      }
-      if (flags & kLastOfItem) release_item();
-      if (rows_.decide(index, maximum, nan)) {
+      // 4. The decision: a kept tile's values are asked for, its probabilities wait for them;
+      // values that came in the meantime are added.
+      if (rows_.decide(index, flags & kSeed, maximum, nan)) {
         ask_for_values(tile);
-        keep(s, maximum);
+        keep(s, index, maximum);
       }
 
       // 5. Ends.
-      if (flags & kLastOfSplit) end_split();
-      if (flags & kLastOfItem) end_item();
+      if (flags & kLastOfSplit) {
+        end_split();
+        if (flags & kLastOfItem) {
+          end_item();
+          following = next_tile();
+        }
+      }
     }
   }
 
  private:
   // --- items and splits -------------------------------------------------------------------------
+
+  // Waits until the ring's next tile is known.
+  __device__ __forceinline__ TileInfo next_tile() const {
+    const int stage = ring_.stage;
+    ptx::mbarrier_wait(address(shared_.tiles_full[stage]), ring_.phase);
+    const TileInfo& info = shared_.tiles[stage];
+    return {ptx::warp_uniform(info.index), ptx::warp_uniform(info.flags)};
+  }
 
   __device__ __forceinline__ void stop() {
     if constexpr (L::kFeedsValues) ask_for_values({});
@@ -239,24 +253,25 @@ class Consumer {
 
   // --- kept tiles -------------------------------------------------------------------------------
 
-  // The stage is free: its last values were added before the barrier that this tile's maxima met
-  // at.
+  // The stage is free: its last values were added before the barrier of the decision on this
+  // tile.
   __device__ __forceinline__ void ask_for_values(const Tile& tile) {
     const int stage = values_.stage;
     if (threadIdx.x == 0) shared_.wanted[stage] = tile;
     if constexpr (L::kFeedsValues) {
       if (threadIdx.x == 0) ptx::mbarrier_arrive(address(shared_.values_wanted[stage]));
     } else {
-      if (at_.warp == 0) copy_values<L>(plan_, shared_, v_map_, stage, of_lane_0(tile));
+      if (at_.warp == 0) copy_values<L>(plan_, shared_, v_map_, stage, tile);
     }
   }
 
   // Softmax of the tile, packed into shared memory as [query row, key], and the factor that brings
   // earlier results to the new maximum.
-  __device__ __forceinline__ void keep(Scores& s, const Columns& tile_maximum) {
+  __device__ __forceinline__ void keep(Scores& s, int tile, const Columns& tile_maximum) {
     const int stage = values_.stage;
     Columns factor;
-    rows_.weigh(s, tile_maximum, factor);
+    const bool special = rows_.weigh(s, tile_maximum, factor) || !rows_.seen_by_all(tile);
+    special_ = (special_ & ~(1u << stage)) | unsigned{special} << stage;
     if (threadIdx.x < 4) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) shared_.factors[stage][at_.row(c)] = factor[c];
@@ -293,11 +308,13 @@ class Consumer {
 
   __device__ __forceinline__ void add_values(int stage, uint32_t phase) {
     ptx::mbarrier_wait(address(shared_.values_full[stage]), phase);
-    clear_unseen(stage);
-    Columns factor;
+    if (special_ >> stage & 1) {
+      clear_unseen(stage);
+      Columns factor;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) factor[c] = shared_.factors[stage][at_.row(c)];
-    rows_.rescale(o_, factor);
+      for (int c = 0; c < kColumns; ++c) factor[c] = shared_.factors[stage][at_.row(c)];
+      rows_.rescale(o_, factor);
+    }
     Values::add(at_, o_, ptx::shared_address(shared_.values[stage]),
                 ptx::shared_address(shared_.probabilities[stage]));
   }
@@ -352,6 +369,7 @@ class Consumer {
   Ring<kValueStages> values_, adding_;  // of the next tile to be kept, to be added
   int pending_ = 0;                     // tiles kept, their values not yet added
   int unfinished_ = 0;                  // of them, those of the split before
+  unsigned special_ = 0;  // bit of a stage: some row does not see all its keys, or grew by them
 
   int folded_ = 0;  // splits of the group at hand, where they are added
   Columns units_;   // of keys in 8 bits: a score is a product times it

@@ -198,11 +198,11 @@ class WidenedKeys {
       for (int i = 0; i < 4; ++i)  // keys 8 (i % 2) on, step i / 2
         To::neighbours(x[i], a[step + i / 2][i % 2], a[step + i / 2][i % 2 + 2]);
     }
+    const uint64_t q = ptx::wgmma_descriptor(queries);
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int panel = step / 4, bytes = step % 4 * 32;
-      const uint64_t b = ptx::wgmma_descriptor(queries + panel * L::Queries::kPanelBytes + bytes);
+      const uint64_t b = ptx::advance(q, step / 4 * L::Queries::kPanelBytes + step % 4 * 32);
       step == 0 ? Mma::first_registers(s, a[step], b) : Mma::add_registers(s, a[step], b);
     }
     ptx::wgmma_commit();
@@ -227,6 +227,7 @@ class WidenedValues {
     constexpr int kSteps = kTileKeys / 16;
     // All that is multiplied at once is in registers: of four panels, one at a time.
     constexpr int kAtOnce = kPanels == 4 ? 1 : kPanels;
+    const uint64_t p = ptx::wgmma_descriptor(probabilities);
 #pragma unroll
     for (int first = 0; first < kPanels; first += kAtOnce) {
       uint32_t a[kAtOnce][kSteps][4];
@@ -249,8 +250,7 @@ class WidenedValues {
       for (int step = 0; step < kSteps; ++step)
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i)
-          Mma::add_registers(o[first + i], a[i][step],
-                             ptx::wgmma_descriptor(probabilities + step * 32));
+          Mma::add_registers(o[first + i], a[i][step], ptx::advance(p, step * 32));
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
 #pragma unroll

@@ -12,10 +12,12 @@ namespace blasst::cuda::decode {
 
 inline constexpr int kMostBoxes = 4;  // pages of 16 tokens in a tile
 
-// A tile to score. Written and read by one lane, which shares it with its warp.
-struct alignas(16) Tile {
-  int index;
-  int flags;
+struct alignas(8) TileInfo {
+  int index, flags;
+};
+
+// A tile to score.
+struct alignas(16) Tile : TileInfo {
   int boxes;  // copies; those wholly beyond the request's keys are left out
   int kv_head;
   int token;              // of each copy
@@ -41,7 +43,7 @@ class Places {
     ++found_;
     const Step step = steps_.next();
     const int index = tile_of(item, step.position), key = index * kTileKeys;
-    Tile tile{.index = index, .flags = step.flags, .boxes = 1, .kv_head = item.kv_head};
+    Tile tile{{index, step.flags}, 1, item.kv_head};
     if (p_.keys.page_table) {
       if (boxes_ > 1) tile.boxes = ceil_div(min(kTileKeys, item.keys - key), plan_.box_tokens);
       tile.token = key & (p_.keys.page_size - 1);
@@ -80,19 +82,6 @@ class Places {
   int found_ = 0;  // steps
   int outer_ = 0;  // of a box of the window
 };
-
-// What lane 0 knows, in all lanes.
-__device__ __forceinline__ Tile of_lane_0(const Tile& tile) {
-  const auto shared = [](int x) { return __shfl_sync(kAllLanes, x, 0); };
-  Tile all{.index = shared(tile.index),
-           .flags = shared(tile.flags),
-           .boxes = shared(tile.boxes),
-           .kv_head = shared(tile.kv_head),
-           .token = shared(tile.token)};
-#pragma unroll
-  for (int box = 0; box < kMostBoxes; ++box) all.outer[box] = shared(tile.outer[box]);
-  return all;
-}
 
 // Copies panels of a tile, `kCount` from `kFirst` on, of `Tensor`'s; one warp. A tile that lies in
 // one piece is one copy, of lane 0; of smaller pages a lane copies one panel.

@@ -28,9 +28,7 @@ __device__ __forceinline__ void feed_values(const Plan& plan, typename L::Shared
   for (Ring<L::kValueStages> ring;; ring.next()) {
     const int stage = ring.stage;
     ptx::mbarrier_wait(address(shared.values_wanted[stage]), ring.phase);
-    Tile tile{};
-    if (threadIdx.x % 32 == 0) tile = shared.wanted[stage];
-    tile = of_lane_0(tile);
+    const Tile tile = shared.wanted[stage];
     if (tile.boxes == 0) return;
     copy_values<L>(plan, shared, v_map, stage, tile);
   }

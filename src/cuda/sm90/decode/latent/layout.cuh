@@ -42,10 +42,6 @@ struct Message {
   int slot, rows;              // kWrite: of the result
 };
 
-struct TileInfo {
-  int index, flags;
-};
-
 struct Shared {
   alignas(1024) std::byte latents[kStages][Latents::kBytes];
   alignas(1024) std::byte queries[Queries::kBytes];
