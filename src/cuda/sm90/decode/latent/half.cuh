@@ -24,9 +24,18 @@ __device__ __forceinline__ void release(Shared& shared, int stage, Piece piece,
   ptx::mbarrier_arrive_if(address(shared.empty[stage][piece]), at.lane == 0);
 }
 
-// Values that no row sees may be anything, NaN too, and are multiplied by zero.
 template <Piece kPiece>
-__device__ __forceinline__ void clear_unseen(uint32_t values, Range valid) {
+__device__ __forceinline__ uint32_t values_of(const Shared& shared, int stage) {
+  return ptx::shared_address(shared.latents[stage]) + first_panel(kPiece) * Latents::kPanelBytes;
+}
+
+// Values that no row sees, outside `valid`, may be anything, NaN too, and are multiplied by zero.
+// kPiece's number is that of the warpgroup's named barrier, too.
+template <Piece kPiece>
+__device__ __forceinline__ void clear_unseen(const Shared& shared, int stage, Range valid) {
+  if (valid.begin <= 0 && valid.end >= kTileKeys) [[likely]]
+    return;
+  const uint32_t values = values_of<kPiece>(shared, stage);
   constexpr int kVectors = kPanelRowBytes / 16;  // of a swizzled row; swizzling stays within it
 #pragma unroll 1
   for (int i = threadIdx.x % 128; i < panels(kPiece) * kTileKeys * kVectors; i += 128) {
@@ -38,23 +47,27 @@ __device__ __forceinline__ void clear_unseen(uint32_t values, Range valid) {
   ptx::named_barrier_sync(kPiece, 128);
 }
 
-// Adds the values of a tile in `stage`, of which some row sees the keys of `valid`; gives their
-// room back. kPiece: kLeft or kRight, whose number is that of the warpgroup's named barrier, too.
-template <typename Element, Piece kPiece>
-__device__ __forceinline__ void add_values(Shared& shared, int stage, Range valid,
-                                           const ThreadPlace& at, const PackedTile& p, Outputs& o) {
-  const uint32_t values =
-      ptx::shared_address(shared.latents[stage]) + first_panel(kPiece) * Latents::kPanelBytes;
-  if (valid.begin > 0 || valid.end < kTileKeys) [[unlikely]]
-    clear_unseen<kPiece>(values, valid);
-  const uint64_t v = ptx::wgmma_descriptor(values, Latents::kPanelBytes);
-  ptx::fence_registers(o);
+// Starts to add the values of half kHalf, 0 or 1, of the keys of a tile in `stage`. kPiece: kLeft
+// or kRight.
+template <typename Element, Piece kPiece, int kHalf>
+__device__ __forceinline__ void start_values(Shared& shared, int stage, const PackedTile& p,
+                                             Outputs& o) {
+  const uint64_t v = ptx::wgmma_descriptor(values_of<kPiece>(shared, stage), Latents::kPanelBytes);
+  if constexpr (kHalf == 0) ptx::fence_registers(o);
   ptx::wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < kTileKeys / 16; ++step)
+  for (int i = 0; i < kTileKeys / 32; ++i) {
+    const int step = kHalf * kTileKeys / 32 + i;
     ptx::Wgmma<Element, kHalfDim>::add_registers_by_columns(
         o, p + 4 * step, ptx::advance(v, 16 * step * kPanelRowBytes));
+  }
   ptx::wgmma_commit();
+}
+
+// They are added; their room goes back.
+template <Piece kPiece>
+__device__ __forceinline__ void finish_values(Shared& shared, int stage, const ThreadPlace& at,
+                                              Outputs& o) {
   ptx::wgmma_wait<0>();
   ptx::fence_registers(o);
   release(shared, stage, kPiece, at);

@@ -30,43 +30,64 @@ class Left {
 
   __device__ __forceinline__ void run() {
     Outputs o;
+    TileInfo tile = next_tile();
 #pragma unroll 1
     for (;;) {
-      // 1. Which tile is next, and what it begins.
-      const int stage = ring_.stage;
-      ptx::mbarrier_wait(address(shared_.full[stage][kRotary]), ring_.phase);
-      const TileInfo tile = shared_.tiles[stage];
-      const int flags = ptx::warp_uniform(tile.flags), index = ptx::warp_uniform(tile.index);
-      if (flags & kStop) return send({.kind = Message::kStop});
-      if (flags & kFirstOfItem) begin_item();
+      // 1. What the tile begins.
+      const int stage = ring_.stage, flags = tile.flags, index = tile.index;
+      if (flags & (kStop | kFirstOfItem)) {
+        if (flags & kStop) return send({.kind = Message::kStop});
+        begin_item();
+      }
 
       // 2. Its scores, under the values that the right warpgroup adds.
       Scores s;
       score(s);
-      if (flags & kLastOfItem) arrive(shared_.queries_empty);  // its queries, item and thresholds
       Rows maximum;
       finish_scores(s, index, maximum);
-      if (flags & kSeed) take_seed(s);
+      if (flags & (kSeed | kFirstOfSplit | kLastOfItem)) {
+        if (flags & kSeed) take_seed(s);
+        if (flags & kFirstOfSplit) begin_split(o);
+        if (flags & kLastOfItem) arrive(shared_.queries_empty);  // its queries, item, thresholds
+      }
 
       // 3. The decision. A tile that is skipped, or is but a seed, goes back whole.
-      if (flags & kFirstOfSplit) begin_split(o);
+      const bool more = !(flags & kLastOfItem);
       if (flags & kOnlySeed || !wanted(maximum, index)) {
         if (!(flags & kOnlySeed)) ++dropped_;
         release(shared_, stage, kLeft, at_);
         release(shared_, stage, kRight, at_);
+        ring_.next();
+        if (more) tile = next_tile();
       } else {
-        // 4. Probabilities, for both halves, and the values of this one.
+        // 4. Probabilities, for both halves, and the values of this one. Which tile is next, under
+        // them; of another item it may not be known yet.
         keep(s, maximum, index, o);
+        ring_.next();
+        if (more) tile = next_tile();
+        finish_values<kLeft>(shared_, stage, at_, o);
       }
-      ring_.next();
 
       // 5. Ends.
-      if (flags & kLastOfSplit) end_split(o);
-      if (flags & kLastOfItem) queries_phase_ ^= 1;
+      if (flags & kLastOfSplit) {
+        end_split(o);
+        if (!more) {
+          queries_phase_ ^= 1;
+          tile = next_tile();
+        }
+      }
     }
   }
 
  private:
+  // Waits until the ring's next tile is known, and its rotary piece there.
+  __device__ __forceinline__ TileInfo next_tile() const {
+    const int stage = ring_.stage;
+    ptx::mbarrier_wait(address(shared_.full[stage][kRotary]), ring_.phase);
+    const TileInfo& info = shared_.tiles[stage];
+    return {ptx::warp_uniform(info.index), ptx::warp_uniform(info.flags)};
+  }
+
   // --- items and splits -------------------------------------------------------------------------
 
   // Of the item; what a thread has of others is no row.
@@ -161,20 +182,25 @@ class Left {
 
   // Soft cap, mask, and the maximum of every row over a thread's keys, NaN if there is one.
   __device__ __forceinline__ void finish_scores(Scores& s, int tile, Rows& maximum) const {
+    const int key0 = tile * kTileKeys;
+    const bool all_seen = key0 >= seen_by_all_.begin && key0 + kTileKeys <= seen_by_all_.end;
+    if (!all_seen || p_.softcap > 0) cap_and_mask(s, key0, all_seen);
+    row_maxima(s, maximum);
+  }
+
+  __device__ __forceinline__ void cap_and_mask(Scores& s, int key0, bool all_seen) const {
     if (p_.softcap > 0) {
       const float scale = p_.scale / p_.softcap;
-#pragma unroll
-      for (float& x : s) x = p_.softcap * tanh_exact(x * scale);
+      for_each_rolled<4>(s, [&](float x, int, int) { return p_.softcap * tanh_exact(x * scale); });
     }
-    const int key0 = tile * kTileKeys;
-    if (key0 < seen_by_all_.begin || key0 + kTileKeys > seen_by_all_.end) {
+    if (all_seen) return;
+    Range seen[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = min(at_.row(r), rows() - 1);
-        mask_row(s, r, range_of(p_, item_, group_, row), key0 + at_.column(), -INFINITY);
-      }
-    }
-    row_maxima(s, maximum);
+    for (int r = 0; r < 2; ++r) seen[r] = range_of(p_, item_, group_, min(at_.row(r), rows() - 1));
+    for_each_rolled<8>(s, [&](float x, int i, int first) {
+      const int r = i / 2 % 2, key = key0 + at_.column() + 2 * first + i / 4 * 8 + i % 2;
+      return key >= seen[r].begin && key < seen[r].end ? x : -INFINITY;
+    });
   }
 
   // Over a thread's keys, NaN left aside.
@@ -219,23 +245,27 @@ class Left {
     const bool moved = softmax_.raise(maximum, factor);
 #pragma unroll
     for (int r = 0; r < 2; ++r) softmax_.sum[r] *= factor[r];
-    PackedTile p;
-    exponentials<Element>(softmax_, s, p);
-    const int key0 = tile * kTileKeys;
+    if (moved) scale_rows(o, factor);
+    const int key0 = tile * kTileKeys, stage = ring_.stage;
     const Range valid{max(0, seen_by_any_.begin - key0), min(kTileKeys, seen_by_any_.end - key0)};
+    clear_unseen<kLeft>(shared_, stage, valid);
     wait_for_answer();
+    // The values of the first keys under the exponentials of the others.
+    PackedTile p;
+    exponentials<Element, 0, 1>(softmax_, s, p);
+    start_values<Element, kLeft, 0>(shared_, stage, p, o);
+    exponentials<Element, 1, 1>(softmax_, s, p);
     store_probabilities(shared_, at_, p);
     if (at_.lane % 4 == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) shared_.factors[at_.row(r)] = factor[r];
     }
     tell({.kind = Message::kAdd,
-          .stage = ring_.stage,
+          .stage = stage,
           .parity = static_cast<int>(ring_.phase),
           .valid_begin = valid.begin,
           .valid_end = valid.end});
-    if (moved) scale_rows(o, factor);
-    add_values<Element, kLeft>(shared_, ring_.stage, valid, at_, p, o);
+    start_values<Element, kLeft, 1>(shared_, stage, p, o);
   }
 
   // --- shared memory ----------------------------------------------------------------------------

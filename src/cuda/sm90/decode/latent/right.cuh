@@ -37,7 +37,10 @@ class Right {
       const int stage = ptx::warp_uniform(m.stage);
       ptx::mbarrier_wait(address(shared_.full[stage][kRight]), m.parity);
       const Range valid{ptx::warp_uniform(m.valid_begin), ptx::warp_uniform(m.valid_end)};
-      add_values<typename C::Element, kRight>(shared_, stage, valid, at_, p, o);
+      clear_unseen<kRight>(shared_, stage, valid);
+      start_values<typename C::Element, kRight, 0>(shared_, stage, p, o);
+      start_values<typename C::Element, kRight, 1>(shared_, stage, p, o);
+      finish_values<kRight>(shared_, stage, at_, o);
     }
   }
 
