@@ -1,6 +1,8 @@
 // Tiles in shared memory, as the copy engine writes them and wgmma reads them.
 #pragma once
 
+#include <cstdint>
+
 namespace blasst::cuda {
 
 inline constexpr int kPanel = 64;  // elements of a 128-byte row: the copy engine's swizzle
@@ -23,5 +25,16 @@ struct BytePanels {
   static constexpr int kPanelBytes = kRows * kRowBytes;
   static constexpr int kBytes = kCount * kPanelBytes;
 };
+
+// Where 16 bytes of a tile's row lie, the `vector`-th of them: the copy engine's swizzle permutes
+// those of 128 bytes by the row, of 64 by every second one.
+template <typename Tile>
+__device__ __forceinline__ uint32_t place_of_vector(int row, int vector) {
+  constexpr int kVectors = Tile::kRowBytes / 16;
+  static_assert(kVectors == 8 || kVectors == 4);
+  const int swizzle = kVectors == 8 ? row % 8 : row / 2 % 4;
+  return vector / kVectors * Tile::kPanelBytes + row * Tile::kRowBytes +
+         16 * (vector % kVectors ^ swizzle);
+}
 
 }  // namespace blasst::cuda

@@ -120,16 +120,6 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint3
 
 inline constexpr int kChunk = 16;  // bytes, elements of a key or value in 8 bits
 
-// Where a key's or value's chunk lies.
-template <typename Tile>
-__device__ __forceinline__ uint32_t place_of_chunk(uint32_t tile, int token, int chunk) {
-  constexpr int kChunks = Tile::kRowBytes / kChunk;
-  static_assert(kChunks == 8 || kChunks == 4);
-  const int swizzle = kChunks == 8 ? token % 8 : token / 2 % 4;
-  return tile + chunk / kChunks * Tile::kPanelBytes + token * Tile::kRowBytes +
-         (chunk % kChunks ^ swizzle) * kChunk;
-}
-
 // In 8 bits, widened to fp16 on the way to the tensor core, in registers. Queries are fp16, too.
 //
 // A 16-byte chunk of a key that a thread loads as a matrix row gives it elements 4 c to 4 c + 3,
@@ -193,7 +183,7 @@ class WidenedKeys {
 #pragma unroll
     for (int step = 0; step < kSteps; step += 2) {
       uint32_t x[4];
-      ptx::load_matrices(x, place_of_chunk<typename L::Keys>(keys, key, step + at.lane / 16));
+      ptx::load_matrices(x, keys + place_of_vector<typename L::Keys>(key, step + at.lane / 16));
 #pragma unroll
       for (int i = 0; i < 4; ++i)  // keys 8 (i % 2) on, step i / 2
         To::neighbours(x[i], a[step + i / 2][i % 2], a[step + i / 2][i % 2 + 2]);
@@ -236,8 +226,8 @@ class WidenedValues {
 #pragma unroll
         for (int step = 0; step < kSteps; step += 2) {
           uint32_t x[4];
-          load_matrices_transposed(x, place_of_chunk<typename L::Values>(
-                                          values, 16 * step + at.lane, 4 * (first + i) + at.warp));
+          load_matrices_transposed(x, values + place_of_vector<typename L::Values>(
+                                                   16 * step + at.lane, 4 * (first + i) + at.warp));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {  // keys 8 (j % 2) on, step j / 2
             uint32_t* to = a[i][step + j / 2] + j % 2 * 2;

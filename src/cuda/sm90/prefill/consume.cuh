@@ -397,7 +397,7 @@ class Consumer {
         const float* pair = &o[8 * j + 2 * i];
         x[i] = pack2<Element>(pair[0] * weight[i % 2], pair[1] * weight[i % 2]);
       }
-      ptx::store_matrices(output_place<typename L::Outputs>(panels, row, 2 * j + half), x);
+      ptx::store_matrices(panels + place_of_vector<typename L::Outputs>(row, 2 * j + half), x);
     }
     ptx::fence_proxy_async();
     __syncwarp();

@@ -34,12 +34,11 @@ class ExactScores {
                                                ThreadPlace at) {
     if constexpr (kHeldSteps > 0) {
       const int lane = at.lane(), row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-      const uint32_t base = ptx::shared_address(s.query[at.warpgroup]) + row * kPanelRowBytes;
+      const uint32_t base = ptx::shared_address(s.query[at.warpgroup]);
 #pragma unroll
-      for (int step = 0; step < kHeldSteps; ++step) {
-        const int vector = (step % 4 * 2 + lane / 16) ^ (row % 8);  // the copy engine's swizzle
-        ptx::load_matrices(q_[step], base + step / 4 * L::Queries::kPanelBytes + 16 * vector);
-      }
+      for (int step = 0; step < kHeldSteps; ++step)
+        ptx::load_matrices(q_[step],
+                           base + place_of_vector<typename L::Queries>(row, 2 * step + lane / 16));
     }
     if constexpr (kQueriesInRegisters) {
       __syncwarp();

@@ -14,13 +14,6 @@ __device__ __forceinline__ bool is_staged(QueryTile q) {
   return C::Layout::kStagedOutputs && q.rows == kQueryTileRows;
 }
 
-// Where 8 elements of an output row lie in a warpgroup's panels.
-template <typename Panels>
-__device__ __forceinline__ uint32_t output_place(uint32_t panels, int row, int eighth) {
-  const int panel = eighth / 8, vector = eighth % 8 ^ row % 8;  // the copy engine's swizzle
-  return panels + panel * Panels::kPanelBytes + row * kPanelRowBytes + 16 * vector;
-}
-
 // Copies what the warpgroups leave. One thread.
 template <typename C>
 __device__ void store_outputs(const Params& p, typename C::Shared& s, const CUtensorMap* map) {
