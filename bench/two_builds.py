@@ -18,7 +18,6 @@ replayed from a CUDA graph. BLASST_CUDA_BACKEND chooses the kernels, as everywhe
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -111,6 +110,8 @@ SERVE = "--serve"
 
 def serve() -> None:
     """A build's process: makes a work, or runs it for a turn."""
+    from prefill_cuda import milliseconds  # it takes the library, which the first process has not
+
     run: Callable[[], object] | None = None
     for text in sys.stdin:
         question, microseconds = json.loads(text), 0.0
@@ -121,28 +122,12 @@ def serve() -> None:
                 run = question["make"] and make(question["make"])
             else:
                 assert run
-                microseconds = timed(run, question["turn"])
+                [time] = milliseconds({"": run}, 1, question["turn"]).values()
+                microseconds = 1000 * time
             answer: dict[str, object] = {"microseconds": microseconds}
         except Exception as error:  # told to who asked
             answer = {"error": repr(error)}
         print(json.dumps(answer), flush=True)
-
-
-def timed(run: Callable[[], object], turn: float) -> float:
-    """Microseconds of a call, of as many as take `turn` milliseconds."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
-    count = 1
-    while True:
-        start.record()
-        for _ in range(count):
-            run()
-        end.record()
-        end.synchronize()
-        elapsed = start.elapsed_time(end)
-        if elapsed > turn:
-            return 1000 * elapsed / count
-        count = max(count + 1, math.ceil(1.3 * turn * count / elapsed))
 
 
 def make(work: str) -> Callable[[], object]:
