@@ -137,7 +137,9 @@ def make(work: str) -> Callable[[], object]:
     batch, length = map(int, size.split("x"))
     if phase == "prefill":
         return prefill(batch, length, *rest)
-    return replayed(
+    from decode_cuda import Replayed
+
+    return Replayed(
         decode(batch, length, *rest) if phase == "decode" else latent(batch, length, *rest)
     )
 
@@ -188,25 +190,6 @@ def latent(batch: int, length: int, heads: str, sparsity: str, positions: str = 
     threshold, share = threshold_and_share(sparsity, bench.THRESHOLD)
     inputs.plant(share)
     return lambda: inputs.blasst(threshold)
-
-
-def replayed(run: Callable[[], object]) -> Callable[[], object]:
-    """The same from a CUDA graph: the host takes no part."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = run()
-
-    def replay(kept: object = kept) -> object:
-        graph.replay()
-        return kept
-
-    return replay
 
 
 if __name__ == "__main__":
