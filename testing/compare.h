@@ -29,6 +29,7 @@ Comparison compare(const Problem& problem);
 // one addition of products, relative to the sum of their sizes.
 inline constexpr double kFloatRoundoff = 0x1p-24;
 inline constexpr double kTensorCoreRoundoff = 0x1p-21;  // sums are cut, not rounded
+inline constexpr double kFloat8Roundoff = 0x1p-13;  // those of float8_e4m3 on Hopper much sooner
 Comparison compare(const Problem& problem, const Plan& plan, double sum_roundoff = kFloatRoundoff);
 
 }  // namespace blasst::check

@@ -142,6 +142,12 @@ Plan gpu_plan(const Problem& problem) {
   return plan(gpu_params(problem), problem.description.decode);
 }
 
+Comparison compare_on_gpu(const Problem& problem) {
+  const Case& c = problem.description;
+  const bool float8 = c.decode && c.k_dtype == BLASST_FLOAT8_E4M3;
+  return compare(problem, gpu_plan(problem), float8 ? kFloat8Roundoff : kTensorCoreRoundoff);
+}
+
 void DeviceMemory::Free::operator()(void* data) const { cudaFree(data); }
 
 void* DeviceMemory::allocate(size_t bytes) {

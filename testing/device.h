@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "testing/backward.h"
+#include "testing/compare.h"
 #include "testing/problem.h"
 
 namespace blasst::check {
@@ -119,6 +120,9 @@ class DeviceBackward {
 
 // What the problem is on the GPU.
 Plan gpu_plan(const Problem& problem);
+
+// What a call on the GPU wrote with the reference, with the GPU's plan and roundings.
+Comparison compare_on_gpu(const Problem& problem);
 
 void synchronize();  // waits for the current device
 

@@ -1,6 +1,7 @@
 // The sm_90 decode kernels over keys and values in 8 bits.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -21,7 +22,7 @@ struct Seen {
 void expect_agreement(const Case& c, Seen& seen) {
   Problem problem(c);
   DeviceProblem(problem).run();
-  const Comparison comparison = compare(problem, gpu_plan(problem), kTensorCoreRoundoff);
+  const Comparison comparison = compare_on_gpu(problem);
   EXPECT_EQ(comparison.mismatch, "") << describe(c);
   seen.decisions += comparison.decisions;
   seen.skipped += comparison.skipped;
@@ -196,7 +197,7 @@ TEST_F(DecodeCache, AnyNumbers) {
             if (std::isnan(load_element(cache, row + d))) row[d] = std::byte{};
           }
       DeviceProblem(problem).run();
-      EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "") << size;
+      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << size;
     }
   }
   for (const int64_t key : {5, 700, 1000}) {
@@ -207,8 +208,48 @@ TEST_F(DecodeCache, AnyNumbers) {
       const Access access(problem.params);
       *(value ? access.value(0, key, 1) : access.key(0, key, 1)) = std::byte{0xff};
       DeviceProblem(problem).run();
-      EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
-          << key << value;
+      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << key << value;
+    }
+  }
+}
+
+// A query that is not finite reaches its row, and those that decide with it.
+TEST_F(DecodeCache, InfiniteQueries) {
+  for (const DType cache : kCaches) {
+    for (const double x : {HUGE_VAL, -HUGE_VAL, std::nan("")}) {
+      Case c = mixed_case(cache);
+      c.requests = {{1, 1100}};
+      Problem problem(c);
+      store_element(c.dtype, Access(problem.params).query(0, 0, 1) + 2 * 3, x);
+      DeviceProblem(problem).run();
+      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << x;
+    }
+  }
+}
+
+// One key far above the others, which are many: each counts little, all of them do not.
+TEST_F(DecodeCache, ManySmallProbabilities) {
+  constexpr int64_t kKeys = 20000;
+  for (const DType cache : kCaches) {
+    for (const double gap : {9.0, 13.0}) {
+      Case c = mixed_case(cache);
+      c.requests = {{1, kKeys}};
+      c.test = BLASST_TEST_NONE;
+      c.per_request = c.per_head = c.scales_per_request = c.scales_per_head = false;
+      c.sinks = false;
+      Problem problem(c);
+      problem.params.problem.scale = static_cast<float>(gap / 64);
+      const Access access(problem.params);
+      for (int64_t h = 0; h < c.heads; ++h)
+        for (int64_t d = 0; d < c.head_dim; ++d)
+          store_element(c.dtype, access.query(0, 0, h) + 2 * d, d == 0 ? 1 : 0);
+      const double scale = problem.k_scales.empty() ? 1 : problem.k_scales[0];
+      for (int64_t j = 0; j < kKeys; ++j)
+        for (int64_t h = 0; h < c.kv_heads; ++h)
+          for (int64_t d = 0; d < c.head_dim; ++d)
+            store_element(cache, access.key(0, j, h) + d, d == 0 && j == 0 ? 64 / scale : 0);
+      DeviceProblem(problem).run();
+      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << gap;
     }
   }
 }

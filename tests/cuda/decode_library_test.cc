@@ -19,7 +19,7 @@ TEST_F(DecodeOnGpu, RandomProblems) {
     if (!c.decode) continue;
     Problem problem(c);
     DeviceProblem(problem).run();
-    const Comparison comparison = compare(problem, gpu_plan(problem), kTensorCoreRoundoff);
+    const Comparison comparison = compare_on_gpu(problem);
     EXPECT_EQ(comparison.mismatch, "") << "seed " << seed << ": " << describe(c);
     decisions += comparison.decisions;
     skipped += comparison.skipped;

@@ -23,7 +23,7 @@ struct Seen {
 void expect_agreement(const Case& c, Seen& seen) {
   Problem problem(c);
   DeviceProblem(problem).run();
-  const Comparison comparison = compare(problem, gpu_plan(problem), kTensorCoreRoundoff);
+  const Comparison comparison = compare_on_gpu(problem);
   EXPECT_EQ(comparison.mismatch, "") << describe(c);
   seen.decisions += comparison.decisions;
   seen.skipped += comparison.skipped;
@@ -406,7 +406,7 @@ TEST_F(DecodeKernels, AQueryThatIsNotANumberStaysInItsRequest) {
       for (int64_t h = 0; h < c.heads; ++h)
         std::memset(access.query(1, i, h), 0xff, 2 * static_cast<size_t>(c.head_dim));
     DeviceProblem(problem).run();
-    EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "") << describe(c);
+    EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
   }
 }
 
@@ -415,7 +415,7 @@ TEST_F(DecodeKernels, NoQueriesAtAll) {
     c.requests = {{0, 3000}, {0, 0}};
     Problem problem(c);
     DeviceProblem(problem).run();
-    EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "") << describe(c);
+    EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
   }
 }
 
@@ -437,8 +437,7 @@ TEST_F(DecodeKernels, GraphSeesNewNumbersOfPositions) {
       device.mark();
       graph.replay();
       device.download();
-      EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
-          << describe(c);
+      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
     }
   }
 }
@@ -510,8 +509,7 @@ TEST_F(DecodeKernels, NotANumber) {
         const int64_t head = c.kv_heads - 1;
         std::memset(value ? access.value(0, key, head) : access.key(0, key, head), 0xff, 2);
         DeviceProblem(problem).run();
-        EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "")
-            << key << value;
+        EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << key << value;
       }
     }
   }

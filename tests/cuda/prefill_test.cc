@@ -19,7 +19,7 @@ class PrefillOnGpu : public OnGpu {};
 
 Comparison compare_on_gpu(Problem& problem) {
   DeviceProblem(problem).run();
-  return compare(problem, gpu_plan(problem), kTensorCoreRoundoff);
+  return compare_on_gpu(problem);
 }
 
 // Cut into parts that can run side by side.
@@ -207,7 +207,7 @@ TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
     Problem problem(c);
     DeviceProblem device(problem);
     device.run();
-    EXPECT_EQ(compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch, "");
+    EXPECT_EQ(compare_on_gpu(problem).mismatch, "");
     const std::vector<std::byte> wanted = problem.out_bits();
     AttentionParams& params = device.params;
     blasst::Problem& p = params.problem;

@@ -44,7 +44,7 @@ INSTANTIATE_TEST_SUITE_P(, SpecialOnGpu, testing::Bool(), name_of);
 
 std::string mismatch_on_gpu(Problem& problem) {
   DeviceProblem(problem).run();
-  return compare(problem, gpu_plan(problem), kTensorCoreRoundoff).mismatch;
+  return compare_on_gpu(problem).mismatch;
 }
 
 // --- rows without keys -------------------------------------------------------------------------

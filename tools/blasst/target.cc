@@ -145,8 +145,11 @@ Plan plan_on(const check::Problem& problem, [[maybe_unused]] Backend backend) {
   return check::plan(problem.params, problem.description.decode);
 }
 
-double sum_roundoff_on(Backend backend) {
-  return backend == BLASST_BACKEND_CPU ? check::kFloatRoundoff : check::kTensorCoreRoundoff;
+check::Comparison compare_on(const check::Problem& problem, [[maybe_unused]] Backend backend) {
+#if BLASST_CUDA
+  if (backend == BLASST_BACKEND_CUDA) return check::compare_on_gpu(problem);
+#endif
+  return check::compare(problem);
 }
 
 std::string processor(Backend backend) {

@@ -8,6 +8,7 @@
 
 #include "blasst/blasst.hpp"
 #include "testing/backward.h"
+#include "testing/compare.h"
 #include "testing/problem.h"
 
 namespace blasst::command {
@@ -45,7 +46,7 @@ std::unique_ptr<BackwardTarget> make_backward_target(check::Problem& forward, Ba
 
 check::Case case_for(check::Case c, Backend backend);  // like `c`, within what the backend does
 Plan plan_on(const check::Problem& problem, Backend backend);
-double sum_roundoff_on(Backend backend);  // for check::compare
-std::string processor(Backend backend);   // the CPU's instruction set, or the GPU
+check::Comparison compare_on(const check::Problem& problem, Backend backend);  // after a run
+std::string processor(Backend backend);  // the CPU's instruction set, or the GPU
 
 }  // namespace blasst::command

@@ -40,7 +40,7 @@ check::Case case_of(const Options& options, uint64_t seed) {
 
 check::Comparison run_and_compare(check::Problem& problem, Backend backend) {
   make_target(problem, backend, true)->run();
-  return check::compare(problem, plan_on(problem, backend), sum_roundoff_on(backend));
+  return compare_on(problem, backend);
 }
 
 // On a GPU thresholds that are none skip nothing: the bits of the dense call, or in the absolute

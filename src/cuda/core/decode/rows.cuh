@@ -206,18 +206,25 @@ class Rows {
     bool grown = false;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const float maximum = fmaxf(split.maximum[c], tile_maximum[c]);
-      const float base = maximum == -INFINITY ? 0.0f : __fmul_rn(maximum, log2_scale);
-      factor[c] = exp2_approx(__fsub_rn(__fmul_rn(split.maximum[c], log2_scale), base));
-      split.maximum[c] = maximum;
-      float sum = 0;
+      const float base = raise_maximum(c, tile_maximum[c], factor[c]);
+      split.sum[c] = __fmaf_rn(split.sum[c], factor[c], exponentials(s, c, base));
+      grown |= factor[c] != 1;
+    }
+    return __any_sync(kAllLanes, grown);
+  }
+
+  // The same, relative to the tile's own maxima and times 2^one; `weight` brings what is made of
+  // them to the new maximum.
+  __device__ __forceinline__ bool weigh_apart(Scores& s, const Columns& tile_maximum, int one,
+                                              Columns& factor, Columns& weight) {
+    bool grown = false;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& x = s[at.element(c, half)];
-        x = exp2_approx(__fmaf_rn(x, log2_scale, -base));
-        sum = half == 0 ? x : __fadd_rn(sum, x);
-      }
-      split.sum[c] = __fmaf_rn(split.sum[c], factor[c], sum);
+    for (int c = 0; c < kColumns; ++c) {
+      const float base = raise_maximum(c, tile_maximum[c], factor[c]);
+      const float own = __fmaf_rn(tile_maximum[c], log2_scale, static_cast<float>(-one));
+      weight[c] = exp2_approx(__fsub_rn(own, base));
+      const float sum = exponentials(s, c, tile_maximum[c] == -INFINITY ? 0.0f : own);
+      split.sum[c] = __fmaf_rn(split.sum[c], factor[c], __fmul_rn(sum, weight[c]));
       grown |= factor[c] != 1;
     }
     return __any_sync(kAllLanes, grown);
@@ -249,6 +256,29 @@ class Rows {
  private:
   // All threads that have scores.
   static __device__ __forceinline__ void meet() { ptx::named_barrier_sync(1, 32 * kWarps); }
+
+  // A row's new maximum in the exponentials' units, 0 for none; `factor` brings what is relative to
+  // the one before to it.
+  __device__ __forceinline__ float raise_maximum(int column, float tile_maximum, float& factor) {
+    float& running = split.maximum[column];
+    const float maximum = fmaxf(running, tile_maximum);
+    const float base = maximum == -INFINITY ? 0.0f : __fmul_rn(maximum, log2_scale);
+    factor = exp2_approx(__fsub_rn(__fmul_rn(running, log2_scale), base));
+    running = maximum;
+    return base;
+  }
+
+  // In place of a row's scores; returns their sum.
+  __device__ __forceinline__ float exponentials(Scores& s, int column, float base) const {
+    float sum = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& x = s[at.element(column, half)];
+      x = exp2_approx(__fmaf_rn(x, log2_scale, -base));
+      sum = half == 0 ? x : __fadd_rn(sum, x);
+    }
+    return sum;
+  }
 
   __device__ __forceinline__ void cap_and_mask(Scores& s, int tile, bool all_seen) const {
     if (p_.softcap > 0) {

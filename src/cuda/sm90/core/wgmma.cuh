@@ -62,14 +62,17 @@ struct Wgmma;
 
 #define BLASST_REGS_4 "%0, %1, %2, %3"
 #define BLASST_REGS_8 BLASST_REGS_4 ", %4, %5, %6, %7"
-#define BLASST_REGS_16 BLASST_REGS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define BLASST_REGS_32                                                            \
-  BLASST_REGS_16                                                                  \
-  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, " \
-  "%31"
-#define BLASST_REGS_64                                                               \
-  BLASST_REGS_32                                                                     \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+#define BLASST_REGS_12 BLASST_REGS_8 ", %8, %9, %10, %11"
+#define BLASST_REGS_16 BLASST_REGS_12 ", %12, %13, %14, %15"
+#define BLASST_REGS_24 BLASST_REGS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define BLASST_REGS_32 \
+  BLASST_REGS_24       \
+  ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define BLASST_REGS_48 \
+  BLASST_REGS_32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define BLASST_REGS_64 \
+  BLASST_REGS_48       \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define BLASST_REGS_96                                                               \
   BLASST_REGS_64                                                                     \
@@ -82,8 +85,11 @@ struct Wgmma;
   "%127"
 #define BLASST_EACH_4(mode, i) mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3])
 #define BLASST_EACH_8(mode, i) BLASST_EACH_4(mode, i), BLASST_EACH_4(mode, i + 4)
+#define BLASST_EACH_12(mode, i) BLASST_EACH_8(mode, i), BLASST_EACH_4(mode, i + 8)
 #define BLASST_EACH_16(mode, i) BLASST_EACH_8(mode, i), BLASST_EACH_8(mode, i + 8)
+#define BLASST_EACH_24(mode, i) BLASST_EACH_16(mode, i), BLASST_EACH_8(mode, i + 16)
 #define BLASST_EACH_32(mode, i) BLASST_EACH_16(mode, i), BLASST_EACH_16(mode, i + 16)
+#define BLASST_EACH_48(mode, i) BLASST_EACH_32(mode, i), BLASST_EACH_16(mode, i + 32)
 #define BLASST_EACH_64(mode, i) BLASST_EACH_32(mode, i), BLASST_EACH_32(mode, i + 32)
 #define BLASST_EACH_96(mode, i) BLASST_EACH_64(mode, i), BLASST_EACH_32(mode, i + 64)
 #define BLASST_EACH_128(mode, i) BLASST_EACH_64(mode, i), BLASST_EACH_64(mode, i + 64)
@@ -149,55 +155,90 @@ struct Wgmma;
 BLASST_WGMMA_SHAPES("bf16", __nv_bfloat16)
 BLASST_WGMMA_SHAPES("f16", __half)
 
-// One k = 32 step of signed bytes, d [64, kN] in int32, b K-major in shared memory: as above. Of a
-// in registers a thread has four bytes side by side where 16-bit operands
-// have two elements: a[h + 2 * half] at row lane / 4 + 8 * h, bytes 16 * half + 4 * (lane % 4) on.
+// One k = 32 step of bytes, d [64, kN], b K-major in shared memory: as above. Of a in registers a
+// thread has four bytes side by side where 16-bit operands have two elements: a[h + 2 * half] at
+// row lane / 4 + 8 * h, bytes 16 * half + 4 * (lane % 4) on.
+//   WgmmaInt8          int8 x int8, exactly, in int32
+//   WgmmaInt8Uint8     int8 x uint8, exactly, in int32
+//   WgmmaFloat8        float8_e4m3 x float8_e4m3 in float32, of which a step keeps the 13 binary
+//                      digits behind the largest product's or sum's first
 template <int kN>
 struct WgmmaInt8;
+template <int kN>
+struct WgmmaInt8Uint8;
+template <int kN>
+struct WgmmaFloat8;
 
 #define BLASST_OUT_INT "=r"
 #define BLASST_INOUT_INT "+r"
-#define BLASST_WGMMA_INT8(n, half, A0, A1, A2, A3, A4)                                            \
-  template <>                                                                                     \
-  struct WgmmaInt8<n> {                                                                           \
-    static __device__ __forceinline__ void first(int (&d)[half], uint64_t a, uint64_t b) {        \
-      asm volatile(                                                                               \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                              \
-          "wgmma.mma_async.sync.aligned.m64n" #n                                                  \
-          "k32.s32.s8.s8"                                                                         \
-          " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", p;\n}"                                    \
-          : BLASST_EACH_##half(BLASST_OUT_INT, 0)                                                 \
-          : "l"(a), "l"(b));                                                                      \
-    }                                                                                             \
-    static __device__ __forceinline__ void add(int (&d)[half], uint64_t a, uint64_t b) {          \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n                                         \
-                   "k32.s32.s8.s8"                                                                \
-                   " {" BLASST_REGS_##half "}, %" A0 ", %" A1 ", 1;"                              \
-                   : BLASST_EACH_##half(BLASST_INOUT_INT, 0)                                      \
-                   : "l"(a), "l"(b));                                                             \
-    }                                                                                             \
-    static __device__ __forceinline__ void first_registers(int (&d)[half], const uint32_t* a,     \
-                                                           uint64_t b) {                          \
-      asm volatile(                                                                               \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                              \
-          "wgmma.mma_async.sync.aligned.m64n" #n                                                  \
-          "k32.s32.s8.s8"                                                                         \
-          " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", p;\n}"       \
-          : BLASST_EACH_##half(BLASST_OUT_INT, 0)                                                 \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
-    }                                                                                             \
-    static __device__ __forceinline__ void add_registers(int (&d)[half], const uint32_t* a,       \
-                                                         uint64_t b) {                            \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n                                         \
-                   "k32.s32.s8.s8"                                                                \
-                   " {" BLASST_REGS_##half "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1;" \
-                   : BLASST_EACH_##half(BLASST_INOUT_INT, 0)                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                         \
-    }                                                                                             \
+// signs: of float operands
+#define BLASST_WGMMA_BYTES(name, n, half, A0, A1, A2, A3, A4, types, sum, OUT, INOUT, signs)   \
+  template <>                                                                                  \
+  struct name<n> {                                                                             \
+    static __device__ __forceinline__ void first(sum (&d)[half], uint64_t a, uint64_t b) {     \
+      asm volatile(                                                                            \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                           \
+          "wgmma.mma_async.sync.aligned.m64n" #n "k32." types " {" BLASST_REGS_##half          \
+          "}, %" A0 ", %" A1 ", p" signs ";\n}"                                                \
+          : BLASST_EACH_##half(OUT, 0)                                                         \
+          : "l"(a), "l"(b));                                                                   \
+    }                                                                                          \
+    static __device__ __forceinline__ void add(sum (&d)[half], uint64_t a, uint64_t b) {       \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k32." types " {" BLASST_REGS_##half \
+                   "}, %" A0 ", %" A1 ", 1" signs ";"                                          \
+                   : BLASST_EACH_##half(INOUT, 0)                                              \
+                   : "l"(a), "l"(b));                                                          \
+    }                                                                                          \
+    static __device__ __forceinline__ void first_registers(sum (&d)[half], const uint32_t* a,  \
+                                                           uint64_t b) {                       \
+      asm volatile(                                                                            \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                           \
+          "wgmma.mma_async.sync.aligned.m64n" #n "k32." types " {" BLASST_REGS_##half          \
+          "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", p" signs ";\n}"                   \
+          : BLASST_EACH_##half(OUT, 0)                                                         \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                               \
+    }                                                                                          \
+    static __device__ __forceinline__ void add_registers(sum (&d)[half], const uint32_t* a,    \
+                                                         uint64_t b) {                         \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k32." types " {" BLASST_REGS_##half \
+                   "}, {%" A0 ", %" A1 ", %" A2 ", %" A3 "}, %" A4 ", 1" signs ";"             \
+                   : BLASST_EACH_##half(INOUT, 0)                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                      \
+    }                                                                                          \
   };
+#define BLASST_WGMMA_INT8(n, half, A0, A1, A2, A3, A4)                                         \
+  BLASST_WGMMA_BYTES(WgmmaInt8, n, half, A0, A1, A2, A3, A4, "s32.s8.s8", int, BLASST_OUT_INT, \
+                     BLASST_INOUT_INT, "")
+#define BLASST_WGMMA_INT8_UINT8(n, half, A0, A1, A2, A3, A4)                        \
+  BLASST_WGMMA_BYTES(WgmmaInt8Uint8, n, half, A0, A1, A2, A3, A4, "s32.s8.u8", int, \
+                     BLASST_OUT_INT, BLASST_INOUT_INT, "")
+#define BLASST_WGMMA_FLOAT8(n, half, A0, A1, A2, A3, A4)                                           \
+  BLASST_WGMMA_BYTES(WgmmaFloat8, n, half, A0, A1, A2, A3, A4, "f32.e4m3.e4m3", float, BLASST_OUT, \
+                     BLASST_INOUT, ", 1, 1")
+// Products of three digits of queries, in decode; of two of probabilities.
+#define BLASST_WGMMA_DIGITS(SHAPE)            \
+  SHAPE(24, 12, "12", "13", "14", "15", "16") \
+  SHAPE(48, 24, "24", "25", "26", "27", "28") \
+  SHAPE(96, 48, "48", "49", "50", "51", "52") \
+  SHAPE(192, 96, "96", "97", "98", "99", "100")
+#define BLASST_WGMMA_PAIRS(SHAPE)             \
+  SHAPE(8, 4, "4", "5", "6", "7", "8")        \
+  SHAPE(16, 8, "8", "9", "10", "11", "12")    \
+  SHAPE(32, 16, "16", "17", "18", "19", "20") \
+  SHAPE(64, 32, "32", "33", "34", "35", "36") \
+  SHAPE(128, 64, "64", "65", "66", "67", "68")
+BLASST_WGMMA_DIGITS(BLASST_WGMMA_INT8)
 BLASST_WGMMA_INT8(64, 32, "32", "33", "34", "35", "36")
 BLASST_WGMMA_INT8(128, 64, "64", "65", "66", "67", "68")
+BLASST_WGMMA_PAIRS(BLASST_WGMMA_INT8_UINT8)
+BLASST_WGMMA_DIGITS(BLASST_WGMMA_FLOAT8)
+BLASST_WGMMA_PAIRS(BLASST_WGMMA_FLOAT8)
 
+#undef BLASST_WGMMA_PAIRS
+#undef BLASST_WGMMA_DIGITS
+#undef BLASST_WGMMA_FLOAT8
+#undef BLASST_WGMMA_INT8_UINT8
+#undef BLASST_WGMMA_BYTES
 #undef BLASST_WGMMA_INT8
 #undef BLASST_INOUT_INT
 #undef BLASST_OUT_INT
@@ -207,14 +248,20 @@ BLASST_WGMMA_INT8(128, 64, "64", "65", "66", "67", "68")
 #undef BLASST_OUT
 #undef BLASST_EACH_128
 #undef BLASST_EACH_64
+#undef BLASST_EACH_48
 #undef BLASST_EACH_32
+#undef BLASST_EACH_24
 #undef BLASST_EACH_16
+#undef BLASST_EACH_12
 #undef BLASST_EACH_8
 #undef BLASST_EACH_4
 #undef BLASST_REGS_128
 #undef BLASST_REGS_64
+#undef BLASST_REGS_48
 #undef BLASST_REGS_32
+#undef BLASST_REGS_24
 #undef BLASST_REGS_16
+#undef BLASST_REGS_12
 #undef BLASST_REGS_8
 #undef BLASST_REGS_4
 

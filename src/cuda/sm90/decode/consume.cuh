@@ -26,8 +26,8 @@ namespace blasst::cuda::decode {
 template <typename C>
 class Consumer {
   using L = typename C::Layout;
-  using Keys = std::conditional_t<L::kNarrowKeys, WidenedKeys<C>, SharedKeys<C>>;
-  using Values = std::conditional_t<L::kNarrowValues, WidenedValues<C>, SharedValues<C>>;
+  using Keys = std::conditional_t<L::kNarrowKeys, ByteKeys<C>, SharedKeys<C>>;
+  using Values = std::conditional_t<L::kNarrowValues, ByteValues<C>, SharedValues<C>>;
   static constexpr int kRows = C::kRows;
   static constexpr bool kTests = C::kTests;
   // A split's values may come while the next one is scored, and results of splits be added here.
@@ -122,7 +122,7 @@ class Consumer {
     rows_.item = shared_.items[slot];
     clear_other_queries<typename L::Queries, kConsumers>(shared_.queries[slot], rows_.rows(),
                                                          plan_.rows, 1);
-    if constexpr (L::kNarrowKeys) prepare_queries(slot);
+    if constexpr (L::kNarrowKeys) split_queries(slot);
     rows_.begin_item();
   }
 
@@ -143,13 +143,14 @@ class Consumer {
       for (int x = 0; x < kScores; ++x) o_[i][x] = 0;
   }
 
-  // The queries as the product wants them, and what makes a product a score.
-  __device__ __forceinline__ void prepare_queries(int slot) {
-    std::byte* queries = shared_.queries[slot];
+  // The queries' digits, and what makes a product a score.
+  __device__ __forceinline__ void split_queries(int slot) {
     if (plan_.half_queries) {
-      Keys::template prepare_queries<__half>(queries, shared_.query_units);
+      Keys::template split_queries<__half>(shared_.queries[slot], shared_.query_digits,
+                                           shared_.query_units);
     } else {
-      Keys::template prepare_queries<__nv_bfloat16>(queries, shared_.query_units);
+      Keys::template split_queries<__nv_bfloat16>(shared_.queries[slot], shared_.query_digits,
+                                                  shared_.query_units);
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
@@ -226,16 +227,11 @@ class Consumer {
   // --- scores -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ void score(Scores& s) {
-    Keys::scores(at_, s, ptx::shared_address(shared_.keys[ring_.stage]),
-                 ptx::shared_address(shared_.queries[queries_.stage]));
+    const uint32_t keys = ptx::shared_address(shared_.keys[ring_.stage]);
     if constexpr (L::kNarrowKeys) {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& x = s[at_.element(c, half)];
-          x = __fmul_rn(x, units_[c]);
-        }
+      Keys::scores(at_, s, keys, ptx::shared_address(shared_.query_digits), units_);
+    } else {
+      Keys::scores(at_, s, keys, ptx::shared_address(shared_.queries[queries_.stage]));
     }
   }
 
@@ -265,31 +261,27 @@ class Consumer {
     }
   }
 
-  // Softmax of the tile, packed into shared memory as [query row, key], and the factor that brings
-  // earlier results to the new maximum.
+  // Softmax of the tile, and the factors that bring earlier results, and its own if they are apart,
+  // to the new maximum: into shared memory.
   __device__ __forceinline__ void keep(Scores& s, int tile, const Columns& tile_maximum) {
     const int stage = values_.stage;
-    Columns factor;
-    const bool special = rows_.weigh(s, tile_maximum, factor) || !rows_.seen_by_all(tile);
+    Columns factor, weight;
+    bool grown;
+    if constexpr (L::kNarrowValues) {
+      grown = rows_.weigh_apart(s, tile_maximum, Values::kOne, factor, weight);
+    } else {
+      grown = rows_.weigh(s, tile_maximum, factor);
+    }
+    const bool special = grown || !rows_.seen_by_all(tile);
     special_ = (special_ & ~(1u << stage)) | unsigned{special} << stage;
     if (threadIdx.x < 4) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) shared_.factors[stage][at_.row(c)] = factor[c];
+      for (int c = 0; c < kColumns; ++c) {
+        shared_.factors[stage][at_.row(c)] = factor[c];
+        if constexpr (L::kNarrowValues) shared_.weights[stage][at_.row(c)] = weight[c];
+      }
     }
-    const uint32_t base = ptx::shared_address(shared_.probabilities[stage]);
-    const int chunk = 2 * at_.warp + at_.lane / 8 % 2;  // 8 keys
-    const auto place = [&](int row) {
-      return base + row * kPanelRowBytes + (chunk ^ row % 8) * 16;
-    };
-    const auto pack = [&](int x) { return pack2<typename C::Element>(s[x], s[x + 1]); };
-    if constexpr (kRows == 8) {
-      ptx::store_transposed_2(place(at_.lane % 8), pack(0), pack(2));
-    } else {
-#pragma unroll
-      for (int j = 0; j < kRows / 8; j += 2)
-        ptx::store_transposed_4(place(8 * j + at_.lane / 16 * 8 + at_.lane % 8), pack(4 * j),
-                                pack(4 * j + 2), pack(4 * j + 4), pack(4 * j + 6));
-    }
+    Values::store_probabilities(at_, s, ptx::shared_address(shared_.probabilities[stage]));
     ptx::fence_proxy_async();
     values_.next();
     if (++pending_ == kValueStages) add_oldest();
@@ -308,6 +300,8 @@ class Consumer {
 
   __device__ __forceinline__ void add_values(int stage, uint32_t phase) {
     ptx::mbarrier_wait(address(shared_.values_full[stage]), phase);
+    const uint32_t values = ptx::shared_address(shared_.values[stage]);
+    const uint32_t probabilities = ptx::shared_address(shared_.probabilities[stage]);
     if (special_ >> stage & 1) {
       clear_unseen(stage);
       Columns factor;
@@ -315,8 +309,11 @@ class Consumer {
       for (int c = 0; c < kColumns; ++c) factor[c] = shared_.factors[stage][at_.row(c)];
       rows_.rescale(o_, factor);
     }
-    Values::add(at_, o_, ptx::shared_address(shared_.values[stage]),
-                ptx::shared_address(shared_.probabilities[stage]));
+    if constexpr (L::kNarrowValues) {
+      Values::add(at_, o_, values, probabilities, shared_.weights[stage]);
+    } else {
+      Values::add(at_, o_, values, probabilities);
+    }
   }
 
   // Values that no row sees may be anything, NaN too, and are multiplied by zero.

@@ -1,8 +1,6 @@
 // Shared memory of the decode kernel, and what travels with a tile.
 #pragma once
 
-#include <cuda_fp16.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -11,6 +9,7 @@
 #include "cuda/core/decode/rows.cuh"
 #include "cuda/core/decode/work.cuh"
 #include "cuda/sm90/core/panels.cuh"
+#include "cuda/sm90/decode/digits.cuh"
 #include "cuda/sm90/decode/places.cuh"
 
 namespace blasst::cuda::decode {
@@ -32,11 +31,14 @@ struct Layout {
   using Keys = Cached<kQkDim, kNarrowKeys>;
   using Values = Cached<kValueDim, kNarrowValues>;
   using Queries = Panels<kRows, kQkDim>;
-  using Probabilities = Panels<kRows, kTileKeys>;
+  using QueryDigits = BytePanels<kNarrowKeys ? kQueryDigits * kRows : 0, kQkDim>;
+  using Probabilities =
+      std::conditional_t<kNarrowValues, BytePanels<kProbabilityDigits * kRows, kTileKeys>,
+                         Panels<kRows, kTileKeys>>;
 
   // Two blocks share a multiprocessor where 113 KiB and 168 registers a thread are enough; three
-  // where 75 KiB and 136 are, which leave no room for a warp that feeds values.
-  static constexpr bool kSmall = kNarrowValues && kRows == 8;
+  // where 75 KiB and 128 are, which leave no room for a warp that feeds values.
+  static constexpr bool kSmall = kNarrowValues && kValueDim <= 128 && kRows <= 16;
   static constexpr int kBlocks = kValueDim == 256 || kRows > (kQkDim == 192 ? 8 : 16) ? 1
                                  : kSmall                                             ? 3
                                                                                       : 2;
@@ -48,7 +50,7 @@ struct Layout {
                                       : kBlocks == 1   ? 4
                                                        : (kValueDim == 128 ? 3 : 4);
   static constexpr int kRoom = kBlocks == 3 ? 75 : kBlocks == 2 ? 113 : 227;  // KiB
-  static constexpr int kBudget = kRoom * 1024 - 2 * Queries::kBytes -
+  static constexpr int kBudget = kRoom * 1024 - 2 * Queries::kBytes - QueryDigits::kBytes -
                                  kValueStages * (Values::kBytes + Probabilities::kBytes) - 2048 -
                                  64 * kRows;
   static constexpr int kFit = kBudget / Keys::kBytes;
@@ -60,7 +62,9 @@ struct Layout {
     alignas(1024) std::byte values[kValueStages][Values::kBytes];
     alignas(1024) std::byte queries[2][Queries::kBytes];
     alignas(1024) std::byte probabilities[kValueStages][Probabilities::kBytes];
+    alignas(kNarrowKeys ? 1024 : 1) std::byte query_digits[kNarrowKeys ? QueryDigits::kBytes : 1];
     float factors[kValueStages][kRows];  // for results before a kept tile is added
+    float weights[kNarrowValues ? kValueStages : 1][kNarrowValues ? kRows : 1];  // for its own
     float below[2][kRows];  // of an item: what the tested value must stay below for a skip
     SharedRows<kRows> rows;
     Work items[2];
@@ -69,8 +73,7 @@ struct Layout {
     uint64_t tiles_full[kKeyStages], keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_wanted[kValueStages], values_full[kValueStages];
     uint64_t queries_full[2], below_full[2], queries_empty[2];  // the last frees both
-    float
-        query_units[kNarrowKeys ? kRows : 1];  // of an item: of its queries as they are multiplied
+    float query_units[kNarrowKeys ? kRows : 1];  // of an item: of its queries' digits
   };
 };
 
@@ -79,9 +82,7 @@ template <typename T, int kQkDim_, int kValueDim_, int kRows_, Variant kVariant_
           Cache kCache_ = Cache::kOfQueries>
 struct Config {
   static constexpr Cache kCache = kCache_;
-  // What keys in 8 bits meet queries as, and values in 8 bits probabilities.
-  using OfKeys = std::conditional_t<narrow_keys(kCache), __half, T>;
-  using Element = std::conditional_t<narrow_values(kCache), __half, T>;  // of probabilities
+  using Element = T;  // of queries and of probabilities, if they are not split into digits
   using Layout = decode::Layout<kQkDim_, kValueDim_, kRows_, kCache>;
   using Shared = typename Layout::Shared;
   using Work = typename Layout::Work;

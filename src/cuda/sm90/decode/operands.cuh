@@ -1,8 +1,7 @@
 // How a consumer multiplies the keys and values of a tile: S^T = K Q^T and O^T = V^T P.
 #pragma once
 
-#include <cuda_fp16.h>
-
+#include <cstddef>
 #include <cstdint>
 
 #include "cuda/core/decode/place.cuh"
@@ -10,6 +9,7 @@
 #include "cuda/sm90/core/panels.cuh"
 #include "cuda/sm90/core/ptx.cuh"
 #include "cuda/sm90/core/wgmma.cuh"
+#include "cuda/sm90/decode/digits.cuh"
 #include "cuda/sm90/decode/layout.cuh"
 
 namespace blasst::cuda::decode {
@@ -18,7 +18,7 @@ namespace blasst::cuda::decode {
 template <typename C>
 class SharedKeys {
   using L = typename C::Layout;
-  using Mma = ptx::Wgmma<typename C::OfKeys, C::kRows>;
+  using Mma = ptx::Wgmma<typename C::Element, C::kRows>;
   static constexpr int kSums = C::kRows / 2;
 
  public:
@@ -47,6 +47,25 @@ class SharedValues {
   static constexpr int kPanels = C::kValueDim / 64;
 
  public:
+  // Of a tile, packed into shared memory as [query row, key].
+  static __device__ __forceinline__ void store_probabilities(const ThreadPlace& at,
+                                                             const float (&p)[kSums],
+                                                             uint32_t probabilities) {
+    const int chunk = 2 * at.warp + at.lane / 8 % 2;  // 8 keys
+    const auto place = [&](int row) {
+      return probabilities + row * kPanelRowBytes + (chunk ^ row % 8) * 16;
+    };
+    const auto pack = [&](int x) { return pack2<typename C::Element>(p[x], p[x + 1]); };
+    if constexpr (C::kRows == 8) {
+      ptx::store_transposed_2(place(at.lane % 8), pack(0), pack(2));
+    } else {
+#pragma unroll
+      for (int j = 0; j < C::kRows / 8; j += 2)
+        ptx::store_transposed_4(place(8 * j + at.lane / 16 * 8 + at.lane % 8), pack(4 * j),
+                                pack(4 * j + 2), pack(4 * j + 4), pack(4 * j + 6));
+    }
+  }
+
   static __device__ __forceinline__ void add(const ThreadPlace&, float (&o)[kPanels][kSums],
                                              uint32_t values, uint32_t probabilities) {
     ptx::wgmma_fence();
@@ -69,48 +88,6 @@ class SharedValues {
   }
 };
 
-// Four elements of 8 bits as two pairs of fp16, without rounding: bytes {0, 1} and {2, 3}, or, of
-// what a transposed load gives, {0, 2} and {1, 3}.
-template <Cache kCache>
-struct Widen;
-
-template <>
-struct Widen<Cache::kFloat8> {
-  static __device__ __forceinline__ void neighbours(uint32_t bytes, uint32_t& low, uint32_t& high) {
-    asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\n"
-        "cvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}"
-        : "=r"(low), "=r"(high)
-        : "r"(bytes));
-  }
-  static __device__ __forceinline__ void alternate(uint32_t bytes, uint32_t& even, uint32_t& odd) {
-    neighbours(__byte_perm(bytes, 0, 0x3120), even, odd);
-  }
-};
-
-// A byte x + 128 below the byte 0x64 is the fp16 number 1,152 + x.
-template <>
-struct Widen<Cache::kInt8> {
-  static __device__ __forceinline__ void neighbours(uint32_t bytes, uint32_t& low, uint32_t& high) {
-    widen<0x4140, 0x4342>(bytes, low, high);
-  }
-  static __device__ __forceinline__ void alternate(uint32_t bytes, uint32_t& even, uint32_t& odd) {
-    widen<0x4240, 0x4341>(bytes, even, odd);
-  }
-
- private:
-  template <unsigned kFirst, unsigned kSecond>
-  static __device__ __forceinline__ void widen(uint32_t bytes, uint32_t& first, uint32_t& second) {
-    const uint32_t raised = bytes ^ 0x80808080;
-    first = subtract(__byte_perm(raised, 0x64646464, kFirst));
-    second = subtract(__byte_perm(raised, 0x64646464, kSecond));
-  }
-  static __device__ __forceinline__ uint32_t subtract(uint32_t pair) {
-    uint32_t y;
-    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(pair), "r"(0x64806480));
-    return y;
-  }
-};
-
 // ptx::load_matrices of transposed matrices.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -118,133 +95,197 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint3
                : "r"(address));
 }
 
-inline constexpr int kChunk = 16;  // bytes, elements of a key or value in 8 bits
-
-// In 8 bits, widened to fp16 on the way to the tensor core, in registers. Queries are fp16, too.
-//
-// A 16-byte chunk of a key that a thread loads as a matrix row gives it elements 4 c to 4 c + 3,
-// c = lane % 4, where the product wants 2 c, 2 c + 1, 2 c + 8 and 2 c + 9: the queries' elements
-// are permuted alike.
+// In 8 bits, as they lie in shared memory, in the type of the queries' digits.
 template <typename C>
-class WidenedKeys {
+class ByteKeys {
   using L = typename C::Layout;
-  using Mma = ptx::Wgmma<typename C::OfKeys, C::kRows>;
-  using To = Widen<C::kCache == Cache::kInt8Keys ? Cache::kInt8 : C::kCache>;
+  using D = Digits<C::kCache>;
+  using Sum = typename D::Sum;
+  using Mma = typename D::template KeyProduct<kQueryDigits * C::kRows>;
   static constexpr int kSums = C::kRows / 2;
 
  public:
-  // Queries in shared memory, as they were copied, become fp16 in the order above, each row times a
-  // power of two that makes its largest element 2^14 or more; writes its inverse to `units`. All
-  // consumers.
+  // Queries in shared memory, as they were copied, are split into digits, each row times a power of
+  // two that brings its largest element to 2^kLargestQuery or more; writes its inverse to `units`.
+  // Of a row with an infinity, what is infinite alone counts. All consumers.
   template <typename Stored>
-  static __device__ __forceinline__ void prepare_queries(std::byte* queries, float* units) {
-    constexpr int kGroups = C::kQkDim / kChunk;  // of two 16-byte chunks of queries
-    static_assert(kGroups <= 16 && 32 % kGroups == 0, "neighbouring lanes share a row");
+  static __device__ __forceinline__ void split_queries(const std::byte* queries, std::byte* digits,
+                                                       float* units) {
+    constexpr int kVectors = C::kQkDim / 16;  // of digits, of a row
+    static_assert(kVectors <= 16 && 32 % kVectors == 0, "neighbouring lanes share a row");
 #pragma unroll
-    for (int first = 0; first < C::kRows * kGroups; first += kConsumers) {
+    for (int first = 0; first < C::kRows * kVectors; first += kConsumers) {
       const int task = first + static_cast<int>(threadIdx.x);
-      if (C::kRows * kGroups < kConsumers && task >= C::kRows * kGroups) break;  // whole warps
-      const int row = task / kGroups, chunk = 2 * (task % kGroups);
-      std::byte* panel = queries + chunk / 8 * L::Queries::kPanelBytes + row * kPanelRowBytes;
-      auto* even = reinterpret_cast<uint4*>(panel + (chunk % 8 ^ row % 8) * 16);
-      auto* odd = reinterpret_cast<uint4*>(panel + ((chunk % 8 + 1) ^ row % 8) * 16);
-      const uint4 a = *even, b = *odd;
-      const uint32_t stored[] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-      float2 pairs[8];
+      if (C::kRows * kVectors < kConsumers && task >= C::kRows * kVectors) break;  // whole warps
+      const int row = task / kVectors, vector = task % kVectors;
+      float x[4][4];
       uint32_t largest = 0;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        pairs[i] = unpack2<Stored>(stored[i]);
-        largest = max(largest, __float_as_uint(fabsf(pairs[i].x)));
-        largest = max(largest, __float_as_uint(fabsf(pairs[i].y)));
+      for (int half = 0; half < 2; ++half) {
+        const uint4 stored = *reinterpret_cast<const uint4*>(
+            queries + place_of_vector<typename L::Queries>(row, 2 * vector + half));
+        const uint32_t pairs[] = {stored.x, stored.y, stored.z, stored.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 pair = unpack2<Stored>(pairs[i]);
+          x[2 * half + i / 2][i % 2 * 2] = pair.x;
+          x[2 * half + i / 2][i % 2 * 2 + 1] = pair.y;
+          largest =
+              max(largest, max(__float_as_uint(fabsf(pair.x)), __float_as_uint(fabsf(pair.y))));
+        }
       }
 #pragma unroll
-      for (int lanes = 1; lanes < kGroups; lanes *= 2)
+      for (int lanes = 1; lanes < kVectors; lanes *= 2)
         largest = max(largest, __shfl_xor_sync(kAllLanes, largest, lanes));
-      // Of what is not finite, the exponent of the largest number that is.
-      const int exponent = min(max(static_cast<int>(largest >> 23), 15), 254);
-      const float factor = __uint_as_float((268 - exponent) << 23);
-      const auto pack = [&](int i) {
-        return pack2<__half>(__fmul_rn(pairs[i].x, factor), __fmul_rn(pairs[i].y, factor));
-      };
-      *even = make_uint4(pack(0), pack(2), pack(4), pack(6));
-      *odd = make_uint4(pack(1), pack(3), pack(5), pack(7));
-      if (chunk == 0) units[row] = __uint_as_float((exponent - 14) << 23);
+      const bool finite = largest < 0x7f800000;
+      const int exponent = max(static_cast<int>(largest >> 23), D::kLargestQuery + 1);
+      const float factor = __uint_as_float((254 + D::kLargestQuery - exponent) << 23);
+      uint32_t split[4][kQueryDigits];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (float& y : x[i]) y = finite ? __fmul_rn(y, factor) : isinf(y) ? copysignf(1, y) : 0;
+        D::split_queries(x[i], split[i]);
+      }
+#pragma unroll
+      for (int digit = 0; digit < kQueryDigits; ++digit)
+        *reinterpret_cast<uint4*>(
+            digits + place_of_vector<typename L::QueryDigits>(digit * C::kRows + row, vector)) =
+            make_uint4(split[0][digit], split[1][digit], split[2][digit], split[3][digit]);
+      if (vector == 0)
+        units[row] = __uint_as_float(finite ? (exponent - D::kLargestQuery) << 23 : largest);
     }
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(1, kConsumers);
   }
 
   static __device__ __forceinline__ void scores(const ThreadPlace& at, float (&s)[kSums],
-                                                uint32_t keys, uint32_t queries) {
-    constexpr int kSteps = C::kQkDim / kChunk;
-    uint32_t a[kSteps][4];
-    const int key = 16 * at.warp + at.lane % 16;
-#pragma unroll
-    for (int step = 0; step < kSteps; step += 2) {
-      uint32_t x[4];
-      ptx::load_matrices(x, keys + place_of_vector<typename L::Keys>(key, step + at.lane / 16));
-#pragma unroll
-      for (int i = 0; i < 4; ++i)  // keys 8 (i % 2) on, step i / 2
-        To::neighbours(x[i], a[step + i / 2][i % 2], a[step + i / 2][i % 2 + 2]);
-    }
-    const uint64_t q = ptx::wgmma_descriptor(queries);
+                                                uint32_t keys, uint32_t digits,
+                                                const float (&units)[C::kRows / 4]) {
+    Sum sums[kQueryDigits * kSums];
+    const uint64_t a = ptx::wgmma_descriptor<L::Keys::kRowBytes>(keys);
+    const uint64_t b = ptx::wgmma_descriptor<L::QueryDigits::kRowBytes>(digits);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint64_t b = ptx::advance(q, step / 4 * L::Queries::kPanelBytes + step % 4 * 32);
-      step == 0 ? Mma::first_registers(s, a[step], b) : Mma::add_registers(s, a[step], b);
+    for (int k = 0; k < C::kQkDim; k += 32) {
+      const int panel = k / L::Keys::kRowBytes, bytes = k % L::Keys::kRowBytes;
+      const uint64_t key = ptx::advance(a, panel * L::Keys::kPanelBytes + bytes);
+      const uint64_t digit = ptx::advance(b, panel * L::QueryDigits::kPanelBytes + bytes);
+      k == 0 ? Mma::first(sums, key, digit) : Mma::add(sums, key, digit);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::fence_registers(s);
+    ptx::fence_registers(sums);
+#pragma unroll
+    for (int c = 0; c < C::kRows / 4; ++c)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int x = at.element(c, half);
+        s[x] = __fmul_rn(join_digits<D, kSums>(sums, x), units[c]);
+      }
   }
 };
 
-// Of a value's 16-byte chunk a thread gets elements 2 r and 2 r + 1, r = lane / 4, for the
-// product's rows r and r + 8: so the output is permuted. Probabilities are fp16, too.
+// Of a value's 16-byte vector a thread gets elements 2 r and 2 r + 1, r = lane / 4, for the
+// product's rows r and r + 8: so the output is permuted. Of 16 keys it gets 2 c, 2 c + 1, 2 c + 8
+// and 2 c + 9, c = lane % 4, side by side: probabilities are in this order, too.
 template <typename C>
-class WidenedValues {
+class ByteValues {
   using L = typename C::Layout;
-  using Mma = ptx::Wgmma<typename C::Element, C::kRows>;
-  using To = Widen<C::kCache>;
+  using D = Digits<C::kCache>;
+  using Sum = typename D::Sum;
+  using Mma = typename D::template ValueProduct<D::kValueSums * C::kRows>;
   static constexpr int kSums = C::kRows / 2;
   static constexpr int kPanels = C::kValueDim / 64;
+  // Products of all digits: side by side, or one after the other into one sum.
+  static constexpr int kPasses = kProbabilityDigits / D::kValueSums;
 
  public:
+  static constexpr int kOne = D::kOne;  // probabilities come times 2^kOne
+
+  // Of a tile, packed into shared memory as [digit, query row, key].
+  static __device__ __forceinline__ void store_probabilities(const ThreadPlace& at,
+                                                             const float (&p)[kSums],
+                                                             uint32_t probabilities) {
+    constexpr int kBlocks = C::kRows / 8;  // of rows
+    uint32_t blocks[kProbabilityDigits * kBlocks];
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      const float x[4] = {p[4 * j], p[4 * j + 2], p[4 * j + 1], p[4 * j + 3]};
+      uint32_t digits[kProbabilityDigits];
+      D::split_probabilities(x, digits);
+#pragma unroll
+      for (int digit = 0; digit < kProbabilityDigits; ++digit)
+        blocks[digit * kBlocks + j] = digits[digit];
+    }
+    const auto place = [&](int block) {
+      return probabilities +
+             place_of_vector<typename L::Probabilities>(8 * block + at.lane % 8, at.warp);
+    };
+    if constexpr (kBlocks == 1) {
+      ptx::store_transposed_2(place(at.lane / 8 % 2), blocks[0], blocks[1]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kProbabilityDigits * kBlocks; j += 4)
+        ptx::store_transposed_4(place(j + at.lane / 8), blocks[j], blocks[j + 1], blocks[j + 2],
+                                blocks[j + 3]);
+    }
+  }
+
+  // weights: what makes the product an output, of each row, in shared memory: read under it.
   static __device__ __forceinline__ void add(const ThreadPlace& at, float (&o)[kPanels][kSums],
-                                             uint32_t values, uint32_t probabilities) {
-    constexpr int kSteps = kTileKeys / 16;
-    // All that is multiplied at once is in registers: of four panels, one at a time.
-    constexpr int kAtOnce = kPanels == 4 ? 1 : kPanels;
-    const uint64_t p = ptx::wgmma_descriptor(probabilities);
+                                             uint32_t values, uint32_t probabilities,
+                                             const float* weights) {
+    constexpr int kSteps = kTileKeys / 32;
+    // All that is multiplied at once is in registers: of many rows, one panel at a time.
+    constexpr int kAtOnce = C::kRows <= 16 && kPanels >= 2 ? 2 : 1;
+    const uint64_t b = ptx::wgmma_descriptor<L::Probabilities::kRowBytes>(probabilities);
 #pragma unroll
     for (int first = 0; first < kPanels; first += kAtOnce) {
       uint32_t a[kAtOnce][kSteps][4];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-        for (int step = 0; step < kSteps; step += 2) {
-          uint32_t x[4];
+        for (int step = 0; step < kSteps; ++step) {
+          uint32_t x[4];  // 8 keys each
           load_matrices_transposed(x, values + place_of_vector<typename L::Values>(
-                                                   16 * step + at.lane, 4 * (first + i) + at.warp));
+                                                   32 * step + at.lane, 4 * (first + i) + at.warp));
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {  // keys 8 (j % 2) on, step j / 2
-            uint32_t* to = a[i][step + j / 2] + j % 2 * 2;
-            To::alternate(x[j], to[0], to[1]);
+          for (int j = 0; j < 2; ++j) {
+            a[i][step][2 * j] = __byte_perm(x[2 * j], x[2 * j + 1], 0x6240);
+            a[i][step][2 * j + 1] = __byte_perm(x[2 * j], x[2 * j + 1], 0x7351);
           }
         }
-      }
+      Sum sums[kAtOnce][D::kValueSums * kSums];
       ptx::wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          Mma::add_registers(o[first + i], a[i][step], ptx::advance(p, step * 32));
+        for (int pass = 0; pass < kPasses; ++pass)
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const uint64_t p =
+                ptx::advance(b, pass * C::kRows * L::Probabilities::kRowBytes + 32 * step);
+            step == 0 && pass == 0 ? Mma::first_registers(sums[i], a[i][step], p)
+                                   : Mma::add_registers(sums[i], a[i][step], p);
+          }
       ptx::wgmma_commit();
+      float weight[C::kRows / 4];
+#pragma unroll
+      for (int c = 0; c < C::kRows / 4; ++c) weight[c] = weights[at.row(c)];
       ptx::wgmma_wait<0>();
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) ptx::fence_registers(o[first + i]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        ptx::fence_registers(sums[i]);
+#pragma unroll
+        for (int c = 0; c < C::kRows / 4; ++c)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int x = at.element(c, half);
+            o[first + i][x] =
+                __fmaf_rn(join_digits<D, kSums>(sums[i], x), weight[c], o[first + i][x]);
+          }
+      }
     }
   }
 
