@@ -50,14 +50,17 @@ struct ThreadCopies {
   // The same of rows that all exist, `stride` elements apart. first: of row 0.
   static __device__ __forceinline__ void start_whole(uint32_t destination, const uint16_t* first,
                                                      int64_t stride) {
-    const uint16_t* from = first + row() * stride + element();
+    // Two, since a copy reads its address late.
+    const uint16_t* from[2];
+    from[0] = first + row() * stride + element();
+    from[1] = from[0] + kPassRows * stride;
 #pragma unroll
     for (int pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
 #pragma unroll
       for (int panels = 0; panels < Tile::kCount; panels += kAcross)
-        ptx::copy_16(destination + offset(pass) + panels * Tile::kPanelBytes, from + panels * 32,
-                     true);
-      from += kPassRows * stride;
+        ptx::copy_16(destination + offset(pass) + panels * Tile::kPanelBytes,
+                     from[pass % 2] + panels * 32, true);
+      from[pass % 2] += 2 * kPassRows * stride;
     }
   }
 };

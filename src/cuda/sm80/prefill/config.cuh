@@ -26,6 +26,12 @@ struct Place {
   __device__ __forceinline__ int column() const { return 2 * (lane() % 4); }
 };
 
+// Where a block's item reads keys and values (copy.cuh).
+struct ItemSources {
+  const uint16_t *keys, *values;
+  const int* pages;  // null: not paged
+};
+
 template <typename T, int kQkDim_, int kValueDim_, Variant kVariant_>
 struct Config {
   using Element = T;
@@ -57,6 +63,7 @@ struct Config {
     alignas(128) uint8_t key[kStages][Keys::kBytes];
     alignas(128) uint8_t value[kStages][Values::kBytes];
     Work work;
+    ItemSources sources;
     // Of each strip's rows; tiles alternate. Reports only.
     float gap[2][2][4], maximum[2][2][4];
   };

@@ -23,16 +23,29 @@ __device__ __forceinline__ void copy_queries(const Params& p, const Tensor& q, c
   });
 }
 
-// Copies keys or values of an item, a tile at a time.
+// Where an item's keys and values are: of its KV head, the request's first token; where there are
+// pages, the first page.
+__device__ __forceinline__ ItemSources sources_of(const Params& p, const Sources& sources,
+                                                  const Work& work) {
+  const KeySource source(p, work);
+  const auto first = [&](const Tensor& tensor) {
+    const auto* data =
+        static_cast<const uint16_t*>(tensor.data) + source.kv_head * tensor.stride_head;
+    return source.pages ? data
+                        : data + source.outer * tensor.stride_outer +
+                              source.first_token * tensor.stride_token;
+  };
+  return {first(sources.k), first(sources.v), source.pages};
+}
+
+// Copies keys or values of an item, a tile at a time. `first` and `pages` stay in shared memory:
+// the loop around has no registers for them.
 template <typename C, typename Tile>
 class KeyCopies {
  public:
-  __device__ __forceinline__ KeyCopies(const Params& p, const Tensor& tensor, const Work& work)
-      : p_(p), tensor_(tensor), source_(p, work), keys_(ptx::warp_uniform(work.keys)) {
-    first_ = static_cast<const uint16_t*>(tensor.data) + source_.kv_head * tensor.stride_head;
-    if (!p_.keys.page_table)
-      first_ += source_.outer * tensor.stride_outer + source_.first_token * tensor.stride_token;
-  }
+  __device__ __forceinline__ KeyCopies(const Params& p, const Tensor& tensor, int keys,
+                                       const uint16_t* const& first, const int* const& pages)
+      : p_(p), tensor_(tensor), keys_(ptx::warp_uniform(keys)), first_(first), pages_(pages) {}
 
   // Those of a tile; zeros behind the last.
   __device__ __forceinline__ void start(uint32_t destination, int tile) const {
@@ -49,23 +62,24 @@ class KeyCopies {
 
   __device__ __forceinline__ void start_checked(uint32_t destination, int first_key) const {
     const int page_bits = 31 - __clz(p_.keys.page_size);  // a power of two
+    const uint16_t* first = first_ + Copies::element();
+    const int* pages = pages_;
     Copies::start(destination, [&](int pass) -> const uint16_t* {
       const int token = first_key + Copies::row() + pass * Copies::kPassRows;
       if (token >= keys_) return nullptr;
-      const uint16_t* from = first_ + Copies::element();
-      if (!p_.keys.page_table) return from + token * tensor_.stride_token;
-      const int page = source_.pages[token >> page_bits];
+      if (!pages) return first + token * tensor_.stride_token;
+      const int page = pages[token >> page_bits];
       if (page < 0 || page >= p_.keys.pages) return nullptr;
-      return from + page * tensor_.stride_outer +
+      return first + page * tensor_.stride_outer +
              (token & (p_.keys.page_size - 1)) * tensor_.stride_token;
     });
   }
 
   const Params& p_;
   const Tensor& tensor_;
-  const KeySource source_;
   const int keys_;
-  const uint16_t* first_;
+  const uint16_t* const& first_;
+  const int* const& pages_;
 };
 
 }  // namespace blasst::cuda::prefill::sm80

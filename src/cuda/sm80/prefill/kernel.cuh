@@ -28,7 +28,7 @@ class Block {
  public:
   __device__ Block(const Params& p, const Sources& sources, typename C::Shared& s)
       : Block(p, sources, s, ptx::warp_uniform(threadIdx.x / 32),
-              std::make_integer_sequence<int, C::kStrips>()) {}
+              std::make_integer_sequence<int, kReporting>()) {}
 
   __device__ void run() {
     const int items =
@@ -42,6 +42,7 @@ class Block {
               p_, p_.first_block
                       ? item_of_list(next, p_.first_block, p_.batch, p_.heads, p_.section_heads)
                       : item_at(next, p_.batch, p_.heads, p_.row_blocks, p_.section_heads));
+          s_.sources = sources_of(p_, sources_, work);
           next = gridDim.x + atomicAdd(p_.next_item, 1);
         }
         s_.work = work;
@@ -55,6 +56,8 @@ class Block {
 
  private:
   static constexpr int kStrips = C::kStrips;
+  // Strips that report something: counts and bits are a query tile's, which its first strip knows.
+  static constexpr int kReporting = C::kVariant == Variant::kReport ? kStrips : 1;
   using Element = typename C::Element;
   using Place = typename C::Place;
   using Shared = typename C::Shared;
@@ -93,11 +96,15 @@ class Block {
 #pragma unroll
     for (int i = 0; i < kStrips; ++i) {
       softmax[i] = OnlineSoftmax::empty(p_.score_to_log2);
-      reports_[i].begin(work);
+      if (i < kReporting) reports_[i].begin(work);
     }
     if (tiles.begin < tiles.end) {
       copy_queries<C>(p_, sources_.q, work, base_ + offsetof(Shared, query));
-      Walk walk{work, {p_, sources_.k, work}, {p_, sources_.v, work}, tiles.end - tiles.begin, {}};
+      Walk walk{work,
+                {p_, sources_.k, work.keys, s_.sources.keys, s_.sources.pages},
+                {p_, sources_.v, work.keys, s_.sources.values, s_.sources.pages},
+                tiles.end - tiles.begin,
+                {}};
       walk.visit.begin(p_.order, tiles);
       if constexpr (C::kTests)
         attend_kept(walk, plain, softmax, o);
@@ -259,14 +266,14 @@ class Block {
   __device__ __forceinline__ void offer(const Visit& visit, const Maxima& maxima,
                                         const Softmax& softmax) {
 #pragma unroll
-    for (int i = 0; i < kStrips; ++i)
+    for (int i = 0; i < kReporting; ++i)
       reports_[i].offer(visit, maxima[i], {maxima[i][0], maxima[i][1]}, softmax[i]);
   }
 
   __device__ __forceinline__ void decided(const Work& work, const Visit& visit, bool keep,
                                           const Maxima& maxima, const Softmax& softmax) {
 #pragma unroll
-    for (int i = 0; i < kStrips; ++i)
+    for (int i = 0; i < kReporting; ++i)
       reports_[i].decided(work, visit, keep, {maxima[i][0], maxima[i][1]}, softmax[i]);
   }
 
@@ -300,10 +307,10 @@ class Block {
         if (at.lane() % 4 == 0 && at.row(r) < rows) {
           const int64_t cell = int64_t{work.head} * p_.rows + output_row + at.row(r);
           if (p_.report.lse) p_.report.lse[cell] = end.lse;
-          reports_[i].row(work, r, cell, end);
+          if (i < kReporting) reports_[i].row(work, r, cell, end);
         }
       }
-      reports_[i].finish(work);
+      if (i < kReporting) reports_[i].finish(work);
       write_rows<Element>(p_, work, at, output_row, rows, weight, o[i]);
     }
   }
@@ -323,7 +330,7 @@ class Block {
   Shared& s_;
   const uint32_t base_;  // address of s_
   const int warp_;
-  Reports<C> reports_[kStrips];
+  Reports<C> reports_[kReporting];
 };
 
 template <typename C>

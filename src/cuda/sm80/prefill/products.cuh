@@ -20,35 +20,42 @@ __device__ __forceinline__ uint32_t offset_by_rows() {
   return Tile::offset(threadIdx.x % 8 + threadIdx.x / 16 % 2 * 8, threadIdx.x / 8 % 2);
 }
 
-// s = Q K^T: of each strip. query: of the warp's first row.
+// s = Q K^T: of each strip. query: of the warp's first row. A fragment is loaded under the products
+// of the one before: two warps a scheduler do not hide the way from shared memory.
 template <typename C>
 __device__ __forceinline__ void multiply_scores(float (&s)[C::kStrips][C::kKeys / 2],
                                                 uint32_t query, uint32_t key) {
   using T = typename C::Element;
+  constexpr int kSteps = C::kQkDim / 16, kBlocks = C::kKeys / 16;
   const uint32_t a_lane = offset_by_blocks<typename C::Queries>();
   const uint32_t b_lane = offset_by_rows<typename C::Keys>();
+  uint32_t a[C::kStrips][4], b[2][4];
+  const auto load_queries = [&](int step) {
 #pragma unroll
-  for (int step = 0; step < C::kQkDim / 16; ++step) {
-    uint32_t a[C::kStrips][4];
-#pragma unroll
-    for (int i = 0; i < C::kStrips; ++i) {
+    for (int i = 0; i < C::kStrips; ++i)
       ptx::load_matrices(
           a[i], query + i * 16 * C::Queries::kRowBytes + C::Queries::advance(a_lane, step));
-    }
+  };
+  const auto load_keys = [&](int x) {
+    ptx::load_matrices(b[x % 2], key + x % kBlocks * 16 * C::Keys::kRowBytes +
+                                     C::Keys::advance(b_lane, x / kBlocks));
+  };
+  load_queries(0);
+  load_keys(0);
 #pragma unroll
-    for (int j = 0; j < C::kKeys / 16; ++j) {
-      uint32_t b[4];
-      ptx::load_matrices(b, key + j * 16 * C::Keys::kRowBytes + C::Keys::advance(b_lane, step));
+  for (int x = 0; x < kSteps * kBlocks; ++x) {
+    const int step = x / kBlocks, j = x % kBlocks;
+    if (x + 1 < kSteps * kBlocks) load_keys(x + 1);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int i = 0; i < C::kStrips; ++i) {
-          float* d = &s[i][8 * j + 4 * half];
-          step == 0 ? ptx::multiply_first<T>(d, a[i], b[2 * half], b[2 * half + 1])
-                    : ptx::multiply_add<T>(d, a[i], b[2 * half], b[2 * half + 1]);
-        }
+      for (int i = 0; i < C::kStrips; ++i) {
+        float* d = &s[i][8 * j + 4 * half];
+        const uint32_t b0 = b[x % 2][2 * half], b1 = b[x % 2][2 * half + 1];
+        step == 0 ? ptx::multiply_first<T>(d, a[i], b0, b1) : ptx::multiply_add<T>(d, a[i], b0, b1);
       }
     }
+    if (j + 1 == kBlocks && step + 1 < kSteps) load_queries(step + 1);
   }
 }
 
@@ -58,26 +65,26 @@ __device__ __forceinline__ void multiply_values(float (&o)[C::kStrips][C::kValue
                                                 const uint32_t (&p)[C::kStrips][C::kKeys / 4],
                                                 uint32_t value) {
   using T = typename C::Element;
+  constexpr int kSteps = C::kKeys / 16, kBlocks = C::kValueDim / 16;
   const uint32_t b_lane = offset_by_blocks<typename C::Values>();
+  uint32_t b[2][4];
+  const auto load_values = [&](int x) {
+    ptx::load_matrices_transposed(b[x % 2], value + x / kBlocks * 16 * C::Values::kRowBytes +
+                                                C::Values::advance(b_lane, x % kBlocks));
+  };
+  load_values(0);
 #pragma unroll
-  for (int step = 0; step < C::kKeys / 16; ++step) {
-    uint32_t a[C::kStrips][4];
+  for (int x = 0; x < kSteps * kBlocks; ++x) {
+    const int step = x / kBlocks, j = x % kBlocks;
+    if (x + 1 < kSteps * kBlocks) load_values(x + 1);
 #pragma unroll
     for (int i = 0; i < C::kStrips; ++i) {
+      const uint32_t a[4] = {p[i][4 * step], p[i][4 * step + 1], p[i][4 * step + 2],
+                             p[i][4 * step + 3]};
 #pragma unroll
-      for (int e = 0; e < 4; ++e) a[i][e] = p[i][4 * step + e];
-    }
-#pragma unroll
-    for (int j = 0; j < C::kValueDim / 16; ++j) {
-      uint32_t b[4];
-      ptx::load_matrices_transposed(
-          b, value + step * 16 * C::Values::kRowBytes + C::Values::advance(b_lane, j));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < C::kStrips; ++i)
-          ptx::multiply_add<T>(&o[i][8 * j + 4 * half], a[i], b[2 * half], b[2 * half + 1]);
-      }
+      for (int half = 0; half < 2; ++half)
+        ptx::multiply_add<T>(&o[i][8 * j + 4 * half], a, b[x % 2][2 * half],
+                             b[x % 2][2 * half + 1]);
     }
   }
 }
