@@ -50,11 +50,11 @@ class CountReports {
       : p_(p), at_(at) {}
   __device__ __forceinline__ void begin(const Work& work) {
     kept_ = 0;
-    bits_ = nullptr;
+    row_of_bits_ = -1;
     if (!p_.report.tile_bits || at_.rank() != 0 || query_tile_of(work, at_.tile()).rows <= 0)
       return;
-    bits_ = p_.report.tile_bits + tile_row(work) * p_.report.tile_words;
-    for (int word = 0; word < p_.report.tile_words; ++word) bits_[word] = 0;
+    row_of_bits_ = static_cast<int>(tile_row(work));
+    for (int word = 0; word < p_.report.tile_words; ++word) *bits(word) = 0;
   }
   __device__ __forceinline__ void offer(const Visit&, const float (&)[2], TileMaxima,
                                         const OnlineSoftmax&) {}
@@ -62,8 +62,8 @@ class CountReports {
                                           TileMaxima, const OnlineSoftmax&) {
     kept_ += keep;
     // A tile that is not masked is seen by all rows.
-    if (keep && bits_ && (!visit.masked || is_visible(work, visit.tile)))
-      atomicOr(bits_ + visit.tile / 32, 1u << visit.tile % 32);
+    if (keep && row_of_bits_ >= 0 && (!visit.masked || is_visible(work, visit.tile)))
+      atomicOr(bits(visit.tile / 32), 1u << visit.tile % 32);
   }
   __device__ __forceinline__ void row(const Work&, int, int64_t, const RowEnd&) {}
   __device__ __forceinline__ void finish(const Work& work) {
@@ -91,8 +91,12 @@ class CountReports {
   const typename C::Place at_;
 
  private:
-  int kept_;        // tiles of this item
-  unsigned* bits_;  // its query tile's; null: not wanted, or another thread's to write
+  __device__ __forceinline__ unsigned* bits(int word) const {
+    return p_.report.tile_bits + int64_t{row_of_bits_} * p_.report.tile_words + word;
+  }
+
+  int kept_;         // tiles of this item
+  int row_of_bits_;  // its query tile's; -1: not wanted, or another thread's to write
 };
 
 // That, and maxima, gaps and the dropped-mass bound.

@@ -9,14 +9,12 @@
 namespace blasst::cuda {
 
 // How kThreads threads, a warp or more, copy a tile of `Tile`'s panels. Four neighbours copy a
-// row's 64 bytes of a panel, eight those of two rows: that writes every bank once. The panels of a
-// row come next, so that rows are read in long pieces.
+// row's 64 bytes of a panel, eight those of two rows: that writes every bank once. The next eight
+// copy the next panel of these rows, so that memory is read in whole lines of 128 bytes.
 template <typename Tile, int kThreads>
 struct ThreadCopies {
-  // Panels at once: a power of two, so many that threads are left for eight pieces.
-  static constexpr int kTwos = Tile::kCount & -Tile::kCount;
-  static constexpr int kAcross = kTwos < kThreads / 8 ? kTwos : kThreads / 8;
-  static constexpr int kPassRows = kThreads / 8 / kAcross * 2;  // rows at once
+  static constexpr int kAcross = Tile::kCount % 2 == 0 ? 2 : 1;  // panels at once
+  static constexpr int kPassRows = kThreads / 8 / kAcross * 2;   // rows at once
   static_assert(Tile::kRows % kPassRows == 0);
 
   static __device__ __forceinline__ int rank() { return threadIdx.x % kThreads; }
@@ -27,7 +25,7 @@ struct ThreadCopies {
 
   // Of the pass that copies rows row() + pass * kPassRows.
   static __device__ __forceinline__ uint32_t offset(int pass) {
-    const uint32_t first = panel() * Tile::kPanelBytes;
+    const uint32_t first = Tile::panel(panel());
     if constexpr (kPassRows % 8 == 0)  // the permutation is that of the first pass
       return first + Tile::offset(row(), piece()) + pass * kPassRows * Tile::kRowBytes;
     else
@@ -42,24 +40,24 @@ struct ThreadCopies {
       const uint16_t* from = source(pass);
 #pragma unroll
       for (int first = 0; first < Tile::kCount; first += kAcross)
-        ptx::copy_16(destination + offset(pass) + first * Tile::kPanelBytes, from + first * 32,
+        ptx::copy_16(destination + offset(pass) + Tile::panel(first), from + first * 32,
                      from != nullptr);
     }
   }
 
-  // The same of rows that all exist, `stride` elements apart. first: of row 0.
-  static __device__ __forceinline__ void start_whole(uint32_t destination, const uint16_t* first,
+  // The same of rows that all exist, `stride` elements apart. source: of row 0.
+  static __device__ __forceinline__ void start_whole(uint32_t destination, const uint16_t* source,
                                                      int64_t stride) {
     // Two, since a copy reads its address late.
     const uint16_t* from[2];
-    from[0] = first + row() * stride + element();
+    from[0] = source + row() * stride + element();
     from[1] = from[0] + kPassRows * stride;
 #pragma unroll
     for (int pass = 0; pass < Tile::kRows / kPassRows; ++pass) {
 #pragma unroll
-      for (int panels = 0; panels < Tile::kCount; panels += kAcross)
-        ptx::copy_16(destination + offset(pass) + panels * Tile::kPanelBytes,
-                     from[pass % 2] + panels * 32, true);
+      for (int first = 0; first < Tile::kCount; first += kAcross)
+        ptx::copy_16(destination + offset(pass) + Tile::panel(first), from[pass % 2] + first * 32,
+                     true);
       from[pass % 2] += 2 * kPassRows * stride;
     }
   }

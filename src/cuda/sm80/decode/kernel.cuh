@@ -250,7 +250,7 @@ class Block {
                          (first.token + row / rows_.group) * q.stride_token +
                          (item.kv_head * rows_.group + row % rows_.group) * q.stride_head +
                          piece * 8;
-      ptx::copy_16(ptx::shared_address(shared_.queries) + piece / 4 * Tile::kPanelBytes +
+      ptx::copy_16(ptx::shared_address(shared_.queries) + Tile::panel(piece / 4) +
                        Tile::offset(row, piece % 4),
                    from, row < rows_.rows());
     }
@@ -277,7 +277,7 @@ class Block {
 #pragma unroll
       for (int j = 0; j < kEights; ++j) {
         uint32_t b[4];
-        ptx::load_matrices(b, query + b_lane + panel * Q::kPanelBytes + j * 8 * Q::kRowBytes);
+        ptx::load_matrices(b, query + b_lane + Q::panel(panel) + j * 8 * Q::kRowBytes);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           ptx::multiply_add<Element>(&s[4 * j], a[half], b[2 * half], b[2 * half + 1]);
@@ -332,7 +332,7 @@ class Block {
       for (int i = 0; i < kPanels; ++i) {
         if (!has_panel(i)) continue;
         uint32_t a[4];
-        ptx::load_matrices_transposed(a, first + keys * V::kBytes + i * 2 * V::kPanelBytes);
+        ptx::load_matrices_transposed(a, first + keys * V::kBytes + V::panel(2 * i));
 #pragma unroll
         for (int j = 0; j < kEights; ++j)
           ptx::multiply_add<Element>(&o[i][4 * j], a, p[j].x, p[j].y);

@@ -82,7 +82,9 @@ class Block {
       : p_(p),
         sources_(sources),
         s_(s),
-        base_(ptx::shared_address(&s)),
+        // With a test registers are short: an address that the assembler knows how to work out it
+        // works out before every use, one of a shuffle it keeps for the warp.
+        base_(C::kTests ? ptx::warp_uniform(ptx::shared_address(&s)) : ptx::shared_address(&s)),
         warp_(warp),
         reports_{Reports<C>(p, s, Place{warp, kWhich})...} {}
 
@@ -157,7 +159,7 @@ class Block {
     ptx::commit_copies();
     ptx::wait_copies<1>();
     __syncthreads();
-    bool asked = true;  // for this tile's values
+    unsigned before = 3;  // of the last tile: this one's values were asked for
 #pragma unroll 1
     for (int index = 0; index < walk.tiles; ++index) {
       visit.masked = visit.tile < plain.begin || visit.tile >= plain.end;
@@ -173,7 +175,7 @@ class Block {
       const unsigned use = wanted_by_tiles(wanted);
       decided(walk.work, visit, is_own(use), maxima, softmax);
       // 3. Values that some query tile wants, if they were not asked for; keys and values to come.
-      if (use && !asked) walk.values.start(value_stage(index), visit.tile);
+      if (use && !before) walk.values.start(value_stage(index), visit.tile);
       ptx::commit_copies();
       copy_keys(index + 2, visit.next_tile + visit.step);
       if (use && index + 1 < walk.tiles) walk.values.start(value_stage(index + 1), visit.next_tile);
@@ -182,7 +184,7 @@ class Block {
       if (use) {
         Probabilities p;
         if (is_own(use)) weigh(0, s, maxima, softmax, o, p);
-        if (!asked) {
+        if (!before) {
           ptx::wait_copies<1>();
           __syncthreads();
         }
@@ -192,7 +194,7 @@ class Block {
           multiply_values<C>(o, p, value_stage(index));
         }
       }
-      asked = use != 0;
+      before = use;
       visit.next();
     }
   }
@@ -250,7 +252,7 @@ class Block {
     for (int i = 0; i < kStrips; ++i) {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        skip = skip && maxima[i][r] < skip_below(p_.test.kind, threshold, softmax[i].maximum[r]);
+        skip &= maxima[i][r] < skip_below(p_.test.kind, threshold, softmax[i].maximum[r]);
     }
     return __any_sync(kAllLanes, !skip);
   }
@@ -259,8 +261,11 @@ class Block {
   // tile's warps count as one thread each, those of the first as 32.
   __device__ __forceinline__ unsigned wanted_by_tiles(bool wanted) const {
     const bool counts = place(0).tile() == 0 || threadIdx.x % 32 == 0;
-    const int count = ptx::warp_uniform(__syncthreads_count(wanted && counts));
-    return (count >= 32 ? 1 : 0) | (count % 32 != 0 ? 2 : 0);
+    const int count = __syncthreads_count(wanted && counts);
+    // They are the same in all lanes. Votes tell the assembler so, sooner than a shuffle.
+    const bool first = __any_sync(kAllLanes, count >= 32);
+    const bool second = __any_sync(kAllLanes, count % 32 != 0);
+    return (first ? 1 : 0) | (second ? 2 : 0);
   }
 
   __device__ __forceinline__ void offer(const Visit& visit, const Maxima& maxima,
