@@ -62,19 +62,20 @@ class Block {
   }
 
  private:
-  // Of the tiles some steps ago, bit by bit: whether they were kept, and some row's maximum grew.
+  // Of the tiles some steps ago, bit by bit: whether they were kept, some row's maximum grew, and
+  // they were the last of their split.
   struct StepsAgo {
-    unsigned kept = 0, grown = 0;
-    __device__ __forceinline__ void push(bool keeps, bool grows) {
-      kept = kept << 1 | keeps, grown = grown << 1 | grows;
+    unsigned kept = 0, grown = 0, last = 0;
+    __device__ __forceinline__ void push(bool keeps, bool grows, bool ends) {
+      kept = kept << 1 | keeps, grown = grown << 1 | grows, last = last << 1 | ends;
     }
   };
 
   // --- an item ----------------------------------------------------------------------------------
 
   // Keys are copied a ring of stages ahead; values are asked for when a tile is kept, and added
-  // `behind_` tiles later, so that both have the time of the tiles in between to come. A step's
-  // copies are one group.
+  // `behind_` tiles later, so that both have the time of the tiles in between to come; the outputs
+  // of a split are as late, so that its end waits for nothing. A step's copies are one group.
   __device__ __forceinline__ void attend() {
     begin_item();
     Steps steps(rows_.item.begin, rows_.item.end, rows_.item.split_tiles);
@@ -86,6 +87,7 @@ class Block {
     wait_for_copies(behind_);
     __syncthreads();
     Outputs o = {};
+    int slot = rows_.item.slot;  // of the outputs
     StepsAgo steps_ago;
     int here = 0;  // its stage
 #pragma unroll 1
@@ -112,19 +114,21 @@ class Block {
         // 3. With the other warps, the decision: values and probabilities of `behind_` steps ago
         // are there for all. A kept tile's values are asked for.
         if (behind_ > 0) wait_for_copies(behind_ - 1);
-        if (step.flags & kFirstOfSplit) begin_split(o);
+        if (step.flags & kFirstOfSplit) rows_.begin_split();
         keep = rows_.decide(tile, step.flags & kSeed, maximum, nan);
         if (keep) copy(sources_.v, stage.values[at_.warp], tile, page);
       }
       ptx::commit_copies();
       const bool grown = keep && weigh(s, maximum, stage);
       // 4. Values that have come are added.
-      steps_ago.push(keep, grown);
+      steps_ago.push(keep, grown, step.flags & kLastOfSplit);
       if (behind_ == 0 && keep) meet_all_copies();
-      add(steps_ago, behind_, here, o);
-      if (step.flags & kLastOfSplit) end_split(steps_ago, here, o);
+      add(steps_ago, behind_, here, o, slot);
+      if (step.flags & kLastOfSplit) end_split();
       if (++here == sources_.stages) here = 0;
     }
+    meet_all_copies();
+    for (int i = behind_ - 1; i >= 0; --i) add(steps_ago, i, stage_before(here, 1), o, slot);
     __syncthreads();  // before the next item's queries
   }
 
@@ -142,35 +146,30 @@ class Block {
     }
   }
 
-  __device__ __forceinline__ void begin_split(Outputs& o) {
-    rows_.begin_split();
-#pragma unroll
-    for (auto& panel : o)
-#pragma unroll
-      for (float& x : panel) x = 0;
+  __device__ __forceinline__ void end_split() {
+    rows_.sum_over_keys();
+    rows_.write_statistics(rows_.split, rows_.dropped,
+                           [&](int column) { return rows_.reports.of_split(column); });
   }
 
-  // Adds what is left, and writes the result.
-  __device__ __forceinline__ void end_split(StepsAgo& steps_ago, int here, Outputs& o) {
-    meet_all_copies();
-    for (int i = behind_ - 1; i >= 0; --i) add(steps_ago, i, here, o);
-    steps_ago = {};
-    rows_.sum_over_keys();
-    float* partial = plan_.partial + int64_t{rows_.item.slot} * plan_.rows * C::kValueDim;
+  // Outputs of a split, which become those of the next.
+  __device__ __forceinline__ void write(Outputs& o, int& slot) const {
+    float* partial = plan_.partial + int64_t{slot} * plan_.rows * C::kValueDim;
+    slot += p_.kv_heads;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int row = at_.row(c);
-      if (row >= rows_.rows()) continue;
 #pragma unroll
       for (int i = 0; i < kPanels; ++i) {
-        if (!has_panel(i)) continue;
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          partial[row * C::kValueDim + i * 64 + at_.key(half)] = o[i][at_.element(c, half)];
+        for (int half = 0; half < 2; ++half) {
+          float& x = o[i][at_.element(c, half)];
+          if (row < rows_.rows() && has_panel(i))
+            partial[row * C::kValueDim + i * 64 + at_.key(half)] = x;
+          x = 0;
+        }
       }
     }
-    rows_.write_statistics(rows_.split, rows_.dropped,
-                           [&](int column) { return rows_.reports.of_split(column); });
   }
 
   // --- copies -----------------------------------------------------------------------------------
@@ -309,13 +308,18 @@ class Block {
     return C::kValueDim % 64 == 0 || i * 64 + 16 * at_.warp < C::kValueDim;
   }
 
-  // O^T += V^T P of the tile `steps` ago, if it was kept; of this warp's elements and all keys.
-  __device__ __forceinline__ void add(const StepsAgo& steps_ago, int steps, int here,
-                                      Outputs& o) const {
-    if (!(steps_ago.kept >> steps & 1)) return;
-    using V = typename C::Values;
+  // Adds the tile `steps` ago, if it was kept, and writes what it is the last of.
+  __device__ __forceinline__ void add(const StepsAgo& steps_ago, int steps, int here, Outputs& o,
+                                      int& slot) const {
     const Stage& stage = shared_.stages[stage_before(here, steps)];
-    if (steps_ago.grown >> steps & 1) {
+    if (steps_ago.kept >> steps & 1) add_values(stage, steps_ago.grown >> steps & 1, o);
+    if (steps_ago.last >> steps & 1) write(o, slot);
+  }
+
+  // O^T += V^T P; of this warp's elements and all keys.
+  __device__ __forceinline__ void add_values(const Stage& stage, bool grown, Outputs& o) const {
+    using V = typename C::Values;
+    if (grown) {
       Columns factor;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) factor[c] = stage.factors[at_.row(c)];
