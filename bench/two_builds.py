@@ -9,6 +9,7 @@ work, the median microseconds of a call of each, and the ratio of the first one'
 is faster. The same library under two names shows how much of a ratio means nothing (1 to 2 %).
 
     prefill:BATCHxLENGTH:HEADS/KV_HEADS:DIM[/VALUE_DIM]:SPARSITY:exact|int8
+    backward:BATCHxLENGTH:HEADS/KV_HEADS:DIM[/VALUE_DIM]:SPARSITY
     decode:BATCHxLENGTH:HEADS/KV_HEADS:DIM:SPARSITY:bf16|fp8|int8|int8-keys[:PAGE]
     latent:BATCHxLENGTH:HEADS:SPARSITY[:POSITIONS]
 
@@ -137,6 +138,8 @@ def make(work: str) -> Callable[[], object]:
     batch, length = map(int, size.split("x"))
     if phase == "prefill":
         return prefill(batch, length, *rest)
+    if phase == "backward":
+        return backward(batch, length, *rest)
     from decode_cuda import Replayed
 
     return Replayed(
@@ -151,20 +154,36 @@ def threshold_and_share(sparsity: str, threshold: float):
     return torch.full((1, 1), threshold, device="cuda"), float(sparsity)
 
 
-def prefill(batch: int, length: int, heads: str, dims: str, sparsity: str, scores: str):
-    """Causal."""
+def causal(batch: int, length: int, heads: str, dims: str, sparsity: str):
+    """Queries, keys and values, and the options of a causal call."""
     import prefill_cuda as bench
-
-    import blasst
 
     query_heads, kv_heads = map(int, heads.split("/"))
     dim, _, value_dim = dims.partition("/")
     sizes = (batch, length, query_heads, kv_heads, int(dim), True)
     work = bench.Work(*sizes, int(value_dim) if value_dim else None)
     threshold, share = threshold_and_share(sparsity, bench.THRESHOLD)
-    q, k, v = bench.planted(work, share)
-    options = {"causal": True, "threshold": threshold, "scores": scores, "phase": "prefill"}
-    return lambda: blasst.attention(q, k, v, **options)
+    return bench.planted(work, share), {"causal": True, "threshold": threshold, "phase": "prefill"}
+
+
+def prefill(batch: int, length: int, heads: str, dims: str, sparsity: str, scores: str):
+    """Causal."""
+    import blasst
+
+    inputs, options = causal(batch, length, heads, dims, sparsity)
+    return lambda: blasst.attention(*inputs, **options, scores=scores)
+
+
+def backward(batch: int, length: int, heads: str, dims: str, sparsity: str):
+    """Of a causal prefill, along the tiles that it kept."""
+    from backward_cuda import backward_of
+
+    import blasst
+
+    tensors, options = causal(batch, length, heads, dims, sparsity)
+    inputs = [t.requires_grad_() for t in tensors]
+    out = blasst.attention(*inputs, **options)
+    return backward_of(out, inputs, torch.randn_like(out))
 
 
 def decode(
