@@ -38,6 +38,8 @@ int attribute(cudaDeviceAttr which) {
 
 }  // namespace
 
+void take_context() { check(cudaSetDevice(current_device()), "cudaSetDevice"); }
+
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 int most_shared_memory() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 int shared_memory_of_multiprocessor() {

@@ -19,6 +19,9 @@ cudaError_t forgotten(cudaError_t status);
 // Zeros, on the stream; nothing where there is no data.
 void clear(void* data, std::size_t bytes, cudaStream_t stream);
 
+// Gives the thread the current device's context, which the driver's functions want.
+void take_context();
+
 // Of the current device.
 int multiprocessors();
 int most_shared_memory();  // bytes that a block may take

@@ -54,17 +54,25 @@ CUtensorMap encode(const Tensor& tensor, Element element,
     box[i] = static_cast<cuuint32_t>(d.box);
     steps[i] = 1;
   }
+  const CUtensorMapDataType type = element == Element::kInt8   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapSwizzle swizzle = panel_of(tensor, element) * bytes == 128
+                                         ? CU_TENSOR_MAP_SWIZZLE_128B
+                                         : CU_TENSOR_MAP_SWIZZLE_64B;
   CUtensorMap map;
-  const CUresult status =
-      encode_tiled()(&map,
-                     element == Element::kInt8   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                     : element == Element::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                     kRank, const_cast<void*>(tensor.data), size, strides + 1, box, steps,
-                     CU_TENSOR_MAP_INTERLEAVE_NONE,
-                     panel_of(tensor, element) * bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B
-                                                              : CU_TENSOR_MAP_SWIZZLE_64B,
-                     promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encoded = [&] {
+    return encode_tiled()(&map, type, kRank, const_cast<void*>(tensor.data), size, strides + 1, box,
+                          steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, promotion,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encoded();
+  // A thread has no context before its first call of the runtime's that needs one: one of
+  // autograd's, when a backward is its first work.
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {
+    take_context();
+    status = encoded();
+  }
   if (status != CUDA_SUCCESS)
     fail("cuTensorMapEncodeTiled refused a tensor: CUresult " + std::to_string(status));
   return map;
