@@ -158,6 +158,7 @@ class Consumer {
           s_.weights[handover.stage][i][threadIdx.x % 128] = s[i];
         arrive(address(s_.barriers.weights_full[handover.stage]));
         handover.next();
+        wait_second(at);  // for dv
         before = at;
         any_before = true;
         if (!take(at)) break;
