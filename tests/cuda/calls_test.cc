@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -402,6 +404,26 @@ TEST_F(Calls, AnEarlierErrorOfTheCallerIsNotOurs) {
 }
 
 // A stream whose capture was broken takes nothing.
+// A thread has no context before its first call that needs one.
+TEST_F(Calls, FirstOfTheirThread) {
+  for (const bool decode : {false, true}) {
+    Problem problem(paged_case(decode));
+    DeviceProblem device(problem);
+    device.mark();
+    std::string failure;
+    std::thread([&] {
+      try {
+        device.launch();
+      } catch (const std::exception& error) {
+        failure = error.what();
+      }
+    }).join();
+    EXPECT_EQ(failure, "");
+    device.download();
+    EXPECT_EQ(compare_on_gpu(problem).mismatch, "");
+  }
+}
+
 TEST_F(Calls, NothingIsWrittenWhereLaunchingFails) {
   for (const bool decode : {false, true}) {
     for (const Layout layout : {Layout::kDense, Layout::kRagged}) {
