@@ -6,6 +6,7 @@
 #include "cuda/core/backward/places.cuh"
 #include "cuda/sm90/backward/shape.h"
 #include "cuda/sm90/core/panels.cuh"
+#include "cuda/sm90/core/ptx.cuh"
 #include "cuda/sm90/prefill/shape.h"
 
 namespace blasst::cuda::backward {
@@ -65,6 +66,8 @@ struct Layout {
 
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                (1 + kWarpgroups) * ptx::starting_registers(kThreads));
 
   struct Barriers {
     uint64_t fixed_full;

@@ -170,6 +170,10 @@ __device__ __forceinline__ void fence_proxy_async() {
 
 // --- barriers and registers ---------------------------------------------------------------------
 
+// A thread's, as a kernel with so many threads a block starts. Warpgroups share out no more than
+// these: who asks for more than the others give back waits for ever.
+constexpr int starting_registers(int threads) { return 65536 / threads / 8 * 8; }
+
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

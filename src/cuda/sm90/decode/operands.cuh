@@ -88,13 +88,6 @@ class SharedValues {
   }
 };
 
-// ptx::load_matrices of transposed matrices.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&x)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(address));
-}
-
 // In 8 bits, as they lie in shared memory, in the type of the queries' digits.
 template <typename C>
 class ByteKeys {
@@ -248,8 +241,9 @@ class ByteValues {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           uint32_t x[4];  // 8 keys each
-          load_matrices_transposed(x, values + place_of_vector<typename L::Values>(
-                                                   32 * step + at.lane, 4 * (first + i) + at.warp));
+          ptx::load_matrices_transposed(
+              x, values + place_of_vector<typename L::Values>(32 * step + at.lane,
+                                                              4 * (first + i) + at.warp));
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             a[i][step][2 * j] = __byte_perm(x[2 * j], x[2 * j + 1], 0x6240);

@@ -7,6 +7,7 @@
 #include "cuda/core/prefill/params.h"
 #include "cuda/core/prefill/work.cuh"
 #include "cuda/sm90/core/panels.cuh"
+#include "cuda/sm90/core/ptx.cuh"
 #include "cuda/sm90/prefill/shape.h"
 
 namespace blasst::cuda::prefill {
@@ -48,10 +49,10 @@ struct Layout {
   static constexpr bool kRoundedQueries = kInt8 && kWarpgroups == 3;
   using RoundedQueries = BytePanels<kQueryTileRows, kQkDim>;
 
-  // Of 65,536: 128 threads of the producer, 128 of each consumer.
   static constexpr int kProducerRegisters = kValueDim == 256 ? 24 : kWarpgroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kValueDim == 256 ? 240 : kWarpgroups == 3 ? 160 : 232;
-  static_assert(128 * (kProducerRegisters + kWarpgroups * kConsumerRegisters) <= 65536);
+  static_assert(kProducerRegisters + kWarpgroups * kConsumerRegisters <=
+                (1 + kWarpgroups) * ptx::starting_registers(kThreads));
 
   struct Barriers {
     uint64_t query_full, query_empty;

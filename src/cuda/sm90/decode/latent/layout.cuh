@@ -16,10 +16,8 @@ namespace blasst::cuda::decode::latent {
 // outputs each has one half of the columns.
 inline constexpr int kBlockThreads = 384;
 inline constexpr int kFeedRegisters = 72, kLeftRegisters = 248, kRightRegisters = 184;
-// A block starts with as many for each thread, a multiple of eight: who asks for more than others
-// give back waits for ever.
 static_assert(kFeedRegisters + kLeftRegisters + kRightRegisters <=
-              3 * (65536 / kBlockThreads / 8 * 8));
+              3 * ptx::starting_registers(kBlockThreads));
 
 inline constexpr int kStages = 2;  // all that there is room for beside the queries
 inline constexpr int kHalfDim = kValueDim / 2;
