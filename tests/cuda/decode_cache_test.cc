@@ -21,8 +21,7 @@ struct Seen {
 
 void expect_agreement(const Case& c, Seen& seen) {
   Problem problem(c);
-  DeviceProblem(problem).run();
-  const Comparison comparison = compare_on_gpu(problem);
+  const Comparison comparison = run_and_compare(problem);
   EXPECT_EQ(comparison.mismatch, "") << describe(c);
   seen.decisions += comparison.decisions;
   seen.skipped += comparison.skipped;
@@ -196,8 +195,7 @@ TEST_F(DecodeCache, AnyNumbers) {
             row[d] = static_cast<std::byte>(j * 13 + d);
             if (std::isnan(load_element(cache, row + d))) row[d] = std::byte{};
           }
-      DeviceProblem(problem).run();
-      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << size;
+      EXPECT_EQ(run_and_compare(problem).mismatch, "") << size;
     }
   }
   for (const int64_t key : {5, 700, 1000}) {
@@ -207,8 +205,7 @@ TEST_F(DecodeCache, AnyNumbers) {
       Problem problem(c);
       const Access access(problem.params);
       *(value ? access.value(0, key, 1) : access.key(0, key, 1)) = std::byte{0xff};
-      DeviceProblem(problem).run();
-      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << key << value;
+      EXPECT_EQ(run_and_compare(problem).mismatch, "") << key << value;
     }
   }
 }
@@ -221,8 +218,7 @@ TEST_F(DecodeCache, InfiniteQueries) {
       c.requests = {{1, 1100}};
       Problem problem(c);
       store_element(c.dtype, Access(problem.params).query(0, 0, 1) + 2 * 3, x);
-      DeviceProblem(problem).run();
-      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << x;
+      EXPECT_EQ(run_and_compare(problem).mismatch, "") << x;
     }
   }
 }
@@ -248,8 +244,7 @@ TEST_F(DecodeCache, ManySmallProbabilities) {
         for (int64_t h = 0; h < c.kv_heads; ++h)
           for (int64_t d = 0; d < c.head_dim; ++d)
             store_element(cache, access.key(0, j, h) + d, d == 0 && j == 0 ? 64 / scale : 0);
-      DeviceProblem(problem).run();
-      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << gap;
+      EXPECT_EQ(run_and_compare(problem).mismatch, "") << gap;
     }
   }
 }

@@ -18,8 +18,7 @@ TEST_F(DecodeOnGpu, RandomProblems) {
     const Case c = for_gpu(random_case(seed));
     if (!c.decode) continue;
     Problem problem(c);
-    DeviceProblem(problem).run();
-    const Comparison comparison = compare_on_gpu(problem);
+    const Comparison comparison = run_and_compare(problem);
     EXPECT_EQ(comparison.mismatch, "") << "seed " << seed << ": " << describe(c);
     decisions += comparison.decisions;
     skipped += comparison.skipped;

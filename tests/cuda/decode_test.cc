@@ -22,8 +22,7 @@ struct Seen {
 
 void expect_agreement(const Case& c, Seen& seen) {
   Problem problem(c);
-  DeviceProblem(problem).run();
-  const Comparison comparison = compare_on_gpu(problem);
+  const Comparison comparison = run_and_compare(problem);
   EXPECT_EQ(comparison.mismatch, "") << describe(c);
   seen.decisions += comparison.decisions;
   seen.skipped += comparison.skipped;
@@ -405,8 +404,7 @@ TEST_F(DecodeKernels, AQueryThatIsNotANumberStaysInItsRequest) {
     for (int64_t i = 0; i < 4; ++i)
       for (int64_t h = 0; h < c.heads; ++h)
         std::memset(access.query(1, i, h), 0xff, 2 * static_cast<size_t>(c.head_dim));
-    DeviceProblem(problem).run();
-    EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
+    EXPECT_EQ(run_and_compare(problem).mismatch, "") << describe(c);
   }
 }
 
@@ -414,8 +412,7 @@ TEST_F(DecodeKernels, NoQueriesAtAll) {
   for (Case c : ragged_cases()) {
     c.requests = {{0, 3000}, {0, 0}};
     Problem problem(c);
-    DeviceProblem(problem).run();
-    EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
+    EXPECT_EQ(run_and_compare(problem).mismatch, "") << describe(c);
   }
 }
 
@@ -508,8 +505,7 @@ TEST_F(DecodeKernels, NotANumber) {
         const Access access(problem.params);
         const int64_t head = c.kv_heads - 1;
         std::memset(value ? access.value(0, key, head) : access.key(0, key, head), 0xff, 2);
-        DeviceProblem(problem).run();
-        EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << key << value;
+        EXPECT_EQ(run_and_compare(problem).mismatch, "") << key << value;
       }
     }
   }

@@ -49,6 +49,12 @@ inline std::string name_of_sizes(const testing::TestParamInfo<HeadSizes>& info) 
   return std::to_string(info.param.qk) + "_" + std::to_string(info.param.value);
 }
 
+// Runs a problem on the GPU and holds what it wrote against the reference.
+inline Comparison run_and_compare(Problem& problem) {
+  DeviceProblem(problem).run();
+  return compare_on_gpu(problem);
+}
+
 // What a call enqueues on a stream, captured.
 class Graph {
  public:

@@ -17,11 +17,6 @@ namespace {
 
 class PrefillOnGpu : public OnGpu {};
 
-Comparison compare_on_gpu(Problem& problem) {
-  DeviceProblem(problem).run();
-  return compare_on_gpu(problem);
-}
-
 // Cut into parts that can run side by side.
 class PrefillRandom : public PrefillOnGpu, public testing::WithParamInterface<uint64_t> {};
 
@@ -32,7 +27,7 @@ void compare_random_problems(uint64_t part, Scores scores) {
     c.decode = false;
     c.scores = scores;
     Problem problem(for_gpu(c));
-    const Comparison comparison = compare_on_gpu(problem);
+    const Comparison comparison = run_and_compare(problem);
     EXPECT_EQ(comparison.mismatch, "") << "seed " << seed << ": " << describe(problem.description);
     decisions += comparison.decisions;
     skipped += comparison.skipped;
@@ -126,7 +121,7 @@ TEST_P(PrefillDims, Int8ScoresTakeInt8KeysAsTheyAre) {
     c.scales_per_head = c.scales_per_request = true;
     c.scales_are_powers = values.has_value();  // values are rounded once more otherwise
     Problem problem(c);
-    const Comparison comparison = compare_on_gpu(problem);
+    const Comparison comparison = run_and_compare(problem);
     EXPECT_EQ(comparison.mismatch, "") << describe(c);
     EXPECT_GT(comparison.skipped, 0) << describe(c);
     const std::vector<std::byte> first = problem.out_bits();
@@ -141,7 +136,7 @@ TEST_P(PrefillDims, Int8ScoresTakeInt8KeysAsTheyAre) {
     c.layout = Layout::kDense, c.ragged_queries = false, c.padded = true;
     c.softcap = 20, c.sinks = true;
     Problem padded(c);
-    EXPECT_EQ(compare_on_gpu(padded).mismatch, "") << describe(c);
+    EXPECT_EQ(run_and_compare(padded).mismatch, "") << describe(c);
   }
 }
 
@@ -184,7 +179,7 @@ TEST_F(PrefillOnGpu, BandsInAWindow) {
     c.window_left = window;
     for (c.seed = 0; c.seed < 4; ++c.seed) {
       Problem problem(c);
-      EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
+      EXPECT_EQ(run_and_compare(problem).mismatch, "") << describe(c);
     }
   }
 }
@@ -207,7 +202,7 @@ TEST_F(PrefillOnGpu, RaggedRequestsOfAnyLength) {
     Problem problem(c);
     DeviceProblem device(problem);
     device.run();
-    EXPECT_EQ(compare_on_gpu(problem).mismatch, "");
+    EXPECT_EQ(run_and_compare(problem).mismatch, "");
     const std::vector<std::byte> wanted = problem.out_bits();
     AttentionParams& params = device.params;
     blasst::Problem& p = params.problem;
@@ -226,7 +221,7 @@ TEST_F(PrefillOnGpu, NothingToDo) {
     Case c = long_case(BLASST_BFLOAT16, {128, 128});
     c.requests = {lengths, lengths};
     Problem problem(c);
-    EXPECT_EQ(compare_on_gpu(problem).mismatch, "") << describe(c);
+    EXPECT_EQ(run_and_compare(problem).mismatch, "") << describe(c);
   }
 }
 

@@ -42,10 +42,7 @@ std::string name_of(const testing::TestParamInfo<bool>& info) {
 }
 INSTANTIATE_TEST_SUITE_P(, SpecialOnGpu, testing::Bool(), name_of);
 
-std::string mismatch_on_gpu(Problem& problem) {
-  DeviceProblem(problem).run();
-  return compare_on_gpu(problem).mismatch;
-}
+std::string mismatch_on_gpu(Problem& problem) { return run_and_compare(problem).mismatch; }
 
 // --- rows without keys -------------------------------------------------------------------------
 
