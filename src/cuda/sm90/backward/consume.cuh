@@ -39,17 +39,11 @@ class Consumer {
         s_(s),
         w_(s.work),
         base_(ptx::opaque(ptx::shared_address(&s))),
-        warpgroup_(ptx::warp_uniform(threadIdx.x / 128) - 1) {
-    const int block = L::kByGradient ? 0 : warpgroup_;
-    if constexpr (kKeys) {
-      first_ = w_.tile * L::kTileKeys + block * kBlock;
-      count_ = w_.spans.keys.count - first_;
-    } else {
-      const int row = (w_.tile + block) * kQueryTileRows;
-      first_ = row + w_.spans.offset;
-      count_ = w_.spans.rows.count - row;
-    }
-    first_ = ptx::warp_uniform(first_), count_ = ptx::warp_uniform(count_);
+        warpgroup_(ptx::warp_uniform(threadIdx.x / 128) - 1),
+        thread_(ptx::opaque(threadIdx.x % 128)) {
+    first_ = ptx::warp_uniform(first_fixed<L>(w_, warpgroup_));
+    count_ = kKeys ? w_.spans.keys.count : w_.spans.rows.count + w_.spans.offset;
+    count_ = ptx::warp_uniform(count_ - first_);
   }
 
   __device__ void run() {
@@ -76,10 +70,11 @@ class Consumer {
     if constexpr (kKeys) clear(dv);
     Scores s, dp;
     Weights p, ds;
-    Visit at, before;
+    Visit at, next;
     // Blocks that follow each other; those in between are another warpgroup's.
 #pragma unroll 1
     while (take(at)) {
+      int before = 0;  // the first operand's stage
       start_scores(s, at);
       ptx::wgmma_commit();  // where a later block has sums
       start_dweights(dp, at);
@@ -91,35 +86,35 @@ class Consumer {
         weigh(s, p, at);
         if constexpr (kKeys) {
           start_dv(dv, p, at);
-          // 2. Gradients of scores, under dv.
+          // 2. Gradients of scores, and which block is next, under dv.
           ptx::wgmma_wait<1>();
         } else {
           ptx::wgmma_wait<0>();
         }
         ptx::fence_registers(dp);
         if (!is_first) release_first(before);
-        if constexpr (!kKeys) release_second(at);
+        if constexpr (!kKeys) release_second(at.second_stage);
+        const bool any_next = take_next(next);
         differentiate(s, dp, at);
         if constexpr (kKeys) {
           ptx::wgmma_wait<0>();  // p's registers are needed
           ptx::fence_registers(dv);
           ptx::fence_registers(s);
-          release_second(at);
+          release_second(at.second_stage);
         }
         pack(s, ds);
-        before = at;
-        if (!next_is_wanted()) break;
-        take(at);
+        if (!any_next) break;
         // 3. The next scores come before the sums that nobody waits for.
-        start_scores(s, at);
-        start_sums(dk, ds, before);
-        start_dweights(dp, at);
+        start_scores(s, next);
+        start_sums(dk, ds, at);
+        start_dweights(dp, next);
+        before = at.first_stage, at = next;
       }
-      start_sums(dk, ds, before);
+      start_sums(dk, ds, at);
       ptx::wgmma_wait<0>();
       ptx::fence_registers(dk);
       // Who waits for a later block must not hold this one: the blocks between need its room.
-      release_first(before);
+      release_first(at.first_stage);
     }
     if constexpr (kKeys) {
       finish(dk, b_.scale, b_.dk, 0);
@@ -148,14 +143,13 @@ class Consumer {
         ptx::wgmma_wait<0>();
         ptx::fence_registers(s);
         ptx::fence_registers(dv);
-        if (any_before) release_second(before);
+        if (any_before) release_second(before.second_stage);
         weigh(s, p, at);
-        release_first(at);
+        release_first(at.first_stage);
         // 2. The other warpgroup goes on with them.
         ptx::mbarrier_wait(address(s_.barriers.weights_empty[handover.stage]), handover.phase ^ 1);
 #pragma unroll
-        for (int i = 0; i < kPassing / 2; ++i)
-          s_.weights[handover.stage][i][threadIdx.x % 128] = s[i];
+        for (int i = 0; i < kPassing / 2; ++i) s_.weights[handover.stage][i][thread_] = s[i];
         arrive(address(s_.barriers.weights_full[handover.stage]));
         handover.next();
         wait_second(at);  // for dv
@@ -189,19 +183,18 @@ class Consumer {
       for (;;) {
         ptx::wgmma_wait<1>();
         ptx::fence_registers(dp);
-        release_second(at);
+        release_second(at.second_stage);
         Scores s;
         ptx::mbarrier_wait(address(s_.barriers.weights_full[handover.stage]), handover.phase);
 #pragma unroll
-        for (int i = 0; i < kPassing / 2; ++i)
-          s[i] = s_.weights[handover.stage][i][threadIdx.x % 128];
+        for (int i = 0; i < kPassing / 2; ++i) s[i] = s_.weights[handover.stage][i][thread_];
         arrive(address(s_.barriers.weights_empty[handover.stage]));
         handover.next();
         differentiate(s, dp, at);
         ptx::wgmma_wait<0>();
         ptx::fence_registers(dk);
         ptx::fence_registers(s);
-        if (any_before) release_first(before);
+        if (any_before) release_first(before.first_stage);
         pack(s, ds);
         before = at;
         any_before = true;
@@ -221,41 +214,35 @@ class Consumer {
   // The next block that this warpgroup wants; false: there is none.
   __device__ __forceinline__ bool take(Visit& at) {
 #pragma unroll 1
-    for (;;) {
-      ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.first_full) + 8 * first_ring_.stage,
-                         first_ring_.phase);
-      const Step& step = s_.step[first_ring_.stage];
-      const unsigned wanted = ptx::warp_uniform(step.wanted);
-      if (wanted == 0) return false;
-      at = {first_ring_.stage, second_ring_.stage, false};
-      second_phase_ = second_ring_.phase;
-      first_ring_.next();
-      second_ring_.next();
-      if (wanted >> warpgroup_ & 1) {
-        at.masked = ptx::warp_uniform(!all_seen(step));
-        if (at.masked && step.count < kPassing) [[unlikely]]
-          clear(at, step.count);
-        return true;
-      }
+    while (!take_next(at)) {
+      if (s_.step[first_ring_.stage].wanted == 0) return false;
+      advance(at);
       // The barriers of its second operand must be in this phase, too.
       wait_second(at);
-      release_first(at);
-      release_second(at);
+      release_first(at.first_stage);
+      release_second(at.second_stage);
     }
+    return true;
   }
 
-  __device__ __forceinline__ bool next_is_wanted() const {
+  // The very next block; false: there is none, or it is the other warpgroup's.
+  __device__ __forceinline__ bool take_next(Visit& at) {
     ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.first_full) + 8 * first_ring_.stage,
                        first_ring_.phase);
-    return ptx::warp_uniform(s_.step[first_ring_.stage].wanted) >> warpgroup_ & 1;
+    const Step& step = s_.step[first_ring_.stage];
+    const unsigned wanted = ptx::warp_uniform(step.wanted) >> warpgroup_;
+    if (!(wanted & 1)) return false;
+    advance(at);
+    at.masked = wanted >> kWarpgroups & 1;
+    if (at.masked && step.count < kPassing) [[unlikely]]
+      clear(at, step.count);
+    return true;
   }
-
-  // Whether every row sees every key, and all that passes by exists.
-  __device__ __forceinline__ bool all_seen(const Step& step) const {
-    const int row = kKeys ? step.first : first_, key = kKeys ? first_ : step.first;
-    constexpr int kRows = kKeys ? kPassing : kBlock, kKeyCount = kKeys ? kBlock : kPassing;
-    return step.count >= kPassing && step.least <= row - (key + kKeyCount - 1) &&
-           row + kRows - 1 - key <= step.most;
+  __device__ __forceinline__ void advance(Visit& at) {
+    at.first_stage = first_ring_.stage, at.second_stage = second_ring_.stage;
+    second_phase_ = second_ring_.phase;
+    first_ring_.next();
+    second_ring_.next();
   }
 
   // What is behind the last row or key may be anything, NaN too, and 0 * NaN is not 0.
@@ -267,13 +254,13 @@ class Consumer {
     ptx::named_barrier_sync(1 + warpgroup_, 128);
   }
   template <typename Block>
-  __device__ __forceinline__ static void clear_rows(uint32_t block, int valid) {
+  __device__ __forceinline__ void clear_rows(uint32_t block, int valid) const {
     const int vectors = (kPassing - valid) * (kPanelRowBytes / 16);
 #pragma unroll 1
     for (int panel = 0; panel < Block::kCount; ++panel) {
       const uint32_t from = block + panel * Block::kPanelBytes + valid * kPanelRowBytes;
 #pragma unroll 1
-      for (int i = threadIdx.x % 128; i < vectors; i += 128)
+      for (int i = thread_; i < vectors; i += 128)
         asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(from + 16 * i), "r"(0)
                      : "memory");
     }
@@ -289,16 +276,16 @@ class Consumer {
     ptx::mbarrier_wait(base_ + offsetof(Shared, barriers.second_full) + 8 * at.second_stage,
                        second_phase_);
   }
-  __device__ __forceinline__ void release_first(const Visit& at) const {
-    arrive(base_ + offsetof(Shared, barriers.first_empty) + 8 * at.first_stage);
+  __device__ __forceinline__ void release_first(int stage) const {
+    arrive(base_ + offsetof(Shared, barriers.first_empty) + 8 * stage);
   }
-  __device__ __forceinline__ void release_second(const Visit& at) const {
-    arrive(base_ + offsetof(Shared, barriers.second_empty) + 8 * at.second_stage);
+  __device__ __forceinline__ void release_second(int stage) const {
+    arrive(base_ + offsetof(Shared, barriers.second_empty) + 8 * stage);
   }
   // For all of the warp, when all of it is done.
   __device__ __forceinline__ void arrive(uint32_t barrier) const {
     __syncwarp();
-    ptx::mbarrier_arrive_if(barrier, threadIdx.x % 32 == 0);
+    ptx::mbarrier_arrive_if(barrier, thread_ % 32 == 0);
   }
 
   // --- products ---------------------------------------------------------------------------------
@@ -309,7 +296,8 @@ class Consumer {
     using Multiply = ptx::Wgmma<T, kPassing>;
     const int block = L::kByGradient ? 0 : warpgroup_;
     // Beside sums that fill the registers, no descriptors are kept from one product to the next.
-    const uint32_t base = kPassing < kBlock ? ptx::opaque(base_) : base_;
+    constexpr bool kFull = kPassing < kBlock || L::kQkDim == 256;
+    const uint32_t base = kFull ? ptx::opaque(base_) : base_;
     const uint64_t a = ptx::advance(ptx::wgmma_descriptor(base + fixed), block * Fixed::kBytes);
     const uint64_t b = ptx::wgmma_descriptor(passing);
     ptx::fence_registers(t);
@@ -365,10 +353,10 @@ class Consumer {
   // --- weights ----------------------------------------------------------------------------------
 
   // The thread's rows of its fragment, and its columns of every 8 (core/fragment.cuh).
-  __device__ __forceinline__ static int fragment_row(int r) {
-    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * r;
+  __device__ __forceinline__ int fragment_row(int r) const {
+    return thread_ / 32 * 16 + thread_ % 32 / 4 + 8 * r;
   }
-  __device__ __forceinline__ static int fragment_column() { return 2 * (threadIdx.x % 4); }
+  __device__ __forceinline__ int fragment_column() const { return 2 * (thread_ % 4); }
 
   // Of the rows whose gradients these are.
   __device__ __forceinline__ void load_rows() {
@@ -492,7 +480,7 @@ class Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = fragment_row(r);
-      T* at = first + row * to.stride_token + 8 * (threadIdx.x % 4);
+      T* at = first + row * to.stride_token + 8 * (thread_ % 4);
       // The four threads of a row trade pairs, so that each has eight elements side by side.
 #pragma unroll
       for (int j = 0; j < kCount / 16; ++j) {
@@ -515,6 +503,7 @@ class Consumer {
   const Work& w_;
   const uint32_t base_;  // address of s_
   const int warpgroup_;
+  const uint32_t thread_;  // of the warpgroup; in a register, not read anew at every block
   int first_,
       count_;  // what stays: position of its first row, or its first key; how many there are
   Ring<L::kFirstStages> first_ring_;  // the next to take

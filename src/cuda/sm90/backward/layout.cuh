@@ -34,7 +34,7 @@ struct Work {
 struct alignas(16) Step {
   int first;        // position of its first row, or its first key
   int count;        // rows or keys from there on
-  unsigned wanted;  // bit w: by warpgroup w; 0: no more blocks
+  unsigned wanted;  // bit w: by warpgroup w; bit kWarpgroups + w: masked there; 0: no more blocks
   int least, most;  // distances that the head looks across
 };
 

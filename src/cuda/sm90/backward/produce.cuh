@@ -97,6 +97,23 @@ class Producer {
     }
   }
 
+  // The warpgroups of which some row may not see some key of the block, or some of it does not
+  // exist, as bits.
+  __device__ unsigned masked(const Step& step) const {
+    constexpr bool kKeys = L::kSide == Side::kKeys;
+    constexpr int kRows = kKeys ? L::kPassing : kBlock, kKeyCount = kKeys ? kBlock : L::kPassing;
+    unsigned bits = 0;
+    for (int wg = 0; wg < kWarpgroups; ++wg) {
+      const int fixed = first_fixed<L>(w_, wg);
+      const int row = kKeys ? step.first : fixed, key = kKeys ? fixed : step.first;
+      const bool all_seen = step.count >= L::kPassing &&
+                            step.least <= row - (key + kKeyCount - 1) &&
+                            row + kRows - 1 - key <= step.most;
+      bits |= unsigned{!all_seen} << wg;
+    }
+    return bits;
+  }
+
   // For every block: room for its first operand, then for its second.
   template <typename CopyFirst, typename CopySecond>
   __device__ void pass(const Step& step, int first_bytes, const CopyFirst& copy_first,
@@ -105,6 +122,7 @@ class Producer {
     auto& b = s_.barriers;
     ptx::mbarrier_wait(address(b.first_empty[first_.stage]), first_.phase ^ 1);
     s_.step[first_.stage] = step;
+    s_.step[first_.stage].wanted |= masked(step) << kWarpgroups;
     ptx::mbarrier_arrive_expect(address(b.first_full[first_.stage]), first_bytes);
     copy_first(s_.first[first_.stage], b.first_full[first_.stage]);
     first_.next();

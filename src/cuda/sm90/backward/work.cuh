@@ -56,6 +56,14 @@ __device__ Work find_work(const Params& b, int index, int tile_keys, int dims) {
   return w;
 }
 
+// What stays with a warpgroup: position of its first row, or its first key.
+template <typename L>
+__device__ __forceinline__ int first_fixed(const Work& w, int warpgroup) {
+  const int block = L::kByGradient ? 0 : warpgroup;
+  return L::kSide == Side::kKeys ? w.tile * L::kTileKeys + block * kBlock
+                                 : (w.tile + block) * kQueryTileRows + w.spans.offset;
+}
+
 using prefill::distances_of;
 
 // Query tiles of a request with a row that sees one of the keys [first, end).
