@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/core/fragment.cuh"
 #include "cuda/core/math.cuh"
@@ -30,6 +31,10 @@ class Consumer {
   using Weights = uint32_t[kPassing / 4];  // the same, in the element type
   using FirstSums = float[L::kQkDim / 2];
   using SecondSums = float[L::kValueDim / 2];
+  // LSE or delta of the rows of a thread's scores: those that pass by, or its two.
+  using RowValues = float[kKeys ? kPassing / 4 : 2];
+  // Whether registers hold the next block's scores beside this one's weights.
+  static constexpr bool kAhead = L::kQkDim == 64;
   static constexpr int kFirstSums = L::kTileKeys * L::kQkDim;  // of a tile, of one query head
 
  public:
@@ -48,7 +53,9 @@ class Consumer {
 
   __device__ void run() {
     ptx::mbarrier_wait(address(s_.barriers.fixed_full), 0);
-    if constexpr (!L::kByGradient)
+    if constexpr (kAhead)
+      find_all_ahead();
+    else if constexpr (!L::kByGradient)
       find_all();
     else if (warpgroup_ == 0)
       find_values_gradient();
@@ -63,7 +70,7 @@ class Consumer {
   // scores and weights' gradients of a block, dv of it, scores of the next, dk or dq of it,
   // weights' gradients of the next. What threads compute meanwhile stands between.
   __device__ __forceinline__ void find_all() {
-    if constexpr (!kKeys) load_rows();
+    if constexpr (!kKeys) load_rows(lse_, delta_);
     FirstSums dk;  // or dq
     SecondSums dv;
     clear(dk);
@@ -83,7 +90,7 @@ class Consumer {
         // 1. Weights, under the sums of the block before and this one's gradients of weights.
         ptx::wgmma_wait<2>();
         ptx::fence_registers(s);
-        weigh(s, p, at);
+        weigh(s, s, p, at, lse_of(at));
         if constexpr (kKeys) {
           start_dv(dv, p, at);
           // 2. Gradients of scores, and which block is next, under dv.
@@ -95,7 +102,7 @@ class Consumer {
         if (!is_first) release_first(before);
         if constexpr (!kKeys) release_second(at.second_stage);
         const bool any_next = take_next(next);
-        differentiate(s, dp, at);
+        differentiate(s, dp, at, delta_of(at));
         if constexpr (kKeys) {
           ptx::wgmma_wait<0>();  // p's registers are needed
           ptx::fence_registers(dv);
@@ -116,12 +123,75 @@ class Consumer {
       // Who waits for a later block must not hold this one: the blocks between need its room.
       release_first(at.first_stage);
     }
-    if constexpr (kKeys) {
-      finish(dk, b_.scale, b_.dk, 0);
-      finish(dv, 1, b_.dv, kFirstSums);
-    } else {
-      store(dk, b_.scale, b_.dq);
+    finish_all(dk, dv);
+  }
+
+  // The same where registers allow: scores of the next block come before dv of this one, under its
+  // gradients of scores, and what rows that pass by have is loaded ahead of its use.
+  __device__ __forceinline__ void find_all_ahead() {
+    RowValues lse, delta;
+    if constexpr (!kKeys) load_rows(lse, delta);
+    FirstSums dk;  // or dq
+    SecondSums dv;
+    clear(dk);
+    if constexpr (kKeys) clear(dv);
+    Visit at;
+#pragma unroll 1
+    while (take(at)) follow_ahead(dk, dv, lse, delta, at);
+    finish_all(dk, dv);
+  }
+  // Blocks that follow each other from `at` on; those in between are another warpgroup's.
+  __device__ __forceinline__ void follow_ahead(FirstSums& dk, SecondSums& dv, RowValues& lse,
+                                               RowValues& delta, Visit& at) {
+    Scores s, w, dp;
+    Weights p, ds;
+    Visit before, next;
+    bool any_before = false;
+    start_scores(s, at);
+    if constexpr (kKeys) load(lse, lse_of(at));
+    ptx::wgmma_commit();  // where a later block has sums
+    start_dweights(dp, at);
+#pragma unroll 1
+    for (;;) {
+      const bool any_next = take_next(next);
+      // 1. Weights, under the sums of the block before and this one's gradients of weights.
+      ptx::wgmma_wait<2>();
+      ptx::fence_registers(s);
+      weigh(s, w, p, at, lse);
+      if constexpr (kKeys) load(delta, delta_of(at));
+      hold(w);
+      ptx::wgmma_wait<0>();
+      ptx::fence_registers(dp);
+      if constexpr (kKeys) ptx::fence_registers(dv);
+      if constexpr (!kKeys) release_second(at.second_stage);
+      if (any_before) release_summed(before);
+      if (!any_next) break;
+      // 2. Gradients of scores, under the next block's scores and dv of this one.
+      start_scores(s, next);
+      if constexpr (kKeys) load(lse, lse_of(next));
+      if constexpr (kKeys) start_dv(dv, p, at);
+      differentiate(w, dp, at, delta);
+      pack(w, ds);
+      // 3. The sums that nobody waits for.
+      start_sums(dk, ds, at);
+      start_dweights(dp, next);
+      before = at, at = next;
+      any_before = true;
     }
+    if constexpr (kKeys) start_dv(dv, p, at);
+    differentiate(w, dp, at, delta);
+    pack(w, ds);
+    start_sums(dk, ds, at);
+    ptx::wgmma_wait<0>();
+    ptx::fence_registers(dk);
+    if constexpr (kKeys) ptx::fence_registers(dv);
+    // Who waits for a later block must not hold this one: the blocks between need its room.
+    release_summed(at);
+  }
+  // Of a block of which all sums are done.
+  __device__ __forceinline__ void release_summed(const Visit& at) const {
+    release_first(at.first_stage);
+    if constexpr (kKeys) release_second(at.second_stage);
   }
 
   // dv, where the other warpgroup finds dk.
@@ -144,7 +214,7 @@ class Consumer {
         ptx::fence_registers(s);
         ptx::fence_registers(dv);
         if (any_before) release_second(before.second_stage);
-        weigh(s, p, at);
+        weigh(s, s, p, at, lse_of(at));
         release_first(at.first_stage);
         // 2. The other warpgroup goes on with them.
         ptx::mbarrier_wait(address(s_.barriers.weights_empty[handover.stage]), handover.phase ^ 1);
@@ -190,7 +260,7 @@ class Consumer {
         for (int i = 0; i < kPassing / 2; ++i) s[i] = s_.weights[handover.stage][i][thread_];
         arrive(address(s_.barriers.weights_empty[handover.stage]));
         handover.next();
-        differentiate(s, dp, at);
+        differentiate(s, dp, at, delta_of(at));
         ptx::wgmma_wait<0>();
         ptx::fence_registers(dk);
         ptx::fence_registers(s);
@@ -359,40 +429,61 @@ class Consumer {
   __device__ __forceinline__ int fragment_column() const { return 2 * (thread_ % 4); }
 
   // Of the rows whose gradients these are.
-  __device__ __forceinline__ void load_rows() {
+  __device__ __forceinline__ void load_rows(float (&lse)[2], float (&delta)[2]) const {
     const RowBlock& rows =
         b_.rows[int64_t{w_.head} * b_.query_tiles + first_query_tile(p_, w_.request) + w_.tile +
                 (count_ > 0 ? warpgroup_ : 0)];
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      lse_[r] = rows.lse[fragment_row(r)], delta_[r] = rows.delta[fragment_row(r)];
+      lse[r] = rows.lse[fragment_row(r)], delta[r] = rows.delta[fragment_row(r)];
   }
 
-  // x(i, j) of the fragment's elements; of each the LSE's or delta's row.
-  template <typename Each>
-  __device__ __forceinline__ void for_pairs(const float* of_rows, const float (&mine)[2],
-                                            const Each& each) const {
+  // What weights and gradients need of rows: of those that pass by, in shared memory, or of the
+  // thread's own.
+  __device__ __forceinline__ const float* lse_of(const Visit& at) const {
+    return kKeys ? s_.rows[at.first_stage].lse : lse_;
+  }
+  __device__ __forceinline__ const float* delta_of(const Visit& at) const {
+    return kKeys ? s_.rows[at.first_stage].delta : delta_;
+  }
+  __device__ __forceinline__ float2 pair_of(const float* passing, int j) const {
+    return *reinterpret_cast<const float2*>(passing + 8 * j + fragment_column());
+  }
+  // Shared memory is slow while products read it: well before they are needed.
+  __device__ __forceinline__ void load(RowValues& values, const float* passing) const {
 #pragma unroll
     for (int j = 0; j < kPassing / 8; ++j) {
-      float2 row = {};
-      if constexpr (kKeys)
-        row = *reinterpret_cast<const float2*>(of_rows + 8 * j + fragment_column());
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if constexpr (!kKeys) row = {mine[r], mine[r]};
-        each(4 * j + 2 * r, row);
-      }
+      const float2 pair = pair_of(passing, j);
+      values[2 * j] = pair.x, values[2 * j + 1] = pair.y;
     }
   }
 
-  // Scores become weights, p the same in the element type. With a soft cap, s is then d weight / d
+  // each(i, row) of the fragment's elements i and i + 1; row: what theirs has, in shared memory, in
+  // RowValues, or of the thread's own.
+  template <typename Values, typename Each>
+  __device__ __forceinline__ void for_pairs(const Values& values, const Each& each) const {
+#pragma unroll
+    for (int j = 0; j < kPassing / 8; ++j) {
+      float2 passing = {};
+      if constexpr (kKeys && std::is_pointer_v<Values>)
+        passing = pair_of(values, j);
+      else if constexpr (kKeys)
+        passing = make_float2(values[2 * j], values[2 * j + 1]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        each(4 * j + 2 * r, kKeys ? passing : make_float2(values[r], values[r]));
+    }
+  }
+
+  // Scores become weights w, p the same in the element type. With a soft cap, w is d weight / d
   // (scale * q.k), which has the cap's slope.
-  __device__ __forceinline__ void weigh(Scores& s, Weights& p, const Visit& at) const {
+  template <typename Values>
+  __device__ __forceinline__ void weigh(Scores& s, Scores& w, Weights& p, const Visit& at,
+                                        const Values& lse) const {
     if (at.masked) [[unlikely]]
       mask(s, at, -INFINITY);
-    const float* lse = s_.rows[kKeys ? at.first_stage : 0].lse;
     if constexpr (L::kCapped) {
-      for_pairs(lse, lse_, [&](int i, float2 row) {
+      for_pairs(lse, [&](int i, float2 row) {
         float x[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -403,23 +494,33 @@ class Consumer {
           const float tanh = copysignf((1 - u) * part, raw);
           const float log2 = fmaf(tanh, p_.score_to_log2, e == 0 ? -row.x : -row.y);
           x[e] = raw == -INFINITY ? 0 : exp2_approx(log2);
-          s[i + e] = x[e] * (4 * u * part * part);
+          w[i + e] = x[e] * (4 * u * part * part);
         }
         p[i / 2] = pack2<T>(x[0], x[1]);
       });
     } else {
-      for_pairs(lse, lse_, [&](int i, float2 row) {
-        s[i] = exp2_approx(fmaf(s[i], p_.score_to_log2, -row.x));
-        s[i + 1] = exp2_approx(fmaf(s[i + 1], p_.score_to_log2, -row.y));
-        p[i / 2] = pack2<T>(s[i], s[i + 1]);
+      for_pairs(lse, [&](int i, float2 row) {
+        w[i] = exp2_approx(fmaf(s[i], p_.score_to_log2, -row.x));
+        w[i + 1] = exp2_approx(fmaf(s[i + 1], p_.score_to_log2, -row.y));
+        p[i / 2] = pack2<T>(w[i], w[i + 1]);
       });
     }
   }
 
+  // Weights are there before what follows: the assembler would move exponentials below the wait for
+  // products that they are to stand under. No weight has all bits set.
+  __device__ __forceinline__ static void hold(const Scores& weights) {
+    uint32_t all = ~0u;
+#pragma unroll
+    for (const float x : weights) all &= __float_as_uint(x);
+    asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0xffffffff; @p trap; }" ::"r"(all));
+  }
+
   // Weights and their gradients become gradients of scores.
-  __device__ __forceinline__ void differentiate(Scores& s, const Scores& dp,
-                                                const Visit& at) const {
-    for_pairs(s_.rows[kKeys ? at.first_stage : 0].delta, delta_, [&](int i, float2 row) {
+  template <typename Values>
+  __device__ __forceinline__ void differentiate(Scores& s, const Scores& dp, const Visit& at,
+                                                const Values& delta) const {
+    for_pairs(delta, [&](int i, float2 row) {
       s[i] *= dp[i] - row.x;
       s[i + 1] *= dp[i + 1] - row.y;
     });
@@ -447,6 +548,15 @@ class Consumer {
   }
 
   // --- gradients --------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void finish_all(const FirstSums& dk, const SecondSums& dv) const {
+    if constexpr (kKeys) {
+      finish(dk, b_.scale, b_.dk, 0);
+      finish(dv, 1, b_.dv, kFirstSums);
+    } else {
+      store(dk, b_.scale, b_.dq);
+    }
+  }
 
   // Writes the gradients of 64 keys, or leaves them for add_parts(), `place` floats on.
   template <int kCount>
