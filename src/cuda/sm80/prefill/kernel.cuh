@@ -139,7 +139,10 @@ class Block {
       Probabilities p;
       take_scores(walk.work, plain, tile, key_stage(index), s, maxima);
 #pragma unroll
-      for (int i = 0; i < kStrips; ++i) weigh(i, s, maxima, softmax, o, p);
+      for (int i = 0; i < kStrips; ++i) {
+        quad_maxima(maxima[i]);
+        weigh(i, s, maxima, softmax, o, p);
+      }
       multiply_values<C>(o, p, value_stage(index));
     }
   }
@@ -174,6 +177,10 @@ class Block {
       ptx::wait_copies<0>();
       const unsigned use = wanted_by_tiles(wanted);
       decided(walk.work, visit, is_own(use), maxima, softmax);
+      if (is_own(use)) {  // shuffles, under the copies
+#pragma unroll
+        for (int i = 0; i < kStrips; ++i) quad_maxima(maxima[i]);
+      }
       // 3. Values that some query tile wants, if they were not asked for; keys and values to come.
       if (use && !before) walk.values.start(value_stage(index), visit.tile);
       ptx::commit_copies();
@@ -284,10 +291,9 @@ class Block {
 
   // --- probabilities and outputs ----------------------------------------------------------------
 
-  // The scores of a strip become probabilities; its outputs so far follow the maxima.
-  __device__ __forceinline__ void weigh(int strip, const Scores& s, Maxima& maxima,
+  // The scores of a strip become probabilities; its outputs so far follow the rows' maxima.
+  __device__ __forceinline__ void weigh(int strip, const Scores& s, const Maxima& maxima,
                                         Softmax& softmax, Outputs& o, Probabilities& p) const {
-    quad_maxima(maxima[strip]);
     move_maxima(softmax[strip], maxima[strip], o[strip]);
     exponentials<Element>(softmax[strip], s[strip], p[strip]);
   }
