@@ -55,12 +55,13 @@ __device__ __forceinline__ void store_shared_if(uint32_t address, int value, boo
       : "memory");
 }
 
-// For a word that only grows and that others poll. Atomic, so that race checkers know it is meant.
-__device__ __forceinline__ void raise_shared_if(uint32_t address, int value, bool condition) {
+// For a word that others poll. Atomic, so that race checkers know it is meant; an exchange, because
+// the assembler puts the whole warp's own maximum before a reduction.
+__device__ __forceinline__ void post_shared_if(uint32_t address, int value, bool condition) {
   asm volatile(
-      "{\n.reg .pred p;\n"
+      "{\n.reg .pred p;\n.reg .b32 old;\n"
       "setp.ne.u32 p, %2, 0;\n"
-      "@p red.shared.max.s32 [%0], %1;\n}" ::"r"(address),
+      "@p atom.shared.exch.b32 old, [%0], %1;\n}" ::"r"(address),
       "r"(value), "r"(static_cast<uint32_t>(condition))
       : "memory");
 }
@@ -83,6 +84,19 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t par
   asm volatile(
       "{\n.reg .pred p;\n"
       "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// The same, without a sleep.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
       "selp.b32 %0, 1, 0, p;\n}"
       : "=r"(done)
       : "r"(barrier), "r"(parity)

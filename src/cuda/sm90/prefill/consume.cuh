@@ -89,31 +89,33 @@ class Consumer {
     Tile s;
     Probabilities p;
     Weights weights;
+    Arrived arrived;
     wait_keys();
     start_scores(s);
-    Decision tile = take_scores<0>(s, work, softmax, count > 1);
+    int left = count - 1;  // tiles behind the one at hand
+    Decision tile = take_scores<0>(s, work, softmax, left != 0);
 #pragma unroll 1
     for (;;) {
       // 1. Skipped tiles. The next scores start before the fate of the last is announced.
       if (!tile.keep) {
 #pragma unroll 1
         do {
-          if (--count == 0) {
+          if (left == 0) {
             announce(work, tile, softmax);
             return release_queries();
           }
           start_scores(s);
           announce(work, tile, softmax);
           visit_.next();
-          tile = take_scores<0>(s, work, softmax, count > 1);
+          tile = take_scores<0>(s, work, softmax, --left != 0);
         } while (!tile.keep);
       }
       announce(work, tile, softmax);
+      quad_maxima(tile.maximum);
       if constexpr (kUnderOutputs) {
         weigh(s, tile, softmax, weights);
-        use(s, weights, p, o);
-      } else {
-        quad_maxima(tile.maximum);
+        arrived = ask();
+        use(s, weights, p, softmax, o);
       }
 #pragma unroll 1
       do {
@@ -122,38 +124,53 @@ class Consumer {
           move_maxima(softmax, tile.maximum, o);
           exponentials<Element>(softmax, s, p);
         }
-        if (--count == 0) {
+        if (left == 0) {
           release_queries();
-          start_outputs(o, p, work);
+          start_outputs(o, p, work, arrived.values);
           return finish_outputs(o, visit_.index);
         }
         // 3. The next scores and this tile's outputs, one behind the other.
-        if constexpr (!C::kTests) wait_keys();
+        if (!C::kTests && !arrived.keys) wait_keys();
         start_scores(s);
-        start_outputs(o, p, work);
+        start_outputs(o, p, work, arrived.values);
         visit_.next();
         // 4. The decision on the next tile, under the outputs.
-        tile = take_scores<1>(s, work, softmax, count > 1);
+        tile = take_scores<1>(s, work, softmax, --left != 0);
         if (tile.keep) {
           announce(work, tile, softmax);
+          quad_maxima(tile.maximum);
           if constexpr (kUnderOutputs) {
             weigh(s, tile, softmax, weights);
             order_before_wait(__int_as_float(s[0]));
-          } else {
-            quad_maxima(tile.maximum);
-            if constexpr (!C::kTests) order_before_wait(tile.maximum[0] + tile.maximum[1]);
+          } else if constexpr (!C::kTests) {
+            order_before_wait(tile.maximum[0] + tile.maximum[1]);
           }
         }
         // 5. The outputs, before the softmax may scale them.
+        if constexpr (kUnderOutputs) arrived = ask();
         finish_outputs(o, visit_.index - 1);
         if constexpr (kUnderOutputs) {
-          if (tile.keep) use(s, weights, p, o);
+          if (tile.keep) use(s, weights, p, softmax, o);
         }
       } while (tile.keep);
     }
   }
 
   // --- scores -----------------------------------------------------------------------------------
+
+  // Whether the next keys and this tile's values are there, asked before they are needed: an answer
+  // takes as long as thirty instructions.
+  struct Arrived {
+    bool keys = false, values = false;
+  };
+  __device__ __forceinline__ Arrived ask() const {
+    Arrived a;
+    if constexpr (!C::kTests)
+      a.keys = ptx::mbarrier_test(key_barrier(offsetof(Shared, barriers.key_full), keys_.stage),
+                                  keys_.phase);
+    a.values = ptx::mbarrier_test(value_barrier(), value_phase());
+    return a;
+  }
 
   // The next key stage is filled. Where it comes in parts, each is waited for when it is used: keys
   // that are not given back meanwhile would keep others from being loaded.
@@ -177,17 +194,27 @@ class Consumer {
       scores_.start(s, base_, at_.warpgroup, keys_.stage, part);
       ptx::wgmma_commit();
     }
+    scores_.read_stage(s_, keys_.stage);
     keys_.next();
   }
 
   // Scores that are on their way, older than the kPending newest products, arrive and are decided
-  // on. With a test and `more` to come, the keys after them are waited for while there is nothing
-  // else to do.
+  // on. What does not need them comes before, under their product: the bounds of the test and, with
+  // `more` to come, the wait for the keys after them.
   template <int kPending>
   __device__ __forceinline__ Decision take_scores(Tile& s, const Work& work, const Softmax& softmax,
                                                   bool more) {
-    if (C::kTests && more) wait_keys();
-    scores_.read_stage(s_, scored_.stage);
+    visit_.masked =
+        static_cast<unsigned>(visit_.tile - plain_begin_) >= static_cast<unsigned>(plain_count_) ||
+        scores_.any_broken();
+    float below[2];
+    if constexpr (C::kTests) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        below[r] = skip_below(p_.test.kind, threshold_of_row(r), softmax.maximum[r]);
+      ptx::fence_registers(below);
+      if (more) wait_keys();
+    }
     // Their keys may be overwritten, part by part.
     const uint32_t empty = key_barrier(offsetof(Shared, barriers.key_empty), scored_.stage);
     if constexpr (L::kKeyParts == 3) {
@@ -200,12 +227,15 @@ class Consumer {
     ptx::fence_registers(s);
     arrive(empty + 8 * (L::kKeyParts - 1));
     scored_.next();
-    visit_.masked =
-        static_cast<unsigned>(visit_.tile - plain_begin_) >= static_cast<unsigned>(plain_count_) ||
-        scores_.any_broken();
-    if (visit_.masked) [[unlikely]]
+    Decision tile;
+    if (visit_.masked) [[unlikely]] {
       cap_and_mask(s, work);
-    return decide(s, softmax);
+      scores_.capped_maxima(s, tile.maximum);
+    } else {
+      scores_.maxima(s, tile.maximum);
+    }
+    tile.keep = decide(tile.maximum, below, softmax);
+    return tile;
   }
 
   // Tiles whose scores are final as they come.
@@ -249,23 +279,16 @@ class Consumer {
 
   // --- decision ---------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Decision decide(const Tile& s, const Softmax& softmax) {
-    Decision tile;
-    scores_.maxima(s, visit_.masked, tile.maximum);
+  // Whether the tile is kept: unless all rows of the warpgroup are `below`.
+  __device__ __forceinline__ bool decide(const float (&maximum)[2], const float (&below)[2],
+                                         const Softmax& softmax) {
     if constexpr (!C::kTests) {
-      if constexpr (kUnderOutputs) quad_maxima(tile.maximum);
-      tile.keep = true;
+      return true;
     } else {
-      bool skip = true;
-#pragma unroll
-      for (int r = 0; r < 2; ++r)
-        skip = skip &&
-               tile.maximum[r] < skip_below(p_.test.kind, threshold_of_row(r), softmax.maximum[r]);
-      reports_.offer(visit_, tile.maximum, leveled(tile.maximum), softmax);
-      if constexpr (kUnderOutputs) quad_maxima(tile.maximum);
-      tile.keep = __any_sync(kAllLanes, !ptx::named_barrier_all(1 + at_.warpgroup, 128, skip));
+      reports_.offer(visit_, maximum, leveled(maximum), softmax);
+      const bool skip = maximum[0] < below[0] && maximum[1] < below[1];
+      return __any_sync(kAllLanes, !ptx::named_barrier_all(1 + at_.warpgroup, 128, skip));
     }
-    return tile;
   }
 
   // Tells the producers what was decided.
@@ -274,8 +297,8 @@ class Consumer {
     if constexpr (C::kTests) {
       const uint32_t decision = base_ + offsetof(Shared, decision) +
                                 visit_.index % L::kValueStages * sizeof(*s_.decision);
-      ptx::raise_shared_if(decision + 4 * at_.warpgroup, 2 * visit_.index + tile.keep,
-                           threadIdx.x % 128 == 0);
+      ptx::post_shared_if(decision + 4 * at_.warpgroup, 2 * visit_.index + tile.keep,
+                          threadIdx.x % 128 == 0);
       reports_.decided(work, visit_, tile.keep, leveled(tile.maximum), softmax);
       if (!tile.keep) release_values(visit_.index);
     }
@@ -289,16 +312,18 @@ class Consumer {
     bool moved;
   };
 
-  // The scores of a kept tile become probabilities.
+  // The scores of a kept tile become probabilities, but for the last quarter.
   __device__ __forceinline__ void weigh(Tile& s, const Decision& tile, Softmax& softmax,
-                                        Weights& weights) const {
+                                        Weights& weights) {
     weights.moved = softmax.raise(tile.maximum, weights.alpha);
     scores_.exponentials(s, visit_.masked, weights.alpha, softmax);
   }
 
-  // They go where the next scores do not overwrite them; the outputs follow the maxima.
-  __device__ __forceinline__ void use(const Tile& s, const Weights& weights, Probabilities& p,
-                                      Outputs& o) const {
+  // The last quarter; all go where the next scores do not overwrite them, packed in what
+  // exponentials leave of issue slots. The outputs follow the maxima.
+  __device__ __forceinline__ void use(Tile& s, const Weights& weights, Probabilities& p,
+                                      Softmax& softmax, Outputs& o) {
+    scores_.last_exponentials(s, softmax);
 #pragma unroll
     for (int j = 0; j < C::kKeys / 4; ++j)
       p[j] = pack2<Element>(__int_as_float(s[2 * j]), __int_as_float(s[2 * j + 1]));
@@ -309,8 +334,12 @@ class Consumer {
 
   // o += P V of the tile at hand.
   __device__ __forceinline__ void start_outputs(Outputs& o, const Probabilities& p,
-                                                const Work& work) {
-    wait_values(work);
+                                                const Work& work, bool values_there) {
+    if (!values_there) ptx::mbarrier_wait(value_barrier(), value_phase());
+    if (visit_.masked) [[unlikely]]
+      clear_values(
+          base_ + offsetof(Shared, value) + visit_.index % L::kValueStages * L::Values::kBytes,
+          work.keys - visit_.tile * C::kKeys);
     const uint64_t v =
         ptx::advance(ptx::wgmma_descriptor(base_ + offsetof(Shared, value), L::Values::kPanelBytes),
                      visit_.index % L::kValueStages * L::Values::kBytes);
@@ -324,14 +353,11 @@ class Consumer {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void wait_values(const Work& work) {
-    ptx::mbarrier_wait(
-        base_ + offsetof(Shared, barriers.value_full) + 8 * (visit_.index % L::kValueBarriers),
-        visit_.index / L::kValueBarriers & 1);
-    if (visit_.masked) [[unlikely]]
-      clear_values(
-          base_ + offsetof(Shared, value) + visit_.index % L::kValueStages * L::Values::kBytes,
-          work.keys - visit_.tile * C::kKeys);
+  __device__ __forceinline__ uint32_t value_barrier() const {
+    return base_ + offsetof(Shared, barriers.value_full) + 8 * (visit_.index % L::kValueBarriers);
+  }
+  __device__ __forceinline__ uint32_t value_phase() const {
+    return visit_.index / L::kValueBarriers & 1;
   }
 
   // What lies behind the last key may be anything, NaN too, and 0 * NaN is not 0.

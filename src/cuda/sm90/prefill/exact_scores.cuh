@@ -79,7 +79,10 @@ class ExactScores {
       for_each_rolled<8>(t, [&](float x, int, int) { return tanh_exact(x * p.softcap_scale); });
   }
 
-  __device__ __forceinline__ void maxima(const Tile& t, bool, float (&maximum)[2]) const {
+  __device__ __forceinline__ void maxima(const Tile& t, float (&maximum)[2]) const {
+    row_maxima(t, maximum);
+  }
+  __device__ __forceinline__ void capped_maxima(const Tile& t, float (&maximum)[2]) const {
     row_maxima(t, maximum);
   }
 

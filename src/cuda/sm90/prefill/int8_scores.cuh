@@ -21,6 +21,7 @@ class Int8Scores {
   using Shared = typename C::Shared;
   using Element = typename C::Element;
   static constexpr int kScores = C::kKeys / 2;
+  static constexpr int kFirst = kScores / 4 * 3;  // exponentials that do not wait for outputs
   static constexpr int kSteps = C::kQkDim / 32;
   static constexpr int kElements = C::kQkDim / 4;  // of each of its rows that a thread holds
   using Row = float[kElements];
@@ -109,7 +110,7 @@ class Int8Scores {
     }
   }
 
-  // The tile's unit, while its scores are on their way: the stage is theirs until they are there.
+  // The tile's unit, as its product starts: the stage is theirs until they are there.
   __device__ __forceinline__ void read_stage(const Shared& s, int stage) {
     const KeyTileUnit& unit = s.unit[stage];
     unit_[0] = row_unit_[0] * unit.unit, unit_[1] = row_unit_[1] * unit.unit;
@@ -139,28 +140,39 @@ class Int8Scores {
     return p.softcap > 0 ? 0 : shift_[r];
   }
 
-  __device__ __forceinline__ void maxima(const Tile& t, bool floats, float (&maximum)[2]) const {
-    if (floats) {
-      float x[kScores];
+  __device__ __forceinline__ void maxima(const Tile& t, float (&maximum)[2]) const {
+    int most[2];
+    row_maxima(t, most);
 #pragma unroll
-      for (int j = 0; j < kScores; ++j) x[j] = __int_as_float(t[j]);
-      row_maxima(x, maximum);
-    } else {
-      int most[2];
-      row_maxima(t, most);
+    for (int r = 0; r < 2; ++r) maximum[r] = __int2float_rn(most[r]) * unit_[r];
+  }
+  // Of a tile that is not plain.
+  __device__ __forceinline__ void capped_maxima(const Tile& t, float (&maximum)[2]) const {
+    float x[kScores];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) maximum[r] = __int2float_rn(most[r]) * unit_[r];
-    }
+    for (int j = 0; j < kScores; ++j) x[j] = __int_as_float(t[j]);
+    row_maxima(x, maximum);
   }
 
-  // Probabilities in place, and their sums beside what was summed before.
+  // Probabilities in place, and their sums beside what was summed before. Of the last quarter only
+  // the exponents: last_exponentials() takes them.
   __device__ __forceinline__ void exponentials(Tile& t, bool floats, const float (&alpha)[2],
-                                               OnlineSoftmaxApart& softmax) const {
+                                               const OnlineSoftmaxApart& softmax) {
     // Two forms behind one branch that lanes take together.
     if (floats) [[unlikely]]
       exponentials_of<true>(t, alpha, softmax);
     else
       exponentials_of<false>(t, alpha, softmax);
+  }
+  __device__ __forceinline__ void last_exponentials(Tile& t, OnlineSoftmaxApart& softmax) {
+#pragma unroll
+    for (int i = kFirst; i < kScores; ++i) {
+      const float x = exp2_approx(__int_as_float(t[i]));
+      t[i] = __float_as_int(x);
+      sums_[i / 2 % 2][i % 2] += x;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) softmax.sum[r] = sums_[r][0] + sums_[r][1];
   }
 
  private:
@@ -195,30 +207,33 @@ class Int8Scores {
     return p.quantized.broken[first + tile];
   }
 
+  // Exponents are computed eight ahead of what they are for: the assembler alone has all of them
+  // first, on an idle exponential unit.
   template <bool kFloats>
   __device__ __forceinline__ void exponentials_of(Tile& t, const float (&alpha)[2],
-                                                  OnlineSoftmaxApart& softmax) const {
+                                                  const OnlineSoftmaxApart& softmax) {
+    const auto exponent = [&](int i) {
+      const int r = i / 2 % 2;
+      return kFloats ? fmaf(__int_as_float(t[i]), softmax.score_to_log2, -softmax.log2_maximum(r))
+                     : fmaf(__int2float_rn(t[i]), unit_[r], -softmax.log2_maximum(r));
+    };
+    float x[8];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float minus_maximum = -softmax.log2_maximum(r);
-      const float unit = kFloats ? softmax.score_to_log2 : unit_[r];
-      float sums[2];
+    for (int i = 0; i < 8; ++i) x[i] = exponent(i);
 #pragma unroll
-      for (int j = 0; j < kScores / 4; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          Score& score = t[4 * j + 2 * r + e];
-          const float x = exp2_approx(
-              fmaf(kFloats ? __int_as_float(score) : __int2float_rn(score), unit, minus_maximum));
-          score = __float_as_int(x);
-          if (j > 0)
-            sums[e] += x;
-          else
-            sums[e] = e == 0 ? fmaf(softmax.sum[r], alpha[r], x) : x;
-        }
-      }
-      softmax.sum[r] = sums[0] + sums[1];
+    for (int i = 0; i < kFirst; ++i) {
+      const int r = i / 2 % 2, e = i % 2;
+      const float y = exp2_approx(x[i % 8]);
+      t[i] = __float_as_int(y);
+      if (i >= 4)
+        sums_[r][e] += y;
+      else
+        sums_[r][e] = e == 0 ? fmaf(softmax.sum[r], alpha[r], y) : y;
+      x[i % 8] = exponent(i + 8);
     }
+#pragma unroll
+    for (int i = kFirst; i < kScores; ++i)
+      t[i] = __float_as_int(i < kFirst + 8 ? x[i % 8] : exponent(i));
   }
 
   // Of a row with a vector.
@@ -259,7 +274,8 @@ class Int8Scores {
 
   uint32_t q_[L::kRoundedQueries ? 1 : kSteps][4];
   float row_unit_[2], shift_[2];
-  float unit_[2];  // of the tile at hand
+  float unit_[2];     // of the tile at hand
+  float sums_[2][2];  // of the exponentials so far
   int any_broken_;
 };
 
