@@ -317,9 +317,10 @@ class Comparer {
   void check_lse(int64_t head, int64_t row) {
     const float lse = problem_.lse[head * access_.rows() + row];
     const double wanted = reference_.lse[head * access_.rows() + row];
-    if (std::isfinite(wanted)
-            ? !(std::abs(lse - wanted) <= allowed_.lse)
-            : std::isnan(wanted) != std::isnan(lse) || (wanted == -kInf && lse != -kInf))
+    const bool right = std::isfinite(wanted) ? std::abs(lse - wanted) <= allowed_.lse
+                       : std::isnan(wanted)  ? std::isnan(lse)
+                                             : lse == wanted;
+    if (!right)
       mismatch("head {} row {}: lse is {}, the reference's {} (allowed: {})", head, row, lse,
                wanted, allowed_.lse);
   }

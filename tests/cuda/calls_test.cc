@@ -403,7 +403,6 @@ TEST_F(Calls, AnEarlierErrorOfTheCallerIsNotOurs) {
   }
 }
 
-// A stream whose capture was broken takes nothing.
 // A thread has no context before its first call that needs one.
 TEST_F(Calls, FirstOfTheirThread) {
   for (const bool decode : {false, true}) {
@@ -424,6 +423,7 @@ TEST_F(Calls, FirstOfTheirThread) {
   }
 }
 
+// A stream whose capture was broken takes nothing.
 TEST_F(Calls, NothingIsWrittenWhereLaunchingFails) {
   for (const bool decode : {false, true}) {
     for (const Layout layout : {Layout::kDense, Layout::kRagged}) {
