@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <iterator>
 #include <string>
@@ -12,6 +13,7 @@
 #include "on_gpu.h"
 #include "testing/compare.h"
 #include "testing/device.h"
+#include "testing/element.h"
 
 namespace blasst::check {
 namespace {
@@ -491,6 +493,25 @@ TEST_F(DecodeKernels, GraphTakesRequestsUpToItsBatch) {
                             [](std::byte x) { return x == std::byte{}; }));
     device.run();
     EXPECT_EQ(replayed, problem.out_bits());
+  }
+}
+
+// Rows are padded with zeros to a multiple of 8, and 0 times infinity is not a number.
+TEST_F(DecodeKernels, WhatIsNoRowDoesNotWantAnInfiniteKey) {
+  for (Case c : mixed_cases()) {
+    c.requests = {{1, 3000}};
+    c.per_head = false, c.threshold = 0.9f;
+    Problem problem(c);
+    const Access access(problem.params);
+    const auto last = 2 * (c.head_dim - 1);  // of the rotary elements of latents
+    for (int64_t h = 0; h < c.heads; ++h) store_element(c.dtype, access.query(0, 0, h) + last, 1);
+    for (int64_t key = 7; key < 3000; key += 64) {
+      for (int64_t h = 0; h < c.kv_heads; ++h)
+        store_element(c.dtype, access.key(0, key, h) + last, -INFINITY);
+    }
+    const Comparison comparison = run_and_compare(problem);
+    EXPECT_EQ(comparison.mismatch, "") << describe(c);
+    EXPECT_GT(comparison.skipped, 0);
   }
 }
 

@@ -129,7 +129,7 @@ class Rows {
   }
 
   // Soft cap, mask and the maximum of every row over a thread's keys, NaN left aside. Whether there
-  // is a NaN.
+  // is a NaN; what is no row is all zeros, which an infinite key turns into one.
   __device__ __forceinline__ bool finish_scores(Scores& s, int tile, Columns& maximum) const {
     const bool all_seen = seen_by_all(tile);
     if (!all_seen || p_.softcap > 0) cap_and_mask(s, tile, all_seen);
@@ -138,7 +138,7 @@ class Rows {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float a = s[at.element(c, 0)], b = s[at.element(c, 1)];
-      if constexpr (C::kTests) nan |= isnan(a) || isnan(b);
+      if constexpr (C::kTests) nan |= below[c] < INFINITY && (isnan(a) || isnan(b));
       maximum[c] = fmaxf(a, b);
     }
     return nan;
@@ -248,7 +248,7 @@ class Rows {
   Reports<C> reports;
 
   typename C::Work item;
-  Columns below;  // skip_limit() of each row
+  Columns below;  // skip_limit() of each row: INFINITY for what is none
   Columns seed;
   Softmax split;  // of the split at hand
   int dropped;    // its tiles

@@ -216,7 +216,8 @@ class Left {
 
   // --- decision ---------------------------------------------------------------------------------
 
-  // Whether some row wants the tile. A row's first scores, and NaN, are wanted.
+  // Whether some row wants the tile. A row's first scores, and NaN, are wanted; what is no row has
+  // NaN behind an infinite key, and no say.
   __device__ __forceinline__ bool wanted(const Rows& maximum, int tile) {
     Rows running;
 #pragma unroll
@@ -228,7 +229,8 @@ class Left {
       bool skip = true;
 #pragma unroll
       for (int r = 0; r < 2; ++r)
-        skip = skip && maximum[r] < skip_below(p_.test.kind, below_[r], running[r]);
+        skip = skip && (at_.row(r) >= rows() ||
+                        maximum[r] < skip_below(p_.test.kind, below_[r], running[r]));
       keep = __any_sync(kAllLanes, !ptx::named_barrier_all(kLeft, 128, skip));
     }
     reports_.decided(item_, tile, keep, maximum);
