@@ -132,7 +132,7 @@ __device__ __forceinline__ float skip_limit(const Params& p, const Plan& plan, c
                                             int row, float threshold) {
   if (row >= rows_of(item, p.heads / p.kv_heads)) return INFINITY;  // no row: allows every skip
   const float limit = log_threshold(p.test.kind, threshold, item.keys) / plan.unit_scale;
-  return limit == INFINITY ? FLT_MAX : limit;
+  return limit == INFINITY ? FLT_MAX : limit;  // infinity says that there is no row
 }
 
 }  // namespace blasst::cuda::decode

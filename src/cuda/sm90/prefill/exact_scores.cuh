@@ -83,7 +83,7 @@ class ExactScores {
     row_maxima(t, maximum);
   }
   __device__ __forceinline__ void capped_maxima(const Tile& t, float (&maximum)[2]) const {
-    row_maxima(t, maximum);
+    maxima(t, maximum);
   }
 
  private:
