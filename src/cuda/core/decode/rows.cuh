@@ -50,12 +50,15 @@ class Rows {
   // Of the item; what a thread has of others is no row.
   __device__ __forceinline__ int rows() const { return rows_of(item, group); }
 
-  // After `item` was set.
+  // After `item` was set. Until the thresholds come, `below` says what is a row.
   __device__ __forceinline__ void begin_item() {
     seen_by_all_ = {range_of(p_, item, group, rows() - 1).begin, range_of(p_, item, group, 0).end};
     first_split_ = item.begin == 0;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) seed[c] = -INFINITY;
+    for (int c = 0; c < kColumns; ++c) {
+      seed[c] = -INFINITY;
+      if constexpr (C::kTests) below[c] = at.row(c) < rows() ? -INFINITY : INFINITY;
+    }
   }
 
   // Maxima of a thread's own keys, or of all.
