@@ -9,7 +9,7 @@ import torch
 import blasst
 from blasst.methods import bsfa
 from blasst.ops.library import prefill_tile
-from gpu import ON_SM90, hopper, needs_gpu, portable
+from gpu import HEAD_SIZES, ON_SM90, hopper, needs_gpu, portable
 from needle import FP8, INT8, PLACES, check_needle
 
 pytestmark = needs_gpu
@@ -43,9 +43,7 @@ def assert_close(cpu, gpu) -> None:
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize(
-    ("dim", "value_dim"), [(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
-)
+@pytest.mark.parametrize(("dim", "value_dim"), HEAD_SIZES)
 def test_agrees_with_the_cpu(phase: str, dim: int, value_dim: int) -> None:
     q, k, v = inputs(2, 3, 700, 8, 2, dim)
     v = v[..., :value_dim]
@@ -172,9 +170,7 @@ def ragged(numbers: list[int], q: torch.Tensor) -> tuple[torch.Tensor, dict]:
     return flat, {"phase": "decode", "cu_seqlens_q": ends, "max_seqlen_q": q.shape[1]}
 
 
-@pytest.mark.parametrize(
-    ("dim", "value_dim"), [(64, 64), (96, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
-)
+@pytest.mark.parametrize(("dim", "value_dim"), HEAD_SIZES)
 def test_decode_of_ragged_queries(dim: int, value_dim: int) -> None:
     q, k, v = inputs(4, 5, 700, 8, 2, dim)
     v = v[..., :value_dim]
