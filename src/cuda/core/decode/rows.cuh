@@ -2,6 +2,7 @@
 // of a tile; each thread has some of them, of some of the rows (place.cuh).
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "blasst/blasst.h"
@@ -11,6 +12,7 @@
 #include "cuda/core/decode/work.cuh"
 #include "cuda/core/math.cuh"
 #include "cuda/core/ptx.cuh"
+#include "cuda/core/tile_test.h"
 #include "cuda/core/tiles.h"
 
 namespace blasst::cuda::decode {
@@ -50,15 +52,12 @@ class Rows {
   // Of the item; what a thread has of others is no row.
   __device__ __forceinline__ int rows() const { return rows_of(item, group); }
 
-  // After `item` was set. Until the thresholds come, `below` says what is a row.
+  // After `item` was set.
   __device__ __forceinline__ void begin_item() {
     seen_by_all_ = {range_of(p_, item, group, rows() - 1).begin, range_of(p_, item, group, 0).end};
     first_split_ = item.begin == 0;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      seed[c] = -INFINITY;
-      if constexpr (C::kTests) below[c] = at.row(c) < rows() ? -INFINITY : INFINITY;
-    }
+    for (int c = 0; c < kColumns; ++c) seed[c] = -INFINITY;
   }
 
   // Maxima of a thread's own keys, or of all.
@@ -78,6 +77,8 @@ class Rows {
       split.maximum[c] = from_seeds ? seed[c] : -INFINITY;
       if (at.row(c) >= rows()) split.maximum[c] = 0;
       split.sum[c] = 0;
+      limit_[c] = -FLT_MAX;
+      test_against(c, seeded_ ? fmaxf(split.maximum[c], seed[c]) : split.maximum[c]);
     }
     reports.begin_split();
   }
@@ -131,9 +132,11 @@ class Rows {
     return key0 >= seen_by_all_.begin && key0 + kTileKeys <= seen_by_all_.end;
   }
 
-  // Soft cap, mask and the maximum of every row over a thread's keys, NaN left aside. Whether there
-  // is a NaN; what is no row is all zeros, which an infinite key turns into one.
-  __device__ __forceinline__ bool finish_scores(Scores& s, int tile, Columns& maximum) const {
+  // Soft cap, mask and the maximum of every row over a thread's keys, NaN left aside, and `largest`
+  // the same where NaN is larger than all. For reports, whether there is a NaN. What is no row is
+  // all zeros, which an infinite key turns into NaN, and has no say.
+  __device__ __forceinline__ bool finish_scores(Scores& s, int tile, Columns& maximum,
+                                                Columns& largest) const {
     const bool all_seen = seen_by_all(tile);
     if (!all_seen || p_.softcap > 0) cap_and_mask(s, tile, all_seen);
 
@@ -141,8 +144,10 @@ class Rows {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const float a = s[at.element(c, 0)], b = s[at.element(c, 1)];
-      if constexpr (C::kTests) nan |= below[c] < INFINITY && (isnan(a) || isnan(b));
+      const bool none = !C::kFiniteKeys && at.row(c) >= rows();
+      if constexpr (C::kReports) nan |= !none && (isnan(a) || isnan(b));
       maximum[c] = fmaxf(a, b);
+      if constexpr (C::kTests) largest[c] = none ? -INFINITY : max_nan(a, b);
     }
     return nan;
   }
@@ -186,14 +191,15 @@ class Rows {
 
   // --- decision ---------------------------------------------------------------------------------
 
-  // Whether some row wants the tile. `maximum`, over a thread's own keys, becomes that over all
-  // keys if it is kept or a seed, or tiles are reported. All warps meet.
-  __device__ __forceinline__ bool decide(int tile, bool is_seed, Columns& maximum, bool nan) {
-    Columns running;  // what the tile is tested against
+  // Whether some row wants the tile, by `largest` of a thread's own keys. `maximum`, over these,
+  // becomes that over all keys if it is kept or a seed, or tiles are reported. All warps meet.
+  __device__ __forceinline__ bool decide(int tile, bool is_seed, Columns& maximum,
+                                         const Columns& largest, bool nan) {
+    Columns running;  // for reports
 #pragma unroll
     for (int c = 0; c < kColumns; ++c)
       running[c] = seeded_ ? fmaxf(split.maximum[c], seed[c]) : split.maximum[c];
-    const bool keep = wanted(maximum, running, nan);
+    const bool keep = wanted(largest);
     if (keep || is_seed || C::kReports) share_maxima(maximum, nan);
     if (is_seed) take_seed(maximum);
     reports.decided(item, at, tile, nan, keep, maximum, running);
@@ -268,6 +274,7 @@ class Rows {
     const float base = maximum == -INFINITY ? 0.0f : __fmul_rn(maximum, log2_scale);
     factor = exp2_approx(__fsub_rn(__fmul_rn(running, log2_scale), base));
     running = maximum;
+    if constexpr (C::kTests) test_against(column, tile_maximum);
     return base;
   }
 
@@ -302,26 +309,27 @@ class Rows {
 
   // A tile that every thread would skip for its own keys is skipped: a row's largest score is one
   // of them. A row's first scores, and NaN, are wanted.
-  __device__ __forceinline__ bool wanted(const Columns& maximum, const Columns& running,
-                                         bool nan) const {
+  __device__ __forceinline__ bool wanted(const Columns& largest) const {
     if constexpr (!C::kTests) {
       return true;
     } else {
       // Without branches, which would take longer than what they leave out.
-      const bool absolute = p_.test.kind == BLASST_TEST_ABSOLUTE;
-      bool skip = !nan;
+      bool skip = true;
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const float tested = maximum[c] - (absolute ? 0.f : running[c]);
-        skip &= (maximum[c] == -INFINITY) | ((running[c] > -INFINITY) & (tested < below[c]));
-      }
+      for (int c = 0; c < kColumns; ++c) skip &= largest[c] < limit_[c];
       return __any_sync(kAllLanes, !ptx::named_barrier_all(1, 32 * kWarps, skip));
     }
+  }
+
+  // From here on tiles are tested against this maximum, too.
+  __device__ __forceinline__ void test_against(int column, float maximum) {
+    limit_[column] = fmaxf(limit_[column], skip_below(p_.test.kind, below[column], maximum));
   }
 
   const Params& p_;
   const Plan& plan_;
   SharedRows<C::kRows>& shared_;
+  Columns limit_;  // skip_below() of the running maximum, which the seeds are part of
   int buffer_ = 0;
   Range seen_by_all_;  // keys that every row sees
   bool first_split_;   // of the visit, is the next to begin

@@ -1,7 +1,6 @@
 // Work of a block: splits of one request and KV head.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 
 #include "blasst/blasst.h"
@@ -131,8 +130,7 @@ __device__ __forceinline__ float threshold_of(const Params& p, const Item& item,
 __device__ __forceinline__ float skip_limit(const Params& p, const Plan& plan, const Item& item,
                                             int row, float threshold) {
   if (row >= rows_of(item, p.heads / p.kv_heads)) return INFINITY;  // no row: allows every skip
-  const float limit = log_threshold(p.test.kind, threshold, item.keys) / plan.unit_scale;
-  return limit == INFINITY ? FLT_MAX : limit;  // infinity says that there is no row
+  return log_threshold(p.test.kind, threshold, item.keys) / plan.unit_scale;
 }
 
 }  // namespace blasst::cuda::decode

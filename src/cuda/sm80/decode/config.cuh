@@ -24,6 +24,7 @@ struct Config {
   static constexpr int kRows = kRows_;
   static constexpr bool kTests = kVariant != Variant::kDense;
   static constexpr bool kReports = kVariant == Variant::kReport;
+  static constexpr bool kFiniteKeys = false;
 
   using Keys = Panels32<kWarpKeys, kQkDim>;  // of a warp
   using Values = Panels32<kWarpKeys, kValueDim>;

@@ -103,8 +103,8 @@ class Block {
       score(stage, s);
       __syncwarp();
       copy_keys(steps, i + sources_.stages, stage);
-      Columns maximum;
-      bool nan = rows_.finish_scores(s, tile, maximum);
+      Columns maximum, largest;
+      bool nan = rows_.finish_scores(s, tile, maximum, largest);
       bool keep = false;
       if (step.flags & kOnlySeed) {
         // 2. A seed of another item gives its maxima and no more.
@@ -115,7 +115,7 @@ class Block {
         // are there for all. A kept tile's values are asked for.
         if (behind_ > 0) wait_for_copies(behind_ - 1);
         if (step.flags & kFirstOfSplit) rows_.begin_split();
-        keep = rows_.decide(tile, step.flags & kSeed, maximum, nan);
+        keep = rows_.decide(tile, step.flags & kSeed, maximum, largest, nan);
         if (keep) copy(sources_.v, stage.values[at_.warp], tile, page);
       }
       ptx::commit_copies();

@@ -91,6 +91,20 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t par
   return done != 0;
 }
 
+// The same; sleeps for so many nanoseconds at most.
+__device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity,
+                                                  uint32_t nanoseconds) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity), "r"(nanoseconds)
+      : "memory");
+  return done != 0;
+}
+
 // The same, without a sleep.
 __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;

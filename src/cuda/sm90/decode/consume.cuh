@@ -43,34 +43,38 @@ class Consumer {
   using Softmax = typename Rows<C>::Softmax;
 
  public:
-  __device__ __forceinline__ Consumer(const Params& p, const Plan& plan, typename L::Shared& shared,
-                                      const CUtensorMap* v_map)
-      : p_(p), plan_(plan), shared_(shared), v_map_(v_map), rows_(p, plan, shared.rows) {}
+  __device__ __forceinline__ Consumer(const Params& p, const Plan& plan, typename L::Shared& shared)
+      : p_(p), plan_(plan), shared_(shared), rows_(p, plan, shared.rows) {}
 
   __device__ __forceinline__ void run() {
     clear_outputs();
-    for (TileInfo info = next_tile(), following; true; info = following) {
-      // 1. What the tile begins.
-      const int stage = ring_.stage, index = info.index, flags = info.flags;
-      if (flags & (kStop | kFirstOfItem)) {
-        if (flags & kStop) return stop();
-        begin_item();
-      }
-      Tile tile;  // of which the lanes that will ask for its values must know
-      if (!L::kFeedsValues || at_.lane == 0) tile = shared_.tiles[stage];
+    while (true) {
+      const TileInfo first = next_tile();
+      if (first.flags & kStop) return stop();
+      begin_item();
+      attend(first);
+      end_item();
+    }
+  }
 
-      // 2. Its scores and their maxima, over the thread's own keys; the stage goes back. Which tile
-      // is next is read meanwhile; of another item it may not be known yet.
+ private:
+  // The tiles of an item.
+  __device__ __forceinline__ void attend(TileInfo info) {
+    for (TileInfo following; true; info = following) {
+      const int stage = ring_.stage, index = info.index, flags = info.flags;
+      // 1. The tile's scores and their maxima, over the thread's own keys; the stage goes back.
+      // Which tile is next is read meanwhile.
       ptx::mbarrier_wait(address(shared_.keys_full[stage]), ring_.phase);
       Scores s;
-      Columns maximum;
+      Columns maximum, largest;
       score(s);
+      name_values(stage);
       release_keys();
       if (!(flags & kLastOfItem)) following = next_tile();
-      bool nan = rows_.finish_scores(s, index, maximum);
+      bool nan = rows_.finish_scores(s, index, maximum, largest);
 
       if (flags & (kOnlySeed | kFirstOfSplit | kLastOfItem)) {
-        // 3. A seed of another item gives its maxima and no more.
+        // 2. A seed of another item gives its maxima and no more.
         if (flags & kOnlySeed) {
           rows_.take_seed(maximum);
           if (flags & kLastSeed) rows_.share_maxima(rows_.seed, nan);
@@ -83,25 +87,20 @@ class Consumer {
         if (flags & kLastOfItem) release_item();
       }
 
-      // 4. The decision: a kept tile's values are asked for, its probabilities wait for them;
+      // 3. The decision: a kept tile's values are asked for, its probabilities wait for them;
       // values that came in the meantime are added.
-      if (rows_.decide(index, flags & kSeed, maximum, nan)) {
-        ask_for_values(tile);
+      if (rows_.decide(index, flags & kSeed, maximum, largest, nan)) {
+        ask_for_values();
         keep(s, index, maximum);
       }
 
-      // 5. Ends.
       if (flags & kLastOfSplit) {
         end_split();
-        if (flags & kLastOfItem) {
-          end_item();
-          following = next_tile();
-        }
+        if (flags & kLastOfItem) return;
       }
     }
   }
 
- private:
   // --- items and splits -------------------------------------------------------------------------
 
   // Waits until the ring's next tile is known.
@@ -113,7 +112,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void stop() {
-    if constexpr (L::kFeedsValues) ask_for_values({});
+    if (threadIdx.x == 0) shared_.wanted[values_.stage].boxes = 0;
+    ask_for_values();
   }
 
   __device__ __forceinline__ void begin_item() {
@@ -161,7 +161,7 @@ class Consumer {
     rows_.sum_over_keys();
     if constexpr (kOverlaps) {
       while (unfinished_ > 0) add_oldest();  // of the split before
-      before_ = rows_.split;
+      store(rows_.split, shared_.before);
       dropped_before_ = rows_.dropped;
       rows_.reports.end_split();
       unfinished_ = pending_;
@@ -181,7 +181,7 @@ class Consumer {
       if (++folded_ == rows_.item.result_splits) write_total();
       return;
     }
-    write(o_, before_, dropped_before_,
+    write(o_, load(shared_.before), dropped_before_,
           [&](int column) { return rows_.reports.of_split_before(column); });
     clear_outputs();
   }
@@ -196,7 +196,7 @@ class Consumer {
 
   // The result of a group.
   __device__ __forceinline__ void write_total() {
-    write(total_o_, total_, total_dropped_,
+    write(total_o_, load(shared_.total), total_dropped_,
           [&](int column) { return rows_.reports.of_group(column); });
     folded_ = 0;
   }
@@ -249,16 +249,15 @@ class Consumer {
 
   // --- kept tiles -------------------------------------------------------------------------------
 
+  // Where the values lie that may be asked for next: those of the tile of a stage of keys.
+  __device__ __forceinline__ void name_values(int stage) {
+    if (threadIdx.x == 0) shared_.wanted[values_.stage] = shared_.tiles[stage];
+  }
+
   // The stage is free: its last values were added before the barrier of the decision on this
   // tile.
-  __device__ __forceinline__ void ask_for_values(const Tile& tile) {
-    const int stage = values_.stage;
-    if (threadIdx.x == 0) shared_.wanted[stage] = tile;
-    if constexpr (L::kFeedsValues) {
-      if (threadIdx.x == 0) ptx::mbarrier_arrive(address(shared_.values_wanted[stage]));
-    } else {
-      if (at_.warp == 0) copy_values<L>(plan_, shared_, v_map_, stage, tile);
-    }
+  __device__ __forceinline__ void ask_for_values() {
+    if (threadIdx.x == 0) ptx::mbarrier_arrive(address(shared_.values_wanted[values_.stage]));
   }
 
   // Softmax of the tile, and the factors that bring earlier results, and its own if they are apart,
@@ -274,6 +273,7 @@ class Consumer {
     }
     const bool special = grown || !rows_.seen_by_all(tile);
     special_ = (special_ & ~(1u << stage)) | unsigned{special} << stage;
+    if (threadIdx.x == 0) shared_.kept[stage] = tile;
     if (threadIdx.x < 4) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
@@ -319,7 +319,7 @@ class Consumer {
   // Values that no row sees may be anything, NaN too, and are multiplied by zero.
   __device__ __forceinline__ void clear_unseen(int stage) {
     const Range seen = visible_keys(rows_.item.keys, rows_.item.positions, p_.distances);
-    const int key0 = shared_.wanted[stage].index * kTileKeys;
+    const int key0 = shared_.kept[stage] * kTileKeys;
     if (key0 >= seen.begin && key0 + kTileKeys <= seen.end) return;
     constexpr int kChunks = L::Values::kRowBytes / 16;  // of a swizzled row, within which it stays
     for (int x = threadIdx.x; x < L::Values::kBytes / 16; x += kConsumers) {
@@ -335,11 +335,12 @@ class Consumer {
   __device__ __forceinline__ void fold() {
     const bool first = folded_ == 0;
     rows_.reports.fold(first);
-    if (first) total_ = before_;
+    const Softmax before = load(shared_.before);
+    Softmax total = first ? before : load(shared_.total);
     total_dropped_ = first ? dropped_before_ : total_dropped_ + dropped_before_;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const FoldWeights add(total_.maximum[c], before_.maximum[c], rows_.log2_scale);
+      const FoldWeights add(total.maximum[c], before.maximum[c], rows_.log2_scale);
 #pragma unroll
       for (int i = 0; i < kPanels; ++i)
 #pragma unroll
@@ -349,15 +350,35 @@ class Consumer {
           o_[i][x] = 0;
         }
       if (first) continue;
-      total_.maximum[c] = add.maximum;
-      total_.sum[c] = add(total_.sum[c], before_.sum[c]);
+      total.maximum[c] = add.maximum;
+      total.sum[c] = add(total.sum[c], before.sum[c]);
     }
+    store(total, shared_.total);
+  }
+
+  // What registers have no room for lies in shared memory, for each warp apart.
+  using Stored = typename L::StoredSoftmax[kWarps];
+  __device__ __forceinline__ void store(const Softmax& softmax, Stored& stored) {
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      stored[at_.warp].maximum[at_.row(c)] = softmax.maximum[c];
+      stored[at_.warp].sum[at_.row(c)] = softmax.sum[c];
+    }
+  }
+  __device__ __forceinline__ Softmax load(const Stored& stored) const {
+    Softmax softmax;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      softmax.maximum[c] = stored[at_.warp].maximum[at_.row(c)];
+      softmax.sum[c] = stored[at_.warp].sum[at_.row(c)];
+    }
+    return softmax;
   }
 
   const Params& p_;
   const Plan& plan_;
   typename L::Shared& shared_;
-  const CUtensorMap* v_map_;
   const ThreadPlace at_;
   Rows<C> rows_;
 
@@ -371,9 +392,8 @@ class Consumer {
   int folded_ = 0;  // splits of the group at hand, where they are added
   Columns units_;   // of keys in 8 bits: a score is a product times it
 
-  // Of the split before the one at hand, until its last tile is added; of the splits of its group
-  // before that, where they are added.
-  Softmax before_, total_;
+  // Tiles of the split before the one at hand, until its last tile is added; of the splits of its
+  // group before that, where they are added.
   int dropped_before_, total_dropped_;
   Outputs o_;  // of the oldest split with tiles to be added
   Outputs total_o_;

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(C::Layout::kThreads, C::Layout::kBlocks)
   extern __shared__ __align__(1024) std::byte storage[];
   auto& shared = *reinterpret_cast<typename L::Shared*>(storage);
   const int warp = ptx::warp_uniform(threadIdx.x / 32);
-  Producer<L, C::kRows, C::kTests> producer(p, plan, shared, &q_map, &k_map);
+  Producer<L, C::kRows, C::kTests> producer(p, plan, shared, &q_map, &k_map, &v_map);
   if (threadIdx.x == 0) {
     for (auto& barrier : shared.tiles_full) ptx::mbarrier_init(address(barrier), 1);
     for (auto& barrier : shared.keys_full) ptx::mbarrier_init(address(barrier), 1);
@@ -45,9 +45,9 @@ __global__ void __launch_bounds__(C::Layout::kThreads, C::Layout::kBlocks)
   if (warp == kWarps) {
     producer.run();
   } else if (warp > kWarps) {
-    if constexpr (L::kFeedsValues) feed_values<L>(plan, shared, &v_map);
+    if constexpr (L::kFeedsValues) ValueProducer<L>(plan, shared, &v_map).run();
   } else {
-    Consumer<C>(p, plan, shared, &v_map).run();
+    Consumer<C>(p, plan, shared).run();
   }
 }
 

@@ -57,6 +57,10 @@ struct Layout {
   static constexpr int kKeyStages = kFit < 8 ? kFit : 8;
   static_assert(kKeyStages >= 2, "keys need two stages");
 
+  struct StoredSoftmax {
+    float maximum[kRows], sum[kRows];
+  };
+
   struct Shared {
     alignas(1024) std::byte keys[kKeyStages][Keys::kBytes];
     alignas(1024) std::byte values[kValueStages][Values::kBytes];
@@ -66,15 +70,20 @@ struct Layout {
     float factors[kValueStages][kRows];  // for results before a kept tile is added
     float weights[kNarrowValues ? kValueStages : 1][kNarrowValues ? kRows : 1];  // for its own
     float below[2][kRows];  // of an item: what the tested value must stay below for a skip
+    // Of each warp: of the split before the one at hand, and of its group's earlier ones.
+    StoredSoftmax before[kWarps], total[kWarps];
     SharedRows<kRows> rows;
     Work items[2];
-    Tile tiles[kKeyStages], wanted[kValueStages];  // of keys, and of values as they are asked for
+    Tile tiles[kKeyStages];     // of keys
+    Tile wanted[kValueStages];  // of values, as they are asked for
+    int kept[kValueStages];     // tiles whose values came, or are on their way
     // Of a stage's Tile, with the Item of an item's first; of its keys. keys_empty frees both.
     uint64_t tiles_full[kKeyStages], keys_full[kKeyStages], keys_empty[kKeyStages];
     uint64_t values_wanted[kValueStages], values_full[kValueStages];
     uint64_t queries_full[2], below_full[2], queries_empty[2];  // the last frees both
     float query_units[kNarrowKeys ? kRows : 1];  // of an item: of its queries' digits
   };
+  static_assert(sizeof(Shared) <= kRoom * 1024);
 };
 
 // What is compiled into a kernel.
@@ -91,6 +100,7 @@ struct Config {
   static constexpr int kRows = kRows_;
   static constexpr bool kTests = kVariant_ != Variant::kDense;
   static constexpr bool kReports = kVariant_ == Variant::kReport;
+  static constexpr bool kFiniteKeys = Layout::kNarrowKeys;  // 8 bits have no infinity
 };
 
 }  // namespace blasst::cuda::decode

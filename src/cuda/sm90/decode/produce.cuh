@@ -1,5 +1,6 @@
 // The warps that feed a block: one finds the block's work, and streams queries and keys ahead of
-// the warps that score them; the other, where there is one, brings the values that those ask for.
+// the warps that score them; the other brings the values that those ask for. Where there is no
+// other, the first does so whenever it waits.
 #pragma once
 
 #include "cuda/core/decode/params.h"
@@ -13,26 +14,51 @@
 
 namespace blasst::cuda::decode {
 
-// One warp.
+// Brings the values of tiles that were asked for. One warp.
 template <typename L>
-__device__ __forceinline__ void copy_values(const Plan& plan, typename L::Shared& shared,
-                                            const CUtensorMap* v_map, int stage, const Tile& tile) {
-  copy_tile<typename L::Values>(plan, v_map, ptx::shared_address(shared.values[stage]),
-                                shared.values_full[stage], tile, ptx::L2Hint::kFirst);
-}
+class ValueProducer {
+ public:
+  __device__ __forceinline__ ValueProducer(const Plan& plan, typename L::Shared& shared,
+                                           const CUtensorMap* v_map)
+      : plan_(plan), shared_(shared), v_map_(v_map) {}
 
-// The values of tiles as they are asked for, until one of no boxes is.
-template <typename L>
-__device__ __forceinline__ void feed_values(const Plan& plan, typename L::Shared& shared,
-                                            const CUtensorMap* v_map) {
-  for (Ring<L::kValueStages> ring;; ring.next()) {
-    const int stage = ring.stage;
-    ptx::mbarrier_wait(address(shared.values_wanted[stage]), ring.phase);
-    const Tile tile = shared.wanted[stage];
-    if (tile.boxes == 0) return;
-    copy_values<L>(plan, shared, v_map, stage, tile);
+  // Until a tile of no boxes is asked for.
+  __device__ __forceinline__ void run() {
+    while (true) {
+      ptx::mbarrier_wait(wanted(), ring_.phase);
+      if (shared_.wanted[ring_.stage].boxes == 0) return;
+      feed();
+    }
   }
-}
+
+  // Those of now.
+  __device__ __forceinline__ void feed_wanted() {
+    while (was_wanted()) feed();
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t wanted() const {
+    return address(shared_.values_wanted[ring_.stage]);
+  }
+
+  // Does not wait.
+  __device__ __forceinline__ bool was_wanted() const {
+    return __all_sync(kAllLanes, ptx::mbarrier_test(wanted(), ring_.phase));
+  }
+
+  __device__ __forceinline__ void feed() {
+    const int stage = ring_.stage;
+    const Tile tile = shared_.wanted[stage];  // by all lanes before the values can come
+    copy_tile<typename L::Values>(plan_, v_map_, ptx::shared_address(shared_.values[stage]),
+                                  shared_.values_full[stage], tile, ptx::L2Hint::kFirst);
+    ring_.next();
+  }
+
+  const Plan& plan_;
+  typename L::Shared& shared_;
+  const CUtensorMap* v_map_;
+  Ring<L::kValueStages> ring_;
+};
 
 template <typename L, int kRows, bool kTests>
 class Producer {
@@ -41,7 +67,8 @@ class Producer {
 
  public:
   __device__ __forceinline__ Producer(const Params& p, const Plan& plan, typename L::Shared& shared,
-                                      const CUtensorMap* q_map, const CUtensorMap* k_map)
+                                      const CUtensorMap* q_map, const CUtensorMap* k_map,
+                                      const CUtensorMap* v_map)
       : p_(p),
         plan_(plan),
         shared_(shared),
@@ -49,7 +76,8 @@ class Producer {
         k_map_(k_map),
         items_(p, plan),
         lane_(threadIdx.x % 32),
-        places_(p, plan) {}
+        places_(p, plan),
+        values_(plan, shared, v_map) {}
 
   // A block's first item has its number; later ones go to whoever comes first. The first is looked
   // for while the rest of the block gets ready.
@@ -65,14 +93,27 @@ class Producer {
       found_ =
           plan_.turns.signature && items_.find(gridDim.x + __shfl_sync(kAllLanes, next, 0), work_);
     }
-    ptx::mbarrier_wait(address(shared_.keys_empty[ring_.stage]), ring_.phase ^ 1);
+    wait(shared_.keys_empty[ring_.stage], ring_.phase ^ 1);
     if (lane_ == 0) {
       shared_.tiles[ring_.stage].flags = kStop;
       ptx::mbarrier_arrive(address(shared_.tiles_full[ring_.stage]));
     }
+    if constexpr (!L::kFeedsValues) values_.run();
   }
 
  private:
+  // Values are brought meanwhile, unless another warp does.
+  __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t parity) {
+    if constexpr (L::kFeedsValues) {
+      ptx::mbarrier_wait(address(barrier), parity);
+    } else {
+      constexpr uint32_t kSleep = 64;  // ns: what asks for values waits as long
+      do {
+        values_.feed_wanted();
+      } while (!__all_sync(kAllLanes, ptx::mbarrier_try_wait(address(barrier), parity, kSleep)));
+    }
+  }
+
   static __device__ __forceinline__ float scale_of(const Scales& scales, const Item& item) {
     if (!scales.values) return 1;
     return scales.values[item.request * scales.stride_request + item.kv_head * scales.stride_head];
@@ -103,7 +144,7 @@ class Producer {
   __device__ __forceinline__ void feed_queries(const Work& item) {
     const TokenPlace first = first_query(p_, item.request);
     const int slot = queries_.stage;
-    ptx::mbarrier_wait(address(shared_.queries_empty[slot]), queries_.phase ^ 1);
+    wait(shared_.queries_empty[slot], queries_.phase ^ 1);
     if (lane_ == 0) {
       shared_.items[slot] = item;
       ptx::mbarrier_arrive_expect(address(shared_.queries_full[slot]),
@@ -141,7 +182,7 @@ class Producer {
 
   __device__ __forceinline__ void feed_keys(const Tile& tile) {
     const int stage = ring_.stage;
-    ptx::mbarrier_wait(address(shared_.keys_empty[stage]), ring_.phase ^ 1);
+    wait(shared_.keys_empty[stage], ring_.phase ^ 1);
     if (lane_ == 0) {
       shared_.tiles[stage] = tile;
       ptx::mbarrier_arrive(address(shared_.tiles_full[stage]));
@@ -162,6 +203,7 @@ class Producer {
   const int lane_;
   Places places_;
   Turn turn_;
+  ValueProducer<L> values_;
   Ring<L::kKeyStages> ring_;
   Ring<2> queries_;
 };
