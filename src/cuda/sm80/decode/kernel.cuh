@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cuda/core/decode/combine.cuh"
+#include "cuda/core/decode/fold.cuh"
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/rows.cuh"
 #include "cuda/core/decode/splits.h"
@@ -19,6 +20,7 @@
 #include "cuda/sm80/core/copies.cuh"
 #include "cuda/sm80/core/ptx.cuh"
 #include "cuda/sm80/decode/config.cuh"
+#include "cuda/sm80/decode/shape.h"
 
 namespace blasst::cuda::decode::sm80 {
 
@@ -28,11 +30,13 @@ class Block {
   static constexpr int kEights = kRows / 8;                 // of eight query rows
   static constexpr int kPanels = (C::kValueDim + 63) / 64;  // of outputs: 16 elements a warp
   static constexpr int kColumns = Rows<C>::kColumns;
+  static constexpr bool kFolds = folds(C::kValueDim, kRows);
   using Element = typename C::Element;
   using Stage = typename C::Stage;
   using Shared = typename C::Shared;
   using Scores = typename Rows<C>::Scores;
   using Columns = typename Rows<C>::Columns;
+  using Softmax = typename Rows<C>::Softmax;
   using Outputs = float[kPanels][Rows<C>::kScores];
 
  public:
@@ -120,15 +124,18 @@ class Block {
       }
       ptx::commit_copies();
       const bool grown = keep && weigh(s, maximum, stage);
-      // 4. Values that have come are added.
+      // 4. Values that have come are added; with them, a split that ended.
       steps_ago.push(keep, grown, step.flags & kLastOfSplit);
       if (behind_ == 0 && keep) meet_all_copies();
-      add(steps_ago, behind_, here, o, slot);
       if (step.flags & kLastOfSplit) end_split();
+      add(steps_ago, behind_, here, o, slot);
       if (++here == sources_.stages) here = 0;
     }
     meet_all_copies();
     for (int i = behind_ - 1; i >= 0; --i) add(steps_ago, i, stage_before(here, 1), o, slot);
+    if constexpr (kFolds) {
+      if (folded_ > 0) write_total(slot);
+    }
     __syncthreads();  // before the next item's queries
   }
 
@@ -146,13 +153,67 @@ class Block {
     }
   }
 
+  // All tiles of a split are decided; the values of the last ones are yet to be added, which is
+  // over before the next split ends.
+  static_assert(kMostStages - 1 <= kMostJoining, "a split behind another has more tiles than that");
   __device__ __forceinline__ void end_split() {
     rows_.sum_over_keys();
-    rows_.write_statistics(rows_.split, rows_.dropped,
-                           [&](int column) { return rows_.reports.of_split(column); });
+    if constexpr (kFolds) {
+      before_ = rows_.split;
+      dropped_before_ = rows_.dropped;
+      rows_.reports.end_split();
+    } else {
+      rows_.write_statistics(rows_.split, rows_.dropped,
+                             [&](int column) { return rows_.reports.of_split(column); });
+    }
   }
 
-  // Outputs of a split, which become those of the next.
+  // All values of a split are added: it is a result, or a part of one.
+  __device__ __forceinline__ void finish_split(Outputs& o, int& slot) {
+    if constexpr (kFolds) {
+      if (rows_.item.result_splits > 1) {
+        fold(o);
+        if (++folded_ == rows_.item.result_splits) write_total(slot);
+        return;
+      }
+      rows_.write_statistics(before_, dropped_before_,
+                             [&](int column) { return rows_.reports.of_split_before(column); });
+    }
+    write(o, slot);
+  }
+
+  // The split's result joins those of the group's earlier splits.
+  __device__ __forceinline__ void fold(Outputs& o) {
+    const bool first = folded_ == 0;
+    rows_.reports.fold(first);
+    if (first) total_ = before_;
+    total_dropped_ = first ? dropped_before_ : total_dropped_ + dropped_before_;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const FoldWeights add(total_.maximum[c], before_.maximum[c], rows_.log2_scale);
+#pragma unroll
+      for (int i = 0; i < kPanels; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int x = at_.element(c, half);
+          total_o_[i][x] = first ? o[i][x] : add(total_o_[i][x], o[i][x]);
+          o[i][x] = 0;
+        }
+      if (first) continue;
+      total_.maximum[c] = add.maximum;
+      total_.sum[c] = add(total_.sum[c], before_.sum[c]);
+    }
+  }
+
+  // The result of a group.
+  __device__ __forceinline__ void write_total(int& slot) {
+    rows_.write_statistics(total_, total_dropped_,
+                           [&](int column) { return rows_.reports.of_group(column); });
+    write(total_o_, slot);
+    folded_ = 0;
+  }
+
+  // Outputs of a result, which become those of the next.
   __device__ __forceinline__ void write(Outputs& o, int& slot) const {
     float* partial = plan_.partial + int64_t{slot} * plan_.rows * C::kValueDim;
     slot += p_.kv_heads;
@@ -308,12 +369,12 @@ class Block {
     return C::kValueDim % 64 == 0 || i * 64 + 16 * at_.warp < C::kValueDim;
   }
 
-  // Adds the tile `steps` ago, if it was kept, and writes what it is the last of.
+  // Adds the tile `steps` ago, if it was kept, and finishes what it is the last of.
   __device__ __forceinline__ void add(const StepsAgo& steps_ago, int steps, int here, Outputs& o,
-                                      int& slot) const {
+                                      int& slot) {
     const Stage& stage = shared_.stages[stage_before(here, steps)];
     if (steps_ago.kept >> steps & 1) add_values(stage, steps_ago.grown >> steps & 1, o);
-    if (steps_ago.last >> steps & 1) write(o, slot);
+    if (steps_ago.last >> steps & 1) finish_split(o, slot);
   }
 
   // O^T += V^T P; of this warp's elements and all keys.
@@ -352,6 +413,13 @@ class Block {
   const int behind_;  // steps from a tile's decision to where its values are added
   Rows<C> rows_;
   Range seen_;  // keys that some row sees
+
+  // Where results of splits are added: of the split before the one at hand, until its last values
+  // are added; of the splits of its group before that, `folded_` of them.
+  Softmax before_, total_;
+  int dropped_before_, total_dropped_;
+  Outputs total_o_;
+  int folded_ = 0;
 };
 
 template <typename C>

@@ -12,10 +12,14 @@
 
 namespace blasst::cuda::decode::sm80 {
 
-// Every split has a result of its own.
-Plan make_plan(int batch, int kv_heads, int key_length, int rows) {
-  return plan_splits(batch, kv_heads, key_length, rows,
-                     {least_split_tiles(rows), most_splits(kv_heads)}, false);
+Plan make_plan(int batch, int kv_heads, int key_length, int rows, int value_dim) {
+  const bool adds = folds(value_dim, kernel_rows(rows));
+  const int tiles = ceil_div(key_length, kTileKeys);
+  Plan plan = plan_splits(batch, kv_heads, key_length, rows,
+                          {least_split_tiles(rows), most_splits(kv_heads)},
+                          adds && whole_groups(batch, kv_heads, tiles, rows, value_dim));
+  plan.folds = adds;
+  return plan;
 }
 
 void launch(const Launch& l) {
@@ -27,7 +31,8 @@ void launch(const Launch& l, SharedMemory room) {
   const Params& p = l.params;
   const auto stream = static_cast<cudaStream_t>(l.stream);
   if (p.rows == 0) return report_nothing(p, stream);
-  Plan plan = make_plan(p.batch, p.kv_heads, p.keys.length, p.heads / p.kv_heads * p.query_length);
+  Plan plan = make_plan(p.batch, p.kv_heads, p.keys.length, p.heads / p.kv_heads * p.query_length,
+                        l.value_dim);
   place_results(plan, l);
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
 

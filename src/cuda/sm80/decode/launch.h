@@ -7,7 +7,7 @@
 namespace blasst::cuda::decode::sm80 {
 
 // The part of the plan that the shapes decide; rows: of a KV head. Throws Error.
-Plan make_plan(int batch, int kv_heads, int key_length, int rows);
+Plan make_plan(int batch, int kv_heads, int key_length, int rows, int value_dim);
 
 // Enqueues everything on the stream; allocates nothing. Throws Error.
 void launch(const Launch& launch);

@@ -34,9 +34,10 @@ problem::Geometry geometry_of(const AttentionParams& params) {
 }
 
 std::size_t workspace_bytes(const blasst_problem& p) {
+  const auto value_dim = static_cast<int>(p.value_dim);
   decode::Plan plan = make_plan(static_cast<int>(p.batch), static_cast<int>(p.kv_heads),
-                                static_cast<int>(problem::most_keys(p)), rows_of(p));
-  return place_results(plan, static_cast<int>(p.value_dim), nullptr);
+                                static_cast<int>(problem::most_keys(p)), rows_of(p), value_dim);
+  return place_results(plan, value_dim, nullptr);
 }
 
 }  // namespace

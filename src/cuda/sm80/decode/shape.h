@@ -1,7 +1,14 @@
-// The shared memory of the decode kernel. Plain host code.
+// The shared memory and registers of the decode kernel. Plain host code.
 #pragma once
 
+#include "cuda/core/host_device.h"
+
 namespace blasst::cuda::decode::sm80 {
+
+// Whether the kernel has registers for the result of a group beside that of a split.
+BLASST_HOST_DEVICE constexpr bool folds(int value_dim, int kernel_rows) {
+  return kernel_rows <= 32 && value_dim * kernel_rows <= 128 * 16;
+}
 
 inline constexpr int kMostStages = 3;
 
