@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "blasst/blasst.h"
+#include "cuda/core/decode/fold.cuh"
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/place.cuh"
 #include "cuda/core/decode/reports.cuh"
@@ -249,6 +250,29 @@ class Rows {
       for (int c = 0; c < kColumns; ++c)
 #pragma unroll
         for (int half = 0; half < 2; ++half) o[i][ThreadPlace::element(c, half)] *= factor[c];
+  }
+
+  // The result of a split joins that of its group's earlier ones; the first's is `total` already,
+  // but for the outputs. `o` becomes the next one's.
+  template <int kPanels>
+  __device__ __forceinline__ void fold(bool first, const Softmax& result,
+                                       float (&o)[kPanels][kScores], Softmax& total,
+                                       float (&total_o)[kPanels][kScores]) const {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const FoldWeights add(total.maximum[c], result.maximum[c], log2_scale);
+#pragma unroll
+      for (int i = 0; i < kPanels; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int x = at.element(c, half);
+          total_o[i][x] = first ? o[i][x] : add(total_o[i][x], o[i][x]);
+          o[i][x] = 0;
+        }
+      if (first) continue;
+      total.maximum[c] = add.maximum;
+      total.sum[c] = add(total.sum[c], result.sum[c]);
+    }
   }
 
   const ThreadPlace at;

@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "cuda/core/decode/combine.cuh"
-#include "cuda/core/decode/fold.cuh"
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/rows.cuh"
 #include "cuda/core/decode/splits.h"
@@ -188,21 +187,7 @@ class Block {
     rows_.reports.fold(first);
     if (first) total_ = before_;
     total_dropped_ = first ? dropped_before_ : total_dropped_ + dropped_before_;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const FoldWeights add(total_.maximum[c], before_.maximum[c], rows_.log2_scale);
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int x = at_.element(c, half);
-          total_o_[i][x] = first ? o[i][x] : add(total_o_[i][x], o[i][x]);
-          o[i][x] = 0;
-        }
-      if (first) continue;
-      total_.maximum[c] = add.maximum;
-      total_.sum[c] = add(total_.sum[c], before_.sum[c]);
-    }
+    rows_.fold(first, before_, o, total_, total_o_);
   }
 
   // The result of a group.

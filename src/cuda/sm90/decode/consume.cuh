@@ -9,7 +9,6 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/core/decode/fold.cuh"
 #include "cuda/core/decode/params.h"
 #include "cuda/core/decode/rows.cuh"
 #include "cuda/core/decode/splits.h"
@@ -338,21 +337,7 @@ class Consumer {
     const Softmax before = load(shared_.before);
     Softmax total = first ? before : load(shared_.total);
     total_dropped_ = first ? dropped_before_ : total_dropped_ + dropped_before_;
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const FoldWeights add(total.maximum[c], before.maximum[c], rows_.log2_scale);
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int x = at_.element(c, half);
-          total_o_[i][x] = first ? o_[i][x] : add(total_o_[i][x], o_[i][x]);
-          o_[i][x] = 0;
-        }
-      if (first) continue;
-      total.maximum[c] = add.maximum;
-      total.sum[c] = add(total.sum[c], before.sum[c]);
-    }
+    rows_.fold(first, before, o_, total, total_o_);
     store(total, shared_.total);
   }
 
