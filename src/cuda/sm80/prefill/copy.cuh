@@ -45,15 +45,20 @@ class KeyCopies {
  public:
   __device__ __forceinline__ KeyCopies(const Params& p, const Tensor& tensor, int keys,
                                        const uint16_t* const& first, const int* const& pages)
-      : p_(p), tensor_(tensor), keys_(ptx::warp_uniform(keys)), first_(first), pages_(pages) {}
+      : p_(p),
+        tensor_(tensor),
+        keys_(ptx::warp_uniform(keys)),
+        plain_tiles_(p.keys.page_table ? 0 : keys_ / Tile::kRows),
+        first_(first),
+        pages_(pages) {}
 
-  // Those of a tile; zeros behind the last.
-  __device__ __forceinline__ void start(uint32_t destination, int tile) const {
+  // Those of a tile, if it is wanted; zeros behind the last. One branch for the usual case.
+  __device__ __forceinline__ void start(bool wanted, uint32_t destination, int tile) const {
     const int first_key = tile * Tile::kRows;
-    if (!p_.keys.page_table && first_key + Tile::kRows <= keys_)
+    if (wanted && tile < plain_tiles_)
       Copies::start_whole(destination, first_ + first_key * tensor_.stride_token,
                           tensor_.stride_token);
-    else
+    else if (wanted)
       start_checked(destination, first_key);
   }
 
@@ -78,6 +83,7 @@ class KeyCopies {
   const Params& p_;
   const Tensor& tensor_;
   const int keys_;
+  const int plain_tiles_;  // the first ones: whole, not paged
   const uint16_t* const& first_;
   const int* const& pages_;
 };

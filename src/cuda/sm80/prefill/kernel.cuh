@@ -120,11 +120,16 @@ class Block {
   __device__ __forceinline__ void attend_all(Walk& walk, Range plain, Softmax& softmax,
                                              Outputs& o) {
     const auto copy = [&](int index, int tile) {
-      walk.keys.start(key_stage(index), tile);
-      walk.values.start(value_stage(index), tile);
+      const bool wanted = index < walk.tiles;
+      walk.keys.start(wanted, key_stage(index), tile);
+      walk.values.start(wanted, value_stage(index), tile);
       ptx::commit_copies();
     };
     copy(0, walk.visit.tile);
+    ptx::wait_copies<0>();
+    __syncthreads();
+    QueryFragments<C> first;
+    load_queries<C>(first, queries(), 0);
 #pragma unroll 1
     for (int index = 0; index < walk.tiles; ++index) {
       // 1. Keys and values are there, and nobody reads those of the last tile any more.
@@ -132,12 +137,12 @@ class Block {
       __syncthreads();
       const int tile = walk.visit.tile;
       walk.visit.next();
-      if (index + 1 < walk.tiles) copy(index + 1, walk.visit.tile);
+      copy(index + 1, walk.visit.tile);
       // 2. Scores, probabilities, outputs.
       Scores s;
       Maxima maxima;
       Probabilities p;
-      take_scores(walk.work, plain, tile, key_stage(index), s, maxima);
+      take_scores(walk.work, plain, tile, first, key_stage(index), s, maxima);
 #pragma unroll
       for (int i = 0; i < kStrips; ++i) {
         quad_maxima(maxima[i]);
@@ -153,55 +158,67 @@ class Block {
                                               Outputs& o) {
     Visit& visit = walk.visit;
     const auto copy_keys = [&](int index, int tile) {
-      if (index < walk.tiles) walk.keys.start(key_stage(index), tile);
+      walk.keys.start(index < walk.tiles, key_stage(index), tile);
     };
     copy_keys(0, visit.tile);
     ptx::commit_copies();
     copy_keys(1, visit.next_tile);
-    walk.values.start(value_stage(0), visit.tile);
+    walk.values.start(true, value_stage(0), visit.tile);
     ptx::commit_copies();
     ptx::wait_copies<1>();
     __syncthreads();
-    unsigned before = 3;  // of the last tile: this one's values were asked for
+    QueryFragments<C> first;
+    load_queries<C>(first, queries(), 0);
+    bool asked = true;  // for this tile's values, when the last one was at hand
 #pragma unroll 1
     for (int index = 0; index < walk.tiles; ++index) {
       visit.masked = visit.tile < plain.begin || visit.tile >= plain.end;
       // 1. Scores, and what this warp says to them.
       Scores s;
       Maxima maxima;
-      take_scores(walk.work, plain, visit.tile, key_stage(index), s, maxima);
+      take_scores(walk.work, plain, visit.tile, first, key_stage(index), s, maxima);
       const bool wanted = votes_to_keep(walk.work, maxima, softmax);
       offer(visit, maxima, softmax);
       // 2. What the query tiles say. The next keys, and values that were asked for, are there for
       // everyone; nobody reads these keys any more, nor the last tile's values.
       ptx::wait_copies<0>();
-      const unsigned use = wanted_by_tiles(wanted);
+      const int votes = count_votes(wanted);
+      const int next_tile = visit.next_tile, keys_to_copy = next_tile + visit.step;
+      // A tile that nobody wants: the short way.
+      if (!__any_sync(kAllLanes, votes != 0)) {
+        decided(walk.work, visit, false, maxima, softmax);
+        copy_keys(index + 2, keys_to_copy);
+        ptx::commit_copies();
+        asked = false;
+        visit.next();
+        continue;
+      }
+      const unsigned use = tiles_of(votes);
       decided(walk.work, visit, is_own(use), maxima, softmax);
       if (is_own(use)) {  // shuffles, under the copies
 #pragma unroll
         for (int i = 0; i < kStrips; ++i) quad_maxima(maxima[i]);
       }
-      // 3. Values that some query tile wants, if they were not asked for; keys and values to come.
-      if (use && !before) walk.values.start(value_stage(index), visit.tile);
+      // 3. Its values, if they were not asked for; keys and values to come.
+      walk.values.start(!asked, value_stage(index), visit.tile);
       ptx::commit_copies();
-      copy_keys(index + 2, visit.next_tile + visit.step);
-      if (use && index + 1 < walk.tiles) walk.values.start(value_stage(index + 1), visit.next_tile);
+      copy_keys(index + 2, keys_to_copy);
+      walk.values.start(index + 1 < walk.tiles, value_stage(index + 1), next_tile);
       ptx::commit_copies();
-      // 4. Probabilities, outputs.
-      if (use) {
-        Probabilities p;
-        if (is_own(use)) weigh(0, s, maxima, softmax, o, p);
-        if (!before) {
-          ptx::wait_copies<1>();
-          __syncthreads();
-        }
-        if (is_own(use)) {
-#pragma unroll
-          for (int i = 1; i < kStrips; ++i) weigh(i, s, maxima, softmax, o, p);
-          multiply_values<C>(o, p, value_stage(index));
-        }
+      // 4. Probabilities, outputs. Not every way from here to its use defines p: left undefined, it
+      // would take its registers all around the loop.
+      Probabilities p = {};
+      if (is_own(use)) weigh(0, s, maxima, softmax, o, p);
+      if (!asked) {
+        ptx::wait_copies<1>();
+        __syncthreads();
       }
-      before = use;
+      if (is_own(use)) {
+#pragma unroll
+        for (int i = 1; i < kStrips; ++i) weigh(i, s, maxima, softmax, o, p);
+        multiply_values<C>(o, p, value_stage(index));
+      }
+      asked = true;
       visit.next();
     }
   }
@@ -217,10 +234,9 @@ class Block {
 
   // The scores of a tile, and the largest ones of the thread's own.
   __device__ __forceinline__ void take_scores(const Work& work, Range plain, int tile,
-                                              uint32_t stage, Scores& s, Maxima& maxima) const {
-    const uint32_t query =
-        base_ + offsetof(Shared, query) + warp_ * kStrips * 16 * C::Queries::kRowBytes;
-    multiply_scores<C>(s, query, stage);
+                                              const QueryFragments<C>& first, uint32_t stage,
+                                              Scores& s, Maxima& maxima) const {
+    multiply_scores<C>(s, first, queries(), stage);
     if (tile < plain.begin || tile >= plain.end) cap_and_mask(work, tile * C::kKeys, s);
 #pragma unroll
     for (int i = 0; i < kStrips; ++i) row_maxima(s[i], maxima[i]);
@@ -264,14 +280,18 @@ class Block {
     return __any_sync(kAllLanes, !skip);
   }
 
-  // The query tiles of which some warp wants the keys at hand; all warps meet here. The second
-  // tile's warps count as one thread each, those of the first as 32.
-  __device__ __forceinline__ unsigned wanted_by_tiles(bool wanted) const {
+  // Votes for the keys at hand; all warps meet here. The second query tile's warps count as one
+  // thread each, those of the first as 32.
+  __device__ __forceinline__ int count_votes(bool wanted) const {
     const bool counts = place(0).tile() == 0 || threadIdx.x % 32 == 0;
-    const int count = __syncthreads_count(wanted && counts);
-    // They are the same in all lanes. Votes tell the assembler so, sooner than a shuffle.
-    const bool first = __any_sync(kAllLanes, count >= 32);
-    const bool second = __any_sync(kAllLanes, count % 32 != 0);
+    return __syncthreads_count(wanted && counts);
+  }
+
+  // The query tiles of which some warp voted. Votes are the same in all lanes; another vote tells
+  // the assembler so, sooner than a shuffle.
+  static __device__ __forceinline__ unsigned tiles_of(int votes) {
+    const bool first = __any_sync(kAllLanes, votes >= 32);
+    const bool second = __any_sync(kAllLanes, votes % 32 != 0);
     return (first ? 1 : 0) | (second ? 2 : 0);
   }
 
@@ -329,6 +349,9 @@ class Block {
   // --- places -----------------------------------------------------------------------------------
 
   __device__ __forceinline__ Place place(int strip) const { return {warp_, strip}; }
+  __device__ __forceinline__ uint32_t queries() const {  // this warp's
+    return base_ + offsetof(Shared, query) + warp_ * kStrips * 16 * C::Queries::kRowBytes;
+  }
   __device__ __forceinline__ uint32_t key_stage(int index) const {
     return base_ + offsetof(Shared, key) + index % C::kStages * C::Keys::kBytes;
   }

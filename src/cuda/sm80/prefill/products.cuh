@@ -20,42 +20,56 @@ __device__ __forceinline__ uint32_t offset_by_rows() {
   return Tile::offset(threadIdx.x % 8 + threadIdx.x / 16 % 2 * 8, threadIdx.x / 8 % 2);
 }
 
-// s = Q K^T: of each strip. query: of the warp's first row. A fragment is loaded under the products
-// of the one before: two warps a scheduler do not hide the way from shared memory.
+// Of 16 elements of a warp's queries, strip by strip.
+template <typename C>
+using QueryFragments = uint32_t[C::kStrips][4];
+
+// Those of elements 16 * step on. query: of the warp's first row.
+template <typename C>
+__device__ __forceinline__ void load_queries(QueryFragments<C>& a, uint32_t query, int step) {
+  const uint32_t lane = offset_by_blocks<typename C::Queries>();
+#pragma unroll
+  for (int i = 0; i < C::kStrips; ++i)
+    ptx::load_matrices(a[i],
+                       query + i * 16 * C::Queries::kRowBytes + C::Queries::advance(lane, step));
+}
+
+// s = Q K^T: of each strip. first: fragments of step 0. query: of the warp's first row. Fragments
+// are loaded two products ahead: two warps a scheduler do not hide the way from shared memory.
 template <typename C>
 __device__ __forceinline__ void multiply_scores(float (&s)[C::kStrips][C::kKeys / 2],
-                                                uint32_t query, uint32_t key) {
+                                                const QueryFragments<C>& first, uint32_t query,
+                                                uint32_t key) {
   using T = typename C::Element;
-  constexpr int kSteps = C::kQkDim / 16, kBlocks = C::kKeys / 16;
-  const uint32_t a_lane = offset_by_blocks<typename C::Queries>();
+  constexpr int kSteps = C::kQkDim / 16, kBlocks = C::kKeys / 16, kAhead = 2;
+  static_assert(kBlocks >= kAhead);  // no queries are overwritten in use
   const uint32_t b_lane = offset_by_rows<typename C::Keys>();
-  uint32_t a[C::kStrips][4], b[2][4];
-  const auto load_queries = [&](int step) {
+  QueryFragments<C> a[2];
+  uint32_t b[kAhead + 1][4];
+  const auto load = [&](int x) {
+    if (x >= kSteps * kBlocks) return;
+    const int step = x / kBlocks, j = x % kBlocks;
+    if (j == 0 && step > 0) load_queries<C>(a[step % 2], query, step);
+    ptx::load_matrices(b[x % (kAhead + 1)],
+                       key + j * 16 * C::Keys::kRowBytes + C::Keys::advance(b_lane, step));
+  };
 #pragma unroll
-    for (int i = 0; i < C::kStrips; ++i)
-      ptx::load_matrices(
-          a[i], query + i * 16 * C::Queries::kRowBytes + C::Queries::advance(a_lane, step));
-  };
-  const auto load_keys = [&](int x) {
-    ptx::load_matrices(b[x % 2], key + x % kBlocks * 16 * C::Keys::kRowBytes +
-                                     C::Keys::advance(b_lane, x / kBlocks));
-  };
-  load_queries(0);
-  load_keys(0);
+  for (int x = 0; x < kAhead; ++x) load(x);
 #pragma unroll
   for (int x = 0; x < kSteps * kBlocks; ++x) {
+    load(x + kAhead);
     const int step = x / kBlocks, j = x % kBlocks;
-    if (x + 1 < kSteps * kBlocks) load_keys(x + 1);
+    const uint32_t(&keys)[4] = b[x % (kAhead + 1)];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < C::kStrips; ++i) {
         float* d = &s[i][8 * j + 4 * half];
-        const uint32_t b0 = b[x % 2][2 * half], b1 = b[x % 2][2 * half + 1];
-        step == 0 ? ptx::multiply_first<T>(d, a[i], b0, b1) : ptx::multiply_add<T>(d, a[i], b0, b1);
+        const uint32_t b0 = keys[2 * half], b1 = keys[2 * half + 1];
+        step == 0 ? ptx::multiply_first<T>(d, first[i], b0, b1)
+                  : ptx::multiply_add<T>(d, a[step % 2][i], b0, b1);
       }
     }
-    if (j + 1 == kBlocks && step + 1 < kSteps) load_queries(step + 1);
   }
 }
 
