@@ -64,20 +64,30 @@ const GpuKernels& gpu_kernels() {
                            .execution = {.backend = BLASST_BACKEND_CUDA}};
     blasst::Problem& p = params.problem;
     for (View* view : {&p.q, &p.kv.k, &p.kv.v, &p.out}) view->dtype = BLASST_BFLOAT16;
-    if (plan(params, false).backend == BLASST_BACKEND_CUDA_SM80)
+    if (plan(params, false).backend == BLASST_BACKEND_CUDA_SM80) {
+      p.heads = 64, p.head_dim = p.value_dim = 256;
+      int64_t rows = 64;
+      try {
+        plan(params, true);
+      } catch (const Error&) {
+        rows = 32;
+      }
       return GpuKernels{.backward = false,
                         .int8_scores = false,
                         .latents = false,
                         .caches_in_8_bits = false,
                         .prefill_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)},
-                        .decode_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)}};
+                        .decode_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)},
+                        .rows_of_256 = rows};
+    }
     const std::vector<HeadSizes> sizes = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
     return GpuKernels{.backward = true,
                       .int8_scores = true,
                       .latents = true,
                       .caches_in_8_bits = true,
                       .prefill_sizes = sizes,
-                      .decode_sizes = sizes};
+                      .decode_sizes = sizes,
+                      .rows_of_256 = 64};
   }();
   return kernels;
 }
@@ -115,8 +125,9 @@ Case for_gpu(Case c) {
   if (c.values_in_keys) {
     c.head_dim = kLatentSizes.qk, c.value_dim = kLatentSizes.value;
   } else {
-    c.heads = std::min(c.heads, 64 * c.kv_heads);  // the rows of a query tile
-    most = 64 / (c.heads / c.kv_heads);
+    const int64_t rows = kernels.most_rows(c.head_dim);  // of a query tile
+    c.heads = std::min(c.heads, rows * c.kv_heads);
+    most = rows / (c.heads / c.kv_heads);
   }
   for (Lengths& r : c.requests) {
     if (!c.ragged_queries) r.queries = std::max<int64_t>(1, c.requests[0].queries);

@@ -31,9 +31,13 @@ struct GpuKernels {
   bool latents, caches_in_8_bits;  // in decode
   std::vector<HeadSizes> prefill_sizes, decode_sizes;
 
+  // Query rows that decide together in decode, at most, with head size 256: by shared memory.
+  int64_t rows_of_256;
+
   const std::vector<HeadSizes>& sizes(bool decode) const {
     return decode ? decode_sizes : prefill_sizes;
   }
+  int64_t most_rows(int64_t qk_dim) const { return qk_dim == 256 ? rows_of_256 : 64; }
 };
 const GpuKernels& gpu_kernels();
 

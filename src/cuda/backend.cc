@@ -45,9 +45,9 @@ Machine this_machine() {
   return m;
 }
 
-void check_usable(const Capabilities& kernels) {
+void check_usable(std::string_view name, const Capabilities& kernels) {
   if (const std::string why = obstacle(this_machine(), kernels); !why.empty())
-    throw Error(BLASST_UNSUPPORTED, "cuda is not usable: " + why);
+    refuse(name, "it is not usable: {}", why);
 }
 
 // A kernel that touches memory of another kind ends the process's use of the device, so every array
@@ -173,7 +173,7 @@ class Cuda : public api::Backend {
     if (params.batch * params.query_length * params.heads > problem::kMaxCount)
       refuse(name(), "merge of {} rows of {} heads; it does {} rows times heads at most",
              params.batch * params.query_length, params.heads, problem::kMaxCount);
-    check_usable(kernels_);
+    check_usable(name(), kernels_);
     const MemoryCheck check_array;
     for (const auto& [view_name, view] : views) check_array(view_name, view->data);
     check_array("lse_a", params.lse_a);
@@ -212,9 +212,11 @@ class Cuda : public api::Backend {
     launch(planned);
   }
 
+  bool usable() const { return cuda::obstacle(this_machine(), kernels_).empty(); }
+
   template <typename CallParams>
   void check_device(const CallParams& params) const {
-    check_usable(kernels_);
+    check_usable(name(), kernels_);
     check_memory(params);
   }
 
@@ -257,8 +259,11 @@ class Sm80 : public Cuda {
   Sm80() : Cuda(BLASST_BACKEND_CUDA_SM80, "sm80", kSm80) {}
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
-    if (phase == Phase::kDecode) return decode::sm80::plan(params);
-    return plan_prefill(params, prefill::sm80::plan);
+    if (phase == Phase::kPrefill) return plan_prefill(params, prefill::sm80::plan);
+    const Plan plan = decode::sm80::plan(params);
+    // What the device has no room for is refused before its memory is given away.
+    if (usable()) decode::sm80::check_room(params.problem, decode::sm80::shared_memory());
+    return plan;
   }
 
   Plan plan(const BackwardParams&) const override { refuse_backward(); }
@@ -303,7 +308,7 @@ api::Memory memory_of(const void* data) {
 
 void check_pages(const blasst_problem& problem, int32_t* found, void* stream) {
   const PageCheck call = plan_page_check(problem, found, stream);
-  check_usable(kSm80);
+  check_usable(kCudaSm80, kSm80);
   const MemoryCheck check_array;
   check_array("kv.page_table", problem.kv.page_table);
   check_array("kv.lengths", problem.kv.lengths);

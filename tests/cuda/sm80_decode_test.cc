@@ -27,6 +27,7 @@ class Sm80Decode : public SizesOnGpu {
 TEST_P(Sm80Decode, InTheRoomOfOtherCards) {
   int64_t decisions = 0, skipped = 0;
   for (const sm80::SharedMemory room : kRooms) {
+    if (room.block > sm80::shared_memory().block) continue;  // this card has less
     for (const auto& [group, queries] :
          {std::pair<int64_t, int64_t>{4, 1}, {16, 1}, {16, 2}, {16, 4}}) {
       const Case c{.seed = 9,

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "cuda/backend.h"
+#include "cuda/sm80/decode/launch.h"
 #include "cuda/sm80/decode/plan.h"
 #include "cuda/sm80/decode/shape.h"
 #include "cuda/sm80/prefill/plan.h"
@@ -166,6 +167,27 @@ TEST(Sm80Plan, DecodeTakesTheStagesThatFit) {
   EXPECT_EQ(stages(hopper, 8 * kKiB, 66 * kKiB), 3);  // at 256: once
   EXPECT_EQ(stages(l4, 8 * kKiB, 66 * kKiB), 1);
   EXPECT_EQ(stages(l4, 40 * kKiB, 66 * kKiB), 0);
+}
+
+// What a card has no room for is a plan's error there, not a call's.
+TEST(Sm80Plan, DecodeNeedsRoomForOneStage) {
+  constexpr int kKiB = 1024;
+  const decode::sm80::SharedMemory l4{99 * kKiB, 100 * kKiB}, hopper{227 * kKiB, 228 * kKiB};
+  P p = kDecode();
+  p.problem.head_dim = p.problem.value_dim = 256, p.problem.query_length = 1;
+  p.problem.heads = 40, p.problem.kv_heads = 1;
+  EXPECT_NO_THROW(decode::sm80::check_room(p.problem, hopper));
+  try {
+    decode::sm80::check_room(p.problem, l4);
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.status(), BLASST_UNSUPPORTED);
+    const std::string message = error.what();
+    EXPECT_NE(message.find("head size 256 and 40 query rows"), message.npos) << message;
+    EXPECT_NE(message.find("it may have 101376"), message.npos) << message;
+  }
+  p.problem.heads = 32;
+  EXPECT_NO_THROW(decode::sm80::check_room(p.problem, l4));
 }
 
 TEST(Sm80Plan, BackwardIsRefusedByName) {

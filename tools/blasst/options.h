@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <cstdlib>
 #include <map>
 #include <string>
 #include <type_traits>
@@ -20,15 +21,23 @@ inline const std::map<std::string, Order> kOrders = {
 inline const std::map<std::string, Scores> kScores = {{"exact", BLASST_SCORES_EXACT},
                                                       {"int8", BLASST_SCORES_INT8}};
 
-// An error unless this build has the backend and this machine can run it; of those for GPUs, any.
+// An error unless this build has the backend and this machine can run it; of those for GPUs, any, or
+// the one that BLASST_CUDA_BACKEND names.
 inline void check_usable(Backend backend) {
-  std::string why;
+  const char* variable = std::getenv("BLASST_CUDA_BACKEND");
+  const std::string named = backend == BLASST_BACKEND_CPU || !variable ? "" : variable;
+  std::string why, names;
   for (const BackendInfo& info : backends()) {
     if ((info.backend == BLASST_BACKEND_CPU) != (backend == BLASST_BACKEND_CPU)) continue;
+    names += (names.empty() ? "" : " or ") + info.name;
+    if (!named.empty() && info.name != named) continue;
     if (info.usable) return;
-    if (why.empty()) why = info.name + " is not usable here: " + info.detail;
+    why += (why.empty() ? "" : "; ") + info.name + " is not usable here: " + info.detail;
   }
   if (!why.empty()) throw Error(BLASST_UNSUPPORTED, why);
+  if (!names.empty())
+    throw Error(BLASST_UNSUPPORTED,
+                formatted("BLASST_CUDA_BACKEND is '{}'; it must be {}", named, names));
   throw Error(BLASST_UNSUPPORTED, "this build has no CUDA backend; it was built without nvcc");
 }
 

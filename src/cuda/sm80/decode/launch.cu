@@ -22,9 +22,34 @@ Plan make_plan(int batch, int kv_heads, int key_length, int rows, int value_dim)
   return plan;
 }
 
-void launch(const Launch& l) {
-  launch(l, {most_shared_memory(), shared_memory_of_multiprocessor()});
+namespace {
+
+// As many as there is room for; rows: that decide together.
+int stages_of(const Kernels& kernels, SharedMemory room, int qk_dim, int rows) {
+  const int fit = stages(room, kernels.shared_bytes, kernels.stage_bytes);
+  if (fit == 0)
+    throw Error(BLASST_UNSUPPORTED,
+                "cuda-sm80: decode with head size " + std::to_string(qk_dim) + " and " +
+                    std::to_string(rows) + " query rows that decide together takes " +
+                    std::to_string(kernels.shared_bytes + kernels.stage_bytes) +
+                    " bytes of shared memory a block; it may have " + std::to_string(room.block));
+  return fit;
 }
+
+}  // namespace
+
+SharedMemory shared_memory() { return {most_shared_memory(), shared_memory_of_multiprocessor()}; }
+
+void check_room(const blasst_problem& p, SharedMemory room) {
+  const auto rows = static_cast<int>(p.heads / p.kv_heads * p.query_length);
+  if (rows == 0) return;
+  const auto qk_dim = static_cast<int>(p.head_dim), value_dim = static_cast<int>(p.value_dim);
+  // Both types and all variants take the same.
+  stages_of(find_kernels(Element::kBFloat16, qk_dim, value_dim, rows, Variant::kDense), room,
+            qk_dim, rows);
+}
+
+void launch(const Launch& l) { launch(l, shared_memory()); }
 
 // All that can fail on the host comes before the first write.
 void launch(const Launch& l, SharedMemory room) {
@@ -37,13 +62,7 @@ void launch(const Launch& l, SharedMemory room) {
   plan.unit_scale = p.softcap > 0 ? 1.0f : p.scale;
 
   const Kernels kernels = find_kernels(l.element, l.qk_dim, l.value_dim, plan.rows, variant_of(p));
-  const int fit = stages(room, kernels.shared_bytes, kernels.stage_bytes);
-  if (fit == 0)
-    throw Error(BLASST_UNSUPPORTED,
-                "cuda-sm80: decode with head size " + std::to_string(l.qk_dim) + " and " +
-                    std::to_string(plan.rows) + " query rows that decide together takes " +
-                    std::to_string(kernels.shared_bytes + kernels.stage_bytes) +
-                    " bytes of shared memory a block; it may have " + std::to_string(room.block));
+  const int fit = stages_of(kernels, room, l.qk_dim, plan.rows);
   const Sources sources{l.q, l.k, l.v, fit};
   const int bytes = kernels.shared_bytes + fit * kernels.stage_bytes;
   allow_shared_memory(kernels.attend, bytes);
