@@ -78,6 +78,8 @@ LONG = (
     Work(1, 32768, 32, 8),
     Work(1, 16384, 32, 8, 64),
     Work(1, 16384, 16, 4, 256),
+    Work(1, 16384, 32, 8),
+    Work(1, 65536, 32, 8),
 )
 MLA = tuple(Work(1, length, 128, 128, 192, value_dim=128) for length in (8192, 16384, 32768))
 FULL = (Work(1, 16384, 64, 4, causal=False),)
