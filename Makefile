@@ -136,10 +136,13 @@ gpu-bench: build ## measure the kernels, beside others that are installed
 	for script in bench/*_cuda.py; do $(python) $$script $(ARGS); done
 
 ##@ Packages
+# Of every generation that nvcc 13 compiles for; what comes later gets PTX.
+WHEEL_ARCHITECTURES ?= 80-real;86-real;89-real;90-real;100-real;120-real;80-virtual
 .PHONY: wheel
 wheel: build-packages $(VENV)/.complete ## a wheel in dist/, named for the C library that it needs
 	rm -rf build/wheel-plain
-	$(python) -m pip wheel . --no-deps --no-build-isolation --wheel-dir build/wheel-plain
+	CMAKE_ARGS="$${CMAKE_ARGS:-} -DBLASST_CUDA_ARCHITECTURES=$(WHEEL_ARCHITECTURES)" \
+	  $(python) -m pip wheel . --no-deps --no-build-isolation --wheel-dir build/wheel-plain
 	PATH=$(abspath $(VENV))/bin:$$PATH $(python) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist \
 	  build/wheel-plain/blasst-*.whl
 
