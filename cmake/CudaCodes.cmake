@@ -28,3 +28,11 @@ function(cuda_codes_of_80 architectures result)
   endif()
   set(${result} "${options}" PARENT_SCOPE)
 endfunction()
+
+# The numbers of a list that machine code is made for.
+function(cuda_machine_codes architectures result)
+  list(FILTER architectures EXCLUDE REGEX "-virtual$")
+  list(TRANSFORM architectures REPLACE "-real$" "")
+  list(REMOVE_DUPLICATES architectures)
+  set(${result} "${architectures}" PARENT_SCOPE)
+endfunction()

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -45,8 +46,12 @@ Machine this_machine() {
   return m;
 }
 
-void check_usable(std::string_view name, const Capabilities& kernels) {
-  if (const std::string why = obstacle(this_machine(), kernels); !why.empty())
+// What there is machine code for.
+constexpr int kHopperCodes[] = {90};
+constexpr int kPortableCodes[] = {BLASST_CUDA_CODES};
+
+void check_usable(std::string_view name, const Capabilities& kernels, std::span<const int> codes) {
+  if (const std::string why = obstacle(this_machine(), kernels, codes); !why.empty())
     refuse(name, "it is not usable: {}", why);
 }
 
@@ -133,13 +138,14 @@ void check_memory(const AttentionParams& params) {
 // What the backends have in common: the device, and what is done to outputs.
 class Cuda : public api::Backend {
  public:
-  Cuda(blasst_backend id, const char* architecture, const Capabilities& kernels)
-      : id_(id), architecture_(architecture), kernels_(kernels) {}
+  Cuda(blasst_backend id, const char* architecture, const Capabilities& kernels,
+       std::span<const int> codes)
+      : id_(id), architecture_(architecture), kernels_(kernels), codes_(codes) {}
 
   blasst_backend id() const override { return id_; }
 
   BackendInfo info() const override {
-    BackendInfo info{id(), name(), architecture_, false, cuda::obstacle(this_machine(), kernels_)};
+    BackendInfo info{id(), name(), architecture_, false, obstacle()};
     if (!info.detail.empty()) return info;
     int device = 0;
     cudaDeviceProp properties;
@@ -153,7 +159,7 @@ class Cuda : public api::Backend {
 
   std::string obstacle(api::Memory memory) const override {
     if (!memory.gpu) return "the tensors are in host memory";
-    return cuda::obstacle(this_machine(), kernels_);
+    return obstacle();
   }
 
   void merge(const MergeParams& params) const override {
@@ -173,7 +179,7 @@ class Cuda : public api::Backend {
     if (params.batch * params.query_length * params.heads > problem::kMaxCount)
       refuse(name(), "merge of {} rows of {} heads; it does {} rows times heads at most",
              params.batch * params.query_length, params.heads, problem::kMaxCount);
-    check_usable(name(), kernels_);
+    check_usable(name(), kernels_, codes_);
     const MemoryCheck check_array;
     for (const auto& [view_name, view] : views) check_array(view_name, view->data);
     check_array("lse_a", params.lse_a);
@@ -212,11 +218,12 @@ class Cuda : public api::Backend {
     launch(planned);
   }
 
-  bool usable() const { return cuda::obstacle(this_machine(), kernels_).empty(); }
+  std::string obstacle() const { return cuda::obstacle(this_machine(), kernels_, codes_); }
+  bool usable() const { return obstacle().empty(); }
 
   template <typename CallParams>
   void check_device(const CallParams& params) const {
-    check_usable(name(), kernels_);
+    check_usable(name(), kernels_, codes_);
     check_memory(params);
   }
 
@@ -224,11 +231,12 @@ class Cuda : public api::Backend {
   const blasst_backend id_;
   const char* const architecture_;
   const Capabilities kernels_;
+  const std::span<const int> codes_;
 };
 
 class Sm90 : public Cuda {
  public:
-  Sm90() : Cuda(BLASST_BACKEND_CUDA_SM90, "sm90", kSm90) {}
+  Sm90() : Cuda(BLASST_BACKEND_CUDA_SM90, "sm90", kSm90, kHopperCodes) {}
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
     if (phase == Phase::kDecode) return decode::plan(params);
@@ -256,7 +264,7 @@ class Sm90 : public Cuda {
 
 class Sm80 : public Cuda {
  public:
-  Sm80() : Cuda(BLASST_BACKEND_CUDA_SM80, "sm80", kSm80) {}
+  Sm80() : Cuda(BLASST_BACKEND_CUDA_SM80, "sm80", kSm80, kPortableCodes) {}
 
   Plan plan(const AttentionParams& params, Phase phase) const override {
     if (phase == Phase::kPrefill) return plan_prefill(params, prefill::sm80::plan);
@@ -308,7 +316,7 @@ api::Memory memory_of(const void* data) {
 
 void check_pages(const blasst_problem& problem, int32_t* found, void* stream) {
   const PageCheck call = plan_page_check(problem, found, stream);
-  check_usable(kCudaSm80, kSm80);
+  check_usable(kCudaSm80, kSm80, kPortableCodes);
   const MemoryCheck check_array;
   check_array("kv.page_table", problem.kv.page_table);
   check_array("kv.lengths", problem.kv.lengths);

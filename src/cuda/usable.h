@@ -1,6 +1,8 @@
 // Whether a machine can run the kernels.
 #pragma once
 
+#include <algorithm>
+#include <span>
 #include <string>
 
 #include "problem/text.h"
@@ -24,8 +26,17 @@ struct Capabilities {
 };
 inline constexpr Capabilities kSm90{90, 90, "9.0"}, kSm80{80, 9999, "8.0 and later"};
 
-// What keeps the current device from being used; empty: nothing.
-inline std::string obstacle(const Machine& m, const Capabilities& kernels) {
+// Whether one of the machine codes, of such capabilities, runs on a device of this one: that of its
+// generation, if it is not newer.
+inline bool has_code(std::span<const int> codes, int capability) {
+  return std::ranges::any_of(
+      codes, [&](int code) { return code / 10 == capability / 10 && code <= capability; });
+}
+
+// What keeps the current device from being used; empty: nothing. codes: what there is machine code
+// for; other devices' drivers compile PTX, which they can if they are not older than the toolkit.
+inline std::string obstacle(const Machine& m, const Capabilities& kernels,
+                            std::span<const int> codes) {
   if (m.driver == 0) return "no NVIDIA driver";
   if (m.driver / 1000 < m.runtime / 1000)
     return formatted("the driver does CUDA {}.{}; this build needs a driver of CUDA {}",
@@ -36,6 +47,12 @@ inline std::string obstacle(const Machine& m, const Capabilities& kernels) {
   if (capability < kernels.least || capability > kernels.most)
     return formatted("device {} has compute capability {}.{}; the kernels are for {}", m.device,
                      m.major, m.minor, kernels.name);
+  if (m.driver < m.runtime && !has_code(codes, capability))
+    return formatted(
+        "the driver does CUDA {}.{}; for compute capability {}.{} this build has PTX alone, which "
+        "needs a driver of CUDA {}.{}",
+        m.driver / 1000, m.driver % 1000 / 10, m.major, m.minor, m.runtime / 1000,
+        m.runtime % 1000 / 10);
   return "";
 }
 

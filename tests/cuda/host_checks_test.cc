@@ -12,6 +12,8 @@
 namespace blasst::cuda {
 namespace {
 
+constexpr int kCodes[] = {80, 90};
+
 Machine hopper() {
   Machine m;
   m.runtime = m.driver = 13000;
@@ -21,24 +23,25 @@ Machine hopper() {
 }
 
 TEST(Usable, SaysWhatIsMissing) {
-  EXPECT_EQ(obstacle(hopper(), kSm90), "");
-  EXPECT_EQ(obstacle(hopper(), kSm80), "");
+  EXPECT_EQ(obstacle(hopper(), kSm90, kCodes), "");
+  EXPECT_EQ(obstacle(hopper(), kSm80, kCodes), "");
   Machine m = hopper();
   m.driver = 13020;
-  EXPECT_EQ(obstacle(m, kSm90), "");
+  EXPECT_EQ(obstacle(m, kSm90, kCodes), "");
   m.driver = 12040;
-  EXPECT_EQ(obstacle(m, kSm90), "the driver does CUDA 12.4; this build needs a driver of CUDA 13");
+  EXPECT_EQ(obstacle(m, kSm90, kCodes),
+            "the driver does CUDA 12.4; this build needs a driver of CUDA 13");
   m.driver = 0;
-  EXPECT_EQ(obstacle(m, kSm90), "no NVIDIA driver");
+  EXPECT_EQ(obstacle(m, kSm90, kCodes), "no NVIDIA driver");
   m = hopper();
   m.devices = 0;
-  EXPECT_EQ(obstacle(m, kSm90), "no GPU");
+  EXPECT_EQ(obstacle(m, kSm90, kCodes), "no GPU");
   m.error = "unknown error";
-  EXPECT_EQ(obstacle(m, kSm90), "unknown error");
+  EXPECT_EQ(obstacle(m, kSm90, kCodes), "unknown error");
   for (const auto& [major, minor] : {std::pair{8, 0}, {9, 1}, {10, 0}, {12, 1}}) {
     m = hopper();
     m.device = 2, m.major = major, m.minor = minor;
-    EXPECT_EQ(obstacle(m, kSm90),
+    EXPECT_EQ(obstacle(m, kSm90, kCodes),
               formatted("device 2 has compute capability {}.{}; the kernels are for "
                         "9.0",
                         major, minor));
@@ -49,11 +52,33 @@ TEST(Usable, PortableKernelsNeedEightPointZero) {
   Machine m = hopper();
   for (const auto& [major, minor] : {std::pair{8, 0}, {8, 9}, {9, 0}, {10, 3}, {12, 0}}) {
     m.major = major, m.minor = minor;
-    EXPECT_EQ(obstacle(m, kSm80), "");
+    EXPECT_EQ(obstacle(m, kSm80, kCodes), "");
   }
   m.major = 7, m.minor = 5;
-  EXPECT_EQ(obstacle(m, kSm80),
+  EXPECT_EQ(obstacle(m, kSm80, kCodes),
             "device 0 has compute capability 7.5; the kernels are for 8.0 and later");
+}
+
+// PTX of a toolkit is compiled by drivers that are not older.
+TEST(Usable, AnOlderDriverNeedsMachineCode) {
+  Machine m = hopper();
+  m.runtime = 13010;
+  EXPECT_EQ(obstacle(m, kSm80, kCodes), "");
+  m.major = 8, m.minor = 9;
+  EXPECT_EQ(obstacle(m, kSm80, kCodes), "");
+  m.major = 12, m.minor = 0;
+  EXPECT_EQ(
+      obstacle(m, kSm80, kCodes),
+      "the driver does CUDA 13.0; for compute capability 12.0 this build has PTX alone, which "
+      "needs a driver of CUDA 13.1");
+  constexpr int kAll[] = {80, 86, 90, 100, 120};
+  EXPECT_EQ(obstacle(m, kSm80, kAll), "");
+  m.driver = 13010;
+  EXPECT_EQ(obstacle(m, kSm80, kCodes), "");
+  constexpr int kNewer[] = {86, 90};  // of its generation, but not for it
+  m = hopper();
+  m.runtime = 13010, m.major = 8;
+  EXPECT_NE(obstacle(m, kSm80, kNewer), "");
 }
 
 template <typename Call>

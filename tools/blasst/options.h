@@ -21,8 +21,8 @@ inline const std::map<std::string, Order> kOrders = {
 inline const std::map<std::string, Scores> kScores = {{"exact", BLASST_SCORES_EXACT},
                                                       {"int8", BLASST_SCORES_INT8}};
 
-// An error unless this build has the backend and this machine can run it; of those for GPUs, any, or
-// the one that BLASST_CUDA_BACKEND names.
+// An error unless this build has the backend and this machine can run it; of those for GPUs, any,
+// or the one that BLASST_CUDA_BACKEND names.
 inline void check_usable(Backend backend) {
   const char* variable = std::getenv("BLASST_CUDA_BACKEND");
   const std::string named = backend == BLASST_BACKEND_CPU || !variable ? "" : variable;
