@@ -52,6 +52,16 @@ size_t bytes_of(const View& view) {
 
 }  // namespace
 
+GpuKernels portable_kernels(int64_t rows_of_256) {
+  return {.backward = false,
+          .int8_scores = false,
+          .latents = false,
+          .caches_in_8_bits = false,
+          .prefill_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)},
+          .decode_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)},
+          .rows_of_256 = rows_of_256};
+}
+
 const GpuKernels& gpu_kernels() {
   static const GpuKernels kernels = [] {
     AttentionParams params{.problem = {.batch = 1,
@@ -69,16 +79,11 @@ const GpuKernels& gpu_kernels() {
       int64_t rows = 64;
       try {
         plan(params, true);
-      } catch (const Error&) {
+      } catch (const Error& error) {
+        if (error.status() != BLASST_UNSUPPORTED) throw;
         rows = 32;
       }
-      return GpuKernels{.backward = false,
-                        .int8_scores = false,
-                        .latents = false,
-                        .caches_in_8_bits = false,
-                        .prefill_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)},
-                        .decode_sizes = {std::begin(kHeadSizes), std::end(kHeadSizes)},
-                        .rows_of_256 = rows};
+      return portable_kernels(rows);
     }
     const std::vector<HeadSizes> sizes = {{64, 64}, {128, 128}, {192, 128}, {256, 256}};
     return GpuKernels{.backward = true,
@@ -92,8 +97,9 @@ const GpuKernels& gpu_kernels() {
   return kernels;
 }
 
-Case for_gpu(Case c) {
-  const GpuKernels& kernels = gpu_kernels();
+Case for_gpu(Case c) { return for_kernels(std::move(c), gpu_kernels()); }
+
+Case for_kernels(Case c, const GpuKernels& kernels) {
   const std::vector<HeadSizes>& all = kernels.sizes(c.decode);
   constexpr int64_t pages[] = {16, 32, 64, 128, 256};
   if (c.dtype == BLASST_FLOAT32) c.dtype = BLASST_BFLOAT16;

@@ -41,8 +41,14 @@ struct GpuKernels {
 };
 const GpuKernels& gpu_kernels();
 
+// Those of cuda-sm80, on a card with room for so many rows.
+GpuKernels portable_kernels(int64_t rows_of_256);
+
 // A problem like `c` that the GPU takes: its types, dimensions, pages, strides, query rows.
 Case for_gpu(Case c);
+
+// The same of these kernels. Needs no GPU.
+Case for_kernels(Case c, const GpuKernels& kernels);
 
 // The same of case `c` as one that has a backward there.
 Case differentiable_on_gpu(Case c);

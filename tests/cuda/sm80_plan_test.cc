@@ -1,6 +1,7 @@
 // What the host checks before a call reaches the portable kernels. No GPU needed.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -12,6 +13,8 @@
 #include "cuda/sm80/prefill/plan.h"
 #include "cuda/sm90/decode/plan.h"
 #include "plan_cases.h"
+#include "testing/case.h"
+#include "testing/device.h"
 
 namespace blasst::cuda {
 namespace {
@@ -188,6 +191,39 @@ TEST(Sm80Plan, DecodeNeedsRoomForOneStage) {
   }
   p.problem.heads = 32;
   EXPECT_NO_THROW(decode::sm80::check_room(p.problem, l4));
+}
+
+bool fits(const check::Case& c, decode::sm80::SharedMemory room) {
+  int64_t queries = 0;
+  for (const check::Lengths& r : c.requests) queries = std::max(queries, r.queries);
+  try {
+    decode::sm80::check_room({.heads = c.heads,
+                              .kv_heads = c.kv_heads,
+                              .head_dim = c.head_dim,
+                              .value_dim = c.value_dim,
+                              .query_length = queries},
+                             room);
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+// Random problems, of tests and `blasst verify`, ask a card for what it has.
+TEST(Sm80Plan, RandomProblemsFitInTheRoomOfOtherCards) {
+  constexpr int kKiB = 1024;
+  const decode::sm80::SharedMemory l4{99 * kKiB, 100 * kKiB}, a100{163 * kKiB, 164 * kKiB};
+  int too_large = 0;
+  for (uint64_t seed = 0; seed < 300; ++seed) {
+    const check::Case c = check::random_case(seed);
+    if (!c.decode) continue;
+    const check::Case large = check::for_kernels(c, check::portable_kernels(64));
+    EXPECT_TRUE(fits(large, a100)) << check::describe(large);
+    too_large += !fits(large, l4);
+    const check::Case small = check::for_kernels(c, check::portable_kernels(32));
+    EXPECT_TRUE(fits(small, l4)) << check::describe(small);
+  }
+  EXPECT_GT(too_large, 0);
 }
 
 TEST(Sm80Plan, BackwardIsRefusedByName) {

@@ -53,7 +53,8 @@ TEST_P(SpecialOnGpu, RowsWithoutKeysHaveTheSinkAsLse) {
       for (const TestKind test : {BLASST_TEST_NONE, BLASST_TEST_RELATIVE}) {
         Case c = plain_case();
         c.head_dim = qk, c.value_dim = value;
-        c.requests = {{16, 0}, {16, 10}, {16, 900}};
+        const int64_t rows = decode() ? gpu_kernels().most_rows(qk) / 4 : 16;
+        c.requests = {{rows, 0}, {rows, rows - 6}, {rows, 900}};
         c.sinks = sinks;
         c.test = test;
         c.threshold = 0.1f;
@@ -61,10 +62,10 @@ TEST_P(SpecialOnGpu, RowsWithoutKeysHaveTheSinkAsLse) {
         DeviceProblem(problem, Reports::kCounts).run();
         const std::vector<float> out = problem.out();
         const Access access(problem.params);
-        for (int64_t row = 0; row < 3 * 16; ++row) {
-          const bool none = row < 16 + 6;
+        for (int64_t row = 0; row < 3 * rows; ++row) {
+          const bool none = row < rows + 6;
           for (int64_t h = 0; h < c.heads; ++h) {
-            const float lse = problem.lse[h * 3 * 16 + row];
+            const float lse = problem.lse[h * 3 * rows + row];
             if (none) {
               EXPECT_EQ(lse, sinks ? problem.sinks[h] : -kInf) << row;
               for (int64_t d = 0; d < value; ++d)
