@@ -70,6 +70,23 @@ def test_cuda_without_a_gpu_is_an_error(arguments):
     assert not result.stdout
 
 
+def test_what_keeps_cuda_from_use_is_said_of_each_backend_or_of_the_named_one(monkeypatch):
+    built = re.findall(r"cuda-sm\d+", run("info").stdout)
+    if not built or on_gpu():
+        pytest.skip("needs a build with CUDA and no GPU")
+    monkeypatch.delenv("BLASST_CUDA_BACKEND", raising=False)
+    for command in (("verify",), ("bench", "decode")):
+        all_of_them = run(*command, "--backend", "cuda").stderr
+        for name in built:
+            assert f"{name} is not usable here: " in all_of_them
+        for name in built:
+            monkeypatch.setenv("BLASST_CUDA_BACKEND", name)
+            named = run(*command, "--backend", "cuda").stderr
+            assert f"{name} is not usable here: " in named
+            assert re.findall(r"cuda-sm\d+", named) == [name]
+        monkeypatch.delenv("BLASST_CUDA_BACKEND")
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode", pytest.param("backward", marks=hopper)])
 def test_verify_and_bench_on_a_gpu(phase):
     if not on_gpu():
@@ -161,11 +178,17 @@ def test_wrong_usage_is_one_message_and_status_2(arguments, words):
 
 
 def test_an_unknown_cuda_backend_in_the_environment_is_the_only_output(monkeypatch):
+    info = run("info").stdout
     monkeypatch.setenv("BLASST_CUDA_BACKEND", "cuda-sm70")
-    result = run("info")
-    assert result.returncode == 2
-    assert "BLASST_CUDA_BACKEND is 'cuda-sm70'; it must be cuda-sm90 or cuda-sm80" in result.stderr
-    assert not result.stdout
+    commands = [("info",)]
+    if "cuda-sm" in info:
+        commands.append(("verify", "--backend", "cuda"))
+    for command in commands:
+        result = run(*command)
+        assert result.returncode == 2
+        why = "BLASST_CUDA_BACKEND is 'cuda-sm70'; it must be cuda-sm90 or cuda-sm80"
+        assert why in result.stderr
+        assert not result.stdout
 
 
 def test_an_unknown_instruction_set_in_the_environment_is_the_only_output(monkeypatch):
