@@ -140,6 +140,14 @@ INSTANTIATE_TEST_SUITE_P(
           dense,
           [](P& p) { p.problem.k_scales.values = array<float>(0x80000000); },
           {"k_scales.values is set, but k is bfloat16"}},
+         {"TooManySplits",
+          dense,
+          [](P& p) {
+            p.problem.batch = 1 << 20;
+            p.problem.heads = p.problem.kv_heads = 2048;
+          },
+          {"cuda: decode of batch 1048576 has", "splits; at most"},
+          BLASST_UNSUPPORTED},
          {"Places",
           dense,
           [](P& p) { p.decision.test.places = 2; },

@@ -88,6 +88,14 @@ INSTANTIATE_TEST_SUITE_P(
                   [](P& p) { p.problem.query_lengths = array<int32_t>(0x70000000); },
                   {"cuda-sm80: query_lengths is set"},
                   BLASST_UNSUPPORTED},
+                 {"TooManySplits",
+                  kDecode,
+                  [](P& p) {
+                    p.problem.batch = 1 << 20;
+                    p.problem.heads = p.problem.kv_heads = 2048;
+                  },
+                  {"cuda: decode of batch 1048576 has", "splits; at most"},
+                  BLASST_UNSUPPORTED},
                  {"Places",
                   kDecode,
                   [](P& p) { p.decision.test.places = 2; },

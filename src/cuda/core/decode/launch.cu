@@ -24,7 +24,7 @@ Plan plan_splits(int batch, int kv_heads, int key_length, int rows, SplitRule ru
                                whole_groups ? kGroupSplits : 1);
   const int64_t results = int64_t{batch} * kv_heads * plan.result_slots;
   if (results > 1 << 30)
-    throw Error(BLASST_UNSUPPORTED, "decode of batch " + std::to_string(batch) + " has " +
+    throw Error(BLASST_UNSUPPORTED, "cuda: decode of batch " + std::to_string(batch) + " has " +
                                         std::to_string(results) + " splits; at most " +
                                         std::to_string(1 << 30) + " are supported");
   plan.results = static_cast<int>(results);
